@@ -1,0 +1,51 @@
+"""config.json → Model: one reader per model_type; other types are refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from planner.errors import ConfigError, shown
+from planner.huggingface.deepseek import read_deepseek_v3
+from planner.huggingface.fields import Fields
+from planner.huggingface.gpt2 import read_gpt2
+from planner.huggingface.llama_like import (
+    read_gemma2,
+    read_llama,
+    read_mistral,
+    read_mixtral,
+    read_phi3,
+    read_qwen2,
+)
+from planner.model import Model
+
+READERS: dict[str, Callable[[Fields], Model]] = {
+    "deepseek_v3": read_deepseek_v3,
+    "gemma2": read_gemma2,
+    "gpt2": read_gpt2,
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "mixtral": read_mixtral,
+    "phi3": read_phi3,
+    "qwen2": read_qwen2,
+}
+
+
+def read_config(config: Mapping[str, Any]) -> Model:
+    """A Model from the content of a config.json.
+
+    Absent fields take the default of that type's class in transformers and are listed in
+    `Model.defaults`. Raises ConfigError for a type without a reader and for values out of range.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config={shown(config)} is not allowed: a JSON object")
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError("model_type is missing from the config: it names the architecture")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        near = difflib.get_close_matches(str(model_type), READERS, n=3, cutoff=0.4) or READERS
+        raise ConfigError(
+            f"model_type={shown(model_type)} has no reader: the nearest known are {', '.join(near)}"
+        )
+    return READERS[model_type](Fields(config, model_type))

@@ -1,0 +1,217 @@
+"""What several families share: heads, windows, positions, the language-model head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from planner.dtypes import from_torch_name
+from planner.errors import MAX_LAYERS, ConfigError, shown
+from planner.huggingface.fields import Fields, check_positive
+from planner.layers import (
+    ACTIVATIONS,
+    GQA,
+    Activation,
+    Dense,
+    Layer,
+    LearnedPositions,
+    MoE,
+    Norm,
+    RoPE,
+)
+from planner.model import Model
+
+SCALED_ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+LLAMA_NAMES = (
+    ("embed_tokens", "model.embed_tokens"),
+    ("layers", "model.layers"),
+    ("norm", "model.norm"),
+)
+
+
+def layer_count(fields: Fields) -> int:
+    """`num_hidden_layers`, bounded."""
+    return fields.size("num_hidden_layers", maximum=MAX_LAYERS)
+
+
+def activation(fields: Fields, name: str = "hidden_act") -> Activation:
+    """The feed-forward's activation."""
+    return fields.choice(name, ACTIVATIONS)  # type: ignore[return-value]
+
+
+def rmsnorm(fields: Fields, *, plus_one: bool = False) -> Norm:
+    """RMSNorm with the config's epsilon."""
+    return Norm(kind="rmsnorm", eps=fields.number("rms_norm_eps"), plus_one=plus_one)
+
+
+def heads(fields: Fields, *, divisible_hidden: bool = False) -> tuple[int, int, int]:
+    """(query heads, kv heads, head_dim); kv heads absent: all; head_dim absent: hidden / heads."""
+    H = fields.size("num_attention_heads")
+    G = fields.optional_size("num_key_value_heads") or H
+    h = fields.size("hidden_size")
+    D = fields.optional_size("head_dim")
+    if h % H and (D is None or divisible_hidden):
+        raise ConfigError(f"hidden_size={h} is not a multiple of num_attention_heads={H}")
+    return H, G, D if D is not None else h // H
+
+
+def layer_windows(fields: Fields, *, window: int | None) -> list[int | None]:
+    """The sliding window of every layer: by `layer_types` where the config has them, else `window`.
+
+    transformers 5.23 decides so in cache_utils.get_layer_types_and_kwargs.
+    """
+    L = layer_count(fields)
+    types = fields.raw("layer_types")
+    if types is None:
+        return [window] * L
+    if not isinstance(types, list) or len(types) != L:
+        raise ConfigError(f"layer_types={shown(types)} is not allowed: a list of {L} words")
+    windows: list[int | None] = []
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(
+                f"layer_types has {shown(kind)}: one of full_attention, sliding_attention"
+            )
+        if kind == "sliding_attention" and window is None:
+            raise ConfigError("sliding_window=None is not allowed: layer_types has sliding layers")
+        windows.append(window if kind == "sliding_attention" else None)
+    return windows
+
+
+def rope(
+    fields: Fields, *, head_dim: int, rope_types: Sequence[str], partial: bool = False
+) -> RoPE:
+    """Rotary positions; `partial` families rotate only the first part of a head."""
+    parameters = fields.rope_parameters()
+    rope_type = parameters.pop("rope_type")
+    if rope_type not in rope_types:
+        allowed = ", ".join(rope_types)
+        raise ConfigError(f"rope_type={shown(rope_type)} is not allowed: one of {allowed}")
+    theta = check_positive("rope_theta", parameters.pop("rope_theta"))
+    factor = parameters.pop("partial_rotary_factor", None) or fields.raw("partial_rotary_factor")
+    rotary_dim = (
+        int(head_dim * check_positive("partial_rotary_factor", factor or 1.0))
+        if partial
+        else head_dim
+    )
+    return RoPE(
+        rope_theta=theta,
+        rope_type=rope_type,
+        rotary_dim=rotary_dim,
+        scaling=tuple(sorted((key, _frozen(value)) for key, value in parameters.items())),
+    )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(f"rope_parameters has {shown(value)}: numbers, words or lists of numbers")
+
+
+def gqa_decoder(
+    fields: Fields,
+    *,
+    stem: str,
+    attention: GQA,
+    windows: Sequence[int | None],
+    feed_forward: Dense | MoE,
+    rope_types: Sequence[str] = SCALED_ROPE,
+    partial_rope: bool = False,
+    gemma: bool = False,
+    **extra: Any,
+) -> Model:
+    """A decoder whose blocks are alike but for their window; `gemma` blocks have four norms, 1 + w."""
+    norm = rmsnorm(fields, plus_one=gemma)
+    layer = Layer(
+        attention=attention,
+        feed_forward=feed_forward,
+        norm=norm,
+        placement="sandwich" if gemma else "pre",
+    )
+    made = {w: replace(layer, attention=replace(attention, sliding_window=w)) for w in windows}
+    return causal_lm(
+        fields,
+        layers=tuple(made[window] for window in windows),
+        final_norm=norm,
+        positions=rope(
+            fields, head_dim=attention.head_dim, rope_types=rope_types, partial=partial_rope
+        ),
+        base_class=f"{stem}Model",
+        head_class=f"{stem}ForCausalLM",
+        **extra,
+    )
+
+
+def causal_lm(
+    fields: Fields,
+    *,
+    layers: tuple[Layer, ...],
+    final_norm: Norm,
+    positions: RoPE | LearnedPositions,
+    names: tuple[tuple[str, str], ...] = LLAMA_NAMES,
+    base_class: str,
+    head_class: str,
+    **extra: Any,
+) -> Model:
+    """The Model around the blocks. The head is `architectures[0]`; absent: the causal LM."""
+    architectures = fields.config.get("architectures") or [head_class]
+    head = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    if head not in (head_class, base_class):
+        raise ConfigError(
+            f"architectures[0]={shown(head)} is not read yet: one of {head_class}, {base_class}"
+        )
+    lm_head = head == head_class
+    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
+    if dtype is None:
+        dtype = "float32"  # what PreTrainedModel loads in when the config names none
+        extra_defaults: tuple[str, ...] = ("dtype=float32",)
+    else:
+        extra_defaults = ()
+    name = fields.config.get("_name_or_path") or fields.model_type
+    return Model(
+        name=name if isinstance(name, str) else fields.model_type,
+        model_type=fields.model_type,
+        hidden_size=fields.size("hidden_size"),
+        vocab_size=fields.size("vocab_size"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
+        layers=layers,
+        final_norm=final_norm,
+        positions=positions,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        dtype=from_torch_name(dtype, field="dtype"),
+        lm_head=lm_head,
+        parameter_names=names if lm_head else _without_base(names),
+        quantization=_quantization(fields.config.get("quantization_config")),
+        defaults=(*fields.defaults, *extra_defaults),
+        config_json=_as_json(fields.config),
+        **extra,
+    )
+
+
+def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Names of the bare model: those of the causal LM less the name of the base module."""
+    return tuple(
+        (ours, theirs.removeprefix("model.").removeprefix("transformer.")) for ours, theirs in names
+    )
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(config), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config is not plain JSON: {error}") from None
+
+
+def _quantization(config: Any) -> str | None:
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if not isinstance(method, str):
+        raise ConfigError(
+            f"quantization_config={shown(config)} is not allowed: an object with quant_method"
+        )
+    return method

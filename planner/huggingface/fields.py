@@ -1,0 +1,121 @@
+"""Typed reading of a config.json: aliases, class defaults and one-line refusals in one place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
+
+
+@cache
+def class_defaults() -> dict[str, Any]:
+    """What the config classes of transformers take for absent fields (defaults.json)."""
+    text = files("planner.huggingface").joinpath("defaults.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+class Fields:
+    """A config.json seen through its class: `fields.size("hidden_size")`.
+
+    A field is looked up under its own name and its alias, then in the class defaults; a default that
+    was taken is remembered in `defaults`. A field that is present but null is None, not absent.
+    """
+
+    def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
+        self.config = config
+        self.model_type = model_type
+        self._class = class_defaults()["model_types"][model_type]
+        self._defaults_taken: set[str] = set()
+
+    @property
+    def defaults(self) -> tuple[str, ...]:
+        """`field=value` for every default taken so far, sorted."""
+        return tuple(sorted(self._defaults_taken))
+
+    def raw(self, name: str) -> Any:
+        """The value of a field, or its class default, or None where the class has no such field."""
+        for spelling in self._spellings(name):
+            if spelling in self.config:
+                return self.config[spelling]
+        for spelling in self._spellings(name):
+            if spelling in self._class["fields"]:
+                default = self._class["fields"][spelling]
+                if default is not None:
+                    self._defaults_taken.add(f"{name}={default}")
+                return default
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether the config itself has the field."""
+        return any(spelling in self.config for spelling in self._spellings(name))
+
+    def size(self, name: str, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        """A required size."""
+        value = self.raw(name)
+        if value is None:
+            raise ConfigError(f"{name} is missing from the config: a whole number ≥ {minimum}")
+        return check_size(name, value, minimum=minimum, maximum=maximum)
+
+    def optional_size(self, name: str, *, minimum: int = 1) -> int | None:
+        """A size, or None where the field is null or absent without a default."""
+        value = self.raw(name)
+        return None if value is None else check_size(name, value, minimum=minimum)
+
+    def number(self, name: str) -> float:
+        """A required finite number above zero."""
+        value = self.optional_number(name)
+        if value is None:
+            raise ConfigError(f"{name} is missing from the config: a number above 0")
+        return value
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number above zero, or None."""
+        value = self.raw(name)
+        return None if value is None else check_positive(name, value)
+
+    def flag(self, name: str) -> bool:
+        """A boolean; null counts as false."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{name}={shown(value)} is not allowed: true or false")
+        return bool(value)
+
+    def choice(self, name: str, allowed: Iterable[str]) -> str:
+        """One of the allowed words."""
+        return check_choice(name, self.raw(name), allowed)
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """The rotary parameters in today's form, also from `rope_scaling` and `rope_theta`."""
+        value = self.raw("rope_scaling") or self.raw("rope_parameters") or {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"rope_parameters={shown(value)} is not allowed: an object or null")
+        parameters = dict(value)
+        rope_type = parameters.pop("type", None)
+        parameters.setdefault("rope_type", rope_type or "default")
+        if parameters.get("rope_theta") is None:
+            theta = self.raw("rope_theta")
+            if theta is None:
+                theta = self._class["rope_theta"]
+                self._defaults_taken.add(f"rope_theta={theta}")
+            parameters["rope_theta"] = theta
+        return parameters
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        aliases: dict[str, str] = self._class["aliases"]
+        others = [theirs for ours, theirs in aliases.items() if ours == name]
+        others += [ours for ours, theirs in aliases.items() if theirs == name]
+        return (name, *others)
+
+
+def check_positive(field: str, value: Any) -> float:
+    """A finite number above zero; ConfigError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{field}={shown(value)} is not allowed: a number above 0")
+    if not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{field}={shown(value)} is not allowed: a number above 0")
+    return float(value)

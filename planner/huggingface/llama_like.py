@@ -1,0 +1,155 @@
+"""Readers of the llama family: llama, mistral, qwen2, phi3, gemma2, mixtral.
+
+Each follows its configuration and modelling file in transformers 5.23 (`models/<type>/`).
+"""
+
+from __future__ import annotations
+
+from planner.errors import ConfigError
+from planner.huggingface.blocks import activation, gqa_decoder, heads, layer_count, layer_windows
+from planner.huggingface.fields import Fields
+from planner.layers import GQA, Dense, MoE
+from planner.model import Model
+
+
+def read_llama(fields: Fields) -> Model:
+    """Llama: biases by flag; a stray `sliding_window` does clip the cache."""
+    H, G, D = heads(fields, divisible_hidden=True)
+    bias = fields.flag("attention_bias")
+    return gqa_decoder(
+        fields,
+        stem="Llama",
+        attention=GQA(
+            num_attention_heads=H,
+            num_key_value_heads=G,
+            head_dim=D,
+            scaling=D**-0.5,
+            qkv_bias=bias,
+            o_bias=bias,
+        ),
+        windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
+        feed_forward=_gated(fields, bias=fields.flag("mlp_bias")),
+    )
+
+
+def read_mistral(fields: Fields) -> Model:
+    """Mistral: a window on every layer unless null (absent: 4 096); any head_dim."""
+    H, G, D = heads(fields)
+    return gqa_decoder(
+        fields,
+        stem="Mistral",
+        attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
+        windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
+        feed_forward=_gated(fields),
+    )
+
+
+def read_qwen2(fields: Fields) -> Model:
+    """Qwen2: q, k and v have a bias; the window counts only with `use_sliding_window`.
+
+    When it is on, layers from `max_window_layers` on slide.
+    """
+    H, G, D = heads(fields)
+    on = fields.flag("use_sliding_window")
+    window = fields.optional_size("sliding_window") if on else None
+    windows = layer_windows(fields, window=window)
+    if fields.raw("layer_types") is None:
+        first = fields.size("max_window_layers", minimum=0) if on else 0
+        windows = [None] * min(first, len(windows)) + windows[first:]
+    return gqa_decoder(
+        fields,
+        stem="Qwen2",
+        attention=GQA(
+            num_attention_heads=H,
+            num_key_value_heads=G,
+            head_dim=D,
+            scaling=D**-0.5,
+            qkv_bias=True,
+        ),
+        windows=windows,
+        feed_forward=_gated(fields),
+    )
+
+
+def read_phi3(fields: Fields) -> Model:
+    """Phi-3: one matrix for q, k, v and one for gate and up; a window unless null or absent."""
+    H, G, D = heads(fields)
+    return gqa_decoder(
+        fields,
+        stem="Phi3",
+        attention=GQA(
+            num_attention_heads=H,
+            num_key_value_heads=G,
+            head_dim=D,
+            scaling=D**-0.5,
+            fused_qkv=True,
+        ),
+        windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
+        feed_forward=_gated(fields, fused=True),
+        rope_types=("default", "longrope", "su", "yarn"),
+        partial_rope=True,
+    )
+
+
+def read_gemma2(fields: Fields) -> Model:
+    """Gemma-2: norms on both sides, scaled embedding, soft caps, every other layer slides."""
+    H, G, D = heads(fields, divisible_hidden=True)
+    if fields.flag("use_bidirectional_attention"):
+        raise ConfigError("use_bidirectional_attention=True is not read yet: false")
+    bias = fields.flag("attention_bias")
+    window = fields.optional_size("sliding_window")
+    windows = layer_windows(fields, window=window)
+    if fields.raw("layer_types") is None:
+        windows = [None if i % 2 else window for i in range(layer_count(fields))]
+    return gqa_decoder(
+        fields,
+        stem="Gemma2",
+        attention=GQA(
+            num_attention_heads=H,
+            num_key_value_heads=G,
+            head_dim=D,
+            scaling=fields.size("query_pre_attn_scalar") ** -0.5,
+            logit_softcap=fields.optional_number("attn_logit_softcapping"),
+            qkv_bias=bias,
+            o_bias=bias,
+        ),
+        windows=windows,
+        feed_forward=_gated(fields, activation_field="hidden_activation"),
+        gemma=True,
+        embedding_scale=fields.size("hidden_size") ** 0.5,
+        final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
+    )
+
+
+def read_mixtral(fields: Fields) -> Model:
+    """Mixtral: every layer a mixture, experts `intermediate_size` wide, no window by default."""
+    H, G, D = heads(fields)
+    return gqa_decoder(
+        fields,
+        stem="Mixtral",
+        attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
+        windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
+        feed_forward=MoE(
+            num_experts=fields.size("num_local_experts"),
+            num_experts_per_tok=fields.size("num_experts_per_tok"),
+            moe_intermediate_size=fields.size("intermediate_size"),
+            activation=activation(fields),
+            router="softmax",
+        ),
+    )
+
+
+def _gated(
+    fields: Fields,
+    *,
+    activation_field: str = "hidden_act",
+    bias: bool = False,
+    fused: bool = False,
+) -> Dense:
+    return Dense(
+        intermediate_size=fields.size("intermediate_size"),
+        activation=activation(fields, activation_field),
+        gated=True,
+        bias=bias,
+        fused_gate_up=fused,
+    )

@@ -1,0 +1,167 @@
+"""The parts a model is described with. A variant is a type; a field has its config.json name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.errors import ConfigError, check_size
+
+Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450); `plus_one` scales by 1 + weight."""
+
+    kind: Literal["rmsnorm", "layernorm"]
+    eps: float
+    bias: bool = False
+    plus_one: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GQA:
+    """Grouped-query attention (arXiv:2305.13245). MHA: kv heads == heads. MQA: kv heads == 1.
+
+    `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query sees
+    its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv` says
+    that one matrix holds the three projections.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scaling: float
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused_qkv: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("num_attention_heads", self.num_attention_heads)
+        check_size("num_key_value_heads", self.num_key_value_heads)
+        check_size("head_dim", self.head_dim)
+        if self.sliding_window is not None:
+            check_size("sliding_window", self.sliding_window)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one shared latent per token.
+
+    `q_lora_rank=None` projects the query directly. `bias` is on the down-projections and on o_proj.
+    """
+
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int  # d_c
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int  # d_h^R
+    v_head_dim: int
+    scaling: float
+    bias: bool = False
+    rope_interleave: bool = True
+
+    def __post_init__(self) -> None:
+        for field in (
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        ):
+            check_size(field, getattr(self, field))
+        if self.q_lora_rank is not None:
+            check_size("q_lora_rank", self.q_lora_rank)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: the part without and the part with positions."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dense:
+    """A feed-forward: down(act(up(x))), or gated (arXiv:2002.05202) down(act(gate(x)) · up(x))."""
+
+    intermediate_size: int
+    activation: Activation
+    gated: bool
+    bias: bool = False
+    fused_gate_up: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("intermediate_size", self.intermediate_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoE:
+    """A mixture of gated experts: each token goes to `num_experts_per_tok` of `num_experts`.
+
+    Router "softmax" (mixtral): top-k of the softmax, renormalised. Router "sigmoid-groups"
+    (DeepSeek-V3, arXiv:2412.19437): sigmoid scores plus a correction bias, top `topk_group` of
+    `n_group` groups first. `shared` runs for every token.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    activation: Activation
+    router: Literal["softmax", "sigmoid-groups"]
+    shared: Dense | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "moe_intermediate_size", "n_group", "topk_group"):
+            check_size(field, getattr(self, field))
+        check_size("num_experts_per_tok", self.num_experts_per_tok)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts % self.n_group:
+            raise ConfigError(
+                f"num_experts={self.num_experts} is not a multiple of n_group={self.n_group}"
+            )
+        if self.topk_group > self.n_group:
+            raise ConfigError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One block. Norms stand before attention and feed-forward, or (`sandwich`) also after each."""
+
+    attention: GQA | MLA
+    feed_forward: Dense | MoE
+    norm: Norm
+    placement: Literal["pre", "sandwich"] = "pre"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoPE:
+    """Rotary positions (arXiv:2104.09864) over the first `rotary_dim` dimensions of a head.
+
+    `scaling` holds the remaining `rope_parameters` of config.json, sorted; empty: unscaled.
+    """
+
+    rope_theta: float
+    rotary_dim: int
+    rope_type: str = "default"
+    scaling: tuple[tuple[str, float | int | tuple[float, ...] | str | bool | None], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedPositions:
+    """A table with one row for each of `max_position_embeddings` positions."""
