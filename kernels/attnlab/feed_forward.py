@@ -1,0 +1,61 @@
+"""Feed-forward: down(act(up(x))), or gated (arXiv:2002.05202) down(act(gate(x)) · up(x))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
+
+from attnlab.linear import Linear
+from planner.errors import ConfigError
+from planner.layers import Dense, MoE
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GPT-2's GELU, op by op as in transformers: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+    return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+    "relu": relu,
+}
+
+
+class FeedForward(nn.Module):
+    """One dense feed-forward. Raises ConfigError for a mixture of experts."""
+
+    def __init__(self, dense: Dense | MoE, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        if not isinstance(dense, Dense):
+            raise ConfigError(f"feed_forward={type(dense).__name__} does not run in attnlab: Dense")
+        self.act = ACTIVATIONS[dense.activation]
+        self.gated, self.fused = dense.gated, dense.fused_gate_up
+        h, i = hidden_size, dense.intermediate_size
+        linear = partial(Linear, bias=dense.bias, dtype=dtype)
+        if self.fused:
+            self.gate_up_proj = linear(h, 2 * i)
+        else:
+            if self.gated:
+                self.gate_proj = linear(h, i)
+            self.up_proj = linear(h, i)
+        self.down_proj = linear(i, h)
+
+    def forward(self, x_BTh: Tensor) -> Tensor:
+        """[B, T, h] → [B, T, h]."""
+        if self.fused:
+            gate, up = self.gate_up_proj(x_BTh).chunk(2, dim=-1)
+            inner = self.act(gate) * up
+            del gate, up
+            return self.down_proj(inner)
+        if self.gated:
+            return self.down_proj(self.act(self.gate_proj(x_BTh)) * self.up_proj(x_BTh))
+        return self.down_proj(self.act(self.up_proj(x_BTh)))

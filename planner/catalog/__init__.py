@@ -1,0 +1,1 @@
+"""What the planner knows by name: devices and models, as data with sources."""

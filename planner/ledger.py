@@ -1,0 +1,39 @@
+"""The ledger behind an estimate: every number a row, with its formula and the numbers put in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Component = Literal["weights", "kv_cache", "activations", "overhead"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """`size_bytes` is `count` times `formula` with `values` put in for its symbols.
+
+    A formula is written with ·, + and min(); a measured constant has its source as `note`.
+    """
+
+    component: Component
+    item: str
+    count: int
+    formula: str
+    values: tuple[tuple[str, int], ...]
+    size_bytes: int
+    note: str = ""
+
+    @property
+    def substituted(self) -> str:
+        """The formula with its symbols replaced by their numbers."""
+        numbers = dict(self.values)
+        return re.sub(
+            r"[A-Za-z_]\w*", lambda m: str(numbers.get(m.group(), m.group())), self.formula
+        )
+
+
+def total_bytes(rows: Sequence[Row], component: Component | None = None) -> int:
+    """Sum of all rows, or of one component's."""
+    return sum(r.size_bytes for r in rows if component in (None, r.component))

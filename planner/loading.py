@@ -1,0 +1,72 @@
+"""A Model from what people have: a catalogue name, a config.json, a model folder, a dict."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from planner.errors import ConfigError, shown
+from planner.huggingface import read_config
+from planner.model import Model
+
+MAX_CONFIG_BYTES = 8 * 2**20
+
+
+@cache
+def catalogue() -> dict[str, Path]:
+    """The named models and the config each is read from."""
+    folder = Path(str(files("planner.catalog").joinpath("models")))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_model(source: str | Path | Mapping[str, Any]) -> Model:
+    """A Model from a catalogue name, the path of a config.json or of its folder, or a dict.
+
+    Raises ConfigError where nothing of that name exists, the file is no JSON object, or its content
+    is not a model that this planner reads.
+    """
+    if isinstance(source, Mapping):
+        return read_config(source)
+    if isinstance(source, str) and source in catalogue():
+        return replace(_from_file(catalogue()[source]), name=source)
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"model={shown(source)} is not allowed: a name, a path or a dict")
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        near = difflib.get_close_matches(str(source), catalogue(), n=3, cutoff=0.4)
+        known = ", ".join(near or catalogue())
+        raise ConfigError(
+            f"model={shown(str(source))} is neither a file nor in the catalogue: {known}"
+        )
+    name = path.parent.name if path.name == "config.json" else path.stem
+    model = _from_file(path)
+    return replace(model, name=name or model.name)
+
+
+def read_json(text: str | bytes, *, origin: str) -> dict[str, Any]:
+    """The JSON object in `text`; ConfigError that names `origin` for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin} is not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{origin} holds {shown(content)}: a JSON object is needed")
+    return content
+
+
+def _from_file(path: Path) -> Model:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: not a config.json")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return read_config(read_json(text, origin=str(path)))

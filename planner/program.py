@@ -1,0 +1,222 @@
+"""One pass of a model as a list of ops: what each computes, moves, allocates and frees.
+
+From this one list come both the activation peak (`activations.py`: liveness) and the time
+(`roofline.py`). A program is built once for a (model, runtime, attention, dtypes); its sizes are
+products of numbers and symbols of `Dims`, evaluated on Python ints (exact) or on float64 arrays
+(exact below 2⁵³), so that a grid of batches and contexts is one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Number: TypeAlias = Any
+"""A Python int, or a float64 array of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dims:
+    """Batch, tokens of this pass, and tokens of context after it (cached ones included).
+
+    `capacity` is what a preallocated cache has room for; None: exactly the context.
+    """
+
+    batch: Number
+    tokens: Number
+    context: Number
+    capacity: Number | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A size that depends on Dims. Two symbols of one name are the same size."""
+
+    name: str
+    of: Callable[[Dims], Number]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Symbol) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+Extent: TypeAlias = int | Symbol
+Shape: TypeAlias = tuple[Extent, ...]
+
+B = Symbol("B", lambda d: d.batch)
+T = Symbol("T", lambda d: d.tokens)
+S = Symbol("S", lambda d: d.context)
+C = Symbol("C", lambda d: d.context if d.capacity is None else d.capacity)
+SEVERAL_BATCHES = Symbol("[B>1]", lambda d: (d.batch > 1) * 1)
+SEVERAL_TOKENS = Symbol("[T>1]", lambda d: (d.tokens > 1) * 1)
+FOLDED = Symbol("[B>1,T>1]", lambda d: (d.batch > 1) * 1 * (d.tokens > 1))
+"""1 where [B, T, H, D] seen as [B, H, T, D] cannot be folded to [B·H, T, D] without a copy."""
+
+
+def minimum(a: Number, b: Number) -> Number:
+    """min() that keeps Python ints exact and takes arrays too."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.minimum(a, b)
+    return min(a, b)
+
+
+def maximum(a: Number, b: Number) -> Number:
+    """max() that keeps Python ints exact and takes arrays too."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.maximum(a, b)
+    return max(a, b)
+
+
+def visible_pairs(window: int | None) -> Symbol:
+    """Query–key pairs that a causal (windowed) mask lets through, for one head of one sequence.
+
+    Query i of T stands at position S − T + i and sees min(position + 1, W) keys.
+    """
+    if window is None:
+        return Symbol("pairs", lambda d: d.tokens * (d.context - d.tokens) + _triangle(d.tokens))
+    W = window
+
+    def pairs(d: Dims) -> Number:
+        past = d.context - d.tokens
+        rising = minimum(maximum(W - past, 0), d.tokens)  # queries that still see all before them
+        return rising * past + _triangle(rising) + (d.tokens - rising) * W
+
+    return Symbol(f"pairs_{W}", pairs)
+
+
+def _triangle(n: Number) -> Number:
+    return n * (n + 1) // 2
+
+
+def evaluate(shape: Shape, dims: Dims) -> Number:
+    """The product of a shape's extents: elements, bytes or FLOPs, whatever the shape counts."""
+    product: Number = 1
+    for extent in shape:
+        product = product * (extent if isinstance(extent, int) else extent.of(dims))
+    return product
+
+
+def show(shape: Shape) -> str:
+    """A shape as text: B·T·4096."""
+    return "·".join(str(e) if isinstance(e, int) else e.name for e in shape) or "1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Buffer:
+    """A storage that the pass allocates: what it is called, its elements, bytes of one."""
+
+    name: str
+    shape: Shape
+    itemsize: int
+    cache: bool = False
+
+    def nbytes(self, dims: Dims) -> Number:
+        """Bytes of the storage."""
+        return self.itemsize * evaluate(self.shape, dims)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Op:
+    """One operation. It allocates first, computes, then frees; products of shapes are its sizes."""
+
+    name: str
+    allocates: tuple[Buffer, ...] = ()
+    frees: tuple[Buffer, ...] = ()
+    flops: Shape | None = None
+    reads: tuple[Buffer, ...] = ()
+    weight_bytes: int = 0
+    moved: tuple[Shape, ...] = ()  # bytes moved beyond whole buffers, such as rows of a table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Ops that run `count` times in a row, once for each of as many equal layers."""
+
+    label: str
+    ops: tuple[Op, ...]
+    count: int = 1
+    first_layer: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """The segments of one pass in order, and the buffers that live on after it."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+
+class Tape:
+    """Writes a program down as a forward pass is walked through, line by line."""
+
+    def __init__(self) -> None:
+        self._segments: list[Segment] = []
+        self._ops: list[Op] = []
+
+    def new(
+        self,
+        op: str,
+        shape: Shape,
+        itemsize: int,
+        *,
+        flops: Shape | None = None,
+        reads: tuple[Buffer, ...] = (),
+        weight_bytes: int = 0,
+        moved: tuple[Shape, ...] = (),
+        scratch: tuple[tuple[Shape, int], ...] = (),
+        cache: bool = False,
+        into: Buffer | None = None,
+    ) -> Buffer:
+        """An op with one output; `scratch` are further outputs that are dropped at once.
+
+        `into` gives the output an identity that another segment also allocates or frees.
+        """
+        out = into or Buffer(name=op, shape=shape, itemsize=itemsize, cache=cache)
+        extra = tuple(Buffer(name=f"{op} (scratch)", shape=s, itemsize=i) for s, i in scratch)
+        self._ops.append(
+            Op(
+                name=op,
+                allocates=(out, *extra),
+                frees=extra,
+                flops=flops,
+                reads=reads,
+                weight_bytes=weight_bytes,
+                moved=moved,
+            )
+        )
+        return out
+
+    def free(self, *buffers: Buffer | None) -> None:
+        """The last references to these go; None is passed over."""
+        gone = tuple(b for b in buffers if b is not None)
+        if gone:
+            self._ops.append(Op(name="free", frees=gone))
+
+    @contextmanager
+    def segment(
+        self, label: str, *, count: int = 1, first_layer: int | None = None
+    ) -> Iterator[None]:
+        """What is written inside becomes one segment."""
+        assert not self._ops, "segments do not nest"
+        yield
+        ops, self._ops = tuple(self._ops), []
+        self._segments.append(Segment(label=label, ops=ops, count=count, first_layer=first_layer))
+
+    def again(self, label: str, *, count: int, first_layer: int) -> bool:
+        """Repeat the segment that carries this label; False if there is none yet."""
+        for segment in self._segments:
+            if segment.label == label:
+                self._segments.append(replace(segment, count=count, first_layer=first_layer))
+                return True
+        return False
+
+    def program(self, name: str) -> Program:
+        """What was written so far."""
+        assert not self._ops, "ops outside a segment"
+        return Program(name=name, segments=tuple(self._segments))

@@ -1,0 +1,16 @@
+"""What each runtime really holds. A number without its runtime is not an answer."""
+
+from __future__ import annotations
+
+from planner.errors import check_choice
+from planner.runtimes.attnlab import Attnlab
+from planner.runtimes.base import Runtime
+from planner.runtimes.transformers import Transformers
+from planner.runtimes.vllm import Vllm
+
+RUNTIMES: dict[str, Runtime] = {r.name: r for r in (Transformers(), Attnlab(), Vllm())}
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of this name; ConfigError for another."""
+    return RUNTIMES[check_choice("runtime", name, RUNTIMES)]

@@ -1,0 +1,111 @@
+"""The `attnlab` runtime: our own transformer, whose cache is allocated once at full length."""
+
+from __future__ import annotations
+
+from planner.errors import ConfigError
+from planner.kv_cache import Kept, layer_rows
+from planner.layers import GQA, Dense, Layer, RoPE
+from planner.ledger import Row
+from planner.model import Model
+from planner.program import Dims, Program
+from planner.runtimes.attnlab_program import Pass, forward_program
+from planner.runtimes.base import (
+    Phase,
+    Setting,
+    check_cache_kind,
+    choose_attention,
+    static_capacity,
+)
+from planner.workload import CacheSpec, Inference
+
+
+class Attnlab:
+    """kernels/attnlab of this version of the project."""
+
+    name = "attnlab"
+    version = "0.1.0"
+
+    def attention(self, model: Model, name: str | None) -> str:
+        """sdpa, or naive for models with a soft cap on the scores."""
+        for layer in model.layer_kinds():
+            if not isinstance(layer.attention, GQA) or not isinstance(layer.feed_forward, Dense):
+                what = "MLA" if not isinstance(layer.attention, GQA) else "mixtures of experts"
+                raise ConfigError(
+                    f"runtime=attnlab does not run {what} of {model.model_type} yet: "
+                    "transformers or vllm"
+                )
+        capped = any(
+            isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
+            for x in model.layer_kinds()
+        )
+        return choose_attention(self.name, model, name, ("naive",) if capped else ("sdpa", "naive"))
+
+    def cache_rows(
+        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+    ) -> list[Row]:
+        """One tensor a layer, full length for sliding layers too: their window is a mask."""
+        self.attention(model, None)
+        check_cache_kind(self.name, cache, ("static",))
+        C = static_capacity(cache, context_tokens)
+
+        def kept(layer: Layer) -> Kept:
+            return C, "C", (("C", C),)
+
+        return layer_rows(model, batch=batch, dtype=dtype, kept=kept)
+
+    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+        """One float32 table of rotary frequencies."""
+        if not isinstance(model.positions, RoPE):
+            return []
+        D = model.positions.rotary_dim
+        return [
+            Row(
+                component="weights",
+                item="rotary frequencies (buffer)",
+                count=1,
+                formula="d_rot · 2",
+                values=(("d_rot", D),),
+                size_bytes=2 * D,
+            )
+        ]
+
+    def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """Prefill and the last decode step, both over the cache of the whole generation."""
+        B, prompt, context = work.batch, work.prompt_tokens, work.context_tokens
+        phases = [
+            Phase(
+                name="prefill",
+                program=self.prefill(model, work, setting),
+                dims=Dims(batch=B, tokens=prompt, context=prompt, capacity=context),
+            )
+        ]
+        if work.output_tokens > 1:
+            phases.append(
+                Phase(
+                    name="last decode step",
+                    program=self.decode(model, work, setting),
+                    dims=Dims(batch=B, tokens=1, context=context, capacity=context),
+                )
+            )
+        return phases
+
+    def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """The whole prompt in one forward."""
+        return _program(model, work, setting, "prefill")
+
+    def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """One token for every sequence."""
+        return _program(model, work, setting, "decode")
+
+
+def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:
+    return forward_program(
+        model,
+        Pass(
+            kind=kind,  # type: ignore[arg-type]
+            attention=setting.attention,  # type: ignore[arg-type]
+            dtype=setting.dtype,
+            kv_dtype=setting.kv_dtype,
+            logits=work.logits,
+        ),
+    )

@@ -1,0 +1,95 @@
+"""What the estimate asks of a runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from planner.errors import ConfigError, check_choice
+from planner.ledger import Row
+from planner.model import Model
+from planner.program import Dims, Program
+from planner.workload import CacheSpec, Inference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A deployment with its defaults filled in: what decides which program runs."""
+
+    attention: str
+    dtype: str
+    kv_dtype: str
+    device: str  # "cpu" | "cuda"
+    max_batched_tokens: int
+    max_sequences: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One pass of a workload: its program and its sizes."""
+
+    name: str
+    program: Program
+    dims: Dims
+
+
+class Runtime(Protocol):
+    """The rules of one runtime."""
+
+    @property
+    def name(self) -> str:
+        """How a Deployment names it."""
+
+    @property
+    def version(self) -> str:
+        """The version whose source says so."""
+
+    def attention(self, model: Model, name: str | None) -> str:
+        """The backend: `name` if this model can run it, else ConfigError; None: the default."""
+
+    def cache_rows(
+        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+    ) -> list[Row]:
+        """The cache after `context_tokens` tokens of each of `batch` sequences."""
+
+    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+        """Tensors of the module that are not parameters."""
+
+    def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """The passes among which the peak lies."""
+
+    def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """The pass that yields the first token."""
+
+    def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """One step of the steady state."""
+
+
+def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...]) -> str:
+    """The kind of cache, the first of `kinds` where none is given."""
+    if cache is None:
+        return kinds[0]
+    if cache.kind not in kinds:
+        raise ConfigError(
+            f"cache.kind={cache.kind!r} is not what runtime={runtime} has: one of {', '.join(kinds)}"
+        )
+    return cache.kind
+
+
+def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:
+    """Tokens that a static cache is allocated for; ConfigError if the context does not fit."""
+    capacity = context_tokens
+    if cache is not None and cache.capacity_tokens is not None:
+        capacity = cache.capacity_tokens
+    if capacity < context_tokens:
+        raise ConfigError(
+            f"cache.capacity_tokens={capacity} is less than the context of {context_tokens} tokens"
+        )
+    return capacity
+
+
+def choose_attention(runtime: str, model: Model, name: str | None, allowed: tuple[str, ...]) -> str:
+    """`name` if allowed, the first allowed one for None; ConfigError otherwise."""
+    if name is None:
+        return allowed[0]
+    return check_choice(f"attention of {model.model_type} in {runtime}", name, allowed)

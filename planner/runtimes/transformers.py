@@ -1,0 +1,147 @@
+"""The `transformers` runtime, version 5.23: what a plain forward or `generate` holds.
+
+Cache rules: cache_utils.py. A DynamicCache grows by `cat`; a sliding layer keeps W − 1 tokens. A
+StaticCache is allocated once, sliding layers for at most W tokens.
+"""
+
+from __future__ import annotations
+
+from planner.dtypes import element_bytes
+from planner.kv_cache import Kept, layer_rows
+from planner.layers import GQA, Layer, MoE, RoPE
+from planner.ledger import Row
+from planner.model import Model
+from planner.program import Dims, Program
+from planner.runtimes.base import (
+    Phase,
+    Setting,
+    check_cache_kind,
+    choose_attention,
+    static_capacity,
+)
+from planner.runtimes.transformers_program import Pass, forward_program
+from planner.workload import CacheSpec, Inference
+
+
+class Transformers:
+    """transformers with torch, one process, no compilation."""
+
+    name = "transformers"
+    version = "5.23.0"
+
+    def attention(self, model: Model, name: str | None) -> str:
+        """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses."""
+        capped = any(
+            isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
+            for x in model.layer_kinds()
+        )
+        # Gemma2PreTrainedModel does not support sdpa, soft cap or not
+        eager_only = capped or model.model_type == "gemma2"
+        return choose_attention(
+            self.name, model, name, ("eager",) if eager_only else ("sdpa", "eager")
+        )
+
+    def cache_rows(
+        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+    ) -> list[Row]:
+        """numel · itemsize of the cache's tensors after a prefill of `context_tokens`."""
+        kind = check_cache_kind(self.name, cache, ("dynamic", "static"))
+        S = context_tokens
+        if kind == "static":
+            S = static_capacity(cache, context_tokens)
+
+        def kept(layer: Layer) -> Kept:
+            window = layer.attention.sliding_window if isinstance(layer.attention, GQA) else None
+            if kind == "static" and window is not None:
+                return min(S, window), "min(S, W)", (("S", S), ("W", window))
+            if window is not None and window > 1:
+                return min(S, window - 1), "min(S, W − 1)", (("S", S), ("W", window))
+            return S, "S", (("S", S),)
+
+        return layer_rows(model, batch=batch, dtype=dtype, kept=kept)
+
+    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+        """Two float32 frequency tables, gemma-2's embedding scale, the routers' correction bias.
+
+        In the dtype that `from_config(dtype=…)` gives them.
+        """
+        b = element_bytes(dtype)
+        rows = []
+        if isinstance(model.positions, RoPE):
+            D = model.positions.rotary_dim
+            rows.append(_buffer("rotary frequencies", 2, "d_rot · 2", (("d_rot", D),), 2 * 2 * D))
+        if model.embedding_scale is not None:
+            rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
+        for layer, count in model.layer_kinds().items():
+            match layer.feed_forward:
+                case MoE(router="sigmoid-groups", num_experts=E):
+                    values = (("E", E), ("b", b))
+                    rows.append(_buffer("router bias", count, "E · b", values, count * E * b))
+        return rows
+
+    def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """Prefill, the first decode step (sliding layers still whole), the last decode step."""
+        B, prompt = work.batch, work.prompt_tokens
+        phases = [
+            Phase(
+                name="prefill",
+                program=self.prefill(model, work, setting),
+                dims=Dims(batch=B, tokens=prompt, context=prompt),
+            )
+        ]
+        if work.output_tokens > 1:
+            first = _program(model, work, setting, kind="decode", held_whole=True)
+            phases.append(
+                Phase(
+                    name="first decode step",
+                    program=first,
+                    dims=Dims(batch=B, tokens=1, context=prompt + 1),
+                )
+            )
+        if work.output_tokens > 2:
+            phases.append(
+                Phase(
+                    name="last decode step",
+                    program=self.decode(model, work, setting),
+                    dims=Dims(batch=B, tokens=1, context=work.context_tokens),
+                )
+            )
+        return phases
+
+    def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """The whole prompt in one forward."""
+        return _program(model, work, setting, kind="prefill")
+
+    def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """One token for every sequence over a DynamicCache."""
+        return _program(model, work, setting, kind="decode")
+
+
+def _program(
+    model: Model, work: Inference, setting: Setting, *, kind: str, held_whole: bool = False
+) -> Program:
+    return forward_program(
+        model,
+        Pass(
+            kind=kind,  # type: ignore[arg-type]
+            attention=setting.attention,  # type: ignore[arg-type]
+            dtype=setting.dtype,
+            kv_dtype=setting.kv_dtype,
+            logits=work.logits,
+            held_whole=held_whole,
+            equal_widths_only=setting.device == "cpu",
+        ),
+    )
+
+
+def _buffer(
+    item: str, count: int, formula: str, values: tuple[tuple[str, int], ...], size: int
+) -> Row:
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=values,
+        size_bytes=size,
+    )

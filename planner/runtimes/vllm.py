@@ -1,0 +1,269 @@
+"""The `vllm` runtime, version 0.19: a pool of KV blocks out of what everything else leaves.
+
+Blocks (v1/core/single_type_kv_cache_manager.py): a full or latent layer holds ⌈S / block⌉; a sliding
+one drops the blocks that lie wholly before its window, ⌊max(0, S − W) / block⌋ of them after the
+step that makes S tokens. Groups (v1/core/kv_cache_utils.py): layers of different kinds share one
+pool of block ids, so the kinds are cut into groups of g layers; a group that is short of layers is
+charged in full. Pool (v1/worker/gpu_worker.py): utilisation × memory − weights − profile-run peak −
+what is not torch's.
+"""
+
+from __future__ import annotations
+
+from planner.dtypes import element_bytes
+from planner.kv_cache import attention_cache_elements, layer_kind
+from planner.layers import GQA, MLA, Dense, Layer, MoE, RoPE
+from planner.ledger import Row
+from planner.model import Model
+from planner.program import (
+    B,
+    Buffer,
+    Dims,
+    Extent,
+    Program,
+    S,
+    Shape,
+    Symbol,
+    T,
+    minimum,
+    visible_pairs,
+)
+from planner.runtimes.base import Phase, Setting, check_cache_kind, choose_attention
+from planner.runtimes.writer import FLOAT32, Writer, layer_label
+from planner.workload import CacheSpec, Inference
+
+DEFAULT_BLOCK_TOKENS = 16
+
+NON_TORCH_BYTES = int(0.35 * 2**30)
+"""Growth outside torch while profiling: the middle of 0.24–0.46 GiB in vLLM 0.19's start-up logs on
+one H100 (42 published single-GPU runs)."""
+
+
+class Vllm:
+    """vLLM's V1 engine on one GPU."""
+
+    name = "vllm"
+    version = "0.19"
+
+    def attention(self, model: Model, name: str | None) -> str:
+        """Its own fused kernels; which one it picks does not change what it holds."""
+        return choose_attention(self.name, model, name, ("flash",))
+
+    def cache_rows(
+        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+    ) -> list[Row]:
+        """Blocks that `batch` requests hold, each after the step that made `context_tokens`."""
+        check_cache_kind(self.name, cache, ("paged",))
+        block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
+        b = element_bytes(dtype)
+        kinds = _kinds(model)
+        size = group_size([count for _, count in kinds])
+        rows = []
+        for layer, count in kinds:
+            groups = -(-count // size)
+            held = held_blocks(layer, context_tokens, block)
+            page = attention_cache_elements(layer.attention, tokens=block) * b
+            rows.append(
+                Row(
+                    component="kv_cache",
+                    item=f"{layer_kind(layer)}, blocks of {block}",
+                    count=groups,
+                    formula="B · g · blocks · page",
+                    values=(("B", batch), ("g", size), ("blocks", held), ("page", page)),
+                    size_bytes=groups * batch * size * held * page,
+                    note=f"{groups} group(s) of {size} layers for {count}; vLLM {self.version}",
+                )
+            )
+        return rows
+
+    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+        """vLLM's rotary table: cos and sin of every position, in the model's dtype."""
+        if not isinstance(model.positions, RoPE):
+            return []
+        rows, D, b = model.max_position_embeddings, model.positions.rotary_dim, element_bytes(dtype)
+        return [
+            Row(
+                component="weights",
+                item="rotary table (buffer)",
+                count=1,
+                formula="positions · d_rot · b",
+                values=(("positions", rows), ("d_rot", D), ("b", b)),
+                size_bytes=rows * D * b,
+            )
+        ]
+
+    def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """The profile run at start-up, whatever the workload: it sets the pool."""
+        tokens, rows = setting.max_batched_tokens, setting.max_sequences
+        writer = _Profile(model, setting, rows=min(rows, tokens), cached=False)
+        dims = Dims(batch=1, tokens=tokens, context=tokens)
+        return [Phase(name="profile run", program=writer.write(), dims=dims)]
+
+    def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """The whole prompt, logits of each sequence's last token."""
+        return _Profile(model, setting, rows=None, cached=True).write()
+
+    def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
+        """One token for every sequence over the paged cache."""
+        return _Profile(model, setting, rows=None, cached=True).write()
+
+
+def group_size(counts: list[int]) -> int:
+    """Layers of one KV-cache group: the smallest count, or the largest if nearly equal.
+
+    _get_kv_cache_groups_uniform_page_size, vLLM 0.19.
+    """
+    least, most = min(counts), max(counts)
+    return most if most < 1.5 * least else least
+
+
+def held_blocks(layer: Layer, tokens: int, block: int) -> int:
+    """Blocks of one request in one layer after `tokens` tokens."""
+    blocks = -(-tokens // block)
+    match layer.attention:
+        case GQA(sliding_window=int(window)):
+            return blocks - max(0, tokens - window) // block
+    return blocks
+
+
+def block_bytes(model: Model, *, dtype: str, block_tokens: int) -> int:
+    """Bytes of the pool that one block id takes: a page in each layer of a group."""
+    kinds = _kinds(model)
+    size = group_size([count for _, count in kinds])
+    page = max(attention_cache_elements(layer.attention, tokens=block_tokens) for layer, _ in kinds)
+    return size * page * element_bytes(dtype)
+
+
+def _kinds(model: Model) -> list[tuple[Layer, int]]:
+    """Layers that differ in what they cache: attention's shape and window."""
+    kinds: dict[object, tuple[Layer, int]] = {}
+    for layer, count in model.layer_kinds().items():
+        first, seen = kinds.get(layer.attention, (layer, 0))
+        kinds[layer.attention] = (first, seen + count)
+    return list(kinds.values())
+
+
+class _Profile(Writer):
+    """A pass of vLLM: fused norms in place, one buffer for gate and up, sampler on float32 logits.
+
+    What lives is taken from its layer code, not traced: uncalibrated.
+    """
+
+    def __init__(self, model: Model, setting: Setting, *, rows: int | None, cached: bool) -> None:
+        super().__init__(model, setting.dtype)
+        self.rows, self.cached, self.kv_b = rows, cached, element_bytes(setting.kv_dtype)
+
+    def write(self) -> Program:
+        """Embedding, layers, logits and sampler."""
+        model, tape, b, h = self.model, self.tape, self.b, self.model.hidden_size
+        shape = (B, T, h)
+        with tape.segment("embedding"):
+            residual = tape.new("residual", shape, b, moved=((B, T, h, b),))
+        for start, count, layer in model.layer_groups():
+            label = layer_label(layer)
+            if not tape.again(label, count=count, first_layer=start):
+                with tape.segment(label, count=count, first_layer=start):
+                    self._layer(layer, residual)
+        with tape.segment("sampler"):
+            hidden = tape.new("final norm", shape, b, reads=(residual,))
+            tape.free(residual)
+            if model.lm_head:
+                self._sampler(hidden)
+            tape.free(hidden)
+        return tape.program("vllm")
+
+    def _layer(self, layer: Layer, residual: Buffer) -> None:
+        tape, b, h = self.tape, self.b, self.model.hidden_size
+        shape = (B, T, h)
+        normed = tape.new("attention norm", shape, b, reads=(residual,), weight_bytes=h * b)
+        match layer.attention:
+            case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, sliding_window=W):
+                qkv = self.linear("qkv_proj", normed, (H + 2 * G) * D)
+                flops: Shape = (4 * D, B, H, visible_pairs(W))
+                kept: Extent = (
+                    S if W is None else Symbol(f"min(S,{W})", lambda d: minimum(d.context, W))
+                )
+                read: Shape = (2, B, G, kept, D, self.kv_b)
+                width = H * D
+            case MLA(num_attention_heads=H, kv_lora_rank=d_c, qk_rope_head_dim=d_rope) as mla:
+                down = self.linear("qkv_a_proj", normed, (mla.q_lora_rank or 0) + d_c + d_rope)
+                q_in = mla.q_lora_rank or h
+                qkv = tape.new(
+                    "q_b_proj",
+                    (B, T, H * mla.qk_head_dim),
+                    b,
+                    flops=(2, B, T, q_in, H * mla.qk_head_dim),
+                    weight_bytes=(
+                        q_in * H * mla.qk_head_dim
+                        + d_c * H * (mla.qk_nope_head_dim + mla.v_head_dim)
+                    )
+                    * b,
+                )
+                tape.free(down)
+                flops = (2 * (2 * d_c + d_rope), B, H, visible_pairs(None))
+                read = (B, S, d_c + d_rope, self.kv_b)
+                width = H * mla.v_head_dim
+        tape.free(normed)
+        out = tape.new("attention", (B, T, width), b, flops=flops, reads=(qkv,), moved=(read,))
+        tape.free(qkv)
+        attended = self.linear("o_proj", out, h)
+        tape.free(out)
+        match layer.feed_forward:
+            case Dense() as dense:
+                fed = self._dense(dense, attended)
+            case MoE() as moe:
+                fed = self._experts(moe, attended)
+        tape.free(attended, fed)
+
+    def _dense(self, dense: Dense, x: Buffer) -> Buffer:
+        i = dense.intermediate_size
+        both = self.linear("gate_up_proj", x, 2 * i if dense.gated else i, bias=dense.bias)
+        active = self.tape.new("activation", (B, T, i), self.b, reads=(both,))
+        self.tape.free(both)
+        out = self.linear("down_proj", active, self.model.hidden_size, bias=dense.bias)
+        self.tape.free(active)
+        return out
+
+    def _experts(self, moe: MoE, x: Buffer) -> Buffer:
+        tape, b, h = self.tape, self.b, self.model.hidden_size
+        k, i = moe.num_experts_per_tok, moe.moe_intermediate_size
+        flat: Shape = (B, T, k)
+        reached = Symbol(
+            f"min({moe.num_experts},{k}·B·T)",
+            lambda d: minimum(moe.num_experts, k * d.batch * d.tokens),
+        )
+        both = tape.new(
+            "experts gate_up",
+            (*flat, 2 * i),
+            b,
+            flops=(2, *flat, h, 2 * i),
+            reads=(x,),
+            moved=((reached, 2 * i * h * b),),
+        )
+        active = tape.new("experts activation", (*flat, i), b, reads=(both,))
+        down = tape.new(
+            "experts down",
+            (*flat, h),
+            b,
+            flops=(2, *flat, i, h),
+            reads=(active,),
+            moved=((reached, i * h * b),),
+        )
+        out = tape.new("experts output", (B, T, h), b, reads=(down,))
+        tape.free(both, active, down)
+        if moe.shared is not None:
+            tape.free(self._dense(moe.shared, x))
+        return out
+
+    def _sampler(self, hidden: Buffer) -> None:
+        """Logits, float32 copy, probabilities and noise: rows · V · (b + 12) (vLLM 0.19, V1)."""
+        tape, b, V, h = self.tape, self.b, self.model.vocab_size, self.model.hidden_size
+        rows: Extent = B if self.rows is None else self.rows
+        shape: Shape = (rows, V)
+        logits = tape.new(
+            "logits", shape, b, flops=(2, rows, h, V), reads=(hidden,), weight_bytes=h * V * b
+        )
+        held = [logits]
+        for name in ("float32 logits", "probabilities", "sampling noise"):
+            held.append(tape.new(name, shape, FLOAT32, reads=(held[-1],)))
+        tape.free(*held)

@@ -1,0 +1,110 @@
+"""What is run, and on what: Inference, Deployment, CacheSpec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
+from planner.errors import ConfigError, check_choice, check_size
+
+CACHE_KINDS = ("dynamic", "static", "paged")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSpec:
+    """How a runtime keeps its cache. A kind that the runtime lacks is refused by the runtime.
+
+    `capacity_tokens` is what a static cache is allocated for (None: what the workload needs);
+    `block_tokens` the page of a paged one.
+    """
+
+    kind: str
+    block_tokens: int | None = None
+    capacity_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("cache.kind", self.kind, CACHE_KINDS)
+        for field in ("block_tokens", "capacity_tokens"):
+            value = getattr(self, field)
+            if value is not None:
+                check_size(f"cache.{field}", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inference:
+    """One prefill that yields the first output token, then output_tokens − 1 decode steps.
+
+    `logits`: "all", a plain forward over the prompt; "last", what `generate` does.
+    """
+
+    batch: int
+    prompt_tokens: int
+    output_tokens: int = 1
+    logits: Literal["all", "last"] = "all"
+    encoder_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "prompt_tokens", "output_tokens"):
+            check_size(field, getattr(self, field))
+        check_choice("logits", self.logits, ("all", "last"))
+        if self.encoder_tokens is not None:
+            raise ConfigError(
+                f"encoder_tokens={self.encoder_tokens!r} is not allowed: None for a decoder-only model"
+            )
+
+    @property
+    def context_tokens(self) -> int:
+        """KV length when the last output token has been produced."""
+        return self.prompt_tokens + self.output_tokens - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """The GPU, the runtime on it and how it is set. None: what the model or the runtime takes.
+
+    `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
+    Parallel layouts and quantised weights are refused until they are planned.
+    """
+
+    gpu: str
+    gpus: int = 1
+    runtime: str = "transformers"
+    attention: str | None = None
+    dtype: str | None = None
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    cache: CacheSpec | None = None
+    mode: Literal["graph", "eager"] = "graph"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    memory_utilization: float = 0.9
+    max_model_tokens: int | None = None
+    max_batched_tokens: int = 8192
+    max_sequences: int = 1024
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, COMPUTE_DTYPES)
+        if self.kv_dtype is not None:
+            check_choice("kv_dtype", self.kv_dtype, ELEMENT_BYTES)
+        if self.weight_dtype not in (None, self.dtype):
+            raise ConfigError(
+                f"weight_dtype={self.weight_dtype!r} is not planned yet: None, or the same as dtype"
+            )
+        check_choice("mode", self.mode, ("graph", "eager"))
+        for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
+            if getattr(self, field) != 1:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r} is not planned yet: 1 (one GPU)"
+                )
+        for field in ("max_batched_tokens", "max_sequences", "block_tokens"):
+            check_size(field, getattr(self, field))
+        if self.max_model_tokens is not None:
+            check_size("max_model_tokens", self.max_model_tokens)
+        utilization = self.memory_utilization
+        if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
+            raise ConfigError(
+                f"memory_utilization={utilization!r} is not allowed: above 0, at most 1"
+            )

@@ -1,0 +1,218 @@
+"""Records beside what the planner predicts for the same work: the only place where the two meet.
+
+The prediction is rebuilt from the record itself: its config, its workload, its device and runtime.
+So an old record is always set against today's planner.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import planner
+from planner import ConfigError
+from profiles.records import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUANTITIES = (
+    "weights_bytes",
+    "kv_cache_bytes",
+    "peak_live_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_used_bytes",
+    "ttft_s",
+    "tpot_s",
+    "step_s",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One quantity of one record, predicted and measured, in the quantity's own unit.
+
+    `predicted` is None where the planner refuses the record's configuration; `relative_error` is
+    predicted / measured − 1, None where that has no meaning.
+    """
+
+    device: str
+    suite: str | None
+    split: str | None
+    model: str
+    phase: str
+    quantity: str
+    predicted: float | None
+    measured: float
+    relative_error: float | None
+    record: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The errors of one quantity in one split: absolute values of the relative error."""
+
+    quantity: str
+    split: str | None
+    n: int
+    unpredicted: int
+    mean_abs_error: float | None
+    p90_abs_error: float | None
+    worst_abs_error: float | None
+
+
+def compare(
+    records: Iterable[Record], *, on_problem: Callable[[str], None] | None = None
+) -> list[Row]:
+    """A row for each quantity that was measured and is predicted.
+
+    A record that the planner refuses keeps its rows with predicted=None, and `on_problem` is told
+    why; so it is of records that did not end "ok", which have no rows.
+    """
+    rows: list[Row] = []
+    for record in records:
+        where = f"record {record.id} ({record.model}, {record.phase})"
+        if record.status != "ok":
+            _tell(on_problem, f"{where}: {record.status}")
+            continue
+        found = measured(record)
+        try:
+            expected: dict[str, float | None] = predicted(record)
+        except ConfigError as error:
+            _tell(on_problem, f"{where} is not predicted: {error}")
+            rows += [_row(record, quantity, None, value) for quantity, value in found.items()]
+        else:
+            rows += [
+                _row(record, quantity, prediction, value)
+                for quantity, value in found.items()
+                if (prediction := expected[quantity]) is not None
+            ]
+    return rows
+
+
+def measured(record: Record) -> dict[str, float]:
+    """The quantities that a record has, in the planner's terms.
+
+    The driver's figure is the whole device's: what others used before this process touched it goes
+    off. A prefill's median is a TTFT; a decode record's median step is its step_s.
+    """
+    used = record.device_used_peak_bytes
+    others = record.device_used_before_bytes or 0
+    values: dict[str, float | None] = {
+        "weights_bytes": record.weights_bytes,
+        "kv_cache_bytes": record.kv_cache_bytes,
+        "peak_live_bytes": record.peak_live_bytes,
+        "peak_allocated_bytes": record.peak_allocated_bytes,
+        "peak_reserved_bytes": record.peak_reserved_bytes,
+        "device_used_bytes": None if used is None else used - others,
+        "ttft_s": record.median_ttft_s,
+        "tpot_s": record.median_tpot_s,
+        "step_s": record.median_step_s if record.phase == "decode" else None,
+    }
+    return {quantity: value for quantity, value in values.items() if value is not None}
+
+
+def predicted(record: Record) -> dict[str, float | None]:
+    """What the planner says of a record's work; None for what it does not predict."""
+    estimate = estimate_of(record)
+    memory, latency = estimate.memory, estimate.latency
+    return {
+        "weights_bytes": memory.weights_bytes,
+        "kv_cache_bytes": memory.kv_cache_bytes,
+        "peak_live_bytes": memory.peak_live_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "device_used_bytes": memory.device_used_bytes,
+        "ttft_s": latency.ttft_s,
+        "tpot_s": latency.tpot_s,
+        "step_s": latency.tpot_s,
+    }
+
+
+def estimate_of(record: Record) -> planner.Estimate:
+    """The estimate of a record's work on its device; ConfigError where the planner refuses it."""
+    if record.environment.gpu is None:
+        raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
+    work = planner.Inference(
+        batch=record.batch,
+        prompt_tokens=record.prompt_tokens,
+        output_tokens=record.output_tokens,
+        logits=record.logits,
+    )
+    deploy = planner.Deployment(
+        gpu=record.environment.gpu,
+        runtime=record.runtime,
+        attention=record.attention.split(":")[0] if record.attention else None,
+        dtype=record.dtype,
+        kv_dtype=record.kv_dtype,
+        mode=record.mode,
+    )
+    return planner.estimate(planner.read_config(record.config), work, deploy)
+
+
+def summary(rows: Iterable[Row]) -> list[Summary]:
+    """Mean, 90th percentile and worst absolute error, by quantity and split."""
+    groups: dict[tuple[str, str | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.quantity, row.split), []).append(row)
+    order = sorted(groups, key=lambda group: (QUANTITIES.index(group[0]), group[1] or ""))
+    return [_summarise(quantity, split, groups[quantity, split]) for quantity, split in order]
+
+
+def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows as a table, one column a field."""
+    import pandas as pd
+
+    return pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
+
+
+def _summarise(quantity: str, split: str | None, rows: list[Row]) -> Summary:
+    errors = sorted(abs(row.relative_error) for row in rows if row.relative_error is not None)
+    return Summary(
+        quantity=quantity,
+        split=split,
+        n=len(errors),
+        unpredicted=sum(row.predicted is None for row in rows),
+        mean_abs_error=statistics.fmean(errors) if errors else None,
+        p90_abs_error=_percentile(errors, 0.9) if errors else None,
+        worst_abs_error=errors[-1] if errors else None,
+    )
+
+
+def _percentile(ordered: list[float], fraction: float) -> float:
+    """Linear between neighbours, as numpy's default."""
+    position = fraction * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _row(record: Record, quantity: str, prediction: float | None, value: float) -> Row:
+    return Row(
+        device=record.environment.gpu or record.environment.device_name,
+        suite=record.suite,
+        split=record.split,
+        model=record.model,
+        phase=record.phase,
+        quantity=quantity,
+        predicted=prediction,
+        measured=value,
+        relative_error=_relative_error(prediction, value),
+        record=record.id,
+    )
+
+
+def _relative_error(prediction: float | None, value: float) -> float | None:
+    if prediction is None:
+        return None
+    if value == 0:
+        return 0.0 if prediction == 0 else None
+    return prediction / value - 1
+
+
+def _tell(on_problem: Callable[[str], None] | None, message: str) -> None:
+    if on_problem is not None:
+        on_problem(message)

@@ -1,0 +1,166 @@
+"""Meters: live bytes of tensors, the CUDA allocator's peaks, and time.
+
+Three different things are called "memory used": what live tensors hold (this file's
+LiveTensorMeter, any device), what torch's caching allocator has handed out and reserved
+(`cuda_peaks`), and what the driver sees (`profiles.nvml`). None of them contains the next exactly.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages created inside this context, alive now and at most.
+
+        with LiveTensorMeter() as meter:
+            y = (x @ w).relu()
+        meter.peak_bytes   # x and w were there before: not counted
+
+    A storage counts once, however many views look at it, by `nbytes()`, from the end of the op that
+    created it until nothing refers to it; one that an in-place op resizes counts at its new size.
+    What a kernel allocates and frees inside itself is not seen, nor is an op's output before the op
+    ends. Meter under `torch.no_grad`: `inference_mode` hides the parts of composite ops. `events`
+    (with `log=True`) lists (op, ± bytes) in order, a release under the op that ran before it.
+    """
+
+    def __init__(self, *, log: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.peak_op: str | None = None
+        self.ops: set[str] = set()
+        self.events: list[tuple[str, int]] | None = [] if log else None
+        self._op = "(start)"
+        self._sizes: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the op, then count the storages that were not among its arguments."""
+        kwargs = kwargs or {}
+        self._op = func.name().removeprefix("aten::")
+        self.ops.add(self._op)
+        given = set() if self._op == "lift_fresh" else set(map(_key, _storages((args, kwargs))))
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            key = _key(storage)
+            if key in self._sizes:
+                self._resize(key, storage.nbytes())
+            elif key not in given:
+                self._created(key, storage)
+        return result
+
+    def take_ops(self) -> set[str]:
+        """Names of the ops that ran since the last call."""
+        taken, self.ops = self.ops, set()
+        return taken
+
+    def reset_peak(self) -> None:
+        """Start a new peak at what is alive now."""
+        self.peak_bytes, self.peak_op = self.live_bytes, None
+
+    def _created(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._sizes[key] = (weakref.ref(storage, lambda gone: self._released(key, gone)), size)
+        self._change(size)
+
+    def _resize(self, key: int, size: int) -> None:
+        ref, before = self._sizes[key]
+        if size != before:
+            self._sizes[key] = (ref, size)
+            self._change(size - before)
+
+    def _released(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
+        if key in self._sizes and self._sizes[key][0] is gone:
+            self._change(-self._sizes.pop(key)[1])
+
+    def _change(self, change_bytes: int) -> None:
+        self.live_bytes += change_bytes
+        if self.events is not None and change_bytes:
+            self.events.append((self._op, change_bytes))
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_op = self.live_bytes, self._op
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """numel × itemsize, each tensor object once: a view counts what it shows, not its storage."""
+    unique = {id(t): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each storage once: what they really hold."""
+    unique = {_key(t.untyped_storage()): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in unique.values())
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """Parameters (tied ones once) and buffers of a module, numel × itemsize."""
+    return tensor_bytes([*module.parameters(), *module.buffers()])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaPeaks:
+    """Peaks of torch's caching allocator since the last `reset_cuda_peaks`."""
+
+    allocated_bytes: int  # blocks in use, rounded to 512 B and more
+    reserved_bytes: int  # segments held from the driver
+    requested_bytes: int  # what was asked for, before rounding
+
+
+def reset_cuda_peaks(device: torch.device) -> None:
+    """Give cached segments back and start the allocator's peaks at what is in use now."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def cuda_peaks(device: torch.device) -> CudaPeaks:
+    """The allocator's peaks, after all queued work is done."""
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.memory_stats(device)
+    return CudaPeaks(
+        allocated_bytes=stats["allocated_bytes.all.peak"],
+        reserved_bytes=stats["reserved_bytes.all.peak"],
+        requested_bytes=stats["requested_bytes.all.peak"],
+    )
+
+
+@dataclass(kw_only=True)
+class Stopwatch:
+    """Times steps on a device; the queue is empty before each reading of the clock."""
+
+    device: torch.device
+    samples_s: list[float] = field(default_factory=list)
+    clock: Callable[[], float] = time.perf_counter
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time the block and keep the sample; a block that raises leaves none."""
+        started = self._now()
+        yield
+        self.samples_s.append(self._now() - started)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    return int(storage._cdata)

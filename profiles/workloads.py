@@ -1,0 +1,203 @@
+"""The model that is run, with random weights, behind one small interface for each runtime.
+
+Nothing is downloaded and no code of a model repository is run: a config is all that is needed, for
+neither memory nor the time of a dense model depends on the values of its weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from planner import ConfigError, Model
+from planner.errors import check_choice
+from profiles.meters import module_bytes, tensor_bytes
+
+Logits = Literal["last", "all"]
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TRANSFORMERS_ATTENTION = ("sdpa", "eager")
+"""Those that are part of torch; other names may make transformers look for a kernel on the hub."""
+
+
+class Workload(ABC):
+    """A built model and its cache. Order: `begin`, `prefill`, `decode` …, then `reset` or `end`."""
+
+    distribution: str  # the installed package whose version is the runtime's
+    attention: str
+    module: torch.nn.Module
+    vocab_size: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """Parameters (tied once) and buffers of the live module."""
+        return module_bytes(self.module)
+
+    @abstractmethod
+    def begin(self, *, batch: int, capacity_tokens: int) -> None:
+        """Make an empty cache; the runtimes that preallocate do so for `capacity_tokens`."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, logits: Logits) -> Tensor:
+        """Logits of tokens [B, T] that follow the cached ones: [B, T, V], "last" [B, 1, V]."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the cached tokens; what is preallocated stays."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Release the cache."""
+
+    @abstractmethod
+    def kv_cache_bytes(self) -> int:
+        """numel × itemsize of the cache's live tensors."""
+
+    @torch.no_grad()
+    def tokens(self, ids: Tensor, *, output_tokens: int, logits: Logits) -> Iterator[Tensor]:
+        """Each greedy token [B, 1] as its pass ends: the prefill's, then the decode steps'."""
+        for _ in range(output_tokens):
+            ids = self.forward(ids, logits)[:, -1:].argmax(-1)
+            yield ids
+
+
+class AttnlabWorkload(Workload):
+    """Our own transformer over a preallocated cache."""
+
+    distribution = "transformer-planner"
+
+    def __init__(
+        self, model: Model, *, attention: str | None, dtype: str, device: torch.device
+    ) -> None:
+        from attnlab.kv_cache import KVCache
+        from attnlab.transformer import Transformer
+
+        self._model, self._dtype, self._device = model, TORCH_DTYPES[dtype], device
+        self.vocab_size = model.vocab_size
+        self._make_cache = KVCache
+        self._cache: KVCache | None = None
+        self._transformer = Transformer(
+            model, attention=attention, dtype=self._dtype, device=device
+        ).eval()
+        self.module = self._transformer
+        self.attention = self._transformer.attention
+
+    def begin(self, *, batch: int, capacity_tokens: int) -> None:
+        """Preallocate keys and values of every layer."""
+        self._cache = self._make_cache(
+            self._model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def forward(self, ids: Tensor, logits: Logits) -> Tensor:
+        """One pass of the transformer, its cache filled."""
+        out: Tensor = self._transformer(ids, cache=self._cache, logits=logits)
+        return out
+
+    def reset(self) -> None:
+        """Start the cache from its front again."""
+        if self._cache is not None:
+            self._cache.reset()
+
+    def end(self) -> None:
+        """Release the cache."""
+        self._cache = None
+
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the preallocated tensors, filled or not."""
+        return 0 if self._cache is None else self._cache.nbytes
+
+
+class TransformersWorkload(Workload):
+    """The class that transformers has for the config, over a DynamicCache."""
+
+    distribution = "transformers"
+
+    def __init__(
+        self, model: Model, *, attention: str | None, dtype: str, device: torch.device
+    ) -> None:
+        import transformers
+
+        hub: Any = transformers  # without annotations
+        config = model.config
+        if attention is not None:
+            check_choice("attention", attention, TRANSFORMERS_ATTENTION)
+        if config.get("quantization_config") is not None:
+            raise ConfigError("quantization_config is not measured: weights are built in one dtype")
+        for name in ("auto_map", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
+            config.pop(name, None)
+        config = hub.AutoConfig.for_model(config.pop("model_type"), **config)
+        with device:
+            built = hub.AutoModelForCausalLM.from_config(
+                config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention
+            ).eval()
+        self.module, self.vocab_size = built, model.vocab_size
+        self._make_cache: Callable[[], Any] = lambda: hub.DynamicCache(config=built.config)
+        self._cache: Any = None
+        self.attention = str(built.config._attn_implementation)
+
+    def begin(self, *, batch: int, capacity_tokens: int) -> None:
+        """An empty cache: it grows by concatenation."""
+        self._cache = self._make_cache()
+
+    def forward(self, ids: Tensor, logits: Logits) -> Tensor:
+        """One call of the model, as `generate` makes it."""
+        out: Tensor = self.module(
+            ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1 if logits == "last" else 0,
+        ).logits
+        return out
+
+    def reset(self) -> None:
+        """A new cache: this one cannot be emptied in place."""
+        self._cache = self._make_cache()
+
+    def end(self) -> None:
+        """Release the cache."""
+        self._cache = None
+
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the keys and values that are visible, not of the storages behind them."""
+        layers = () if self._cache is None else self._cache.layers
+        held = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+        return tensor_bytes(held)
+
+
+RUNTIMES: dict[str, type[AttnlabWorkload] | type[TransformersWorkload]] = {
+    "attnlab": AttnlabWorkload,
+    "transformers": TransformersWorkload,
+}
+
+
+def build(
+    model: Model, *, runtime: str, attention: str | None, dtype: str, device: torch.device
+) -> Workload:
+    """The model on the device, directly in `dtype`, in evaluation mode."""
+    check_choice("runtime", runtime, RUNTIMES)
+    check_choice("dtype", dtype, TORCH_DTYPES)
+    return RUNTIMES[runtime](model, attention=attention, dtype=dtype, device=device)
+
+
+def attention_name(asked: str, passes: list[set[str]]) -> str:
+    """The backend by its real name, from the aten ops of each kind of pass: "sdpa:flash+math".
+
+    sdpa's kernels are ops of their own; the math backend has none and shows by their absence.
+    """
+    if asked != "sdpa":
+        return asked
+    prefix, suffix = "_scaled_dot_product_", "_attention"
+    names = set()
+    for ops in passes:
+        fused = {op.removeprefix(prefix).split(".")[0] for op in ops if op.startswith(prefix)}
+        names |= {op.replace(suffix, "").replace("_for", "") for op in fused} or {"math"}
+    return "sdpa:" + "+".join(sorted(names))

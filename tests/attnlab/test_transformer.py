@@ -1,0 +1,184 @@
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import planner
+from attnlab.attention import IMPLEMENTATIONS
+from attnlab.kv_cache import KVCache
+from attnlab.transformer import Transformer
+from planner import ConfigError
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)  # float32; logits reach 3 to 5
+
+
+def cache_of(ours, *, batch=2, tokens=16, dtype=torch.float32):
+    return KVCache(ours.model, batch=batch, capacity_tokens=tokens, dtype=dtype, device="cpu")
+
+
+def with_attention(ours, attention):
+    other = Transformer(ours.model, attention=attention, dtype=torch.float32, device="cpu")
+    other.load_state_dict(ours.state_dict())
+    return other.requires_grad_(False)
+
+
+def test_logits_equal_those_of_transformers(pair, ids):
+    theirs, ours = pair
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    torch.testing.assert_close(ours(ids), expected, **CLOSE)
+
+
+def test_last_logits_are_the_last_of_all(pair, ids):
+    _, ours = pair
+    torch.testing.assert_close(ours(ids, logits="last"), ours(ids)[:, -1:], **CLOSE)
+
+
+def test_parameters_are_those_the_planner_counts(pair):
+    _, ours = pair
+    built = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    assert built == {p.name: p.shape for p in ours.model.parameters()}
+
+
+def test_rotary_models_have_one_float32_buffer(pair):
+    _, ours = pair
+    dtypes = {name: b.dtype for name, b in ours.named_buffers()}
+    rotary = isinstance(ours.model.positions, planner.layers.RoPE)
+    assert dtypes == ({"rotary.inv_freq": torch.float32} if rotary else {})
+    assert not any("inv_freq" in name for name in ours.state_dict())
+
+
+def test_naive_and_sdpa_agree(pair, ids):
+    _, ours = pair
+    if ours.attention == "naive":
+        pytest.skip("a soft cap runs naive alone")
+    torch.testing.assert_close(with_attention(ours, "naive")(ids), ours(ids), **CLOSE)
+
+
+@pytest.mark.parametrize("attention", list(IMPLEMENTATIONS))
+def test_prefill_in_chunks_and_steps_equal_one_pass(pair, ids, attention):
+    _, ours = pair
+    if ours.attention != attention:
+        if ours.attention == "naive":
+            pytest.skip("sdpa has no soft cap")
+        ours = with_attention(ours, attention)
+    cache = cache_of(ours)
+    parts = [ours(part, cache=cache) for part in ids.split([4, 5, 1, 1, 1, 1], dim=1)]
+    assert cache.length == 13
+    torch.testing.assert_close(torch.cat(parts, dim=1), ours(ids), **CLOSE)
+
+
+def test_prefill_with_a_cache_equals_one_without(pair, ids):
+    _, ours = pair
+    torch.testing.assert_close(ours(ids, cache=cache_of(ours)), ours(ids), **CLOSE)
+
+
+def test_a_cache_in_bfloat16_is_near_one_in_float32(llama_pair, ids):
+    _, ours = llama_pair
+    cache = cache_of(ours, dtype=torch.bfloat16)
+    out = torch.cat([ours(part, cache=cache) for part in ids.split(7, dim=1)], dim=1)
+    torch.testing.assert_close(out, ours(ids), rtol=0, atol=0.1)
+    assert not torch.equal(out, ours(ids))
+
+
+def test_no_token_sees_the_future(pair, ids):
+    _, ours = pair
+    other = ids.clone()
+    other[:, 8:] = (other[:, 8:] + 1) % 97
+    before, after = ours(ids), ours(other)
+    torch.testing.assert_close(after[:, :8], before[:, :8], rtol=0, atol=1e-6)
+    assert (after[:, 8:] - before[:, 8:]).abs().amax() > 0.1
+
+
+def test_no_token_sees_beyond_the_windows_of_all_layers(pairs, ids):
+    _, ours = pairs("mistral-window")  # two layers of 5: the last token sees 1 + 2·4 tokens
+    other = ids.clone()
+    other[:, :4] = (other[:, :4] + 1) % 97
+    assert torch.equal(ours(other)[:, -1], ours(ids)[:, -1])
+    other[:, 4] = (other[:, 4] + 1) % 97
+    assert not torch.equal(ours(other)[:, -1], ours(ids)[:, -1])
+
+
+def test_gradients_reach_every_parameter(pair, ids):
+    _, ours = pair
+    twin = with_attention(ours, None).requires_grad_(True)
+    twin(ids).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in twin.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_give_finite_logits_in_the_dtype(pair, ids, dtype):
+    _, ours = pair
+    fresh = Transformer(ours.model, dtype=dtype, device="cpu")
+    logits = fresh.requires_grad_(False)(ids)
+    assert {p.dtype for p in fresh.parameters()} == {dtype} == {logits.dtype}
+    assert logits.isfinite().all()
+    assert logits.float().std() > 0
+
+
+def test_random_weights_are_small_and_norms_neutral(pairs):
+    for family, scale in (("llama", 1.0), ("gemma2", 0.0), ("gpt2", 1.0)):
+        fresh = Transformer(pairs(family)[1].model, dtype=torch.float32, device="cpu")
+        p = dict(fresh.named_parameters())
+        assert (p["layers.1.input_layernorm.weight"] == scale).all()
+        assert p["embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+        assert all((b == 0).all() for name, b in p.items() if name.endswith("bias"))
+
+
+def test_a_model_on_meta_holds_no_memory(pair, ids):
+    _, ours = pair
+    meta = Transformer(ours.model, dtype=torch.bfloat16, device="meta")
+    assert {p.device.type for p in (*meta.parameters(), *meta.buffers())} == {"meta"}
+    assert meta(ids.to("meta")).shape == (2, 13, 97)
+
+
+def test_a_model_runs_on_fake_tensors(pair):
+    _, ours = pair
+    with FakeTensorMode():
+        fake = Transformer(ours.model, dtype=torch.bfloat16, device="cpu")
+        assert fake(torch.zeros(2, 13, dtype=torch.long)).shape == (2, 13, 97)
+
+
+def test_sdpa_with_a_soft_cap_is_rejected(pairs):
+    model = pairs("gemma2")[1].model
+    with pytest.raises(ConfigError, match=r"attention=sdpa has no logit_softcap=2\.0: use naive"):
+        Transformer(model, attention="sdpa", dtype=torch.float32, device="meta")
+
+
+def test_an_unknown_attention_is_rejected(pairs):
+    with pytest.raises(ConfigError, match="attention='flash' is not allowed: one of naive, sdpa"):
+        Transformer(pairs("llama")[1].model, attention="flash", dtype=torch.float32, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral", "num_hidden_layers": 1}, "feed_forward=MoE does not run"),
+        ({"model_type": "deepseek_v3", "num_hidden_layers": 1}, "attention=MLA does not run"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "lm_head=False does not run"),
+    ],
+)
+def test_what_attnlab_does_not_run_is_rejected(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Transformer(planner.read_config(config), dtype=torch.float32, device="meta")
+
+
+def test_learned_positions_end_the_prompt(pairs):
+    ours = pairs("gpt2")[1]
+    with pytest.raises(ConfigError, match="= 65 reaches beyond max_position_embeddings=64"):
+        ours(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_bad_calls_are_rejected(llama_pair, ids):
+    _, ours = llama_pair
+    with pytest.raises(ConfigError, match=r"ids \[13\] of torch.int64 are not allowed"):
+        ours(ids[0])
+    with pytest.raises(ConfigError, match=r"ids \[2, 13\] of torch.float32 are not allowed"):
+        ours(ids.float())
+    with pytest.raises(ConfigError, match="logits='first' is not allowed: one of all, last"):
+        ours(ids, logits="first")
+    cache = cache_of(ours, tokens=12)
+    with pytest.raises(ConfigError, match=r"0 cached \+ 13 new tokens = 13 do not fit .*=12"):
+        ours(ids, cache=cache)
+    with pytest.raises(ConfigError, match="ids have batch=1, the cache has batch=2"):
+        ours(ids[:1], cache=cache)
+    assert cache.length == 0

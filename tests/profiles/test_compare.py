@@ -1,0 +1,188 @@
+"""Prediction beside measurement: which rows there are, and what the errors of them are."""
+
+import dataclasses
+
+import pytest
+
+import planner
+from profiles import records
+from profiles.compare import QUANTITIES, Row, compare, estimate_of, summary, to_frame
+from profiles.records import Environment
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
+
+
+ENVIRONMENT = Environment(
+    device="cuda",
+    device_name="NVIDIA H200",
+    gpu="h200",
+    platform="Linux",
+    python="3.12.1",
+    torch="2.11.0+cu130",
+    total_memory_bytes=150_000_000_000,
+)
+
+
+def measured(**changes):
+    """A record of a generation on an H200 of which nothing was measured."""
+    values = {
+        "status": "ok",
+        "model": "tiny",
+        "config": CONFIG,
+        "runtime": "attnlab",
+        "runtime_version": "0.1.0",
+        "attention": "sdpa:flash",
+        "phase": "generation",
+        "batch": 2,
+        "prompt_tokens": 16,
+        "output_tokens": 4,
+        "dtype": "bf16",
+        "kv_dtype": "bf16",
+        "logits": "last",
+        "mode": "eager",
+        "environment": ENVIRONMENT,
+    }
+    return records.create(**(values | changes))
+
+
+def row(*, quantity="ttft_s", error=0.1, split=None, predicted=1.0):
+    return Row(
+        device="h200",
+        suite=None,
+        split=split,
+        model="tiny",
+        phase="prefill",
+        quantity=quantity,
+        predicted=predicted,
+        measured=1.0,
+        relative_error=error,
+        record="r",
+    )
+
+
+def test_a_row_has_the_fields_of_the_contract():
+    names = "device suite split model phase quantity predicted measured relative_error record"
+    assert " ".join(f.name for f in dataclasses.fields(Row)) == names
+
+
+def test_the_error_is_signed_and_relative_to_the_measurement():
+    exact = estimate_of(measured()).memory.weights_bytes
+    assert exact > 0
+    one = measured(weights_bytes=exact * 2, suite="inference", split="held-out")
+    (only,) = compare([one])
+    assert (only.quantity, only.predicted, only.measured) == ("weights_bytes", exact, exact * 2)
+    assert only.relative_error == -0.5
+    assert (only.device, only.suite, only.split) == ("h200", "inference", "held-out")
+    assert (only.model, only.phase, only.record) == ("tiny", "generation", one.id)
+
+
+def test_the_prediction_is_of_the_records_own_work():
+    one = measured(batch=3, prompt_tokens=10, output_tokens=4, kv_cache_bytes=1, runtime="attnlab")
+    (only,) = compare([one])
+    expected = planner.kv_cache_bytes(
+        planner.read_config(CONFIG), batch=3, context_tokens=13, dtype="bf16", runtime="attnlab"
+    )
+    assert only.predicted == expected == 2 * 2 * 2 * 16 * 2 * 3 * 13
+
+
+def test_logits_attention_and_dtype_of_the_record_change_the_prediction():
+    last, full = measured(peak_live_bytes=1), measured(peak_live_bytes=1, logits="all")
+    wide = measured(peak_live_bytes=1, dtype="fp32", kv_dtype="fp32")
+    naive = measured(peak_live_bytes=1, attention="naive", prompt_tokens=400)
+    fused = measured(peak_live_bytes=1, attention="sdpa:flash", prompt_tokens=400)
+    peaks = [r.predicted for r in compare([last, full, wide, naive, fused])]
+    assert peaks[1] > peaks[0]
+    assert peaks[2] > peaks[0]
+    assert peaks[3] > peaks[4]
+
+
+def test_only_what_was_measured_has_rows():
+    assert compare([measured()]) == []
+    one = measured(weights_bytes=1, kv_cache_bytes=1, ttft_s=(0.1,), step_s=(0.2, 0.3, 0.4))
+    assert [r.quantity for r in compare([one])] == [
+        "weights_bytes",
+        "kv_cache_bytes",
+        "ttft_s",
+        "tpot_s",
+    ]
+
+
+def test_a_prefill_is_a_ttft_and_a_decode_a_step():
+    prefill = measured(phase="prefill", output_tokens=1, step_s=(1.0, 2.0, 9.0))
+    decode = measured(phase="decode", step_s=(0.1, 0.2, 0.9))
+    rows = compare([prefill, decode])
+    assert [(r.quantity, r.measured) for r in rows] == [("ttft_s", 2.0), ("step_s", 0.2)]
+    assert rows[1].predicted == estimate_of(decode).latency.tpot_s
+
+
+def test_device_used_leaves_out_what_others_held_before():
+    one = measured(device_used_before_bytes=100, device_used_peak_bytes=2**30 + 100)
+    assert [r.measured for r in compare([one]) if r.quantity == "device_used_bytes"] in (
+        [2**30],
+        [],  # until it is predicted
+    )
+
+
+def test_a_record_that_the_planner_refuses_keeps_its_rows_and_is_reported():
+    unknown = measured(config={"model_type": "llama4"}, weights_bytes=5)
+    homeless = measured(
+        environment=dataclasses.replace(ENVIRONMENT, gpu=None, device_name="GT 210"),
+        weights_bytes=5,
+    )
+    problems = []
+    rows = compare([unknown, homeless], on_problem=problems.append)
+    assert [(r.predicted, r.measured, r.relative_error) for r in rows] == [(None, 5, None)] * 2
+    assert rows[1].device == "GT 210"
+    assert unknown.id in problems[0]
+    assert "llama4" in problems[0]
+    assert "GT 210" in problems[1]
+
+
+def test_a_record_that_did_not_end_well_is_reported():
+    problems = []
+    assert compare([measured(status="oom", weights_bytes=5)], on_problem=problems.append) == []
+    assert problems[0].endswith("oom")
+
+
+def test_summary_counts_absolute_errors_by_quantity_and_split():
+    errors = [0.1, -0.2, 0.3, -0.4, 0.0]
+    rows = [row(error=e, split="held-out") for e in errors]
+    rows += [row(quantity="weights_bytes", error=0.0), row(error=None, predicted=None)]
+    weights, unsplit, held_out = summary(rows)
+    assert (weights.quantity, weights.n, weights.worst_abs_error) == ("weights_bytes", 1, 0.0)
+    assert (unsplit.split, unsplit.n, unsplit.unpredicted) == (None, 0, 1)
+    assert unsplit.mean_abs_error is None
+    assert held_out.n == 5
+    assert held_out.mean_abs_error == pytest.approx(0.2)
+    assert held_out.p90_abs_error == pytest.approx(0.36)  # numpy.percentile, linear
+    assert held_out.worst_abs_error == 0.4
+
+
+def test_summary_of_nothing_is_empty():
+    assert summary([]) == []
+
+
+def test_a_frame_has_a_column_for_each_field_even_when_empty():
+    names = [f.name for f in dataclasses.fields(Row)]
+    assert list(to_frame([]).columns) == names
+    frame = to_frame([row(), row(quantity="tpot_s")])
+    assert list(frame.columns) == names
+    assert frame["quantity"].tolist() == ["ttft_s", "tpot_s"]
+
+
+def test_every_quantity_that_a_record_can_have_is_known():
+    everything = measured(
+        **{name: 1 for name in QUANTITIES if name in records.Record.__dataclass_fields__}
+        | {"ttft_s": (1.0,), "step_s": (1.0, 1.0, 1.0), "device_used_peak_bytes": 1}
+    )
+    assert {r.quantity for r in compare([everything])} <= set(QUANTITIES)
