@@ -26,8 +26,8 @@ class Peak:
 def peak_bytes(program: Program, dims: Dims) -> Number:
     """Peak of the storages that the pass creates, over every cell of `dims`.
 
-    A segment that repeats is walked once: its net growth is the same at each repetition, so the peak
-    lies in the last (growth ≥ 0) or the first one.
+    A segment that repeats is walked once: its net growth is the same at each repetition, so the
+    peak lies in the last (growth ≥ 0) or the first one.
     """
     live: Number = 0
     peak: Number = 0

@@ -13,7 +13,7 @@ ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Norm:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450); `plus_one` scales by 1 + weight."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450); `plus_one`: 1 + weight."""
 
     kind: Literal["rmsnorm", "layernorm"]
     eps: float
@@ -25,8 +25,8 @@ class Norm:
 class GQA:
     """Grouped-query attention (arXiv:2305.13245). MHA: kv heads == heads. MQA: kv heads == 1.
 
-    `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query sees
-    its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv` says
+    `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query
+    sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv` says
     that one matrix holds the three projections.
     """
 

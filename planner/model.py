@@ -23,8 +23,8 @@ class Model:
 
     `layers` lists every block; hybrids are blocks that differ. `parameter_names` translates module
     names from the llama family's to this family's, most specific first; `transposed_linears` says
-    that its linear weights are [in, out] (GPT-2's Conv1D). `defaults` are the config fields that were
-    absent and took their class's default; `config_json` is the config it was read from.
+    that its linear weights are [in, out] (GPT-2's Conv1D). `defaults` are the config fields that
+    were absent and took their class's default; `config_json` is the config it was read from.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Model:
     config_json: str = field(default="{}", repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("hidden_size", "vocab_size", "max_position_embeddings"):
-            check_size(field, getattr(self, field))
+        for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
+            check_size(name, getattr(self, name))
         check_size("num_hidden_layers", len(self.layers), maximum=MAX_LAYERS)
         element_bytes(self.dtype)
 

@@ -1,7 +1,7 @@
 """The parameter table of a model: name, group, layer, shape of every trained tensor.
 
-Shapes and names are those of the model's class in transformers (version in constraints.txt), so that
-a row can be laid beside `named_parameters()`. Each module is listed once, under the llama family's
+Shapes and names are those of the model's class in transformers (version in constraints.txt), so
+that a row can be laid beside `named_parameters()`. Each module is listed once, under the llama family's
 names; `Model.parameter_names` translates for families that use other words.
 """
 

@@ -1,7 +1,7 @@
 """Write planner/huggingface/defaults.json: what the config classes of transformers take by default.
 
-Run `python tools/huggingface_defaults.py` after changing the pinned transformers; a test fails until
-the file says what the installed version says.
+Run `python tools/huggingface_defaults.py` after changing the pinned transformers; a test fails
+until the file says what the installed version says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The GPU catalogue: memory, bandwidth and dense FLOP/s of each, with the source of every figure."""
+"""The GPU catalogue: memory, bandwidth and dense FLOP/s, with the source of every figure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Gpu:
     def flops_per_s(self, dtype: str) -> float:
         """Dense peak for matrix products of `dtype`.
 
-        A dtype without units of its own runs at the fp32 rate (bf16 on a T4); fp32 outside tensor cores.
+        A dtype without units of its own (bf16 on a T4) runs at the fp32 rate, which is outside
+        tensor cores.
         """
         rates = dict(self.dense_flops_per_s)
         return rates.get(dtype, rates["fp32"])

@@ -124,7 +124,7 @@ def gqa_decoder(
     gemma: bool = False,
     **extra: Any,
 ) -> Model:
-    """A decoder whose blocks are alike but for their window; `gemma` blocks have four norms, 1 + w."""
+    """A decoder whose blocks are alike but for their window; gemma's have four norms, 1 + w."""
     norm = rmsnorm(fields, plus_one=gemma)
     layer = Layer(
         attention=attention,

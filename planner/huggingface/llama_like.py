@@ -55,7 +55,7 @@ def read_qwen2(fields: Fields) -> Model:
     windows = layer_windows(fields, window=window)
     if fields.raw("layer_types") is None:
         first = fields.size("max_window_layers", minimum=0) if on else 0
-        windows = [None] * min(first, len(windows)) + windows[first:]
+        windows = [w if i >= first else None for i, w in enumerate(windows)]
     return gqa_decoder(
         fields,
         stem="Qwen2",

@@ -133,9 +133,11 @@ class _Forward(Writer):
             # right after prefill: all of it; later: the last step's cat, one token more than kept
             whole = self.what.held_whole or window in (None, 1)
             tokens = PAST if whole else kept_tokens((window or 0) + 1, PAST)
+        k: Shape
+        v: Shape
         match layer.attention:
             case GQA(num_key_value_heads=G, head_dim=D):
-                k, v = (B, G, tokens, D), (B, G, tokens, D)
+                k = v = (B, G, tokens, D)
             case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
                 k, v = (B, tokens, d_c), (B, tokens, d_rope)
             case _:
@@ -506,9 +508,9 @@ class _Forward(Writer):
         tape.free(scores)
         # and values that are a transposed slice of a wider tensor (MLA) as well
         shape_v: Shape = (SEVERAL_BATCHES, B, H, seen, D_v)
-        copy = tape.new("values copy", shape_v, b, reads=(values,)) if sliced_values else None
+        sliced = tape.new("values copy", shape_v, b, reads=(values,)) if sliced_values else None
         out = tape.new("attention", (B, T, H * D_v), b, reads=(weights, values))
-        tape.free(copy)
+        tape.free(sliced)
         self._turn(out)
         tape.free(*repeated)
         return out, weights
