@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from planner.program import Buffer, Dims, Number, Op, Program, maximum
+from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,28 +24,41 @@ class Peak:
     buffers: tuple[tuple[str, int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """One repetition of a segment: its net growth and the highest point above its start."""
+
+    net: Number
+    top: Number
+
+
 def peak_bytes(program: Program, dims: Dims) -> Number:
     """Peak of the storages that the pass creates, over every cell of `dims`.
 
     A segment that repeats is walked once: its net growth is the same at each repetition, so the
     peak lies in the last (growth ≥ 0) or the first one.
     """
+    highest: Number = 0
+    for _, start, walk, count in _walks(program, dims):
+        last = start + walk.net * (count - 1)
+        highest = maximum(highest, maximum(start, last) + walk.top)
+    return highest
+
+
+def _walks(program: Program, dims: Dims) -> Iterator[tuple[Segment, Number, _Walk, int]]:
+    """Every segment with the live bytes before it and what one repetition does."""
+    walked: dict[int, _Walk] = {}
     live: Number = 0
-    peak: Number = 0
-    walked: dict[int, tuple[Number, Number]] = {}
     for segment in program.segments:
         key = id(segment.ops)
         if key not in walked:
             walked[key] = _walk(segment.ops, dims)
-        net, top = walked[key]
-        last = live + net * (segment.count - 1)
-        peak = maximum(peak, maximum(live, last) + top)
-        live = last + net
-    return peak
+        walk = walked[key]
+        yield segment, live, walk, segment.count
+        live = live + walk.net * segment.count
 
 
-def _walk(ops: tuple[Op, ...], dims: Dims) -> tuple[Number, Number]:
-    """(net growth, highest point above the start) of one repetition."""
+def _walk(ops: tuple[Op, ...], dims: Dims) -> _Walk:
     live: Number = 0
     top: Number = 0
     for op in ops:
@@ -54,28 +68,48 @@ def _walk(ops: tuple[Op, ...], dims: Dims) -> tuple[Number, Number]:
             top = maximum(top, live)
         for buffer in op.frees:
             live = live - buffer.nbytes(dims)
-    return live, top
+    return _Walk(live, top)
 
 
 def peak(program: Program, dims: Dims) -> Peak:
     """The peak at one point, with the op that causes it and everything that lives there."""
-    height = peak_bytes(program, dims)
+    highest = peak_bytes(program, dims)
     alive: Counter[Buffer] = Counter()
-    live = 0
-    for segment in program.segments:
-        for repetition in range(segment.count):
-            for op in segment.ops:
-                for buffer in op.allocates:
-                    alive[buffer] += 1
-                    live += buffer.nbytes(dims)
-                if op.allocates and live == height:
-                    first = segment.first_layer
-                    layer = None if first is None else first + repetition
-                    return _snapshot(alive, live, dims, op.name, layer)
-                for buffer in op.frees:
-                    alive[buffer] -= 1
-                    live -= buffer.nbytes(dims)
+    for segment, start, walk, count in _walks(program, dims):
+        in_first = start + walk.top == highest
+        before = 0 if in_first else count - 1  # repetitions that have ended
+        if in_first or start + walk.net * before + walk.top == highest:
+            for buffer, change in _net_buffers(segment.ops).items():
+                alive[buffer] += change * before
+            op = _until_top(segment.ops, walk.top, alive, dims)
+            first = segment.first_layer
+            layer = None if first is None else first + before
+            return _snapshot(alive, highest, dims, op, layer)
+        for buffer, change in _net_buffers(segment.ops).items():
+            alive[buffer] += change * count
     return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, buffers=())
+
+
+def _net_buffers(ops: tuple[Op, ...]) -> Counter[Buffer]:
+    """How many of each buffer one repetition leaves behind; negative: takes away."""
+    change: Counter[Buffer] = Counter()
+    for op in ops:
+        change.update(op.allocates)
+        change.subtract(op.frees)
+    return change
+
+
+def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims) -> str:
+    """Play one repetition up to its highest point; the name of the op that reaches it."""
+    live = 0
+    for op in ops:
+        alive.update(op.allocates)
+        live += sum(buffer.nbytes(dims) for buffer in op.allocates)
+        if op.allocates and live == top:
+            return op.name
+        alive.subtract(op.frees)
+        live -= sum(buffer.nbytes(dims) for buffer in op.frees)
+    raise AssertionError("no op reaches the highest point of its own segment")
 
 
 def _snapshot(alive: Counter[Buffer], live: int, dims: Dims, op: str, layer: int | None) -> Peak:
@@ -84,6 +118,8 @@ def _snapshot(alive: Counter[Buffer], live: int, dims: Dims, op: str, layer: int
     sizes: Counter[str] = Counter()
     cache_bytes = 0
     for buffer, count in alive.items():
+        if not count:
+            continue
         size = count * buffer.nbytes(dims)
         if buffer.cache:
             cache_bytes += size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.activations import Peak, peak
+from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES, element_bytes
 from planner.errors import ConfigError, check_choice, check_size, shown
@@ -29,7 +29,7 @@ CONTEXT_BYTES = int(0.51 * 2**30)
 """A CUDA context before any tensor: 0.51 GiB in 42 of 42 single-GPU vLLM 0.19 start-up logs on
 H100. Taken for every NVIDIA and AMD device until it is measured there."""
 
-MAX_DECODE_POINTS = 512
+MAX_DECODE_POINTS = 64
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
 
 
@@ -227,8 +227,8 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         cache=cache,
     )
     phases = runtime.memory_phases(model, work, setting)
-    peaks = [(peak(phase.program, phase.dims), phase) for phase in phases]
-    highest, phase = max(peaks, key=lambda entry: entry[0].live_bytes)
+    phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
+    highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = deploy.runtime == "vllm"
     activations = list(_activation_rows(highest, phase.name, kv_bytes, pooled=pooled))
@@ -277,10 +277,7 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
 def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
     b = element_bytes(dtype)
-    counts: dict[str, list[int]] = {}
-    for p in model.parameters():
-        tensors, elements = counts.setdefault(p.group, [0, 0])
-        counts[p.group] = [tensors + 1, elements + p.count]
+    sizes = model.parameter_groups()
     rows = [
         Row(
             component="weights",
@@ -290,7 +287,7 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
             values=(("parameters", elements), ("b", b)),
             size_bytes=elements * b,
         )
-        for group, (tensors, elements) in counts.items()
+        for group, (tensors, elements) in sizes.items()
     ]
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
@@ -347,7 +344,7 @@ def _overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
         yield row(
             "cuBLAS workspace",
             workspace_bytes(gpu),
-            "32 MiB from sm_90 on, 8.125 MiB before (torch 2.13 aten/src/ATen/cuda/CublasHandlePool)",
+            "32 MiB from sm_90 on, 8.125 MiB before: torch 2.13, CublasHandlePool.cpp",
         )
 
 

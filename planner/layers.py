@@ -26,8 +26,8 @@ class GQA:
     """Grouped-query attention (arXiv:2305.13245). MHA: kv heads == heads. MQA: kv heads == 1.
 
     `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query
-    sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv` says
-    that one matrix holds the three projections.
+    sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv`
+    says that one matrix holds the three projections.
     """
 
     num_attention_heads: int

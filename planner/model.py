@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -92,13 +92,24 @@ class Model:
             for p in layer_parameters(layer, self.hidden_size):
                 yield replace(p, name=f"layers.{index}.{p.name}", layer=index)
 
+    def parameter_groups(self) -> dict[str, tuple[int, int]]:
+        """(tensors, elements) of every group of parameters."""
+        groups: dict[str, tuple[int, int]] = {}
+
+        def add(parameters: Iterable[Parameter], times: int) -> None:
+            for p in parameters:
+                tensors, elements = groups.get(p.group, (0, 0))
+                groups[p.group] = (tensors + times, elements + times * p.count)
+
+        add(self._outer_parameters(), 1)
+        for layer, count in self.layer_kinds().items():
+            add(layer_parameters(layer, self.hidden_size), count)
+        return groups
+
     @property
     def parameter_count(self) -> int:
         """Trained elements: tied weights once, buffers not counted."""
-        return sum(p.count for p in self._outer_parameters()) + sum(
-            count * sum(p.count for p in layer_parameters(layer, self.hidden_size))
-            for layer, count in self.layer_kinds().items()
-        )
+        return sum(elements for _, elements in self.parameter_groups().values())
 
     @property
     def active_parameter_count(self) -> int:

@@ -1,8 +1,8 @@
 """The parameter table of a model: name, group, layer, shape of every trained tensor.
 
 Shapes and names are those of the model's class in transformers (version in constraints.txt), so
-that a row can be laid beside `named_parameters()`. Each module is listed once, under the llama family's
-names; `Model.parameter_names` translates for families that use other words.
+that a row can be laid beside `named_parameters()`. Each module is listed once, under the llama
+family's names; `Model.parameter_names` translates for families that use other words.
 """
 
 from __future__ import annotations

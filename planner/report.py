@@ -31,7 +31,7 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    """Write CSV; ConfigError if the file cannot be written. An old file stays until the new is whole."""
+    """Write CSV; ConfigError if it cannot be written. An old file stays until the new is whole."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     try:

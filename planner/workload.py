@@ -50,7 +50,7 @@ class Inference:
         check_choice("logits", self.logits, ("all", "last"))
         if self.encoder_tokens is not None:
             raise ConfigError(
-                f"encoder_tokens={self.encoder_tokens!r} is not allowed: None for a decoder-only model"
+                f"encoder_tokens={self.encoder_tokens!r} is not allowed: None (decoder-only models)"
             )
 
     @property

@@ -30,12 +30,14 @@ class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A storage counts once, however many views look at it, by `nbytes()`, from the end of the op that
     created it until nothing refers to it; one that an in-place op resizes counts at its new size.
     What a kernel allocates and frees inside itself is not seen, nor is an op's output before the op
-    ends. Meter under `torch.no_grad`: `inference_mode` hides the parts of composite ops. `events`
-    (with `log=True`) lists (op, ± bytes) in order, a release under the op that ran before it.
+    ends. With `device` only storages there count. Meter under `torch.no_grad`: `inference_mode`
+    hides the parts of composite ops. `events` (with `log=True`) lists (op, ± bytes) in order, a
+    release under the op that ran before it.
     """
 
-    def __init__(self, *, log: bool = False) -> None:
+    def __init__(self, *, device: torch.device | None = None, log: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device_type = device.type if device else None
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_op: str | None = None
@@ -57,7 +59,7 @@ class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = _key(storage)
             if key in self._sizes:
                 self._resize(key, storage.nbytes())
-            elif key not in given:
+            elif key not in given and self.device_type in (None, storage.device.type):
                 self._created(key, storage)
         return result
 

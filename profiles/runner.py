@@ -21,6 +21,7 @@ import torch
 import planner
 from planner import ConfigError, Model
 from planner.errors import check_choice, check_size
+from planner.format import gib
 from profiles import environment, meters, nvml, records
 from profiles.records import DEFAULT_OUT, PHASES, Record
 from profiles.workloads import RUNTIMES, TORCH_DTYPES, Logits, Workload, attention_name, build
@@ -170,7 +171,7 @@ class _Bench:
         ids = self._prompt(workload, point)
         gc.collect()
         passes: list[set[str]] = []
-        with torch.no_grad(), meters.LiveTensorMeter() as meter:
+        with torch.no_grad(), meters.LiveTensorMeter(device=self.device) as meter:
             workload.begin(batch=point.batch, capacity_tokens=point.context_tokens)
             for _ in self._tokens(workload, point, ids):
                 passes.append(meter.take_ops())
@@ -322,8 +323,8 @@ def _refuse_what_does_not_fit(
 ) -> None:
     """ConfigError when our own estimate of the largest point is more than what is free now.
 
-    The estimate's total where the GPU is in the catalogue; of another one only the live tensors are
-    known.
+    What is free already lacks this process's CUDA context, so that is not asked for again. Of a GPU
+    outside the catalogue only the live tensors are known.
     """
     largest = max(points, key=lambda point: point.output_tokens)
     estimate = planner.estimate(
@@ -337,12 +338,11 @@ def _refuse_what_does_not_fit(
         deploy,
     )
     memory = estimate.memory
-    needed_bytes = memory.peak_live_bytes if gpu is None else memory.total_bytes
-    if needed_bytes > free_bytes:
+    needed_bytes = memory.peak_live_bytes if gpu is None else memory.peak_allocated_bytes
+    if needed_bytes > free_bytes or (gpu is not None and not estimate.fits):
         raise ConfigError(
             f"{model.name} with batch={largest.batch}, {largest.context_tokens} tokens in "
-            f"{deploy.dtype} needs {needed_bytes / 2**30:.2f} GiB, "
-            f"{free_bytes / 2**30:.2f} GiB available"
+            f"{deploy.dtype} needs {gib(needed_bytes)}, {gib(free_bytes)} available"
         )
 
 

@@ -23,7 +23,8 @@ class Fields:
     """A config.json seen through its class: `fields.size("hidden_size")`.
 
     A field is looked up under its own name and its alias, then in the class defaults; a default
-    that was taken is remembered in `defaults`. A field that is present but null is None, not absent.
+    that was taken is remembered in `defaults`. A field that is present but null is None, not
+    absent.
     """
 
     def __init__(self, config: Mapping[str, Any], model_type: str) -> None:

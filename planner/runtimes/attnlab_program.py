@@ -1,12 +1,13 @@
 """Forward passes of attnlab (kernels/attnlab/transformer.py) as programs, op by op.
 
-The cache is preallocated before the pass. A module's input lives until the module returns, a block's
-input until the model's loop takes its output.
+The cache is preallocated before the pass. A module's input lives until the module returns, a
+block's input until the model's loop takes its output.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from planner.dtypes import element_bytes
@@ -41,6 +42,7 @@ class Pass:
     logits: Literal["all", "last"]
 
 
+@lru_cache(maxsize=128)
 def forward_program(model: Model, what: Pass) -> Program:
     """One forward pass over a preallocated cache, from token ids to logits.
 

@@ -71,7 +71,7 @@ def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ..
         return kinds[0]
     if cache.kind not in kinds:
         raise ConfigError(
-            f"cache.kind={cache.kind!r} is not what runtime={runtime} has: one of {', '.join(kinds)}"
+            f"cache.kind={cache.kind!r} is not in runtime={runtime}: one of {', '.join(kinds)}"
         )
     return cache.kind
 

@@ -1,10 +1,10 @@
 """Forward passes of transformers 5.23 as programs: every storage its modelling code really makes.
 
-Written beside models/<type>/modeling_<type>.py, integrations/sdpa_attention.py, integrations/moe.py,
-masking_utils.py and cache_utils.py of that version, in eval mode, under no_grad, without padding.
-What keeps a tensor alive are Python's references: a layer's input is held by the model's loop until
-the layer returns, the input embeddings by the model's forward until it returns, eager attention's
-weights by the layer that unpacks them into `_`.
+Written beside models/<type>/modeling_<type>.py, integrations/sdpa_attention.py,
+integrations/moe.py, masking_utils.py and cache_utils.py of that version, in eval mode, under
+no_grad, without padding. What keeps a tensor alive are Python's references: a layer's input is held
+by the model's loop until the layer returns, the input embeddings by the model's forward until it
+returns, eager attention's weights by the layer that unpacks them into `_`.
 
 Shapes.  B batch · T tokens of this pass · S context after it · P = S − T · h hidden · H query heads
          G kv heads · D head dim · E experts · k experts per token · b bytes of the model dtype
@@ -13,6 +13,7 @@ Shapes.  B batch · T tokens of this pass · S context after it · P = S − T �
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, assert_never
 
 from planner.dtypes import element_bytes
@@ -84,6 +85,7 @@ class Pass:
     equal_widths_only: bool = False
 
 
+@lru_cache(maxsize=128)
 def forward_program(model: Model, what: Pass) -> Program:
     """One forward pass with a DynamicCache, from token ids to logits."""
     return _Forward(model, what).write()
@@ -105,8 +107,7 @@ class _Forward(Writer):
     def write(self) -> Program:
         """The whole pass."""
         model, tape = self.model, self.tape
-        if self.what.kind == "decode":
-            self._filled_cache()
+        self._open_cache()
         with tape.segment("embedding"):
             first_input = self._embed()
         for start, count, layer in model.layer_groups():
@@ -147,12 +148,15 @@ class _Forward(Writer):
             Buffer(name="cached values", shape=v, itemsize=element, cache=True),
         )
 
-    def _filled_cache(self) -> None:
+    def _open_cache(self) -> None:
+        """What the cache holds before the pass: old keys and values, an int64 a sliding layer."""
         for start, count, layer in self.model.layer_groups():
             label = f"cache of {layer_label(layer)}"
             if not self.tape.again(label, count=count, first_layer=start):
                 with self.tape.segment(label, count=count, first_layer=start):
-                    for old in self.old_cache[layer]:
+                    if _window(layer) is not None:
+                        self.tape.new("window size", (1,), INT64)
+                    for old in self.old_cache[layer] if self.what.kind == "decode" else ():
                         self.tape.new(old.name, old.shape, old.itemsize, into=old)
 
     def _logits(self, last: Buffer) -> None:
@@ -269,7 +273,7 @@ class _Forward(Writer):
             tape.free(x)
 
     def _norm(self, norm: Norm, x: Buffer, name: str) -> Buffer:
-        """LayerNorm is one op; RMSNorm is python: float32 copy, square, mean, scale, cast, weight."""
+        """LayerNorm is one op; RMSNorm python: float32 copy, square, mean, scale, cast, weight."""
         tape, b, shape = self.tape, self.b, x.shape
         h = shape[-1]
         assert isinstance(h, int)
@@ -349,7 +353,7 @@ class _Forward(Writer):
         return out
 
     def _append(self, layer: Layer, k: Buffer, v: Buffer) -> tuple[Buffer, Buffer]:
-        """DynamicCache.update: torch.cat of old and new. A sliding layer drops the old ones late."""
+        """DynamicCache.update: torch.cat of old and new. A sliding layer drops the old late."""
         tape, old = self.tape, self.old_cache[layer]
         new_k, new_v = self.new_cache[layer]
         filled = self.what.kind == "decode"
@@ -396,7 +400,7 @@ class _Forward(Writer):
     ) -> Buffer:
         """A fused kernel. With a mask, k and v are repeated unless one query is packed instead."""
         tape, b, (H, G), (D, D_v) = self.tape, self.b, heads, widths
-        if D != D_v and self.what.equal_widths_only:
+        if D_v != D and self.what.equal_widths_only:
             return self._sdpa_math(q, keys, values, H, widths, flops)
         mask = self.masks.get(window)
         extra: list[Buffer] = []
@@ -609,7 +613,7 @@ class _Forward(Writer):
         return out
 
     def _mixture(self, moe: MoE, x: Buffer) -> Buffer:
-        """integrations/moe.py grouped_mm_experts_forward: tokens sorted by expert, two grouped GEMMs.
+        """grouped_mm_experts_forward: tokens sorted by expert, two grouped GEMMs.
 
         Expert weights are read once each, as far as the tokens reach them: min(E, tokens · k).
         """

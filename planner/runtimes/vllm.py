@@ -1,14 +1,17 @@
 """The `vllm` runtime, version 0.19: a pool of KV blocks out of what everything else leaves.
 
-Blocks (v1/core/single_type_kv_cache_manager.py): a full or latent layer holds ⌈S / block⌉; a sliding
-one drops the blocks that lie wholly before its window, ⌊max(0, S − W) / block⌋ of them after the
-step that makes S tokens. Groups (v1/core/kv_cache_utils.py): layers of different kinds share one
-pool of block ids, so the kinds are cut into groups of g layers; a group that is short of layers is
-charged in full. Pool (v1/worker/gpu_worker.py): utilisation × memory − weights − profile-run peak −
-what is not torch's.
+Blocks (v1/core/single_type_kv_cache_manager.py): a full or latent layer holds ⌈S / block⌉; a
+sliding one drops the blocks that lie wholly before its window, ⌊max(0, S − W) / block⌋ of them
+after the step that makes S tokens.
+Groups (v1/core/kv_cache_utils.py): layers of different kinds share one pool of block ids, so the
+kinds are cut into groups of g layers; a group that is short of layers is charged in full.
+Pool (v1/worker/gpu_worker.py): utilisation × memory − weights − profile-run peak − what is not
+torch's.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 from planner.dtypes import element_bytes
 from planner.kv_cache import attention_cache_elements, layer_kind
@@ -95,17 +98,17 @@ class Vllm:
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
         tokens, rows = setting.max_batched_tokens, setting.max_sequences
-        writer = _Profile(model, setting, rows=min(rows, tokens), cached=False)
+        program = _program(model, setting.dtype, setting.kv_dtype, min(rows, tokens))
         dims = Dims(batch=1, tokens=tokens, context=tokens)
-        return [Phase(name="profile run", program=writer.write(), dims=dims)]
+        return [Phase(name="profile run", program=program, dims=dims)]
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt, logits of each sequence's last token."""
-        return _Profile(model, setting, rows=None, cached=True).write()
+        return _program(model, setting.dtype, setting.kv_dtype, None)
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence over the paged cache."""
-        return _Profile(model, setting, rows=None, cached=True).write()
+        return _program(model, setting.dtype, setting.kv_dtype, None)
 
 
 def group_size(counts: list[int]) -> int:
@@ -143,15 +146,21 @@ def _kinds(model: Model) -> list[tuple[Layer, int]]:
     return list(kinds.values())
 
 
+@lru_cache(maxsize=128)
+def _program(model: Model, dtype: str, kv_dtype: str, rows: int | None) -> Program:
+    return _Profile(model, dtype, kv_dtype, rows).write()
+
+
 class _Profile(Writer):
     """A pass of vLLM: fused norms in place, one buffer for gate and up, sampler on float32 logits.
 
-    What lives is taken from its layer code, not traced: uncalibrated.
+    Logits of `rows` sequences, or of the batch's (None). What lives is taken from its layer code,
+    not traced: uncalibrated.
     """
 
-    def __init__(self, model: Model, setting: Setting, *, rows: int | None, cached: bool) -> None:
-        super().__init__(model, setting.dtype)
-        self.rows, self.cached, self.kv_b = rows, cached, element_bytes(setting.kv_dtype)
+    def __init__(self, model: Model, dtype: str, kv_dtype: str, rows: int | None) -> None:
+        super().__init__(model, dtype)
+        self.rows, self.kv_b = rows, element_bytes(kv_dtype)
 
     def write(self) -> Program:
         """Embedding, layers, logits and sampler."""

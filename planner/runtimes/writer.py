@@ -1,4 +1,4 @@
-"""What the programs of torch runtimes share: linear layers, rotations, casts, one residual stream."""
+"""What the programs of torch runtimes share: linear layers, rotations, casts, the residual."""
 
 from __future__ import annotations
 

@@ -110,6 +110,13 @@ def test_reset_peak_starts_from_what_is_alive():
     assert meter.peak_bytes == 440
 
 
+def test_storages_on_other_devices_are_left_out_when_one_is_named():
+    with LiveTensorMeter(device=torch.device("cpu")) as meter:
+        elsewhere, here = torch.zeros(100, device="meta"), torch.zeros(10)
+        assert meter.live_bytes == here.nbytes == 40
+    assert elsewhere.device.type == "meta"
+
+
 def test_the_ops_that_ran_are_known():
     with LiveTensorMeter() as meter:
         torch.zeros(3).relu()

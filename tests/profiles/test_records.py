@@ -258,3 +258,11 @@ def test_record_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         record().batch = 3
     assert isinstance(record(), Record)
+
+
+def test_the_line_is_synced_to_disk_before_append_returns(tmp_path, monkeypatch):
+    store, at_sync = tmp_path / "r.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: at_sync.append(store.read_text()))
+    written = record()
+    records.append(store, written)
+    assert at_sync == [records.to_json(written) + "\n"]

@@ -6,6 +6,7 @@ import torch
 import planner
 from planner import ConfigError
 from profiles import environment, records, runner
+from profiles.compare import compare
 from profiles.meters import LiveTensorMeter
 from profiles.runner import profile
 from profiles.workloads import AttnlabWorkload, attention_name, build
@@ -63,6 +64,14 @@ def test_weights_and_cache_bytes_are_what_the_planner_says(measured, llama):
         )
         assert record.weights_bytes == estimate.memory.weights_bytes
         assert record.kv_cache_bytes == estimate.memory.kv_cache_bytes
+
+
+def test_the_live_peak_is_what_the_planner_says_to_the_byte(measured):
+    """Two ways that share no code: liveness over the planner's ops, storages seen by the meter."""
+    rows = compare([measured["prefill"], measured["generation"]])
+    peaks = [(r.predicted, r.measured) for r in rows if r.quantity == "peak_live_bytes"]
+    assert len(peaks) == 2
+    assert all(predicted == seen for predicted, seen in peaks)
 
 
 def test_weights_and_cache_bytes_are_what_the_shapes_say(measured):
@@ -175,10 +184,10 @@ def test_a_decode_without_steps_is_left_out(llama, tmp_path):
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "build", lambda *a, **k: pytest.fail("it was built"))
     huge = planner.read_config(LLAMA | {"hidden_size": 65536, "num_hidden_layers": 100})
-    with pytest.raises(ConfigError, match=r"needs [\d.]+ GiB, [\d.]+ GiB available"):
+    with pytest.raises(ConfigError, match=r"llama .* needs [\d.,]+ GiB, [\d.]+ GiB available"):
         profile(huge, **WORK, device="cpu", out=tmp_path / "r.jsonl")
     monkeypatch.setattr(environment, "free_bytes", lambda device: 100_000)
-    with pytest.raises(ConfigError, match=r"needs 0\.00 GiB, 0\.00 GiB available"):
+    with pytest.raises(ConfigError, match=r"needs [\d.]+ KiB, 97\.66 KiB available"):
         profile(llama, **WORK, device="cpu", out=tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
 

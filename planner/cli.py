@@ -1,0 +1,330 @@
+"""`planner …`: the API from a shell. Exit codes: 0 done, 1 the answer is no, 2 bad input.
+
+The one file of planner that reaches for the measuring side, and only inside those commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.capacity import max_batch, max_context_tokens
+from planner.errors import ConfigError
+from planner.estimate import estimate
+from planner.format import gib, percent, seconds
+from planner.loading import load_model
+from planner.report import explain, write_csv
+from planner.workload import Deployment, Inference
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+app = typer.Typer(
+    name="planner",
+    help="Predict what a transformer holds and how fast it runs; measure it; compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Catalogue name, config.json or its folder.")
+]
+GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
+Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
+Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="transformers, attnlab or vllm.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
+KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
+Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
+Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table.")]
+
+
+@app.command("estimate")
+def estimate_command(
+    model: ModelName,
+    gpu: GpuName,
+    batch: Batch = 1,
+    prompt: Prompt = 1024,
+    output: Output = 1,
+    runtime: RuntimeName = "transformers",
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    attention: Attention = None,
+    logits: Logits = "all",
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
+    """Memory and latency of a workload, part by part. Exit 1 if it does not fit."""
+    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+    deploy = Deployment(
+        gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype, attention=attention
+    )
+    result = estimate(load_model(model), work, deploy)
+    if csv is not None:
+        result.to_csv(csv)
+    _print(result.to_dict() if as_json else explain(result))
+    _exit_unless(result.fits)
+
+
+@app.command("fit")
+def fit_command(
+    model: ModelName,
+    gpu: GpuName,
+    batch: Batch = 1,
+    prompt: Prompt = 1024,
+    output: Output = 1,
+    runtime: RuntimeName = "transformers",
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    logits: Logits = "last",
+    as_json: AsJson = False,
+) -> None:
+    """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
+    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+    deploy = Deployment(gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype)
+    described = load_model(model)
+    result = estimate(described, work, deploy)
+    longest, largest = (
+        max_context_tokens(described, work, deploy),
+        max_batch(described, work, deploy),
+    )
+    if as_json:
+        answer = {"max_context_tokens": longest, "max_batch": largest, "fits": result.fits}
+        _print({"model": described.name, "gpu": gpu, "runtime": runtime, **answer})
+    else:
+        limit = described.max_position_embeddings
+        why = " (the model's positions)" if longest == limit else ""
+        _print(
+            f"{described.name} in {runtime} on {result.gpu.label}\n"
+            f"  longest context at batch {batch}: {longest:,} tokens{why}\n"
+            f"  largest batch at {prompt:,} + {output:,} tokens: {largest:,}"
+        )
+    _exit_unless(bool(longest and largest))
+
+
+@app.command("params")
+def params_command(model: ModelName, as_json: AsJson = False, csv: CsvFile = None) -> None:
+    """The parameter table: name, group, layer, shape, count of every trained tensor."""
+    described = load_model(model)
+    table = described.parameter_table()
+    if csv is not None:
+        write_csv(table, csv)
+    if as_json:
+        _print(
+            {
+                "model": described.name,
+                "parameter_count": described.parameter_count,
+                "active_parameter_count": described.active_parameter_count,
+                "parameters": [
+                    {
+                        "name": p.name,
+                        "group": p.group,
+                        "layer": p.layer,
+                        "shape": list(p.shape),
+                        "count": p.count,
+                    }
+                    for p in described.checkpoint_parameters()
+                ],
+            }
+        )
+        return
+    _print_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
+
+
+@app.command("profile")
+def profile_command(
+    model: ModelName,
+    batch: Batch = 1,
+    prompt: Prompt = 512,
+    output: Output = 32,
+    device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
+    runtime: RuntimeName = "attnlab",
+    dtype: Dtype = None,
+    attention: Attention = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each pass.")] = 5,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Records, appended.")] = Path(
+        "measurements/records.jsonl"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Run prefill, decode and generation for real; append what was seen to a record file."""
+    from profiles.compare import compare  # noqa: TID251
+    from profiles.runner import profile  # noqa: TID251
+
+    described = load_model(model)
+    options: dict[str, Any] = {
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "output_tokens": output,
+        "device": device,
+        "runtime": runtime,
+        "dtype": dtype,
+        "attention": attention,
+        "repeats": repeats,
+        "out": out,
+    }
+    if as_json:
+        records = profile(described, **options)
+    else:
+        records = _with_progress(lambda report: profile(described, on_progress=report, **options))
+    rows = compare(records)
+    if as_json:
+        _print({"records": [r.id for r in records], "rows": [_plain(row) for row in rows]})
+    else:
+        _print_comparison(rows)
+        _print(f"{len(records)} records appended to {out}")
+    failed = [r for r in records if r.status != "ok"]
+    for record in failed:
+        print(f"{record.phase}: {record.status}", file=sys.stderr)
+    _exit_unless(not failed)
+
+
+@app.command("compare")
+def compare_command(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Record files; else all found.")
+    ] = None,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
+    """Predicted beside measured, with signed errors, for every stored record."""
+    from profiles.compare import compare, summary, to_frame  # noqa: TID251
+    from profiles.records import default_paths, load  # noqa: TID251
+
+    records, problems = load(files or default_paths())
+    for problem in problems:
+        print(f"planner: {problem}", file=sys.stderr)
+    rows = compare(records)
+    if csv is not None:
+        write_csv(to_frame(rows), csv)
+    if as_json:
+        _print({"rows": [_plain(row) for row in rows], "summary": list(summary(rows))})
+    elif rows:
+        _print_comparison(rows)
+    else:
+        _print("No measurements yet. Make some: planner profile llama-50m --device cpu")
+
+
+@app.command("app")
+def app_command(
+    port: Annotated[int, typer.Option("--port", help="Where to serve.")] = 8501,
+) -> None:
+    """Open the dashboard (from a checkout)."""
+    import subprocess
+
+    main_file = Path(__file__).parents[1] / "app" / "main.py"
+    if not main_file.is_file():
+        raise ConfigError(
+            "the dashboard runs from a checkout of the project: app/main.py is absent"
+        )
+    command = [sys.executable, "-m", "streamlit", "run", str(main_file)]
+    raise typer.Exit(
+        subprocess.call([*command, "--server.port", str(port)], cwd=main_file.parents[1])
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a ConfigError or a wrong option is one line on stderr and exit code 2."""
+    import click
+
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except ConfigError as error:
+        code = _refuse(str(error))
+    except click.exceptions.Abort:
+        code = _refuse("interrupted")
+    except click.ClickException as error:
+        code = _refuse(error.format_message())
+    except KeyboardInterrupt:
+        code = _refuse("interrupted; what was measured before is kept")
+    except BrokenPipeError:
+        code = 0
+    raise SystemExit(code or 0)
+
+
+def _refuse(message: str) -> int:
+    print(f"planner: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _exit_unless(answer: bool) -> None:
+    if not answer:
+        raise typer.Exit(1)
+
+
+def _print(content: Any) -> None:
+    print(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # piped, a table is as wide as its content, so that nothing is cut
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_table(table: pd.DataFrame, *, title: str) -> None:
+    from rich.table import Table
+
+    view = Table(title=title, title_justify="left")
+    for column in table.columns:
+        view.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        view.add_row(*("" if str(cell) == "<NA>" else str(cell) for cell in row))
+    _console().print(view)
+
+
+def _print_comparison(rows: Sequence[Any]) -> None:
+    from rich.table import Table
+
+    view = Table(title="Predicted beside measured", title_justify="left")
+    for column in ("device", "model", "phase", "quantity"):
+        view.add_column(column)
+    for column in ("predicted", "measured", "error"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        show = gib if row.quantity.endswith("_bytes") else seconds
+        view.add_row(
+            row.device,
+            row.model,
+            row.phase,
+            row.quantity,
+            show(row.predicted),
+            show(row.measured),
+            "exact" if row.predicted == row.measured else percent(row.relative_error),
+        )
+    _console().print(view)
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(row)
+
+
+def _with_progress(run: Callable[[Any], Any]) -> Any:
+    """Run with a bar: `report(done, total, label)` moves it."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("building", total=None)
+
+        def report(done: int, total: int, label: str) -> None:
+            progress.update(task, completed=done, total=total, description=label)
+
+        return run(report)
+
+
+if __name__ == "__main__":
+    main()

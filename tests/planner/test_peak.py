@@ -1,0 +1,142 @@
+"""Closed-form live peaks against storages watched while the real forward runs on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import planner
+from attnlab.kv_cache import KVCache
+from attnlab.transformer import Transformer
+from planner.activations import peak, peak_bytes
+from planner.program import Dims
+from planner.runtimes import attnlab_program, transformers_program
+from profiles.meters import LiveTensorMeter
+from tests.planner.configs import TINY, build
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOKENS = 24
+EAGER_ONLY = ("gemma2",)
+ATTNLAB = [name for name in TINY if name not in ("mixtral", "deepseek_v3")]
+
+
+def cases(names, fast, slow):
+    return [
+        (name, attention)
+        for name in names
+        for attention in (fast, slow)
+        if attention == slow or name not in EAGER_ONLY
+    ]
+
+
+@pytest.mark.parametrize(("name", "attention"), cases(TINY, "sdpa", "eager"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_transformers_peak_is_exact_at_prefill_and_over_decode_steps(name, attention, dtype, batch):
+    live = build(TINY[name], device="cpu", dtype=DTYPES[dtype], attention=attention)
+    ids = torch.randint(1, 99, (batch, TOKENS))
+    seen = []
+    with torch.no_grad(), LiveTensorMeter() as meter:
+        cache, step = None, ids
+        for _ in range(4):
+            meter.reset_peak()
+            out = live(step, past_key_values=cache, use_cache=True)
+            cache, step = out.past_key_values, ids[:, :1]
+            seen.append(meter.peak_bytes)
+            del out
+    model = planner.read_config(TINY[name])
+    for position, measured in enumerate(seen):
+        decode = position > 0
+        program = transformers_program.forward_program(
+            model,
+            transformers_program.Pass(
+                kind="decode" if decode else "prefill",
+                attention=attention,
+                dtype=dtype,
+                kv_dtype=dtype,
+                logits="all",
+                held_whole=position == 1,
+                equal_widths_only=True,
+            ),
+        )
+        dims = Dims(batch=batch, tokens=1 if decode else TOKENS, context=TOKENS + position)
+        assert peak(program, dims).live_bytes == measured, position
+
+
+@pytest.mark.parametrize(("name", "attention"), cases(ATTNLAB, "sdpa", "naive"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_attnlab_peak_is_exact_at_prefill_and_decode(name, attention, dtype, batch, logits):
+    model = planner.read_config(TINY[name])
+    live = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
+    ids = torch.randint(1, 99, (batch, TOKENS))
+    capacity = TOKENS + 5
+    seen = []
+    with torch.no_grad(), LiveTensorMeter() as meter:
+        cache = KVCache(
+            model, batch=batch, capacity_tokens=capacity, dtype=DTYPES[dtype], device="cpu"
+        )
+        for step in (ids, ids[:, :1], ids[:, :1]):
+            meter.reset_peak()
+            out = live(step, cache=cache, logits=logits)
+            seen.append(meter.peak_bytes)
+            del out
+    for position, measured in enumerate(seen):
+        program = attnlab_program.forward_program(
+            model,
+            attnlab_program.Pass(
+                kind="decode" if position else "prefill",
+                attention=attention,
+                dtype=dtype,
+                kv_dtype=dtype,
+                logits=logits,
+            ),
+        )
+        dims = Dims(
+            batch=batch,
+            tokens=1 if position else TOKENS,
+            context=TOKENS + position,
+            capacity=capacity,
+        )
+        assert peak(program, dims).live_bytes == measured, position
+
+
+@pytest.mark.parametrize(("logits", "published_mib"), [("all", 1034), ("last", 466)])
+def test_llama_8b_prefill_matches_an_independent_trace(logits, published_mib):
+    """Traced by others on fake tensors: batch 1, 4 096 tokens, sdpa, without the KV cache."""
+    work = planner.Inference(batch=1, prompt_tokens=4096, logits=logits)
+    model = planner.load_model("llama-3.1-8b")
+    memory = planner.estimate(model, work, planner.Deployment(gpu="h200")).memory
+    assert round(memory.activations_bytes / 2**20) == published_mib
+
+
+def test_the_winner_of_the_peak_is_named():
+    def winner(name, **work):
+        estimate = planner.estimate(
+            planner.load_model(name),
+            planner.Inference(**work),
+            planner.Deployment(gpu="h200", attention=None),
+        )
+        return estimate.peak.op
+
+    assert winner("llama-3.1-8b", batch=1, prompt_tokens=4096) == "logits"
+    assert winner("llama-3.1-8b", batch=1, prompt_tokens=4096, logits="last") == "gate · up"
+    assert winner("gemma-2-9b", batch=1, prompt_tokens=4096, logits="last") == "attention weights"
+
+
+def test_a_grid_gives_what_single_points_give():
+    import numpy as np
+
+    model = planner.read_config(TINY["gemma2"])
+    program = transformers_program.forward_program(
+        model,
+        transformers_program.Pass(
+            kind="prefill", attention="eager", dtype="bf16", kv_dtype="bf16", logits="last"
+        ),
+    )
+    batches, tokens = np.meshgrid([1.0, 2.0, 5.0], [2.0, 15.0, 16.0, 17.0, 300.0])
+    grid = peak_bytes(program, Dims(batch=batches, tokens=tokens, context=tokens))
+    for b, t, value in zip(batches.flat, tokens.flat, grid.flat, strict=True):
+        point = Dims(batch=int(b), tokens=int(t), context=int(t))
+        assert peak_bytes(program, point) == value
