@@ -13,15 +13,25 @@ from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
 class Peak:
     """The largest sum of live storages of a pass.
 
-    `buffers` are (name, how many, bytes of all) of what lives then, largest first; `cache_bytes` is
-    the part of `live_bytes` that is KV cache.
+    `live` are (buffer, how many, bytes of all) of what lives then besides the KV cache, largest
+    first; `cache_bytes` is the cache's part of `live_bytes`.
     """
 
     live_bytes: int
     cache_bytes: int
     op: str
     layer: int | None
-    buffers: tuple[tuple[str, int, int], ...]
+    live: tuple[tuple[Buffer, int, int], ...]
+
+    @property
+    def buffers(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, how many, bytes of all), buffers of one name together, largest first."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        for buffer, count, size in self.live:
+            counts[buffer.name] += count
+            sizes[buffer.name] += size
+        return tuple((name, counts[name], size) for name, size in sizes.most_common())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,7 @@ def peak(program: Program, dims: Dims) -> Peak:
             return _snapshot(alive, highest, dims, op, layer)
         for buffer, change in _net_buffers(segment.ops).items():
             alive[buffer] += change * count
-    return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, buffers=())
+    return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, live=())
 
 
 def _net_buffers(ops: tuple[Op, ...]) -> Counter[Buffer]:
@@ -112,24 +122,21 @@ def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims
     raise AssertionError("no op reaches the highest point of its own segment")
 
 
-def _snapshot(alive: Counter[Buffer], live: int, dims: Dims, op: str, layer: int | None) -> Peak:
-    """What lives at this moment, buffers of one name together."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+def _snapshot(
+    alive: Counter[Buffer], live_bytes: int, dims: Dims, op: str, layer: int | None
+) -> Peak:
+    """What lives at this moment; buffers that are alike are one entry."""
+    alike: dict[tuple[object, ...], tuple[Buffer, int, int]] = {}
     cache_bytes = 0
     for buffer, count in alive.items():
-        if not count:
-            continue
         size = count * buffer.nbytes(dims)
         if buffer.cache:
             cache_bytes += size
         elif size:
-            counts[buffer.name] += count
-            sizes[buffer.name] += size
+            key = (buffer.name, buffer.shape, buffer.itemsize)
+            _, counted, total = alike.get(key, (buffer, 0, 0))
+            alike[key] = (buffer, counted + count, total + size)
+    live = sorted(alike.values(), key=lambda entry: -entry[2])
     return Peak(
-        live_bytes=live,
-        cache_bytes=cache_bytes,
-        op=op,
-        layer=layer,
-        buffers=tuple((name, counts[name], size) for name, size in sizes.most_common()),
+        live_bytes=live_bytes, cache_bytes=cache_bytes, op=op, layer=layer, live=tuple(live)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,9 @@ from planner.workload import Deployment, Inference
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+
+# typer carries its own copy of click since 0.26 and used the installed one before
+_WRONG_USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="planner",
@@ -177,16 +181,13 @@ def profile_command(
         records = profile(described, **options)
     else:
         records = _with_progress(lambda report: profile(described, on_progress=report, **options))
-    rows = compare(records)
+    rows = compare(records, on_problem=_warn)
     if as_json:
-        _print({"records": [r.id for r in records], "rows": [_plain(row) for row in rows]})
+        _print({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
     else:
         _print_comparison(rows)
         _print(f"{len(records)} records appended to {out}")
-    failed = [r for r in records if r.status != "ok"]
-    for record in failed:
-        print(f"{record.phase}: {record.status}", file=sys.stderr)
-    _exit_unless(not failed)
+    _exit_unless(all(record.status == "ok" for record in records))
 
 
 @app.command("compare")
@@ -203,12 +204,13 @@ def compare_command(
 
     records, problems = load(files or default_paths())
     for problem in problems:
-        print(f"planner: {problem}", file=sys.stderr)
-    rows = compare(records)
+        _warn(problem)
+    rows = compare(records, on_problem=_warn)
     if csv is not None:
         write_csv(to_frame(rows), csv)
     if as_json:
-        _print({"rows": [_plain(row) for row in rows], "summary": list(summary(rows))})
+        parts: dict[str, Sequence[Any]] = {"rows": rows, "summary": summary(rows)}
+        _print({name: [asdict(row) for row in part] for name, part in parts.items()})
     elif rows:
         _print_comparison(rows)
     else:
@@ -235,15 +237,13 @@ def app_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a ConfigError or a wrong option is one line on stderr and exit code 2."""
-    import click
-
     try:
         code = app(args=arguments, standalone_mode=False)
     except ConfigError as error:
         code = _refuse(str(error))
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = _refuse("interrupted")
-    except click.ClickException as error:
+    except _WRONG_USAGE as error:
         code = _refuse(error.format_message())
     except KeyboardInterrupt:
         code = _refuse("interrupted; what was measured before is kept")
@@ -253,8 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"planner: {' '.join(message.split())}", file=sys.stderr)
+    _warn(" ".join(message.split()))
     return 2
+
+
+def _warn(message: str) -> None:
+    print(f"planner: {message}", file=sys.stderr)
 
 
 def _exit_unless(answer: bool) -> None:
@@ -299,25 +303,26 @@ def _print_comparison(rows: Sequence[Any]) -> None:
             row.model,
             row.phase,
             row.quantity,
-            show(row.predicted),
+            "not predicted" if row.predicted is None else show(row.predicted),
             show(row.measured),
-            "exact" if row.predicted == row.measured else percent(row.relative_error),
+            _error(row.relative_error),
         )
     _console().print(view)
 
 
-def _plain(row: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(row)
+def _error(relative_error: float | None) -> str:
+    if relative_error is None:
+        return ""
+    return "exact" if relative_error == 0 else percent(relative_error)
 
 
 def _with_progress(run: Callable[[Any], Any]) -> Any:
     """Run with a bar: `report(done, total, label)` moves it."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
         task = progress.add_task("building", total=None)
 
         def report(done: int, total: int, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES, element_bytes
 from planner.errors import ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
-from planner.program import Dims
+from planner.program import Dims, formula, symbols
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Runtime, Setting
+from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.vllm import NON_TORCH_BYTES, block_bytes
 from planner.workload import CacheSpec, Deployment, Inference
 
@@ -231,7 +232,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = deploy.runtime == "vllm"
-    activations = list(_activation_rows(highest, phase.name, kv_bytes, pooled=pooled))
+    activations = list(_activation_rows(highest, phase, kv_bytes, pooled=pooled))
     overhead = list(_overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
     memory = _memory(rows, highest, work, gpu, pooled=pooled)
@@ -292,16 +293,21 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
 
-def _activation_rows(highest: Peak, phase: str, kv_bytes: int, *, pooled: bool) -> Iterator[Row]:
+def _activation_rows(highest: Peak, phase: Phase, kv_bytes: int, *, pooled: bool) -> Iterator[Row]:
     """What lives at the peak besides weights and cache."""
-    where = f"{phase}, {highest.op}" + ("" if highest.layer is None else f", layer {highest.layer}")
-    for name, count, size in highest.buffers:
+    where = f"{phase.name}, {highest.op}" + (
+        "" if highest.layer is None else f", layer {highest.layer}"
+    )
+    letters = symbols(phase.dims)
+    for buffer, count, size in highest.live:
+        text = formula(buffer.shape)
+        used = set(re.findall(r"[A-Z]", text))
         yield Row(
             component="activations",
-            item=name,
+            item=buffer.name,
             count=count,
-            formula="live",
-            values=(("live", size),),
+            formula=f"{text} · {buffer.itemsize}",
+            values=tuple((name, number) for name, number in letters.items() if name in used),
             size_bytes=size,
             note=f"at the peak: {where}",
         )

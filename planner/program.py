@@ -34,7 +34,7 @@ class Dims:
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A size that depends on Dims. Two symbols of one name are the same size."""
+    """A size that depends on Dims, named by its expression. One name, one size."""
 
     name: str
     of: Callable[[Dims], Number]
@@ -52,10 +52,11 @@ Shape: TypeAlias = tuple[Extent, ...]
 B = Symbol("B", lambda d: d.batch)
 T = Symbol("T", lambda d: d.tokens)
 S = Symbol("S", lambda d: d.context)
+PAST = Symbol("P", lambda d: d.context - d.tokens)
 C = Symbol("C", lambda d: d.context if d.capacity is None else d.capacity)
-SEVERAL_BATCHES = Symbol("[B>1]", lambda d: (d.batch > 1) * 1)
-SEVERAL_TOKENS = Symbol("[T>1]", lambda d: (d.tokens > 1) * 1)
-FOLDED = Symbol("[B>1,T>1]", lambda d: (d.batch > 1) * 1 * (d.tokens > 1))
+SEVERAL_BATCHES = Symbol("(B > 1)", lambda d: (d.batch > 1) * 1)
+SEVERAL_TOKENS = Symbol("(T > 1)", lambda d: (d.tokens > 1) * 1)
+FOLDED = Symbol("(B > 1) · (T > 1)", lambda d: (d.batch > 1) * 1 * (d.tokens > 1))
 """1 where [B, T, H, D] seen as [B, H, T, D] cannot be folded to [B·H, T, D] without a copy."""
 
 
@@ -102,9 +103,15 @@ def evaluate(shape: Shape, dims: Dims) -> Number:
     return product
 
 
-def show(shape: Shape) -> str:
-    """A shape as text: B·T·4096."""
-    return "·".join(str(e) if isinstance(e, int) else e.name for e in shape) or "1"
+def formula(shape: Shape) -> str:
+    """A shape as text, such as "B · T · 4096"; a symbol's name is an expression of B, T, S, P, C."""
+    return " · ".join(str(e) if isinstance(e, int) else e.name for e in shape) or "1"
+
+
+def symbols(dims: Dims) -> dict[str, int]:
+    """The numbers that a formula's letters stand for at one point."""
+    letters = (B, T, S, PAST, C)
+    return {letter.name: letter.of(dims) for letter in letters}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -346,14 +346,16 @@ def _gqa(layer: Layer) -> GQA:
 
 def _if_beyond(window: int) -> Symbol:
     """1 where make_mask makes a tensor: the window is shorter than the context."""
-    return Symbol(f"[S>{window}]", lambda d: (d.context > window) * 1)
+    return Symbol(f"(S > {window})", lambda d: (d.context > window) * 1)
 
 
 def _plain_causal(window: int | None) -> Symbol:
     """1 where naive makes the causal mask of a layer itself."""
     if window is None:
         return SEVERAL_TOKENS
-    return Symbol(f"[T>1,S≤{window}]", lambda d: (d.tokens > 1) * 1 * (d.context <= window))
+    return Symbol(
+        f"(T > 1) · (S <= {window})", lambda d: (d.tokens > 1) * 1 * (d.context <= window)
+    )
 
 
 def _masked(window: int | None) -> Symbol:
@@ -361,5 +363,5 @@ def _masked(window: int | None) -> Symbol:
     if window is None:
         return SEVERAL_TOKENS
     return Symbol(
-        f"[T>1 or S>{window}]", lambda d: maximum((d.tokens > 1) * 1, (d.context > window) * 1)
+        f"max(T > 1, S > {window})", lambda d: maximum((d.tokens > 1) * 1, (d.context > window) * 1)
     )

@@ -21,6 +21,7 @@ from planner.layers import GQA, MLA, Dense, Layer, LearnedPositions, MoE, Norm, 
 from planner.model import Model
 from planner.program import (
     FOLDED,
+    PAST,
     SEVERAL_BATCHES,
     SEVERAL_TOKENS,
     B,
@@ -36,8 +37,6 @@ from planner.program import (
 )
 from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer, layer_label
 
-PAST = Symbol("P", lambda d: d.context - d.tokens)
-
 
 def kept_tokens(window: int | None, tokens: Symbol) -> Extent:
     """Tokens that a cache layer keeps of `tokens`: W − 1 of a sliding layer (all when W is 1).
@@ -47,7 +46,7 @@ def kept_tokens(window: int | None, tokens: Symbol) -> Extent:
     if window is None or window == 1:
         return tokens
     kept = window - 1
-    return Symbol(f"min({tokens.name},{kept})", lambda d: minimum(tokens.of(d), kept))
+    return Symbol(f"min({tokens.name}, {kept})", lambda d: minimum(tokens.of(d), kept))
 
 
 def seen_tokens(window: int | None) -> Symbol:
@@ -56,7 +55,7 @@ def seen_tokens(window: int | None) -> Symbol:
         return S
     kept = kept_tokens(window, PAST)
     assert isinstance(kept, Symbol)
-    return Symbol(f"({kept.name}+T)", lambda d: kept.of(d) + d.tokens)
+    return Symbol(f"({kept.name} + T)", lambda d: kept.of(d) + d.tokens)
 
 
 def _if_masked(window: int) -> Symbol:
@@ -65,7 +64,7 @@ def _if_masked(window: int) -> Symbol:
     masking_utils._ignore_causal_mask_sdpa: kv_length ≥ local_attention_size.
     """
     seen = seen_tokens(window)
-    return Symbol(f"[{seen.name}≥{window}]", lambda d: (seen.of(d) >= window) * 1)
+    return Symbol(f"({seen.name} >= {window})", lambda d: (seen.of(d) >= window) * 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -628,7 +627,7 @@ class _Forward(Writer):
         order += [tape.new("routing", flat, FLOAT32) for _ in range(2)]
         order += [tape.new("routing", (moe.num_experts,), FLOAT32) for _ in range(2)]
         reached = Symbol(
-            f"min({moe.num_experts},{k}·B·T)",
+            f"min({moe.num_experts}, {k} · B · T)",
             lambda d: minimum(moe.num_experts, k * d.batch * d.tokens),
         )
         both = tape.new(

@@ -190,7 +190,7 @@ class _Profile(Writer):
                 qkv = self.linear("qkv_proj", normed, (H + 2 * G) * D)
                 flops: Shape = (4 * D, B, H, visible_pairs(W))
                 kept: Extent = (
-                    S if W is None else Symbol(f"min(S,{W})", lambda d: minimum(d.context, W))
+                    S if W is None else Symbol(f"min(S, {W})", lambda d: minimum(d.context, W))
                 )
                 read: Shape = (2, B, G, kept, D, self.kv_b)
                 width = H * D
@@ -238,7 +238,7 @@ class _Profile(Writer):
         k, i = moe.num_experts_per_tok, moe.moe_intermediate_size
         flat: Shape = (B, T, k)
         reached = Symbol(
-            f"min({moe.num_experts},{k}·B·T)",
+            f"min({moe.num_experts}, {k} · B · T)",
             lambda d: minimum(moe.num_experts, k * d.batch * d.tokens),
         )
         both = tape.new(

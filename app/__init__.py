@@ -1,0 +1,1 @@
+"""The dashboard: a view over planner's predictions and the stored measurements."""

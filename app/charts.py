@@ -1,0 +1,276 @@
+"""Planner types in, plotly figures out. Nothing here knows streamlit.
+
+Text takes its colour from the page's theme; the fills are legible on white and on near-black
+(contrast ≥ 3, WCAG 1.4.11) and told apart without colour too: every bar stands on its own named
+row, every kind of point has its own symbol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import plotly.graph_objects as go
+
+import planner
+from planner.format import gib, percent, seconds
+from profiles.compare import QUANTITIES, Row
+
+GIB = 2**30
+
+COLOURS = {
+    "Weights": "#3A66C9",
+    "KV cache": "#CF7C00",
+    "Activations": "#1B9A82",
+    "Overhead": "#A45AA8",
+    "Unused pool": "#CF7C00",
+}
+LINE = "#7F858F"
+OVER = "#D1495B"
+
+PHASES = {
+    "prefill": ("#3A66C9", "circle"),
+    "decode": ("#CF7C00", "diamond"),
+    "generation": ("#1B9A82", "square"),
+}
+
+TOTAL = "Total"
+
+
+def memory_parts(estimate: planner.Estimate) -> list[tuple[str, int]]:
+    """The named parts of the device's memory, bottom up; in vllm with the pool's unused rest."""
+    m = estimate.memory
+    parts = [
+        ("Weights", m.weights_bytes),
+        ("KV cache", m.kv_cache_bytes),
+        ("Activations", m.activations_bytes),
+        ("Overhead", m.overhead_bytes),
+    ]
+    if estimate.kv_pool_bytes is not None:
+        parts.append(("Unused pool", m.device_used_bytes - m.total_bytes))
+    return parts
+
+
+def memory_breakdown(estimate: planner.Estimate) -> go.Figure:
+    """The parts stacked in one bar, each again on a row of its own, before the device's memory."""
+    capacity = estimate.gpu.memory_bytes / GIB
+    parts = memory_parts(estimate)
+    total = sum(size for _, size in parts)
+    title = "In use" if estimate.kv_pool_bytes is not None else TOTAL
+    rows = [_row_label(title, total), *(_row_label(*part) for part in parts)]
+    figure = go.Figure()
+    start = 0
+    for (name, size), row in zip(parts, rows[1:], strict=True):
+        figure.add_bar(
+            name=name,
+            orientation="h",
+            y=[rows[0], row],
+            x=[size / GIB, size / GIB],
+            base=[start / GIB, start / GIB],
+            width=[0.72, 0.4],
+            marker={
+                "color": COLOURS[name],
+                "pattern": {"shape": "/" if name == "Unused pool" else "", "size": 6},
+                "line": {"width": 0},
+            },
+            hovertemplate=f"{name}<br>{gib(size)}<br>{size:,} B<extra></extra>",
+        )
+        start += size
+    longest = max(total / GIB, capacity)
+    if total / GIB > capacity:
+        figure.add_vrect(
+            name="beyond the capacity",
+            x0=capacity,
+            x1=longest * 1.04,
+            fillcolor=OVER,
+            opacity=0.12,
+            line_width=0,
+            layer="below",
+        )
+    figure.add_shape(
+        name="capacity",
+        type="line",
+        x0=capacity,
+        x1=capacity,
+        y0=0,
+        y1=1,
+        yref="paper",
+        line={"color": LINE, "width": 2, "dash": "dash"},
+    )
+    figure.add_annotation(
+        name="capacity",
+        text=f"{estimate.gpu.label}: {gib(estimate.gpu.memory_bytes)}",
+        x=capacity,
+        y=1,
+        yref="paper",
+        xanchor="right" if capacity > longest / 2 else "left",
+        yanchor="bottom",
+        font_size=13,
+        showarrow=False,
+    )
+    figure.update_layout(
+        barmode="overlay",
+        showlegend=False,
+        height=60 + 40 * len(rows),
+        margin={"l": 8, "r": 8, "t": 32, "b": 8},
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        range=[0, longest * 1.04], ticksuffix=" GiB", nticks=6, title=None, fixedrange=True
+    )
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=rows[::-1],
+        tickfont_size=13,
+        automargin=True,
+        showgrid=False,
+        fixedrange=True,
+    )
+    return figure
+
+
+def memory_in_words(estimate: planner.Estimate) -> str:
+    """The same figure for who cannot see it."""
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in memory_parts(estimate))
+    return (
+        f"Memory of {estimate.model.name}: {parts}; "
+        f"{estimate.gpu.label} has {gib(estimate.gpu.memory_bytes)}."
+    )
+
+
+def errors(rows: Iterable[Row]) -> go.Figure:
+    """Every signed relative error as a point, on the row of its quantity."""
+    known = [row for row in rows if row.relative_error is not None]
+    present = {row.quantity for row in known}
+    order = [label(q) for q in QUANTITIES if q in present]
+    figure = go.Figure()
+    for phase, members in _by_phase(known):
+        colour, symbol = PHASES[phase]
+        figure.add_scatter(
+            name=phase,
+            mode="markers",
+            x=[100 * (row.relative_error or 0.0) for row in members],
+            y=[label(row.quantity) for row in members],
+            marker={"color": colour, "symbol": symbol, "size": 11, "opacity": 0.75},
+            text=[_hover(row) for row in members],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    reach = max([1.0, *(abs(100 * (row.relative_error or 0.0)) for row in known)]) * 1.1
+    figure.add_vline(x=0, line_color=LINE, line_width=1.5)
+    figure.update_layout(**_LAYOUT, height=110 + 36 * max(1, len(order)))
+    figure.update_xaxes(
+        range=[-reach, reach],
+        ticksuffix=" %",
+        nticks=7,
+        zeroline=False,
+        title="predicted / measured − 1",
+        fixedrange=True,
+    )
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=order[::-1],
+        range=[-0.6, max(1, len(order)) - 0.4],
+        automargin=True,
+        fixedrange=True,
+    )
+    return figure
+
+
+def parity(rows: Iterable[Row], *, unit: str) -> go.Figure:
+    """Predicted against measured on two logarithmic axes; on the line they are equal.
+
+    `unit` is "bytes" (drawn in GiB) or "s" (drawn in ms): quantities that end in it are drawn.
+    """
+    scale, text = (GIB, "GiB") if unit == "bytes" else (1e-3, "ms")
+    drawn = [
+        row
+        for row in rows
+        if row.quantity.endswith(f"_{unit}") and row.predicted and row.measured > 0
+    ]
+    values = [v / scale for row in drawn for v in (row.predicted or 0.0, row.measured)]
+    low, high = (min(values) / 1.6, max(values) * 1.6) if values else (0.1, 10.0)
+    figure = go.Figure()
+    figure.add_scatter(
+        name="equal",
+        mode="lines",
+        x=[low, high],
+        y=[low, high],
+        line={"color": LINE, "width": 1.5, "dash": "dash"},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    for phase, members in _by_phase(drawn):
+        colour, symbol = PHASES[phase]
+        figure.add_scatter(
+            name=phase,
+            mode="markers",
+            x=[row.measured / scale for row in members],
+            y=[(row.predicted or 0.0) / scale for row in members],
+            marker={"color": colour, "symbol": symbol, "size": 11, "opacity": 0.75},
+            text=[_hover(row) for row in members],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.update_layout(**_LAYOUT, height=360)
+    for update, title in ((figure.update_xaxes, "measured"), (figure.update_yaxes, "predicted")):
+        update(
+            type="log",
+            autorange=True,
+            dtick="D1" if high / low < 20 else 1,
+            title=f"{title}, {text}",
+            fixedrange=True,
+        )
+    return figure
+
+
+def label(quantity: str) -> str:
+    """A quantity's name as people read it."""
+    return {
+        "weights_bytes": "Weights",
+        "kv_cache_bytes": "KV cache",
+        "peak_live_bytes": "Peak, live",
+        "peak_allocated_bytes": "Peak, allocated",
+        "peak_reserved_bytes": "Peak, reserved",
+        "device_used_bytes": "Device used",
+        "ttft_s": "TTFT",
+        "tpot_s": "TPOT",
+        "step_s": "Decode step",
+    }.get(quantity, quantity)
+
+
+def value(quantity: str, number: float | None) -> str:
+    """A quantity's value with its unit."""
+    if number is None:
+        return "—"
+    return seconds(number) if quantity.endswith("_s") else gib(number)
+
+
+_LAYOUT = {
+    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "title": None},
+    "showlegend": True,
+    "dragmode": False,
+}
+
+
+def _row_label(name: str, size: int) -> str:
+    return f"{name}  <b>{gib(size)}</b>"
+
+
+def _by_phase(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
+    for phase in PHASES:
+        if members := [row for row in rows if row.phase == phase]:
+            yield phase, members
+
+
+def _hover(row: Row) -> str:
+    error = "no error" if row.relative_error is None else percent(row.relative_error)
+    return (
+        f"<b>{label(row.quantity)} {error}</b><br>{_escaped(row.model)} on {_escaped(row.device)}, "
+        f"{row.phase}<br>predicted {value(row.quantity, row.predicted)}, "
+        f"measured {value(row.quantity, row.measured)}"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

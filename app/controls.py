@@ -1,0 +1,194 @@
+"""Widgets in, planner types out. Every choice is kept in the URL, so that a plan is a link.
+
+Options are the planner's own short names, for the URL holds what a widget shows: `?gpu=h200` means
+the same on every machine. What a name stands for is written below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import streamlit as st
+
+import planner
+from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
+from planner.errors import MAX_SIZE
+from planner.format import count, gib
+from planner.loading import read_json
+from planner.runtimes import RUNTIMES
+
+AS_MODEL = "as the model"
+"""The model's own dtype; for the cache, the dtype of the computation."""
+
+LARGEST = MAX_SIZE - 1
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model": tuple(planner.catalogue()),
+    "gpu": tuple(planner.gpus()),
+    "runtime": tuple(RUNTIMES),
+    "dtype": (AS_MODEL, *COMPUTE_DTYPES),
+    "kv_dtype": (AS_MODEL, *ELEMENT_BYTES),
+    "logits": ("last", "all"),
+}
+"""What a word in the URL may be."""
+
+START = {
+    "model": "llama-3.1-8b",
+    "gpu": "h200",
+    "runtime": "transformers",
+    "dtype": AS_MODEL,
+    "kv_dtype": AS_MODEL,
+    "logits": "last",
+    "batch": 8,
+    "prompt": 2048,
+    "output": 256,
+}
+
+NUMBERS = ("batch", "prompt", "output")
+
+
+def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
+    """The plan that the widgets describe; ConfigError if they contradict each other."""
+    asked = st.query_params.to_dict()  # before the widgets drop what they refuse
+    with st.sidebar:
+        problems = st.container()
+        named = _select("Model", "model")
+        described = st.empty()
+        upload = st.file_uploader(
+            "or a config.json of your own",
+            type="json",
+            max_upload_size=8,
+            help="Read by the planner, kept nowhere. It takes the place of the model above.",
+        )
+        deploy = _deployment()
+        work = _workload(torch=deploy.runtime != "vllm")
+        for problem in link_problems(asked, taken=st.session_state):
+            problems.warning(problem)
+    # last: a file that is no model must not take the other widgets off the page
+    model = planner.load_model(named) if upload is None else uploaded(upload.name, upload.read())
+    described.caption(in_words(model))
+    return model, work, deploy
+
+
+def link_problems(asked: Mapping[str, str], *, taken: Mapping[str, object]) -> list[str]:
+    """What a link asked for that does not exist, and what is taken instead; a sentence each."""
+    problems = []
+    for key, value in asked.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            why = "is not known"
+        elif key in NUMBERS and not _is_size(value):
+            why = f"is not a whole number from 1 to {LARGEST:,}"
+        else:
+            continue
+        short = value if len(value) <= 40 else f"{value[:37]}..."
+        problems.append(f"{key}={short!r} in the link {why}: {taken.get(key, START[key])} is taken")
+    return problems
+
+
+def in_words(model: planner.Model) -> str:
+    """The size of a model in one line."""
+    active = model.active_parameter_count
+    routed = f" ({count(active)} active)" if active != model.parameter_count else ""
+    return (
+        f"{count(model.parameter_count)} parameters{routed}, {len(model.layers)} layers, "
+        f"{model.max_position_embeddings:,} positions, {model.dtype}"
+    )
+
+
+def uploaded(file_name: str, content: bytes) -> planner.Model:
+    """The model of an uploaded config, named after its file; ConfigError if it is none."""
+    model = planner.read_config(read_json(content, origin=file_name))
+    stem = Path(file_name).stem
+    return model if stem == "config" else replace(model, name=stem)
+
+
+def _deployment() -> planner.Deployment:
+    gpu = planner.gpu_named(_select("GPU", "gpu", help=_memories()))
+    st.caption(f"{gpu.label}: {gib(gpu.memory_bytes)}")
+    runtime = st.segmented_control(
+        "Runtime",
+        CHOICES["runtime"],
+        default=START["runtime"],
+        required=True,
+        width="stretch",
+        key="runtime",
+        bind="query-params",
+        help="What holds the memory: the same model has other numbers in each.",
+    )
+    left, right = st.columns(2, wrap=False)
+    with left:
+        dtype = _select("dtype", "dtype")
+    with right:
+        kv_dtype = _select("KV dtype", "kv_dtype")
+    return planner.Deployment(
+        gpu=gpu.name,
+        runtime=runtime or str(START["runtime"]),
+        dtype=None if dtype == AS_MODEL else dtype,
+        kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
+    )
+
+
+def _workload(*, torch: bool) -> planner.Inference:
+    batch = _number("Batch", "batch", help="Sequences at once.")
+    left, right = st.columns(2, wrap=False)
+    with left:
+        prompt_tokens = _number("Prompt tokens", "prompt", step=256)
+    with right:
+        output_tokens = _number("Output tokens", "output", step=64)
+    logits = "last"
+    if torch:
+        logits = st.segmented_control(
+            "Logits of the prefill",
+            CHOICES["logits"],
+            default=START["logits"],
+            required=True,
+            width="stretch",
+            key="logits",
+            bind="query-params",
+            help="last: what generate() computes. all: a plain forward, a row for each token.",
+        )
+    return planner.Inference(
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        logits="all" if logits == "all" else "last",
+    )
+
+
+def _select(label: str, key: str, help: str | None = None) -> str:
+    options = CHOICES[key]
+    chosen = st.selectbox(
+        label,
+        options,
+        index=options.index(str(START[key])),
+        key=key,
+        bind="query-params",
+        help=help,
+    )
+    return str(chosen)
+
+
+def _number(label: str, key: str, *, step: int = 1, help: str | None = None) -> int:
+    return int(
+        st.number_input(
+            label,
+            min_value=1,
+            max_value=LARGEST,
+            value=int(START[key]),
+            step=step,
+            key=key,
+            bind="query-params",
+            help=help,
+        )
+    )
+
+
+def _memories() -> str:
+    lines = [f"| {g.name} | {g.label} | {gib(g.memory_bytes)} |" for g in planner.gpus().values()]
+    return "\n".join(["| name | device | memory torch sees |", "|:--|:--|--:|", *lines])
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= LARGEST

@@ -1,0 +1,22 @@
+"""Entry of the dashboard: `python -m streamlit run app/main.py` from the root of the checkout."""
+
+from pathlib import Path
+
+import streamlit as st
+
+HERE = Path(__file__).parent
+
+st.set_page_config(
+    page_title="Transformer planner",
+    page_icon=str(HERE / "icon.png"),
+    layout="wide",
+    initial_sidebar_state=340,
+)
+
+st.navigation(
+    [
+        st.Page(HERE / "pages" / "plan.py", title="Plan", default=True),
+        st.Page(HERE / "pages" / "measured.py", title="Measured", url_path="measured"),
+    ],
+    position="top",
+).run()

@@ -1,0 +1,78 @@
+"""The stored records for the pages: read once until a file changes, and searched for neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+import planner
+from profiles import records
+from profiles.compare import Row, compare
+from profiles.records import Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Store:
+    """All records, their comparison with today's planner, and what could not be used."""
+
+    records: dict[str, Record]
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+
+def store() -> Store:
+    """What is stored now; ConfigError for a file that only a newer version can read."""
+    return _read(tuple(_stamp(path) for path in records.default_paths()))
+
+
+def nearest(
+    found: Store, model: planner.Model, work: planner.Inference, deploy: planner.Deployment
+) -> Record | None:
+    """The record of this device and runtime that is most like the plan; None if there is none.
+
+    The same model comes before others, then the sizes decide, compared as ratios.
+    """
+    compared = {row.record for row in found.rows}
+    candidates = [
+        record
+        for record in found.records.values()
+        if record.id in compared
+        and record.environment.gpu == deploy.gpu
+        and record.runtime == deploy.runtime
+    ]
+
+    def distance(record: Record) -> tuple[bool, float, bool]:
+        sizes = (
+            (record.batch, work.batch),
+            (record.prompt_tokens, work.prompt_tokens),
+            (record.output_tokens, work.output_tokens),
+        )
+        apart = sum(abs(math.log(ours / plan)) for ours, plan in sizes)
+        return record.model != model.name, apart, record.phase != "generation"
+
+    return min(candidates, key=distance, default=None)
+
+
+def workload(record: Record) -> str:
+    """Batch × (prompt + output) of a record."""
+    return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError:  # gone since it was listed: the loader says so
+        return str(path), 0, 0
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+@st.cache_data(show_spinner=False, max_entries=8)
+def _read(stamps: tuple[tuple[str, int, int], ...]) -> Store:
+    found, problems = records.load([path for path, _, _ in stamps])
+    tell: Callable[[str], None] = problems.append
+    rows = compare(found, on_problem=tell)
+    return Store(records={r.id: r for r in found}, rows=tuple(rows), problems=tuple(problems))

@@ -1,0 +1,182 @@
+"""Plan: will this model, in this runtime, on this GPU, hold this workload?"""
+
+import re
+
+import pandas as pd
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+import planner
+from app import charts, controls, measurements
+from planner.format import gib, percent, seconds
+from planner.report import csv_text, verdict
+from planner.runtimes import runtime_named
+
+
+def limit(number: int) -> str:
+    """A limit in words; 0 means that nothing fits."""
+    return f"{number:,}" if number else "none"
+
+
+def head(e: planner.Estimate) -> None:
+    """Which plan this is, and the verdict."""
+    st.header(f"{e.model.name} on {e.gpu.label}")
+    runtime = runtime_named(e.deploy.runtime)
+    st.caption(
+        f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}, "
+        f"KV cache {e.setting.kv_dtype} · batch {e.work.batch:,} · {e.work.prompt_tokens:,} prompt "
+        f"+ {e.work.output_tokens:,} output tokens"
+    )
+    if e.fits:
+        st.success(verdict(e), icon=":material/check_circle:")
+    else:
+        st.error(verdict(e), icon=":material/cancel:")
+    st.caption(trust(e))
+
+
+def trust(e: planner.Estimate) -> str:
+    """The errors of the nearest measurement, or that there is none."""
+    try:
+        found = measurements.store()
+    except planner.ConfigError as error:
+        return f"Measurements cannot be read: {error}"
+    record = measurements.nearest(found, e.model, e.work, e.deploy)
+    if record is None:
+        elsewhere = any(r.environment.gpu == e.gpu.name for r in found.records.values())
+        where = f"in {e.deploy.runtime} on {e.gpu.label}" if elsewhere else f"on {e.gpu.label}"
+        return f"Predicted, not measured: nothing was measured {where} yet."
+    seen = ", ".join(
+        f"{charts.label(row.quantity)} {percent(row.relative_error)}"
+        for row in found.rows
+        if row.record == record.id and row.relative_error is not None
+    )
+    what = f"{record.model}, {record.dtype}, {measurements.workload(record)}, {record.phase}"
+    return (
+        f"Nearest measurement on {e.gpu.name} in {record.runtime} ({what}), error of the "
+        f"prediction: {seen or 'not predicted'}."
+    )
+
+
+def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
+    """The figures people come for; returns the places of the two that take longest."""
+    m = e.memory
+    with st.container(horizontal=True):
+        card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
+        card(
+            "Headroom" if e.kv_pool_bytes is None else "Headroom in the pool",
+            gib(e.headroom_bytes),
+            f"{e.headroom_bytes:,} bytes. Negative: what is missing",
+        )
+        card("KV cache", gib(m.kv_cache_bytes), f"{m.kv_cache_bytes:,} bytes")
+        places = st.empty(), st.empty()
+        for place, label in zip(places, ("Longest context", "Largest batch"), strict=True):
+            with place:
+                card(label, "…")
+    with st.container(horizontal=True):
+        if e.kv_pool_bytes is not None and e.kv_pool_tokens is not None:
+            card("KV pool", gib(e.kv_pool_bytes), f"{e.kv_pool_bytes:,} bytes")
+            card("KV pool, tokens", f"{e.kv_pool_tokens:,}", "What the pool holds of this model")
+        card("TTFT", seconds(e.latency.ttft_s), "Time to the first token")
+        card(
+            "TPOT",
+            seconds(e.latency.tpot_s),
+            "Mean time of a token after the first; none with one output token",
+        )
+        card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
+    st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
+    return places
+
+
+def card(label: str, number: str, help: str | None = None) -> None:
+    """One figure."""
+    st.metric(label, number, border=True, help=help)
+
+
+def peak(e: planner.Estimate) -> None:
+    """What causes the peak: the op, and the tensors that live while it runs."""
+    layer = "" if e.peak.layer is None else f" in layer {e.peak.layer}"
+    st.subheader("What causes the peak")
+    st.markdown(f"**{e.peak_phase}**, at **{e.peak.op}**{layer}. Alive beside the weights:")
+    held = (
+        [("KV cache, as held at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
+    )
+    buffers = [*held, *e.peak.buffers]
+    most = max((size for _, _, size in buffers), default=0)
+    st.dataframe(
+        pd.DataFrame(
+            [(name, n, gib(size), size / most if most else 0.0) for name, n, size in buffers],
+            columns=["tensor", "count", "size", "share"],
+        ),
+        hide_index=True,
+        column_config={
+            "count": st.column_config.NumberColumn(width="small"),
+            "size": st.column_config.TextColumn(width="small", alignment="right"),
+            "share": st.column_config.ProgressColumn(
+                "", format=" ", min_value=0.0, max_value=1.0, width="medium"
+            ),
+        },
+        alt="Tensors alive at the peak, with their sizes",
+    )
+
+
+def ledger(e: planner.Estimate) -> None:
+    """Every number down to its formula, on the page and as a file."""
+    table = e.table()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.subheader("Every number, opened")
+        st.download_button(
+            "Download CSV",
+            csv_text(table),
+            file_name=re.sub(r"[^\w.-]+", "-", f"{e.model.name}_{e.gpu.name}.csv"),
+            mime="text/csv",
+            on_click="ignore",
+            icon=":material/download:",
+        )
+    table.insert(2, "size", [gib(size) for size in table["bytes"]])
+    st.dataframe(
+        table,
+        hide_index=True,
+        column_order=[
+            "component", "item", "size", "bytes", "count", "formula", "substituted", "note",
+        ],
+        column_config={
+            "size": st.column_config.TextColumn(alignment="right"),
+            "bytes": st.column_config.NumberColumn(format="localized"),
+            "count": st.column_config.NumberColumn(width="small"),
+        },
+        alt="The ledger of the estimate: one row a number, with its formula",
+    )  # fmt: skip
+    if e.model.defaults:
+        st.caption(f"config.json is silent on, taken by default: {', '.join(e.model.defaults)}")
+    with st.expander("In words"):
+        st.code(e.explain(), language=None, wrap_lines=True)
+
+
+try:
+    estimate = planner.estimate(*controls.sidebar())
+except planner.ConfigError as error:
+    st.header("Plan")
+    st.error(str(error))
+    st.stop()
+
+head(estimate)
+longest, largest = numbers(estimate)
+st.subheader("Where the memory goes")
+st.plotly_chart(
+    charts.memory_breakdown(estimate),
+    width="stretch",
+    config={"displayModeBar": False},
+    alt=charts.memory_in_words(estimate),
+)
+peak(estimate)
+ledger(estimate)
+
+plan = (estimate.model, estimate.work, estimate.deploy)
+with longest:  # dozens of estimates: the page stands before they are done
+    card(
+        "Longest context",
+        limit(planner.max_context_tokens(*plan)),
+        "Prompt + output − 1, in tokens, at this batch, up to the model's positions",
+    )
+with largest:
+    card("Largest batch", limit(planner.max_batch(*plan)), "Sequences at once, at these lengths")
