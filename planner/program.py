@@ -104,7 +104,7 @@ def evaluate(shape: Shape, dims: Dims) -> Number:
 
 
 def formula(shape: Shape) -> str:
-    """A shape as text, such as "B · T · 4096"; a symbol's name is an expression of B, T, S, P, C."""
+    """A shape as text, "B · T · 4096"; a symbol's name is an expression of B, T, S, P, C."""
     return " · ".join(str(e) if isinstance(e, int) else e.name for e in shape) or "1"
 
 
