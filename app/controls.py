@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import streamlit as st
 
@@ -171,18 +172,24 @@ def _select(label: str, key: str, help: str | None = None) -> str:
 
 
 def _number(label: str, key: str, *, step: int = 1, help: str | None = None) -> int:
-    return int(
-        st.number_input(
+    def widget(key: str, *, bind: Literal["query-params"] | None) -> int:
+        number = st.number_input(
             label,
             min_value=1,
             max_value=LARGEST,
-            value=int(START[key]),
+            value=start,
             step=step,
             key=key,
-            bind="query-params",
+            bind=bind,
             help=help,
         )
-    )
+        return int(number)
+
+    start = int(START[key])
+    try:
+        return widget(key, bind="query-params")
+    except OverflowError:  # streamlit 1.67 takes int() of ?batch=inf; without the link it stands
+        return widget(f"{key} apart from the link", bind=None)
 
 
 def _memories() -> str:

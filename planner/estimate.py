@@ -12,7 +12,7 @@ import numpy as np
 
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES, element_bytes
+from planner.dtypes import ELEMENT_BYTES, element_bytes
 from planner.errors import ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
@@ -259,10 +259,10 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
 
 
 def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
-    if model.quantization is not None and deploy.dtype is None:
+    if model.quantization is not None:
         raise ConfigError(
-            f"quantization_config.quant_method={model.quantization!r} is not planned yet: give "
-            f"dtype ({', '.join(COMPUTE_DTYPES)}) to plan the weights unquantised"
+            f"quantization_config.quant_method={model.quantization!r} is not planned yet: without "
+            "quantization_config the weights are planned in dtype"
         )
     dtype = deploy.dtype or model.dtype
     return Setting(
@@ -272,6 +272,7 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
         device="cpu" if gpu.is_cpu else "cuda",
         max_batched_tokens=deploy.max_batched_tokens,
         max_sequences=deploy.max_sequences,
+        multiprocessors=gpu.multiprocessors or 0,
     )
 
 
@@ -343,9 +344,7 @@ def _overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
         "device context", CONTEXT_BYTES, "42 vLLM 0.19 start-up logs on H100; not measured here"
     )
     if pooled:
-        yield row(
-            "outside torch", NON_TORCH_BYTES, "vLLM 0.19 start-up logs on H100, middle of range"
-        )
+        yield row("outside torch", NON_TORCH_BYTES, "18 vLLM 0.19 start-up logs on H100, median")
     else:
         yield row(
             "cuBLAS workspace",

@@ -59,7 +59,11 @@ def filtered(found: measurements.Store, device: str) -> list[Row]:
     phases = [phase for phase in charts.PHASES if any(row.phase == phase for row in rows)]
     for column, options in zip(
         st.columns(3),
-        (("Model", models, "of"), ("Runtime", runtimes, "in"), ("Phase", phases, "phase")),
+        (
+            ("Model", models, "of_model"),
+            ("Runtime", runtimes, "in_runtime"),
+            ("Phase", phases, "in_phase"),
+        ),
         strict=True,
     ):
         with column:
@@ -78,7 +82,7 @@ def filtered(found: measurements.Store, device: str) -> list[Row]:
 
 
 def per_quantity(rows: Sequence[Row]) -> None:
-    """Mean, p90 and worst error of each quantity, then every error as a point."""
+    """Mean, p90 and worst error of each quantity."""
     st.subheader("How far off")
     table = pd.DataFrame(
         [
@@ -103,25 +107,27 @@ def per_quantity(rows: Sequence[Row]) -> None:
         column_config={"mean |error|": share, "p90": share, "worst": share},
         alt="Error of each quantity: how many, mean, 90th percentile and worst",
     )
-    if any(row.relative_error is not None for row in rows):
-        chart(charts.errors(rows), "Signed relative error of each measured quantity, one a point")
 
 
-def parity(rows: Sequence[Row]) -> None:
-    """Predicted against measured, bytes and times apart."""
+def drawn(rows: Sequence[Row]) -> None:
+    """Every error as a point, and predicted against measured; bytes and times apart."""
     units = [
-        (unit, title)
+        (unit, title, members)
         for unit, title in (("bytes", "Memory"), ("s", "Time"))
-        if any(row.quantity.endswith(f"_{unit}") and row.predicted for row in rows)
+        if (members := [r for r in rows if r.quantity.endswith(f"_{unit}") and r.predicted])
     ]
     if not units:
         return
-    st.subheader("Predicted against measured")
-    for column, (unit, title) in zip(st.columns(len(units)), units, strict=True):
+    for column, (_, title, members) in zip(st.columns(len(units)), units, strict=True):
         with column:
-            st.markdown(f"**{title}**: on the dashed line they are equal")
+            st.markdown(f"**{title}**, every error")
+            chart(charts.errors(members), f"{title}: signed relative error of each measurement")
+    st.subheader("Predicted against measured")
+    for column, (unit, title, members) in zip(st.columns(len(units)), units, strict=True):
+        with column:
+            st.markdown(f"**{title}**: equal on the dashed line")
             chart(
-                charts.parity(rows, unit=unit),
+                charts.parity(members, unit=unit),
                 f"{title}: predicted against measured on logarithmic axes",
             )
 
@@ -214,7 +220,7 @@ else:
     shown = filtered(stored, device)
     if shown:
         per_quantity(shown)
-        parity(shown)
+        drawn(shown)
         every_row(stored, shown)
     else:
         st.info("The filters leave no measurement.")

@@ -22,6 +22,7 @@ class Setting:
     device: str  # "cpu" | "cuda"
     max_batched_tokens: int
     max_sequences: int
+    multiprocessors: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,9 +37,9 @@ from planner.workload import CacheSpec, Inference
 
 DEFAULT_BLOCK_TOKENS = 16
 
-NON_TORCH_BYTES = int(0.35 * 2**30)
-"""Growth outside torch while profiling: the middle of 0.24–0.46 GiB in vLLM 0.19's start-up logs on
-one H100 (42 published single-GPU runs)."""
+NON_TORCH_BYTES = int(0.25 * 2**30)
+"""Growth outside torch while profiling: the median of vLLM 0.19's start-up logs on one H100 (18
+published runs of one GPU, 0.24–0.26 GiB in 17 of them; llm-d-planner@d3121e059da8)."""
 
 
 class Vllm:
@@ -98,17 +98,20 @@ class Vllm:
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
         tokens, rows = setting.max_batched_tokens, setting.max_sequences
-        program = _program(model, setting.dtype, setting.kv_dtype, min(rows, tokens))
+        rows = min(rows, tokens)
+        program = _program(
+            model, setting.dtype, setting.kv_dtype, rows, min(rows, setting.multiprocessors)
+        )
         dims = Dims(batch=1, tokens=tokens, context=tokens)
         return [Phase(name="profile run", program=program, dims=dims)]
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt, logits of each sequence's last token."""
-        return _program(model, setting.dtype, setting.kv_dtype, None)
+        return _program(model, setting.dtype, setting.kv_dtype)
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence over the paged cache."""
-        return _program(model, setting.dtype, setting.kv_dtype, None)
+        return _program(model, setting.dtype, setting.kv_dtype)
 
 
 def group_size(counts: list[int]) -> int:
@@ -147,19 +150,24 @@ def _kinds(model: Model) -> list[tuple[Layer, int]]:
 
 
 @lru_cache(maxsize=128)
-def _program(model: Model, dtype: str, kv_dtype: str, rows: int | None) -> Program:
-    return _Profile(model, dtype, kv_dtype, rows).write()
+def _program(
+    model: Model, dtype: str, kv_dtype: str, rows: int | None = None, sorters: int = 0
+) -> Program:
+    return _Profile(model, dtype, kv_dtype, rows, sorters).write()
 
 
 class _Profile(Writer):
     """A pass of vLLM: fused norms in place, one buffer for gate and up, sampler on float32 logits.
 
-    Logits of `rows` sequences, or of the batch's (None). What lives is taken from its layer code,
-    not traced: uncalibrated.
+    Logits of `rows` sequences, or of the batch's (None); `sorters` blocks of top-k, one float32
+    row each. What lives is taken from its layer code, not traced: uncalibrated.
     """
 
-    def __init__(self, model: Model, dtype: str, kv_dtype: str, rows: int | None) -> None:
+    def __init__(
+        self, model: Model, dtype: str, kv_dtype: str, rows: int | None, sorters: int
+    ) -> None:
         super().__init__(model, dtype)
+        self.sorters = sorters
         self.rows, self.kv_b = rows, element_bytes(kv_dtype)
 
     def write(self) -> Program:
@@ -174,11 +182,11 @@ class _Profile(Writer):
                 with tape.segment(label, count=count, first_layer=start):
                     self._layer(layer, residual)
         with tape.segment("sampler"):
+            # the start-up logs of four models show a second [T, h] beside the sampler's tensors
             hidden = tape.new("final norm", shape, b, reads=(residual,))
-            tape.free(residual)
             if model.lm_head:
                 self._sampler(hidden)
-            tape.free(hidden)
+            tape.free(hidden, residual)
         return tape.program("vllm")
 
     def _layer(self, layer: Layer, residual: Buffer) -> None:
@@ -275,4 +283,5 @@ class _Profile(Writer):
         held = [logits]
         for name in ("float32 logits", "probabilities", "sampling noise"):
             held.append(tape.new(name, shape, FLOAT32, reads=(held[-1],)))
+        held.append(tape.new("top-k rows", (self.sorters, V), FLOAT32))
         tape.free(*held)

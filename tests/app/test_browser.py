@@ -1,0 +1,146 @@
+"""The served app in headless Chromium: a model chosen, a CSV downloaded, nothing thrown."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import planner
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[2]
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+if CHROMIUM is None:
+    pytest.skip("no chromium on this machine", allow_module_level=True)
+
+IDLE = '[data-test-script-state="notRunning"]'
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The app's address; its log has no traceback in the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("app") / "log"
+    command = [sys.executable, "-m", "streamlit", "run", "app/main.py"]
+    command += ["--server.port", str(port), "--server.address", "127.0.0.1"]
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as process,
+    ):
+        try:
+            wait_until_healthy(f"http://127.0.0.1:{port}/_stcore/health", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+    assert "Traceback" not in log.read_text()
+
+
+def wait_until_healthy(address, process, log):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A page that has thrown nothing when the test ends."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page, thrown = context.new_page(), []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    yield page
+    context.close()
+    assert thrown == []
+
+
+def settled(page):
+    """Wait until the script has run to its end."""
+    page.get_by_test_id("stHeading").first.wait_for(timeout=30_000)
+    page.locator(IDLE).wait_for(state="attached", timeout=30_000)
+    assert page.get_by_test_id("stException").count() == 0
+
+
+def test_a_model_is_chosen_and_its_ledger_downloaded(server, page, tmp_path):
+    page.goto(f"{server}/?runtime=vllm&batch=2")
+    settled(page)
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name="qwen2.5-7b").click()
+    page.get_by_role("heading", name="qwen2.5-7b on NVIDIA H200 SXM").wait_for()
+    settled(page)
+    assert "model=qwen2.5-7b" in page.url
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    target = tmp_path / "ledger.csv"
+    download.value.save_as(target)
+    assert download.value.suggested_filename == "qwen2.5-7b_h200.csv"
+    expected = planner.estimate(
+        planner.load_model("qwen2.5-7b"),
+        planner.Inference(batch=2, prompt_tokens=2048, output_tokens=256, logits="last"),
+        planner.Deployment(gpu="h200", runtime="vllm"),
+    )
+    table = pd.read_csv(target)
+    assert table["bytes"].sum() == expected.memory.total_bytes
+    assert list(table.columns) == list(expected.table().columns)
+
+
+def test_a_plan_survives_a_visit_to_the_measurements(server, page):
+    page.goto(f"{server}/?runtime=vllm&model=gemma-2-9b")
+    settled(page)
+    page.get_by_role("link", name="Measured").click()
+    page.get_by_role("heading", name="Measured", exact=True).wait_for()
+    settled(page)
+    page.get_by_role("link", name="Plan").click()
+    page.get_by_role("heading", name="gemma-2-9b on NVIDIA H200 SXM").wait_for()
+    settled(page)
+
+
+def test_a_link_with_nonsense_opens_the_start_values_and_says_so(server, page):
+    page.goto(f"{server}/?runtime=vllm&model=nonsense&batch=inf&prompt=-1")
+    settled(page)
+    assert page.get_by_role("heading", name="llama-3.1-8b on NVIDIA H200 SXM").count() == 1
+    assert page.get_by_test_id("stAlert").filter(has_text="in the link").count() == 3
+
+
+def test_the_memory_figure_is_drawn_and_described(server, page):
+    page.goto(f"{server}/?runtime=vllm")
+    settled(page)
+    page.locator(".js-plotly-plot .bars path").first.wait_for()
+    assert page.locator('[aria-label*="Weights 14.99 GiB"], [alt*="Weights 14.99 GiB"]').count()
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_wider_than_the_window(server, page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(f"{server}/?runtime=vllm")
+    settled(page)
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0

@@ -1,0 +1,122 @@
+"""The figures show the planner's numbers: sums, places and signs, read off the figures."""
+
+import itertools
+
+import pytest
+
+from app import charts
+from profiles.compare import Row
+
+KINDS = ["fits", "too large", "pool", "pool of nothing", "cpu"]
+
+
+def row(quantity="weights_bytes", predicted=2.0 * 2**30, measured=2**30, phase="prefill"):
+    return Row(
+        device="cpu",
+        suite=None,
+        split=None,
+        model="tiny",
+        phase=phase,
+        quantity=quantity,
+        predicted=predicted,
+        measured=measured,
+        relative_error=None if predicted is None else predicted / measured - 1,
+        record="r",
+    )
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stacked_bar_sums_to_the_total(estimates, kind):
+    e = estimates[kind]
+    bars = [bar for bar in charts.memory_breakdown(e).data if bar.name != "Unused pool"]
+    assert sum(bar.x[0] for bar in bars) * 2**30 == pytest.approx(e.memory.total_bytes, abs=1)
+
+
+@pytest.mark.parametrize("kind", ["pool", "pool of nothing"])
+def test_with_the_unused_pool_it_sums_to_what_the_device_has_in_use(estimates, kind):
+    e = estimates[kind]
+    bars = charts.memory_breakdown(e).data
+    assert bars[-1].name == "Unused pool"
+    assert sum(bar.x[0] for bar in bars) * 2**30 == pytest.approx(e.memory.device_used_bytes, abs=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_begins_where_the_one_before_ends(estimates, kind):
+    bars = charts.memory_breakdown(estimates[kind]).data
+    for one, after in itertools.pairwise(bars):
+        assert after.base[0] == pytest.approx(one.base[0] + one.x[0])
+    assert all(bar.base[0] == bar.base[1] and bar.x[0] == bar.x[1] for bar in bars)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_capacity_line_stands_at_the_memory_of_the_device(estimates, kind):
+    e = estimates[kind]
+    figure = charts.memory_breakdown(e)
+    (line,) = [shape for shape in figure.layout.shapes if shape.name == "capacity"]
+    assert line.x0 == line.x1 == e.gpu.memory_bytes / 2**30
+    assert figure.layout.xaxis.range[1] > line.x0
+
+
+def test_what_is_beyond_the_capacity_is_shaded_only_where_something_is(estimates):
+    def shaded(kind):
+        shapes = charts.memory_breakdown(estimates[kind]).layout.shapes
+        return [s for s in shapes if s.name == "beyond the capacity"]
+
+    assert shaded("fits") == []
+    assert len(shaded("too large")) == 1
+
+
+def test_every_part_has_its_size_written_on_its_row(estimates):
+    figure = charts.memory_breakdown(estimates["fits"])
+    assert "Weights  <b>14.96 GiB</b>" in figure.layout.yaxis.categoryarray
+    assert "Weights 14.96 GiB" in charts.memory_in_words(estimates["fits"])
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#0e1117"])
+def test_fills_are_legible_on_light_and_dark_pages(background):
+    """WCAG 2.1, 1.4.11: 3 to 1 for what a graphic is understood by."""
+    fills = {*charts.COLOURS.values(), *(colour for colour, _ in charts.PHASES.values())}
+    assert all(contrast(colour, background) >= 3 for colour in fills)
+
+
+def test_errors_keep_their_sign_and_their_quantity():
+    figure = charts.errors(
+        [row(), row("ttft_s", 1.0, 2.0, phase="generation"), row("kv_cache_bytes", None)]
+    )
+    points = {point.name: (point.x[0], point.y[0]) for point in figure.data}
+    assert points == {"prefill": (100.0, "Weights"), "generation": (-50.0, "TTFT")}
+    assert figure.layout.xaxis.range[0] == -figure.layout.xaxis.range[1]
+
+
+def test_exact_predictions_get_an_axis_of_at_least_one_percent():
+    assert charts.errors([row(predicted=2.0**30)]).layout.xaxis.range[1] >= 1
+
+
+def test_parity_draws_its_own_unit_against_the_line_of_equality():
+    rows = [row(), row("ttft_s", 0.001, 0.002)]
+    line, memory = charts.parity(rows, unit="bytes").data
+    assert line.x == line.y
+    assert (memory.x, memory.y) == ((1.0,), (2.0,))
+    assert charts.parity(rows, unit="s").data[1].x == (2.0,)  # ms
+
+
+def test_parity_without_rows_is_an_empty_figure_not_an_error():
+    assert len(charts.parity([], unit="s").data) == 1
+    assert len(charts.errors([]).data) == 0
+
+
+def test_names_from_a_record_are_not_markup():
+    text = charts.errors([row()]).data[0].text[0]
+    assert "<b>Weights +100.00%</b>" in text
+    assert "&lt;script" in charts._escaped("<script>")

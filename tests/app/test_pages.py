@@ -1,0 +1,318 @@
+"""Each page as a visitor has it, run by streamlit's own test driver."""
+
+import json
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import planner
+from app import controls, measurements
+from profiles import records
+from profiles.compare import estimate_of
+from profiles.records import Environment
+
+pytestmark = pytest.mark.usefixtures("store")
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
+
+ENVIRONMENT = Environment(
+    device="cpu",
+    device_name="some processor",
+    gpu="cpu",
+    platform="Linux",
+    python="3.12.1",
+    torch="2.11.0",
+    total_memory_bytes=16 * 2**30,
+)
+
+
+def made(**changes):
+    """A record of a small model on a CPU; bytes as predicted, times as given."""
+    values = {
+        "status": "ok",
+        "model": "tiny",
+        "config": CONFIG,
+        "runtime": "attnlab",
+        "runtime_version": "0.1.0",
+        "attention": "sdpa:math",
+        "phase": "generation",
+        "batch": 2,
+        "prompt_tokens": 16,
+        "output_tokens": 4,
+        "dtype": "bf16",
+        "kv_dtype": "bf16",
+        "logits": "last",
+        "mode": "eager",
+        "environment": ENVIRONMENT,
+        "ttft_s": (0.1, 0.2, 0.3),
+        "step_s": (0.01, 0.01, 0.01),
+    }
+    values |= changes
+    memory = estimate_of(records.create(**values)).memory
+    values |= {
+        "weights_bytes": memory.weights_bytes,
+        "kv_cache_bytes": memory.kv_cache_bytes,
+        "peak_live_bytes": memory.peak_live_bytes * 2,
+    }
+    return records.create(**values)
+
+
+def opened(page=None, **query):
+    """The app at a link."""
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    app.query_params.update(query)
+    app.run()
+    if page is not None:
+        app.switch_page(f"pages/{page}.py").run()
+    assert not app.exception
+    return app
+
+
+def metrics(app):
+    return {metric.label: metric.value for metric in app.metric}
+
+
+def captions(app):
+    return " ".join(caption.value for caption in app.caption)
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime"),
+    [
+        ("llama-3.1-8b", "attnlab"),
+        ("gemma-2-9b", "vllm"),
+        ("deepseek-v3", "transformers"),
+        ("phi-3-mini-4k", "vllm"),
+    ],
+)
+def test_a_link_opens_the_plan_that_the_planner_computes(model, runtime):
+    app = opened(model=model, runtime=runtime, gpu="h200", batch="2", prompt="300")
+    expected = planner.estimate(
+        planner.load_model(model),
+        planner.Inference(batch=2, prompt_tokens=300, output_tokens=256, logits="last"),
+        planner.Deployment(gpu="h200", runtime=runtime),
+    )
+    assert app.header[0].value == f"{model} on NVIDIA H200 SXM"
+    ledger = app.dataframe[-1].value
+    assert ledger["bytes"].sum() == expected.memory.total_bytes
+    verdicts = app.success if expected.fits else app.error
+    assert len(verdicts) == 1
+    assert ("KV pool" in metrics(app)) == (runtime == "vllm")
+    assert "uncalibrated roofline" in captions(app)
+    assert "nothing was measured on NVIDIA H200 SXM yet" in captions(app)
+
+
+def test_limits_are_the_planners():
+    app = opened(model="gpt2", runtime="vllm", gpu="t4", prompt="700", output="100")
+    plan = (
+        planner.load_model("gpt2"),
+        planner.Inference(batch=8, prompt_tokens=700, output_tokens=100, logits="last"),
+        planner.Deployment(gpu="t4", runtime="vllm"),
+    )
+    assert metrics(app)["Longest context"] == f"{planner.max_context_tokens(*plan):,}"
+    assert metrics(app)["Largest batch"] == f"{planner.max_batch(*plan):,}"
+    assert "dtype=float32" in captions(app)  # config.json is silent on it
+
+
+def test_choosing_by_widget_changes_the_plan_and_the_link():
+    app = opened(runtime="vllm")
+    app.get_by_key("model").select("qwen2.5-7b")
+    app.get_by_key("batch").set_value(3).run()
+    assert not app.exception
+    assert app.header[0].value.startswith("qwen2.5-7b")
+    assert "batch 3" in captions(app)
+
+
+def test_a_context_beyond_the_positions_is_said_in_the_planners_words():
+    app = opened(model="gpt2", runtime="vllm", prompt="1025")
+    assert len(app.error) == 1
+    assert "max_position_embeddings=1024" in app.error[0].value
+    assert len(app.metric) == 0
+    assert len(app.number_input) == 3
+
+
+def test_a_model_that_the_runtime_does_not_run_is_said_so():
+    assert "mixtral" in opened(model="mixtral-8x7b", runtime="attnlab").error[0].value
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{nope", "mine.json is not JSON"),
+        (b"\xff\xfe", "mine.json is not JSON"),
+        (b"[1]", "a JSON object is needed"),
+        (b"[" * 100_000, "mine.json is not JSON"),
+        (json.dumps(CONFIG | {"num_key_value_heads": 3}).encode(), "num_key_value_heads=3"),
+        (json.dumps(CONFIG | {"hidden_size": 10**30}).encode(), "hidden_size"),
+        (b"{}", "model_type"),
+    ],
+)
+def test_an_upload_that_is_no_model_gets_one_line_and_keeps_the_controls(content, said):
+    app = opened(runtime="vllm")
+    app.file_uploader[0].set_value(("mine.json", content, "application/json")).run()
+    assert not app.exception
+    assert len(app.error) == 1
+    assert said in app.error[0].value
+    assert "\n" not in app.error[0].value
+    assert len(app.number_input) == 3
+
+
+def test_an_uploaded_config_takes_the_place_of_the_catalogue():
+    app = opened(runtime="vllm", prompt="100")
+    content = json.dumps(CONFIG).encode()
+    app.file_uploader[0].set_value(("mine.json", content, "application/json")).run()
+    assert not app.exception
+    assert app.header[0].value.startswith("mine on")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "taken"),
+    [
+        ("model", "<script>", "llama-3.1-8b"),
+        ("gpu", "H200", "h200"),
+        ("runtime", "", "vllm"),
+        ("dtype", "int2", "as the model"),
+        ("batch", "-3", 8),
+        ("batch", "0", 8),
+        ("batch", "many", 8),
+        ("batch", "nan", 8),
+        ("batch", "2.5", 2),
+        ("prompt", "9" * 30, 2048),
+    ],
+)
+def test_a_wrong_value_in_the_link_is_named_with_what_is_taken(key, value, taken):
+    app = opened(**({"runtime": "vllm"} | {key: value}))
+    assert len(app.warning) == 1
+    assert f"{key}={value!r}" in app.warning[0].value
+    if key != "runtime":
+        assert app.get_by_key(key).value == taken
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "1e999", "9" * 400])
+def test_an_infinite_number_in_the_link_is_no_traceback_and_leaves_a_working_widget(value):
+    app = opened(runtime="vllm", batch=value)
+    assert len(app.warning) == 1
+    assert "batch 8" in captions(app)
+    app.number_input[0].set_value(5).run()
+    assert not app.exception
+    assert "batch 5" in captions(app)
+
+
+def test_a_right_link_has_no_warning():
+    asked = {"model": "gpt2", "gpu": "t4", "batch": "1", "prompt": str(2**31 - 1), "other": "x"}
+    assert controls.link_problems(asked, taken={}) == []
+
+
+def test_without_records_the_measured_page_says_how_to_make_one():
+    app = opened("measured")
+    assert app.info[0].value == "No measurements yet."
+    assert app.code[0].value == (
+        "planner profile llama-50m --batch 1 --prompt 512 --output 32 --device cpu"
+    )
+    assert "NVIDIA H200 SXM" in captions(app)
+
+
+def test_records_stand_beside_their_prediction_with_the_error(store):
+    one = made()
+    records.append(store, one)
+    app = opened("measured")
+    assert not app.warning
+    summary, rows = (frame.value for frame in app.dataframe)
+    errors = dict(zip(rows["quantity"], rows["error"], strict=True))
+    assert (errors["Weights"], errors["KV cache"], errors["Peak, live"]) == (0, 0, -50)
+    assert dict(zip(summary["quantity"], summary["worst"], strict=True))["Peak, live"] == 50
+    assert set(rows["record"]) == {one.id}
+    assert "CPU" not in captions(app)  # it is not among the devices without a record
+    assert "NVIDIA T4" in captions(app)
+
+
+def test_a_torn_last_line_is_reported_and_the_rest_shown(store):
+    records.append(store, made())
+    store.write_bytes(store.read_bytes() + b'{"schema": 1, "id')
+    app = opened("measured")
+    assert len(app.warning) == 1
+    assert "a torn last line" in app.warning[0].value
+    assert len(app.dataframe) == 2
+
+
+def test_records_of_a_newer_version_are_refused_in_words_on_both_pages(store):
+    records.append(store, made())
+    store.write_text(store.read_text().replace('"schema": 1', '"schema": 99'))
+    app = opened("measured")
+    assert "schema=99" in app.error[0].value
+    assert "schema=99" in captions(opened(runtime="vllm"))
+
+
+def test_a_record_that_ran_out_of_memory_is_no_measurement(store):
+    records.append(store, made(status="oom"))
+    app = opened("measured")
+    assert "oom" in app.warning[0].value
+    assert app.info[0].value == "No measurements yet."
+
+
+def test_filters_narrow_the_rows(store):
+    records.append(store, made())
+    records.append(store, made(model="other", phase="prefill", output_tokens=1))
+    app = opened("measured")
+    assert set(app.dataframe[1].value["model"]) == {"tiny", "other"}
+    app.get_by_key("of_model").select("other").run()
+    assert set(app.dataframe[1].value["model"]) == {"other"}
+    app.get_by_key("in_phase").select("generation").run()
+    assert not app.exception
+
+
+def test_a_device_without_records_is_said_by_name(store):
+    records.append(store, made())
+    app = opened("measured")
+    app.get_by_key("device").select("h200").run()
+    assert app.info[0].value == "No measurements for NVIDIA H200 SXM yet."
+    assert app.code[0].value.endswith("--device cuda")
+
+
+def test_a_new_record_is_seen_without_a_restart(store):
+    app = opened("measured")
+    records.append(store, made())
+    app.run()
+    assert len(app.dataframe) == 2
+
+
+def test_the_plan_names_its_nearest_measurement(store):
+    records.append(store, made())
+    app = opened(model="llama-50m", gpu="cpu", runtime="attnlab", prompt="64", output="8")
+    assert "Weights +0.00%, KV cache +0.00%, Peak, live -50.00%" in captions(app)
+    app = opened(model="llama-50m", gpu="cpu", runtime="vllm", prompt="64", output="8")
+    assert "nothing was measured in vllm on CPU" in captions(app)
+
+
+def test_the_nearest_record_is_of_the_same_model_then_of_the_closest_sizes(store):
+    for changes in (
+        {"model": "llama-50m", "prompt_tokens": 4},
+        {"model": "llama-50m", "prompt_tokens": 300},
+        {"model": "other", "prompt_tokens": 100},
+        {"model": "llama-50m", "prompt_tokens": 100, "runtime": "transformers"},
+    ):
+        records.append(store, made(attention="sdpa", **changes))
+    found = measurements.store()
+    work = planner.Inference(batch=2, prompt_tokens=100, output_tokens=4)
+    model = planner.load_model("llama-50m")
+    deploy = planner.Deployment(gpu="cpu", runtime="attnlab")
+    near = measurements.nearest(found, model, work, deploy)
+    assert near is not None
+    assert (near.model, near.prompt_tokens) == ("llama-50m", 300)
+    assert len(found.records) == 4
+    elsewhere = planner.Deployment(gpu="t4", runtime="attnlab")
+    assert measurements.nearest(found, model, work, elsewhere) is None
