@@ -69,7 +69,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
     model = planner.load_model(named) if upload is None else uploaded(upload.name, upload.read())
-    described.caption(in_words(model))
+    described.caption(("" if upload is None else f"{upload.name}: ") + in_words(model))
     return model, work, deploy
 
 
@@ -118,7 +118,7 @@ def _deployment() -> planner.Deployment:
         bind="query-params",
         help="What holds the memory: the same model has other numbers in each.",
     )
-    left, right = st.columns(2, wrap=False)
+    left, right = st.columns(2)
     with left:
         dtype = _select("dtype", "dtype")
     with right:
@@ -133,7 +133,7 @@ def _deployment() -> planner.Deployment:
 
 def _workload(*, torch: bool) -> planner.Inference:
     batch = _number("Batch", "batch", help="Sequences at once.")
-    left, right = st.columns(2, wrap=False)
+    left, right = st.columns(2)
     with left:
         prompt_tokens = _number("Prompt tokens", "prompt", step=256)
     with right:

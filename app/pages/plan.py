@@ -62,10 +62,11 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
     m = e.memory
     with st.container(horizontal=True):
         card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
+        of = "the GPU's memory" if e.kv_pool_bytes is None else "the KV pool"
         card(
-            "Headroom" if e.kv_pool_bytes is None else "Headroom in the pool",
+            "Headroom",
             gib(e.headroom_bytes),
-            f"{e.headroom_bytes:,} bytes. Negative: what is missing",
+            f"{e.headroom_bytes:,} bytes of {of}. Negative: what is missing",
         )
         card("KV cache", gib(m.kv_cache_bytes), f"{m.kv_cache_bytes:,} bytes")
         places = st.empty(), st.empty()
@@ -97,9 +98,7 @@ def peak(e: planner.Estimate) -> None:
     layer = "" if e.peak.layer is None else f" in layer {e.peak.layer}"
     st.subheader("What causes the peak")
     st.markdown(f"**{e.peak_phase}**, at **{e.peak.op}**{layer}. Alive beside the weights:")
-    held = (
-        [("KV cache, as held at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
-    )
+    held = [("KV cache at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
     buffers = [*held, *e.peak.buffers]
     most = max((size for _, _, size in buffers), default=0)
     st.dataframe(

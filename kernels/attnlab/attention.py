@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnlab.kv_cache import KVCache
 from attnlab.linear import Linear
 from attnlab.positions import rotate
+from attnlab.supported import grouped_query
 from planner.errors import ConfigError, check_choice
-from planner.layers import GQA, MLA, Layer
-
-if TYPE_CHECKING:
-    from attnlab.kv_cache import KVCache
+from planner.layers import GQA, Layer
 
 # Shapes.  B batch · H query heads · G kv heads · T new tokens · S cached + new tokens · D head dim
 
@@ -116,13 +115,6 @@ def choose(name: str | None, layers: Iterable[Layer]) -> str:
     if caps and name == "sdpa":
         raise ConfigError(f"attention=sdpa has no logit_softcap={caps.pop()}: use naive")
     return name
-
-
-def grouped_query(attention: GQA | MLA) -> GQA:
-    """The attention, if attnlab runs it; ConfigError otherwise."""
-    if not isinstance(attention, GQA):
-        raise ConfigError(f"attention={type(attention).__name__} does not run in attnlab: GQA")
-    return attention
 
 
 class Attention(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnlab.attention import grouped_query
+from attnlab.supported import grouped_query
 from planner.errors import ConfigError, check_size
 from planner.model import Model
 

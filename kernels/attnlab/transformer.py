@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnlab.attention import Attention, Mask, choose, grouped_query, make_mask, sdpa_backend
+from attnlab.attention import Attention, Mask, choose, make_mask, sdpa_backend
 from attnlab.feed_forward import FeedForward
 from attnlab.kv_cache import KVCache
 from attnlab.linear import Embedding, Linear
 from attnlab.norms import build_norm
 from attnlab.positions import RotaryTables
+from attnlab.supported import grouped_query
 from planner.errors import ConfigError, check_choice
 from planner.layers import Layer, LearnedPositions
 from planner.model import Model

@@ -62,23 +62,23 @@ def wait_until_healthy(address, process, log):
 
 @pytest.fixture(scope="module")
 def chromium():
+    """One browser for all tests, so that the app's own files are loaded once."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
         )
-        yield browser
+        yield browser.new_context(viewport={"width": 1280, "height": 900})
         browser.close()
 
 
 @pytest.fixture
 def page(chromium):
     """A page that has thrown nothing when the test ends."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    page, thrown = context.new_page(), []
+    page, thrown = chromium.new_page(), []
     page.on("pageerror", lambda error: thrown.append(str(error)))
     yield page
-    context.close()
+    page.close()
     assert thrown == []
 
 
@@ -130,17 +130,11 @@ def test_a_link_with_nonsense_opens_the_start_values_and_says_so(server, page):
     assert page.get_by_test_id("stAlert").filter(has_text="in the link").count() == 3
 
 
-def test_the_memory_figure_is_drawn_and_described(server, page):
+def test_on_a_phone_the_figure_is_drawn_and_described_and_nothing_is_wider(server, page):
+    page.set_viewport_size({"width": 400, "height": 900})
     page.goto(f"{server}/?runtime=vllm")
     settled(page)
     page.locator(".js-plotly-plot .bars path").first.wait_for()
     assert page.locator('[aria-label*="Weights 14.99 GiB"], [alt*="Weights 14.99 GiB"]').count()
-
-
-@pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_is_wider_than_the_window(server, page, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.goto(f"{server}/?runtime=vllm")
-    settled(page)
     main = page.get_by_test_id("stMain")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
