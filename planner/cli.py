@@ -19,7 +19,7 @@ from planner.errors import ConfigError
 from planner.estimate import estimate
 from planner.format import gib, percent, seconds
 from planner.loading import load_model
-from planner.report import explain, write_csv
+from planner.report import write_csv
 from planner.workload import Deployment, Inference
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def estimate_command(
     result = estimate(load_model(model), work, deploy)
     if csv is not None:
         result.to_csv(csv)
-    _print(result.to_dict() if as_json else explain(result))
+    _print(result.to_dict() if as_json else result.explain())
     _exit_unless(result.fits)
 
 

@@ -35,6 +35,8 @@ def attention_cache_elements(attention: GQA | MLA, *, tokens: int) -> int:
 def layer_rows(model: Model, *, batch: int, dtype: str, kept: Callable[[Layer], Kept]) -> list[Row]:
     """A row for each kind of layer: batch · elements of the tokens that `kept` says · bytes."""
     b = element_bytes(dtype)
+    # the plain caches of both torch runtimes keep the model's dtype
+    note = "elements only: a quantised cache, its scales apart" if b == 1 else ""
     rows = []
     for layer, count in model.layer_kinds().items():
         tokens, text, numbers = kept(layer)
@@ -48,6 +50,7 @@ def layer_rows(model: Model, *, batch: int, dtype: str, kept: Callable[[Layer], 
                 formula=formula,
                 values=(("B", batch), *values, *numbers, ("b", b)),
                 size_bytes=count * each,
+                note=note,
             )
         )
     return rows

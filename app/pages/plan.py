@@ -9,7 +9,7 @@ from streamlit.delta_generator import DeltaGenerator
 import planner
 from app import charts, controls, measurements
 from planner.format import gib, percent, seconds
-from planner.report import csv_text, verdict
+from planner.report import csv_text
 from planner.runtimes import runtime_named
 
 
@@ -28,9 +28,9 @@ def head(e: planner.Estimate) -> None:
         f"+ {e.work.output_tokens:,} output tokens"
     )
     if e.fits:
-        st.success(verdict(e), icon=":material/check_circle:")
+        st.success(e.verdict, icon=":material/check_circle:")
     else:
-        st.error(verdict(e), icon=":material/cancel:")
+        st.error(e.verdict, icon=":material/cancel:")
     st.caption(trust(e))
 
 

@@ -11,6 +11,7 @@ from planner.program import Dims, Program
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
+    Pool,
     Setting,
     check_cache_kind,
     choose_attention,
@@ -23,6 +24,7 @@ class Attnlab:
     """kernels/attnlab of this version of the project."""
 
     name = "attnlab"
+    pooled = False
     version = "0.1.0"
 
     def attention(self, model: Model, name: str | None) -> str:
@@ -88,6 +90,12 @@ class Attnlab:
                 )
             )
         return phases
+
+    def pool(
+        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+    ) -> Pool | None:
+        """None: the cache is allocated as needed."""
+        return None
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt in one forward."""

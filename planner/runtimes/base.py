@@ -23,6 +23,19 @@ class Setting:
     max_batched_tokens: int
     max_sequences: int
     multiprocessors: int
+    block_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """A pool of KV blocks: whole blocks, the tokens of one long sequence, and what was available.
+
+    `available_bytes` is negative where weights and the profile run alone need more than the budget.
+    """
+
+    size_bytes: int
+    tokens: int
+    available_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +55,10 @@ class Runtime(Protocol):
         """How a Deployment names it."""
 
     @property
+    def pooled(self) -> bool:
+        """Whether the cache comes out of a pool that takes what everything else leaves."""
+
+    @property
     def version(self) -> str:
         """The version whose source says so."""
 
@@ -58,6 +75,11 @@ class Runtime(Protocol):
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The passes among which the peak lies."""
+
+    def pool(
+        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+    ) -> Pool | None:
+        """The pool out of a budget of which `held_bytes` are taken; None without one."""
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The pass that yields the first token."""

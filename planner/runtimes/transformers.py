@@ -14,6 +14,7 @@ from planner.model import Model
 from planner.program import Dims, Program
 from planner.runtimes.base import (
     Phase,
+    Pool,
     Setting,
     check_cache_kind,
     choose_attention,
@@ -27,6 +28,7 @@ class Transformers:
     """transformers with torch, one process, no compilation."""
 
     name = "transformers"
+    pooled = False
     version = "5.23.0"
 
     def attention(self, model: Model, name: str | None) -> str:
@@ -107,6 +109,12 @@ class Transformers:
                 )
             )
         return phases
+
+    def pool(
+        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+    ) -> Pool | None:
+        """None: the cache is allocated as needed."""
+        return None
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt in one forward."""

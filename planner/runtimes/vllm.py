@@ -31,7 +31,7 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
-from planner.runtimes.base import Phase, Setting, check_cache_kind, choose_attention
+from planner.runtimes.base import Phase, Pool, Setting, check_cache_kind, choose_attention
 from planner.runtimes.writer import FLOAT32, Writer, layer_label
 from planner.workload import CacheSpec, Inference
 
@@ -46,6 +46,7 @@ class Vllm:
     """vLLM's V1 engine on one GPU."""
 
     name = "vllm"
+    pooled = True
     version = "0.19"
 
     def attention(self, model: Model, name: str | None) -> str:
@@ -105,6 +106,25 @@ class Vllm:
         dims = Dims(batch=1, tokens=tokens, context=tokens)
         return [Phase(name="profile run", program=program, dims=dims)]
 
+    def pool(
+        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+    ) -> Pool | None:
+        """Whole blocks out of budget − weights − profile-run peak − what grows outside torch.
+
+        The context is not subtracted: 0.19 snapshots the device after creating it.
+        """
+        outside = NON_TORCH_BYTES if setting.device == "cuda" else 0
+        available = budget_bytes - held_bytes - outside
+        kinds = _kinds(model)
+        size, block = group_size([count for _, count in kinds]), setting.block_tokens
+        page = max(attention_cache_elements(layer.attention, tokens=block) for layer, _ in kinds)
+        each = size * page * element_bytes(setting.kv_dtype)
+        blocks = max(0, available) // each
+        groups = sum(-(-count // size) for _, count in kinds)
+        return Pool(
+            size_bytes=blocks * each, tokens=blocks // groups * block, available_bytes=available
+        )
+
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt, logits of each sequence's last token."""
         return _program(model, setting.dtype, setting.kv_dtype)
@@ -130,14 +150,6 @@ def held_blocks(layer: Layer, tokens: int, block: int) -> int:
         case GQA(sliding_window=int(window)):
             return blocks - max(0, tokens - window) // block
     return blocks
-
-
-def block_bytes(model: Model, *, dtype: str, block_tokens: int) -> int:
-    """Bytes of the pool that one block id takes: a page in each layer of a group."""
-    kinds = _kinds(model)
-    size = group_size([count for _, count in kinds])
-    page = max(attention_cache_elements(layer.attention, tokens=block_tokens) for layer, _ in kinds)
-    return size * page * element_bytes(dtype)
 
 
 def _kinds(model: Model) -> list[tuple[Layer, int]]:

@@ -1,0 +1,56 @@
+"""TTFT and TPOT of a workload from the cost of its passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from planner.catalog.gpus import Gpu
+from planner.model import Model
+from planner.program import Dims
+from planner.roofline import pass_cost
+from planner.runtimes import runtime_named
+from planner.runtimes.base import Setting
+from planner.workload import Inference
+
+MAX_DECODE_POINTS = 64
+"""Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Times by the plain roofline: `basis` says so. TPOT is the mean over the decode steps.
+
+    `tpot_s` is None where there is no decode step (output_tokens = 1).
+    """
+
+    ttft_s: float
+    tpot_s: float | None
+    output_tokens_per_s: float
+    basis: str = "uncalibrated roofline"
+
+
+@lru_cache(maxsize=256)
+def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
+    """One prefill of the prompt, then output_tokens − 1 steps, each over one token more."""
+    rules = runtime_named(runtime)
+    prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+    first = pass_cost(rules.prefill(model, work, setting), prompt, gpu, dtype=setting.dtype)
+    ttft_s = float(first.time_s)
+    steps = work.output_tokens - 1
+    tpot_s = None
+    if steps:
+        contexts = np.linspace(
+            work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS)
+        )
+        dims = Dims(batch=float(work.batch), tokens=1.0, context=contexts)
+        step = pass_cost(rules.decode(model, work, setting), dims, gpu, dtype=setting.dtype)
+        tpot_s = float(np.mean(step.time_s))
+    total_s = ttft_s + steps * (tpot_s or 0.0)
+    return Latency(
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        output_tokens_per_s=work.batch * work.output_tokens / total_s,
+    )

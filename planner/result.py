@@ -1,0 +1,205 @@
+"""The Estimate: what a workload needs in a deployment, every number opened down to its formula."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.activations import Peak
+from planner.catalog.gpus import Gpu
+from planner.format import gib, seconds
+from planner.latency import Latency, latency
+from planner.ledger import Row
+from planner.model import Model
+from planner.report import write_csv
+from planner.runtimes import runtime_named
+from planner.runtimes.base import Pool, Setting
+from planner.workload import Deployment, Inference
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one GPU. The five parts are what the total is made of.
+
+    `activations_bytes` is what the peak adds to weights and the finished cache; `peak_live_bytes`
+    weights plus storages the passes create, `peak_allocated_bytes` that plus inputs and workspace.
+    `peak_reserved_bytes` needs the allocator's simulation and is None until it exists.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    activations_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    overhead_bytes: int
+    peak_live_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int | None
+    device_used_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, cache, activations, gradients, optimizer and overhead."""
+        return (
+            self.weights_bytes
+            + self.kv_cache_bytes
+            + self.activations_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.overhead_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """The answer for one model, workload and deployment.
+
+    `peak` is the moment of the highest live memory and `peak_phase` the pass it lies in; `pool` is
+    vllm's, None elsewhere.
+    """
+
+    model: Model
+    work: Inference
+    deploy: Deployment
+    setting: Setting
+    gpu: Gpu
+    memory: Memory
+    peak: Peak
+    peak_phase: str
+    rows: tuple[Row, ...]
+    pool: Pool | None
+
+    @property
+    def kv_pool_bytes(self) -> int | None:
+        """Bytes of vllm's pool of KV blocks; None in runtimes without one."""
+        return None if self.pool is None else self.pool.size_bytes
+
+    @property
+    def kv_pool_tokens(self) -> int | None:
+        """Tokens of one long sequence that the pool holds; None in runtimes without one."""
+        return None if self.pool is None else self.pool.tokens
+
+    @property
+    def latency(self) -> Latency:
+        """TTFT, TPOT and throughput, computed when asked for."""
+        return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What is left of the GPU's memory; of the pool's, in vllm. Negative: what is missing."""
+        if self.pool is None:
+            return self.gpu.memory_bytes - self.memory.total_bytes
+        left = self.pool.size_bytes or self.pool.available_bytes  # negative without any block
+        return left - self.memory.kv_cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits: the total into memory; in vllm, this workload's blocks into the pool."""
+        return self.headroom_bytes >= 0
+
+    def table(self) -> pd.DataFrame:
+        """The ledger: component, item, count, formula, substituted, bytes, note; parts sum up."""
+        import pandas as pd
+
+        columns = ["component", "item", "count", "formula", "substituted", "bytes", "note"]
+        return pd.DataFrame(
+            [
+                [r.component, r.item, r.count, r.formula, r.substituted, r.size_bytes, r.note]
+                for r in self.rows
+            ],
+            columns=columns,
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Fits or not, and by how much, in one sentence."""
+        return verdict(self)
+
+    def explain(self) -> str:
+        """The estimate in words, one line a number."""
+        return explain(self)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table as CSV, safe to open in a spreadsheet."""
+        write_csv(self.table(), path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            "model": self.model.name,
+            "parameter_count": self.model.parameter_count,
+            "workload": asdict(self.work),
+            "gpu": self.gpu.name,
+            "runtime": f"{self.deploy.runtime} {runtime_named(self.deploy.runtime).version}",
+            "attention": self.setting.attention,
+            "dtype": self.setting.dtype,
+            "kv_dtype": self.setting.kv_dtype,
+            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
+            "gpu_memory_bytes": self.gpu.memory_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "fits": self.fits,
+            "kv_pool_bytes": self.kv_pool_bytes,
+            "kv_pool_tokens": self.kv_pool_tokens,
+            "latency": asdict(self.latency),
+            "peak": {
+                "phase": self.peak_phase,
+                "op": self.peak.op,
+                "layer": self.peak.layer,
+                "live": [
+                    {"name": name, "count": count, "bytes": size}
+                    for name, count, size in self.peak.buffers
+                ],
+            },
+            "defaults_taken": list(self.model.defaults),
+            "rows": [
+                {**asdict(r), "values": dict(r.values), "substituted": r.substituted}
+                for r in self.rows
+            ],
+        }
+
+
+def verdict(estimate: Estimate) -> str:
+    """Fits or not, and by how much, in one sentence."""
+    where = estimate.gpu.label if estimate.pool is None else "the KV pool"
+    room = gib(abs(estimate.headroom_bytes))
+    if estimate.fits:
+        return f"Fits: {room} of {where} stay free."
+    return f"Does not fit: {room} more than {where} has would be needed."
+
+
+def explain(estimate: Estimate) -> str:
+    """The parts, each with its largest items and what causes the peak."""
+    e, m = estimate, estimate.memory
+    lines = [
+        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: batch {e.work.batch}, "
+        f"{e.work.prompt_tokens} prompt + {e.work.output_tokens} output tokens, {e.setting.dtype}, "
+        f"{e.setting.attention} attention",
+        verdict(e),
+        f"  total        {gib(m.total_bytes):>12}  of {gib(e.gpu.memory_bytes)}",
+    ]
+    for component, size in (
+        ("weights", m.weights_bytes),
+        ("kv_cache", m.kv_cache_bytes),
+        ("activations", m.activations_bytes),
+        ("overhead", m.overhead_bytes),
+    ):
+        lines.append(f"  {component:<12} {gib(size):>12}")
+        rows = [r for r in e.rows if r.component == component and r.size_bytes]
+        for row in sorted(rows, key=lambda r: -abs(r.size_bytes))[:4]:
+            times = f"{row.count} × " if row.count > 1 else ""
+            lines.append(f"    {row.item}: {gib(row.size_bytes)} = {times}{row.substituted}")
+    layer = "" if e.peak.layer is None else f" of layer {e.peak.layer}"
+    lines.append(f"  peak: {e.peak.op}{layer}, {e.peak_phase}")
+    if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
+        lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
+    lines.append(
+        f"  TTFT {seconds(e.latency.ttft_s)}, TPOT {seconds(e.latency.tpot_s)}, "
+        f"{e.latency.output_tokens_per_s:,.0f} output tokens/s ({e.latency.basis})"
+    )
+    if e.model.defaults:
+        lines.append(f"  taken by default: {', '.join(e.model.defaults)}")
+    return "\n".join(lines)
