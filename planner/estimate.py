@@ -79,7 +79,8 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = runtime.pooled
-    activations = list(_activation_rows(highest, phase, kv_bytes, pooled=pooled))
+    note = runtime.peak_note(model)
+    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
     memory = _memory(rows, highest, work, gpu, pooled=pooled)
@@ -104,6 +105,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         peak_phase=phase.name,
         rows=rows,
         pool=pool,
+        peak_note=note,
     )
 
 
@@ -144,7 +146,9 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
 
-def _activation_rows(highest: Peak, phase: Phase, kv_bytes: int, *, pooled: bool) -> Iterator[Row]:
+def _activation_rows(
+    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, pooled: bool
+) -> Iterator[Row]:
     """What lives at the peak besides weights and cache."""
     where = f"{phase.name}, {highest.op}" + (
         "" if highest.layer is None else f", layer {highest.layer}"
@@ -160,7 +164,7 @@ def _activation_rows(highest: Peak, phase: Phase, kv_bytes: int, *, pooled: bool
             formula=f"{text} · {buffer.itemsize}",
             values=tuple((name, number) for name, number in letters.items() if name in used),
             size_bytes=size,
-            note=f"at the peak: {where}",
+            note="; ".join(part for part in (f"at the peak: {where}", note) if part),
         )
     difference = highest.cache_bytes - kv_bytes
     if difference and not pooled:

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from planner.errors import ConfigError, check_size
 
-Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
-ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+Activation = Literal[
+    "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2"
+]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel-two"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Norm:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450); `plus_one`: 1 + weight."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450); `plus_one`: 1 + weight.
+
+    `weight=False`: normalisation alone, without a parameter (olmo).
+    """
 
     kind: Literal["rmsnorm", "layernorm"]
     eps: float
+    weight: bool = True
     bias: bool = False
     plus_one: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QKNorm:
+    """A norm on queries and keys before the scores.
+
+    `width` "head": one scale of head_dim for all heads (qwen3); "full": over all heads at once
+    (olmo2); "per-head": a scale of its own for each head (cohere).
+    """
+
+    norm: Norm
+    width: Literal["head", "full", "per-head"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +46,9 @@ class GQA:
 
     `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query
     sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv`
-    says that one matrix holds the three projections.
+    says that one matrix holds the three projections. `sinks`: a learned logit for each head that
+    takes attention away (gpt-oss). `cache_heads`: heads that transformers caches where they are
+    not the kv heads (falcon-40b: all of them).
     """
 
     num_attention_heads: int
@@ -39,6 +60,9 @@ class GQA:
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False
+    qk_norm: QKNorm | None = None
+    sinks: bool = False
+    cache_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)
@@ -106,6 +130,8 @@ class Dense:
 class MoE:
     """A mixture of gated experts: each token goes to `num_experts_per_tok` of `num_experts`.
 
+    `shared_gate`: a linear of one output weighs the shared expert (qwen2_moe). `bias`: on router
+    and experts, whose weights are then [in, out] (gpt-oss).
     Router "softmax" (mixtral): top-k of the softmax, renormalised. Router "sigmoid-groups"
     (DeepSeek-V3, arXiv:2412.19437): sigmoid scores plus a correction bias, top `topk_group` of
     `n_group` groups first. `shared` runs for every token.
@@ -117,6 +143,8 @@ class MoE:
     activation: Activation
     router: Literal["softmax", "sigmoid-groups"]
     shared: Dense | None = None
+    shared_gate: bool = False
+    bias: bool = False
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
@@ -141,12 +169,17 @@ class MoE:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One block. Norms stand before attention and feed-forward, or (`sandwich`) also after each."""
+    """One block.
+
+    Norms stand before attention and feed-forward ("pre"), after each ("post"), on both sides
+    ("sandwich"); "parallel": attention and feed-forward read one norm's output side by side;
+    "parallel-two": side by side, each with a norm of its own.
+    """
 
     attention: GQA | MLA
     feed_forward: Dense | MoE
     norm: Norm
-    placement: Literal["pre", "sandwich"] = "pre"
+    placement: Placement = "pre"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,4 +197,14 @@ class RoPE:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnedPositions:
-    """A table with one row for each of `max_position_embeddings` positions."""
+    """A table with one row for each of `max_position_embeddings` positions, and `offset` more."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ALiBi:
+    """Linear biases on the scores (arXiv:2108.12409): no parameters, no table."""
+
+
+Positions = RoPE | LearnedPositions | ALiBi

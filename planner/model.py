@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.dtypes import element_bytes
 from planner.errors import MAX_LAYERS, ConfigError, check_size
-from planner.layers import Layer, LearnedPositions, MoE, Norm, RoPE
+from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions
 from planner.parameters import Parameter, layer_parameters, norm_parameters
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ class Model:
     """A decoder-only language model.
 
     `layers` lists every block; hybrids are blocks that differ. `parameter_names` translates module
-    names from the llama family's to this family's, most specific first; `transposed_linears` says
-    that its linear weights are [in, out] (GPT-2's Conv1D). `defaults` are the config fields that
+    names from the llama family's to this family's, most specific first; `extra_parameters` stand
+    outside the blocks and no field describes them; `transposed_linears` says that its linear
+    weights are [in, out] (GPT-2's Conv1D). `defaults` are the config fields that
     were absent and took their class's default; `config_json` is the config it was read from.
     """
 
@@ -34,10 +35,12 @@ class Model:
     max_position_embeddings: int
     layers: tuple[Layer, ...]
     final_norm: Norm
-    positions: RoPE | LearnedPositions
+    positions: Positions
     tie_word_embeddings: bool
     dtype: str
     lm_head: bool = True
+    lm_head_bias: bool = False
+    extra_parameters: tuple[Parameter, ...] = ()
     embedding_scale: float | None = None
     final_logit_softcapping: float | None = None
     parameter_names: tuple[tuple[str, str], ...] = ()
@@ -77,13 +80,16 @@ class Model:
         V, h = self.vocab_size, self.hidden_size
         yield Parameter(name="embed_tokens.weight", group="embedding", layer=None, shape=(V, h))
         if isinstance(self.positions, LearnedPositions):
-            shape = (self.max_position_embeddings, h)
+            shape = (self.max_position_embeddings + self.positions.offset, h)
             yield Parameter(
                 name="embed_positions.weight", group="embedding", layer=None, shape=shape
             )
         yield from norm_parameters(self.final_norm, "norm", h)
         if self.lm_head and not self.tie_word_embeddings:
             yield Parameter(name="lm_head.weight", group="head", layer=None, shape=(V, h))
+        if self.lm_head and self.lm_head_bias:
+            yield Parameter(name="lm_head.bias", group="head", layer=None, shape=(V,))
+        yield from self.extra_parameters
 
     def parameters(self) -> Iterator[Parameter]:
         """Every trained tensor once, in the llama family's names and [out, in] shapes."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, assert_never
 
-from planner.layers import GQA, MLA, Dense, Layer, MoE, Norm
+from planner.layers import GQA, MLA, Dense, Layer, MoE, Norm, Placement, QKNorm
 
 Group = Literal["embedding", "attention", "feed_forward", "router", "experts", "norm", "head"]
 
@@ -33,25 +33,42 @@ class Parameter:
         return prod(self.shape)
 
 
+NORMS: dict[Placement, tuple[str, ...]] = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": ("input_layernorm",),
+    "parallel-two": ("input_layernorm", "post_attention_layernorm"),
+}
+"""The norms of a block, by where they stand."""
+
+
 @lru_cache(maxsize=1024)
 def layer_parameters(layer: Layer, hidden_size: int) -> tuple[Parameter, ...]:
     """Parameters of one block of width `hidden_size`, named relative to the block, `layer=None`.
 
     A linear layer's weight has shape [out, in].
     """
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if layer.placement == "sandwich":
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     return (
         *_attention(layer.attention, hidden_size),
         *_feed_forward(layer.feed_forward, hidden_size),
-        *(p for name in norms for p in norm_parameters(layer.norm, name, hidden_size)),
+        *(
+            p
+            for name in NORMS[layer.placement]
+            for p in norm_parameters(layer.norm, name, hidden_size)
+        ),
     )
 
 
 def norm_parameters(norm: Norm, name: str, width: int) -> Iterator[Parameter]:
-    """The scale, and the bias where there is one."""
-    yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(width,))
+    """The scale and the bias, as far as the norm has them."""
+    if norm.weight:
+        yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(width,))
     if norm.bias:
         yield Parameter(name=f"{name}.bias", group="norm", layer=None, shape=(width,))
 
@@ -74,6 +91,11 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
             yield from _linear(
                 "self_attn.o_proj", "attention", out=h, into=H * D, bias=attention.o_bias
             )
+            if attention.qk_norm is not None:
+                for letter, heads in (("q", H), ("k", G)):
+                    yield from _qk_norm(attention.qk_norm, letter, heads, D)
+            if attention.sinks:
+                yield Parameter(name="self_attn.sinks", group="attention", layer=None, shape=(H,))
         case MLA(num_attention_heads=H, q_lora_rank=d_q, kv_lora_rank=d_c, bias=bias):
             latent = Norm(kind="rmsnorm", eps=1e-6)
             D, D_rope, D_nope = (
@@ -102,18 +124,32 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
             assert_never(attention)
 
 
+def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Parameter]:
+    name = f"self_attn.{letter}_norm"
+    if qk_norm.width == "per-head":
+        yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(heads, D))
+    else:
+        width = D if qk_norm.width == "head" else heads * D
+        yield from norm_parameters(qk_norm.norm, name, width)
+
+
 def _feed_forward(feed_forward: Dense | MoE, h: int) -> Iterator[Parameter]:
     match feed_forward:
         case Dense():
             yield from _dense(feed_forward, "mlp", h)
         case MoE(num_experts=E, moe_intermediate_size=i):
-            yield Parameter(name="mlp.gate.weight", group="router", layer=None, shape=(E, h))
-            for name, shape in (("gate_up_proj", (E, 2 * i, h)), ("down_proj", (E, h, i))):
-                yield Parameter(
-                    name=f"mlp.experts.{name}", group="experts", layer=None, shape=shape
-                )
+            yield from _linear("mlp.gate", "router", out=E, into=h, bias=feed_forward.bias)
+            for name, out, into in (("gate_up_proj", 2 * i, h), ("down_proj", h, i)):
+                shape = (E, into, out) if feed_forward.bias else (E, out, into)
+                shapes = {name: shape, **({f"{name}_bias": (E, out)} if feed_forward.bias else {})}
+                for part, size in shapes.items():
+                    yield Parameter(
+                        name=f"mlp.experts.{part}", group="experts", layer=None, shape=size
+                    )
             if feed_forward.shared is not None:
                 yield from _dense(feed_forward.shared, "mlp.shared_experts", h)
+            if feed_forward.shared_gate:
+                yield from _linear("mlp.shared_expert_gate", "router", out=1, into=h, bias=False)
         case _:
             assert_never(feed_forward)
 

@@ -59,7 +59,7 @@ class Estimate:
     """The answer for one model, workload and deployment.
 
     `peak` is the moment of the highest live memory and `peak_phase` the pass it lies in; `pool` is
-    vllm's, None elsewhere.
+    vllm's, None elsewhere; `peak_note` says how far the peak can be trusted, if not to the byte.
     """
 
     model: Model
@@ -72,6 +72,7 @@ class Estimate:
     peak_phase: str
     rows: tuple[Row, ...]
     pool: Pool | None
+    peak_note: str
 
     @property
     def kv_pool_bytes(self) -> int | None:
@@ -146,6 +147,7 @@ class Estimate:
             "kv_pool_tokens": self.kv_pool_tokens,
             "latency": asdict(self.latency),
             "peak": {
+                "note": self.peak_note,
                 "phase": self.peak_phase,
                 "op": self.peak.op,
                 "layer": self.peak.layer,
@@ -193,7 +195,8 @@ def explain(estimate: Estimate) -> str:
             times = f"{row.count} × " if row.count > 1 else ""
             lines.append(f"    {row.item}: {gib(row.size_bytes)} = {times}{row.substituted}")
     layer = "" if e.peak.layer is None else f" of layer {e.peak.layer}"
-    lines.append(f"  peak: {e.peak.op}{layer}, {e.peak_phase}")
+    note = f" ({e.peak_note})" if e.peak_note else ""
+    lines.append(f"  peak: {e.peak.op}{layer}, {e.peak_phase}{note}")
     if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
         lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
     lines.append(

@@ -7,29 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from planner.errors import ConfigError, shown
-from planner.huggingface.deepseek import read_deepseek_v3
+from planner.huggingface import deepseek, gpt2, llama_like
 from planner.huggingface.fields import Fields
-from planner.huggingface.gpt2 import read_gpt2
-from planner.huggingface.llama_like import (
-    read_gemma2,
-    read_llama,
-    read_mistral,
-    read_mixtral,
-    read_phi3,
-    read_qwen2,
-)
 from planner.model import Model
 
 READERS: dict[str, Callable[[Fields], Model]] = {
-    "deepseek_v3": read_deepseek_v3,
-    "gemma2": read_gemma2,
-    "gpt2": read_gpt2,
-    "llama": read_llama,
-    "mistral": read_mistral,
-    "mixtral": read_mixtral,
-    "phi3": read_phi3,
-    "qwen2": read_qwen2,
+    **deepseek.READERS,
+    **gpt2.READERS,
+    **llama_like.READERS,
 }
+"""The reader of every model_type that has one."""
 
 
 def read_config(config: Mapping[str, Any]) -> Model:

@@ -16,9 +16,10 @@ from planner.layers import (
     Activation,
     Dense,
     Layer,
-    LearnedPositions,
     MoE,
     Norm,
+    Placement,
+    Positions,
     RoPE,
 )
 from planner.model import Model
@@ -44,6 +45,45 @@ def activation(fields: Fields, name: str = "hidden_act") -> Activation:
 def rmsnorm(fields: Fields, *, plus_one: bool = False) -> Norm:
     """RMSNorm with the config's epsilon."""
     return Norm(kind="rmsnorm", eps=fields.number("rms_norm_eps"), plus_one=plus_one)
+
+
+def layernorm(fields: Fields, name: str = "layer_norm_eps", *, bias: bool = True) -> Norm:
+    """LayerNorm with the epsilon of field `name`."""
+    return Norm(kind="layernorm", eps=fields.number(name), bias=bias)
+
+
+def gated(
+    fields: Fields,
+    *,
+    activation_field: str = "hidden_act",
+    size_field: str = "intermediate_size",
+    bias: bool = False,
+    fused: bool = False,
+) -> Dense:
+    """A gated feed-forward: down(act(gate(x)) · up(x))."""
+    return Dense(
+        intermediate_size=fields.size(size_field),
+        activation=activation(fields, activation_field),
+        gated=True,
+        bias=bias,
+        fused_gate_up=fused,
+    )
+
+
+def plain(
+    fields: Fields,
+    *,
+    activation_field: str = "hidden_act",
+    intermediate_size: int | None = None,
+    bias: bool = True,
+) -> Dense:
+    """A feed-forward without a gate: down(act(up(x)))."""
+    return Dense(
+        intermediate_size=intermediate_size or fields.size("intermediate_size"),
+        activation=activation(fields, activation_field),
+        gated=False,
+        bias=bias,
+    )
 
 
 def heads(fields: Fields, *, divisible_hidden: bool = False) -> tuple[int, int, int]:
@@ -81,7 +121,11 @@ def layer_windows(fields: Fields, *, window: int | None) -> list[int | None]:
 
 
 def rope(
-    fields: Fields, *, head_dim: int, rope_types: Sequence[str], partial: bool = False
+    fields: Fields,
+    *,
+    head_dim: int,
+    rope_types: Sequence[str] = SCALED_ROPE,
+    partial: bool = False,
 ) -> RoPE:
     """Rotary positions; `partial` families rotate only the first part of a head."""
     parameters = fields.rope_parameters()
@@ -119,31 +163,29 @@ def gqa_decoder(
     attention: GQA,
     windows: Sequence[int | None],
     feed_forward: Dense | MoE,
-    rope_types: Sequence[str] = SCALED_ROPE,
-    partial_rope: bool = False,
-    gemma: bool = False,
+    norm: Norm | None = None,
+    placement: Placement = "pre",
+    positions: Positions | None = None,
     **extra: Any,
 ) -> Model:
-    """A decoder whose blocks are alike but for their window; gemma's have four norms, 1 + w."""
-    norm = rmsnorm(fields, plus_one=gemma)
-    layer = Layer(
-        attention=attention,
-        feed_forward=feed_forward,
-        norm=norm,
-        placement="sandwich" if gemma else "pre",
-    )
-    made = {w: replace(layer, attention=replace(attention, sliding_window=w)) for w in windows}
+    """A decoder whose blocks are alike but for their window. Default: RMSNorm before, RoPE."""
+    norm = norm or rmsnorm(fields)
+    layer = Layer(attention=attention, feed_forward=feed_forward, norm=norm, placement=placement)
     return causal_lm(
         fields,
-        layers=tuple(made[window] for window in windows),
+        layers=with_windows(layer, attention, windows),
         final_norm=norm,
-        positions=rope(
-            fields, head_dim=attention.head_dim, rope_types=rope_types, partial=partial_rope
-        ),
+        positions=positions or rope(fields, head_dim=attention.head_dim),
         base_class=f"{stem}Model",
         head_class=f"{stem}ForCausalLM",
         **extra,
     )
+
+
+def with_windows(layer: Layer, attention: GQA, windows: Sequence[int | None]) -> tuple[Layer, ...]:
+    """One such layer per window; equal ones are the same object."""
+    made = {w: replace(layer, attention=replace(attention, sliding_window=w)) for w in windows}
+    return tuple(made[window] for window in windows)
 
 
 def causal_lm(
@@ -151,7 +193,7 @@ def causal_lm(
     *,
     layers: tuple[Layer, ...],
     final_norm: Norm,
-    positions: RoPE | LearnedPositions,
+    positions: Positions,
     names: tuple[tuple[str, str], ...] = LLAMA_NAMES,
     base_class: str,
     head_class: str,

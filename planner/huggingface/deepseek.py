@@ -78,3 +78,8 @@ def _yarn_scale(positions: RoPE) -> float:
     if not isinstance(factor, int | float) or factor <= 1:
         return 1.0
     return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+
+
+READERS = {
+    "deepseek_v3": read_deepseek_v3,
+}

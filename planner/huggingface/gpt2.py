@@ -58,3 +58,8 @@ def read_gpt2(fields: Fields) -> Model:
         head_class="GPT2LMHeadModel",
         transposed_linears=True,
     )
+
+
+READERS = {
+    "gpt2": read_gpt2,
+}

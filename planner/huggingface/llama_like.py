@@ -6,9 +6,18 @@ Each follows its configuration and modelling file in transformers 5.23 (`models/
 from __future__ import annotations
 
 from planner.errors import ConfigError
-from planner.huggingface.blocks import activation, gqa_decoder, heads, layer_count, layer_windows
+from planner.huggingface.blocks import (
+    activation,
+    gated,
+    gqa_decoder,
+    heads,
+    layer_count,
+    layer_windows,
+    rmsnorm,
+    rope,
+)
 from planner.huggingface.fields import Fields
-from planner.layers import GQA, Dense, MoE
+from planner.layers import GQA, MoE
 from planner.model import Model
 
 
@@ -28,7 +37,7 @@ def read_llama(fields: Fields) -> Model:
             o_bias=bias,
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
-        feed_forward=_gated(fields, bias=fields.flag("mlp_bias")),
+        feed_forward=gated(fields, bias=fields.flag("mlp_bias")),
     )
 
 
@@ -40,7 +49,7 @@ def read_mistral(fields: Fields) -> Model:
         stem="Mistral",
         attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
-        feed_forward=_gated(fields),
+        feed_forward=gated(fields),
     )
 
 
@@ -67,7 +76,7 @@ def read_qwen2(fields: Fields) -> Model:
             qkv_bias=True,
         ),
         windows=windows,
-        feed_forward=_gated(fields),
+        feed_forward=gated(fields),
     )
 
 
@@ -85,9 +94,10 @@ def read_phi3(fields: Fields) -> Model:
             fused_qkv=True,
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
-        feed_forward=_gated(fields, fused=True),
-        rope_types=("default", "longrope", "su", "yarn"),
-        partial_rope=True,
+        feed_forward=gated(fields, fused=True),
+        positions=rope(
+            fields, head_dim=D, rope_types=("default", "longrope", "su", "yarn"), partial=True
+        ),
     )
 
 
@@ -114,8 +124,9 @@ def read_gemma2(fields: Fields) -> Model:
             o_bias=bias,
         ),
         windows=windows,
-        feed_forward=_gated(fields, activation_field="hidden_activation"),
-        gemma=True,
+        feed_forward=gated(fields, activation_field="hidden_activation"),
+        norm=rmsnorm(fields, plus_one=True),
+        placement="sandwich",
         embedding_scale=fields.size("hidden_size") ** 0.5,
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
     )
@@ -139,17 +150,11 @@ def read_mixtral(fields: Fields) -> Model:
     )
 
 
-def _gated(
-    fields: Fields,
-    *,
-    activation_field: str = "hidden_act",
-    bias: bool = False,
-    fused: bool = False,
-) -> Dense:
-    return Dense(
-        intermediate_size=fields.size("intermediate_size"),
-        activation=activation(fields, activation_field),
-        gated=True,
-        bias=bias,
-        fused_gate_up=fused,
-    )
+READERS = {
+    "gemma2": read_gemma2,
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "mixtral": read_mixtral,
+    "phi3": read_phi3,
+    "qwen2": read_qwen2,
+}

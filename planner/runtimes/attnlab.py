@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, Dense, Layer, RoPE
+from planner.layers import GQA, ALiBi, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -36,6 +36,17 @@ class Attnlab:
                     f"runtime=attnlab does not run {what} of {model.model_type} yet: "
                     "transformers or vllm"
                 )
+            extras = (layer.attention.qk_norm, layer.attention.sinks or None)
+            if any(extras) or layer.placement not in ("pre", "sandwich") or not layer.norm.weight:
+                raise ConfigError(
+                    f"runtime=attnlab does not run the blocks of {model.model_type} yet: "
+                    "transformers or vllm"
+                )
+        if isinstance(model.positions, ALiBi) or model.extra_parameters or model.lm_head_bias:
+            raise ConfigError(
+                f"runtime=attnlab does not run the positions or head of {model.model_type} yet: "
+                "transformers or vllm"
+            )
         capped = any(
             isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
             for x in model.layer_kinds()
@@ -54,6 +65,10 @@ class Attnlab:
             return C, "C", (("C", C),)
 
         return layer_rows(model, batch=batch, dtype=dtype, kept=kept)
+
+    def peak_note(self, model: Model) -> str:
+        """Nothing: the program is exact for all that attnlab runs."""
+        return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """One float32 table of rotary frequencies."""

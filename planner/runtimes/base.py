@@ -70,6 +70,9 @@ class Runtime(Protocol):
     ) -> list[Row]:
         """The cache after `context_tokens` tokens of each of `batch` sequences."""
 
+    def peak_note(self, model: Model) -> str:
+        """What has to be said of this model's activation peak; empty where it is exact."""
+
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """Tensors of the module that are not parameters."""
 

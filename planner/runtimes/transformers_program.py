@@ -136,8 +136,8 @@ class _Forward(Writer):
         k: Shape
         v: Shape
         match layer.attention:
-            case GQA(num_key_value_heads=G, head_dim=D):
-                k = v = (B, G, tokens, D)
+            case GQA(num_key_value_heads=G, head_dim=D, cache_heads=cached):
+                k = v = (B, cached or G, tokens, D)
             case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
                 k, v = (B, tokens, d_c), (B, tokens, d_rope)
             case _:
@@ -239,15 +239,11 @@ class _Forward(Writer):
     def _layer(self, layer: Layer, x: Buffer) -> None:
         """`x` lives in the model's loop until the block has returned."""
         tape, b, shape = self.tape, self.b, self.hidden.shape
+        if layer.placement not in ("pre", "sandwich"):
+            return self._other_layer(layer, x)
         sandwich = layer.placement == "sandwich"
         normed = self._norm(layer.norm, x, "attention norm")
-        match layer.attention:
-            case GQA():
-                attended, weights = self._gqa(layer, layer.attention, normed)
-            case MLA():
-                attended, weights = self._mla(layer, layer.attention, normed)
-            case _:
-                assert_never(layer.attention)
+        attended, weights = self._attention(layer, normed)
         if self.model.model_type == "gpt2":
             # GPT2Block keeps attn_output, and the norm's output until the sum replaces it
             middle = tape.new("residual", shape, b, reads=(x, attended))
@@ -270,6 +266,39 @@ class _Forward(Writer):
         tape.free(*({normed, fed}), middle, *late)
         if x not in self.held:
             tape.free(x)
+
+    def _other_layer(self, layer: Layer, x: Buffer) -> None:
+        """Norms after each part, or both parts side by side. Approximate: not compared yet."""
+        tape, b, shape = self.tape, self.b, self.hidden.shape
+        if layer.placement == "post":
+            out, weights = self._attention(layer, x)
+            out = self.replaced(self._norm(layer.norm, out, "post norm"), out)
+            middle = self.replaced(tape.new("residual", shape, b, reads=(x, out)), out)
+            fed = self._feed_forward(layer.feed_forward, middle)
+            fed = self.replaced(self._norm(layer.norm, fed, "post norm"), fed)
+            tape.new("residual", shape, b, reads=(middle, fed), into=self.hidden)
+            tape.free(fed, middle, weights)
+        else:
+            normed = self._norm(layer.norm, x, "attention norm")
+            out, weights = self._attention(layer, normed)
+            second = normed
+            if layer.placement == "parallel-two":
+                second = self.replaced(self._norm(layer.norm, x, "feed-forward norm"), normed)
+            fed = self._feed_forward(layer.feed_forward, second)
+            both = tape.new("residual", shape, b, reads=(out, fed))
+            tape.new("residual", shape, b, reads=(both, x), into=self.hidden)
+            tape.free(both, second, fed, out, weights)
+        if x not in self.held:
+            tape.free(x)
+
+    def _attention(self, layer: Layer, x: Buffer) -> tuple[Buffer, Buffer | None]:
+        match layer.attention:
+            case GQA():
+                return self._gqa(layer, layer.attention, x)
+            case MLA():
+                return self._mla(layer, layer.attention, x)
+            case _:
+                assert_never(layer.attention)
 
     def _norm(self, norm: Norm, x: Buffer, name: str) -> Buffer:
         """LayerNorm is one op; RMSNorm python: float32 copy, square, mean, scale, cast, weight."""
@@ -321,6 +350,11 @@ class _Forward(Writer):
             k = self.linear("k_proj", x, G * D, bias=bias)
             v = self.linear("v_proj", x, G * D, bias=bias)
             held = []
+        if attention.qk_norm is not None and not attention.fused_qkv:
+            normed_q = self._norm(attention.qk_norm.norm, q, "query norm")
+            normed_k = self._norm(attention.qk_norm.norm, k, "key norm")
+            tape.free(q, k)
+            q, k = normed_q, normed_k
         fresh = [b for b in (k, v) if b not in held]
         if isinstance(self.model.positions, RoPE):
             rotary = min(self.model.positions.rotary_dim, D)

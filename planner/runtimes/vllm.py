@@ -80,6 +80,10 @@ class Vllm:
             )
         return rows
 
+    def peak_note(self, model: Model) -> str:
+        """Written from the source, not traced."""
+        return "uncalibrated: written from vLLM's source, not traced"
+
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """vLLM's rotary table: cos and sin of every position, in the model's dtype."""
         if not isinstance(model.positions, RoPE):
