@@ -18,7 +18,7 @@ from planner.capacity import max_batch, max_context_tokens
 from planner.errors import ConfigError
 from planner.estimate import estimate
 from planner.format import gib, percent, seconds
-from planner.loading import load_model
+from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.workload import Deployment, Inference
 
@@ -90,12 +90,15 @@ def fit_command(
     runtime: RuntimeName = "transformers",
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
-    logits: Logits = "last",
+    attention: Attention = None,
+    logits: Logits = "all",
     as_json: AsJson = False,
 ) -> None:
     """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
     work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
-    deploy = Deployment(gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype)
+    deploy = Deployment(
+        gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype, attention=attention
+    )
     described = load_model(model)
     result = estimate(described, work, deploy)
     longest, largest = (
@@ -109,7 +112,7 @@ def fit_command(
         limit = described.max_position_embeddings
         why = " (the model's positions)" if longest == limit else ""
         _print(
-            f"{described.name} in {runtime} on {result.gpu.label}\n"
+            f"{described.name} in {runtime} on {result.gpu.label}, {logits} logits\n"
             f"  longest context at batch {batch}: {longest:,} tokens{why}\n"
             f"  largest batch at {prompt:,} + {output:,} tokens: {largest:,}"
         )
@@ -117,8 +120,18 @@ def fit_command(
 
 
 @app.command("params")
-def params_command(model: ModelName, as_json: AsJson = False, csv: CsvFile = None) -> None:
+def params_command(
+    model: ModelName,
+    traced: Annotated[
+        bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
+    ] = False,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
     """The parameter table: name, group, layer, shape, count of every trained tensor."""
+    if traced:
+        _print_traced(model, as_json=as_json, csv=csv)
+        return
     described = load_model(model)
     table = described.parameter_table()
     if csv is not None:
@@ -202,6 +215,9 @@ def compare_command(
     from profiles.compare import compare, summary, to_frame  # noqa: TID251
     from profiles.records import default_paths, load  # noqa: TID251
 
+    for file in files or ():
+        if not file.is_file():
+            raise ConfigError(f"{file} is not a record file: no such file")
     records, problems = load(files or default_paths())
     for problem in problems:
         _warn(problem)
@@ -213,6 +229,8 @@ def compare_command(
         _print({name: [asdict(row) for row in part] for name, part in parts.items()})
     elif rows:
         _print_comparison(rows)
+    elif files and problems:
+        raise typer.Exit(2)
     else:
         _print("No measurements yet. Make some: planner profile llama-50m --device cpu")
 
@@ -244,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.Abort:
         code = _refuse("interrupted")
     except _WRONG_USAGE as error:
-        code = _refuse(error.format_message())
+        message = error.format_message()  # empty where the help was asked for by saying nothing
+        code = _refuse(message) if message else 0
     except KeyboardInterrupt:
         code = _refuse("interrupted; what was measured before is kept")
     except BrokenPipeError:
@@ -268,6 +287,26 @@ def _exit_unless(answer: bool) -> None:
 
 def _print(content: Any) -> None:
     print(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+
+def _print_traced(model: str, *, as_json: bool, csv: Path | None) -> None:
+    from profiles.trace import trace  # noqa: TID251
+
+    name, config = load_config(model)
+    found = trace(config)
+    table = found.parameter_table()
+    if csv is not None:
+        write_csv(table, csv)
+    title = (
+        f"{name}: {found.parameter_count:,} parameters, traced from {found.class_name} of "
+        f"transformers {found.transformers}"
+    )
+    if as_json:
+        rows = [{"name": n, "shape": list(shape)} for n, shape in found.shapes]
+        answer = {"model": name, "traced": True, "parameter_count": found.parameter_count}
+        _print({**answer, "parameters": rows})
+    else:
+        _print_table(table, title=title)
 
 
 def _console() -> Console:
@@ -322,7 +361,9 @@ def _with_progress(run: Callable[[Any], Any]) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, transient=True, console=console, disable=hidden) as progress:
         task = progress.add_task("building", total=None)
 
         def report(done: int, total: int, label: str) -> None:

@@ -17,6 +17,7 @@ from planner.program import formula, symbols
 from planner.result import Estimate, Memory
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
+from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
 from planner.workload import CacheSpec, Deployment, Inference
 
 
@@ -58,8 +59,10 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = _setting(model, deploy, runtime, gpu)
     cache = deploy.cache
-    if runtime.pooled and cache is None:
-        cache = CacheSpec(kind="paged", block_tokens=deploy.block_tokens)
+    if runtime.pooled:
+        _check_served(work, deploy)
+        if cache is None or cache.kind == "paged":
+            cache = CacheSpec(kind="paged", block_tokens=setting.block_tokens)
     if cache is not None and cache.kind == "static" and runtime.name == "transformers":
         raise ConfigError(
             "cache.kind='static' is not planned for runtime=transformers yet: dynamic "
@@ -116,16 +119,39 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
             "quantization_config the weights are planned in dtype"
         )
     dtype = deploy.dtype or model.dtype
+    batched, sequences = batch_defaults(gpu)
     return Setting(
         attention=runtime.attention(model, deploy.attention),
         dtype=dtype,
         kv_dtype=deploy.kv_dtype or dtype,
         device="cpu" if gpu.is_cpu else "cuda",
-        max_batched_tokens=deploy.max_batched_tokens,
-        max_sequences=deploy.max_sequences,
+        max_batched_tokens=deploy.max_batched_tokens or batched,
+        max_sequences=deploy.max_sequences or sequences,
         multiprocessors=gpu.multiprocessors or 0,
-        block_tokens=deploy.block_tokens,
+        block_tokens=_block_tokens(deploy),
     )
+
+
+def _check_served(work: Inference, deploy: Deployment) -> None:
+    """ConfigError for a sequence longer than the engine is set to take."""
+    longest = deploy.max_model_tokens
+    tokens = work.prompt_tokens + work.output_tokens
+    if longest is not None and tokens > longest:
+        raise ConfigError(
+            f"prompt_tokens + output_tokens = {tokens} is more than max_model_tokens={longest}"
+        )
+
+
+def _block_tokens(deploy: Deployment) -> int:
+    """The page of a paged cache, said once."""
+    paged = deploy.cache.block_tokens if deploy.cache is not None else None
+    if paged is None:
+        return deploy.block_tokens
+    if deploy.block_tokens not in (paged, DEFAULT_BLOCK_TOKENS):
+        raise ConfigError(
+            f"cache.block_tokens={paged} contradicts block_tokens={deploy.block_tokens}"
+        )
+    return paged
 
 
 def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:

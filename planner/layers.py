@@ -11,7 +11,7 @@ Activation = Literal[
     "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2"
 ]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-Placement = Literal["pre", "post", "sandwich", "parallel", "parallel-two"]
+Placement = Literal["pre", "post", "post-sum", "sandwich", "parallel", "parallel-two"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +33,12 @@ class QKNorm:
     """A norm on queries and keys before the scores.
 
     `width` "head": one scale of head_dim for all heads (qwen3); "full": over all heads at once
-    (olmo2); "per-head": a scale of its own for each head (cohere).
+    (olmo2); "per-head": a scale of its own for each head (cohere), which
+    "head-list" keeps as a tensor for each head (stablelm).
     """
 
     norm: Norm
-    width: Literal["head", "full", "per-head"]
+    width: Literal["head", "full", "per-head", "head-list"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +48,12 @@ class GQA:
     `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query
     sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv`
     says that one matrix holds the three projections. `sinks`: a learned logit for each head that
-    takes attention away (gpt-oss). `cache_heads`: heads that transformers caches where they are
-    not the kv heads (falcon-40b: all of them).
+    takes attention away (gpt-oss). `rope=False`: without the model's rotary positions (cohere2's
+    full layers). `chunked`: the window is a chunk, a query sees its own chunk's positions only
+    (llama4). `clip_qkv` bounds q, k and v (dbrx). `interleaved_qkv`: the rows of the fused matrix
+    go head by head, q, k and v of each (gpt_neox), not all of q first. `masked_window`: a window
+    that is a mask alone, work and cache stay whole (gpt_neo). `cache_heads`: heads that
+    transformers caches where they are not the kv heads (falcon-40b: all of them).
     """
 
     num_attention_heads: int
@@ -60,8 +65,13 @@ class GQA:
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False
+    interleaved_qkv: bool = False
+    masked_window: int | None = None
     qk_norm: QKNorm | None = None
     sinks: bool = False
+    rope: bool = True
+    chunked: bool = False
+    clip_qkv: float | None = None
     cache_heads: int | None = None
 
     def __post_init__(self) -> None:
@@ -131,8 +141,14 @@ class MoE:
     """A mixture of gated experts: each token goes to `num_experts_per_tok` of `num_experts`.
 
     `shared_gate`: a linear of one output weighs the shared expert (qwen2_moe). `bias`: on router
-    and experts, whose weights are then [in, out] (gpt-oss).
-    Router "softmax" (mixtral): top-k of the softmax, renormalised. Router "sigmoid-groups"
+    and experts (gpt-oss). `layout` of the routed weights: "grouped" [E, out, in], gate and up in
+    one; "transposed" [E, in, out] (gpt-oss, llama4); "flat" three of [E · i, h] (dbrx).
+    `correction_bias`: what is added to the scores for the choice alone, [1, E], is a parameter and
+    not a buffer (ernie4_5_moe). `swiglu_limit` clamps gate and up, `swiglu_alpha` is the sigmoid's
+    slope (gpt-oss).
+    Router "softmax" (mixtral): top-k of the softmax, renormalised if `norm_topk_prob`; "sigmoid"
+    (llama4): sigmoids of the top-k scale the experts' inputs; "sparsemixer" (phimoe,
+    arXiv:2409.12136): two experts, one after the other. Router "sigmoid-groups"
     (DeepSeek-V3, arXiv:2412.19437): sigmoid scores plus a correction bias, top `topk_group` of
     `n_group` groups first. `shared` runs for every token.
     """
@@ -141,10 +157,14 @@ class MoE:
     num_experts_per_tok: int
     moe_intermediate_size: int
     activation: Activation
-    router: Literal["softmax", "sigmoid-groups"]
+    router: Literal["softmax", "sigmoid", "sigmoid-groups", "sparsemixer"]
     shared: Dense | None = None
     shared_gate: bool = False
     bias: bool = False
+    layout: Literal["grouped", "transposed", "flat"] = "grouped"
+    correction_bias: bool = False
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
@@ -171,15 +191,17 @@ class MoE:
 class Layer:
     """One block.
 
-    Norms stand before attention and feed-forward ("pre"), after each ("post"), on both sides
-    ("sandwich"); "parallel": attention and feed-forward read one norm's output side by side;
-    "parallel-two": side by side, each with a norm of its own.
+    Norms stand before attention and feed-forward ("pre"), after each ("post"), after each one's sum
+    with the residual ("post-sum": opt-350m), on both sides ("sandwich"); "parallel": attention and
+    feed-forward read one norm's output side by side; "parallel-two": each a norm of its own.
+    `residual_multiplier` scales what attention and feed-forward add (granite).
     """
 
     attention: GQA | MLA
     feed_forward: Dense | MoE
     norm: Norm
     placement: Placement = "pre"
+    residual_multiplier: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,11 +209,13 @@ class RoPE:
     """Rotary positions (arXiv:2104.09864) over the first `rotary_dim` dimensions of a head.
 
     `scaling` holds the remaining `rope_parameters` of config.json, sorted; empty: unscaled.
+    `interleaved`: neighbouring dimensions turn together (glm, cohere), not the two halves (llama).
     """
 
     rope_theta: float
     rotary_dim: int
     rope_type: str = "default"
+    interleaved: bool = False
     scaling: tuple[tuple[str, float | int | tuple[float, ...] | str | bool | None], ...] = ()
 
 

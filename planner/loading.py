@@ -33,22 +33,31 @@ def load_model(source: str | Path | Mapping[str, Any]) -> Model:
     """
     if isinstance(source, Mapping):
         return read_config(source)
+    name, config = load_config(source)
+    model = read_config(config)
+    return replace(model, name=name or model.name)
+
+
+def load_config(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """(name, content of the config.json) of a catalogue name, a file or a folder."""
     if isinstance(source, str) and source in catalogue():
-        return replace(_from_file(catalogue()[source]), name=source)
+        return source, _from_file(catalogue()[source])
     if not isinstance(source, str | Path):
         raise ConfigError(f"model={shown(source)} is not allowed: a name, a path or a dict")
     path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        found = path.is_file()
+    except (OSError, ValueError):  # too long for a path, or a null byte in it
+        found = False
+    if not found:
         near = difflib.get_close_matches(str(source), catalogue(), n=3, cutoff=0.4)
         known = ", ".join(near or catalogue())
         raise ConfigError(
             f"model={shown(str(source))} is neither a file nor in the catalogue: {known}"
         )
     name = path.parent.name if path.name == "config.json" else path.stem
-    model = _from_file(path)
-    return replace(model, name=name or model.name)
+    return name, _from_file(path)
 
 
 def read_json(text: str | bytes, *, origin: str) -> dict[str, Any]:
@@ -62,11 +71,11 @@ def read_json(text: str | bytes, *, origin: str) -> dict[str, Any]:
     return content
 
 
-def _from_file(path: Path) -> Model:
+def _from_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: not a config.json")
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    return read_config(read_json(text, origin=str(path)))
+    return read_json(text, origin=str(path))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.dtypes import element_bytes
 from planner.errors import MAX_LAYERS, ConfigError, check_size
-from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions
+from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions, RoPE
 from planner.parameters import Parameter, layer_parameters, norm_parameters
 
 if TYPE_CHECKING:
@@ -23,9 +23,13 @@ class Model:
 
     `layers` lists every block; hybrids are blocks that differ. `parameter_names` translates module
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
-    outside the blocks and no field describes them; `transposed_linears` says that its linear
-    weights are [in, out] (GPT-2's Conv1D). `defaults` are the config fields that
-    were absent and took their class's default; `config_json` is the config it was read from.
+    outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
+    `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
+    `local_positions` are those of sliding layers where they differ (gemma-3). `mask_windows` are
+    the masks that its class makes, where they are not those of its layers. `embedding_size`: width
+    of embedding and head where it is not hidden_size; a linear leads in and another out (opt-350m).
+    `defaults` are the config fields that were absent and took their class's default; `config_json`
+    is the config it was read from.
     """
 
     name: str
@@ -34,7 +38,7 @@ class Model:
     vocab_size: int
     max_position_embeddings: int
     layers: tuple[Layer, ...]
-    final_norm: Norm
+    final_norm: Norm | None
     positions: Positions
     tie_word_embeddings: bool
     dtype: str
@@ -42,9 +46,13 @@ class Model:
     lm_head_bias: bool = False
     extra_parameters: tuple[Parameter, ...] = ()
     embedding_scale: float | None = None
+    logit_scale: float | None = None
     final_logit_softcapping: float | None = None
+    local_positions: RoPE | None = None
     parameter_names: tuple[tuple[str, str], ...] = ()
     transposed_linears: bool = False
+    mask_windows: tuple[int | None, ...] | None = None
+    embedding_size: int | None = None
     defaults: tuple[str, ...] = ()
     quantization: str | None = None
     config_json: str = field(default="{}", repr=False, compare=False)
@@ -78,15 +86,23 @@ class Model:
     def _outer_parameters(self) -> Iterator[Parameter]:
         """Embeddings, last norm and head: what stands outside the blocks, tied weights once."""
         V, h = self.vocab_size, self.hidden_size
-        yield Parameter(name="embed_tokens.weight", group="embedding", layer=None, shape=(V, h))
+        width = self.embedding_size or h
+        yield Parameter(name="embed_tokens.weight", group="embedding", layer=None, shape=(V, width))
         if isinstance(self.positions, LearnedPositions):
             shape = (self.max_position_embeddings + self.positions.offset, h)
             yield Parameter(
                 name="embed_positions.weight", group="embedding", layer=None, shape=shape
             )
-        yield from norm_parameters(self.final_norm, "norm", h)
+        if self.final_norm is not None:
+            yield from norm_parameters(self.final_norm, "norm", h)
+        if self.embedding_size is not None:
+            for name, group, shape in (
+                ("project_in", "embedding", (h, self.embedding_size)),
+                ("project_out", "head", (self.embedding_size, h)),
+            ):
+                yield Parameter(name=f"{name}.weight", group=group, layer=None, shape=shape)  # type: ignore[arg-type]
         if self.lm_head and not self.tie_word_embeddings:
-            yield Parameter(name="lm_head.weight", group="head", layer=None, shape=(V, h))
+            yield Parameter(name="lm_head.weight", group="head", layer=None, shape=(V, width))
         if self.lm_head and self.lm_head_bias:
             yield Parameter(name="lm_head.bias", group="head", layer=None, shape=(V,))
         yield from self.extra_parameters

@@ -36,6 +36,7 @@ class Parameter:
 NORMS: dict[Placement, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "post-sum": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "sandwich": (
         "input_layernorm",
         "post_attention_layernorm",
@@ -128,6 +129,9 @@ def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Param
     name = f"self_attn.{letter}_norm"
     if qk_norm.width == "per-head":
         yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(heads, D))
+    elif qk_norm.width == "head-list":
+        for i in range(heads):
+            yield from norm_parameters(qk_norm.norm, f"{name}.norms.{i}", D)
     else:
         width = D if qk_norm.width == "head" else heads * D
         yield from norm_parameters(qk_norm.norm, name, width)
@@ -139,19 +143,33 @@ def _feed_forward(feed_forward: Dense | MoE, h: int) -> Iterator[Parameter]:
             yield from _dense(feed_forward, "mlp", h)
         case MoE(num_experts=E, moe_intermediate_size=i):
             yield from _linear("mlp.gate", "router", out=E, into=h, bias=feed_forward.bias)
-            for name, out, into in (("gate_up_proj", 2 * i, h), ("down_proj", h, i)):
-                shape = (E, into, out) if feed_forward.bias else (E, out, into)
-                shapes = {name: shape, **({f"{name}_bias": (E, out)} if feed_forward.bias else {})}
-                for part, size in shapes.items():
-                    yield Parameter(
-                        name=f"mlp.experts.{part}", group="experts", layer=None, shape=size
-                    )
+            if feed_forward.correction_bias:
+                yield Parameter(
+                    name="mlp.gate.e_score_correction_bias",
+                    group="router",
+                    layer=None,
+                    shape=(1, E),
+                )
+            for part, size in _expert_shapes(feed_forward, E, i, h).items():
+                name = f"mlp.experts.{part}"
+                yield Parameter(name=name, group="experts", layer=None, shape=size)
             if feed_forward.shared is not None:
                 yield from _dense(feed_forward.shared, "mlp.shared_experts", h)
             if feed_forward.shared_gate:
                 yield from _linear("mlp.shared_expert_gate", "router", out=1, into=h, bias=False)
         case _:
             assert_never(feed_forward)
+
+
+def _expert_shapes(moe: MoE, E: int, i: int, h: int) -> dict[str, tuple[int, ...]]:
+    if moe.layout == "flat":
+        return {part: (E * i, h) for part in ("gate_proj", "up_proj", "down_proj")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, out, into in (("gate_up_proj", 2 * i, h), ("down_proj", h, i)):
+        shapes[part] = (E, into, out) if moe.layout == "transposed" else (E, out, into)
+        if moe.bias:
+            shapes[f"{part}_bias"] = (E, out)
+    return shapes
 
 
 def _dense(dense: Dense, prefix: str, h: int) -> Iterator[Parameter]:

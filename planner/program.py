@@ -164,6 +164,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
+        self._by_label: dict[str, Segment] = {}
         self._ops: list[Op] = []
 
     def new(
@@ -213,15 +214,17 @@ class Tape:
         assert not self._ops, "segments do not nest"
         yield
         ops, self._ops = tuple(self._ops), []
-        self._segments.append(Segment(label=label, ops=ops, count=count, first_layer=first_layer))
+        written = Segment(label=label, ops=ops, count=count, first_layer=first_layer)
+        self._by_label[label] = written
+        self._segments.append(written)
 
     def again(self, label: str, *, count: int, first_layer: int) -> bool:
         """Repeat the segment that carries this label; False if there is none yet."""
-        for segment in self._segments:
-            if segment.label == label:
-                self._segments.append(replace(segment, count=count, first_layer=first_layer))
-                return True
-        return False
+        if label not in self._by_label:
+            return False
+        again = replace(self._by_label[label], count=count, first_layer=first_layer)
+        self._segments.append(again)
+        return True
 
     def program(self, name: str) -> Program:
         """What was written so far."""

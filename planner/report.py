@@ -28,12 +28,22 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    """Write CSV; ConfigError if it cannot be written. An old file stays until the new is whole."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
+    """Write CSV; ConfigError if it cannot be written. An old file stays until the new is whole.
+
+    A link is followed; what exists and is no regular file (a device, a folder) is refused.
+    """
+    partial = None
     try:
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise ConfigError(f"{path} cannot be written: not a regular file")
+        partial = target.with_name(f".{target.name}.partial")
         partial.write_text(csv_text(table), encoding="utf-8", newline="")
         os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{str(path)!r} cannot be written: {reason}") from None

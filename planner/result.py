@@ -99,8 +99,15 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits: the total into memory; in vllm, this workload's blocks into the pool."""
-        return self.headroom_bytes >= 0
+        """Whether it fits: the total into memory; in vllm, the blocks of all sequences into the
+        pool, and no more sequences than it runs at once.
+        """
+        return self.headroom_bytes >= 0 and not self._waits
+
+    @property
+    def _waits(self) -> bool:
+        """Whether some sequences would have to wait for others to end."""
+        return self.pool is not None and self.work.batch > self.setting.max_sequences
 
     def table(self) -> pd.DataFrame:
         """The ledger: component, item, count, formula, substituted, bytes, note; parts sum up."""
@@ -170,6 +177,11 @@ def verdict(estimate: Estimate) -> str:
     room = gib(abs(estimate.headroom_bytes))
     if estimate.fits:
         return f"Fits: {room} of {where} stay free."
+    if estimate.headroom_bytes >= 0:
+        return (
+            f"Does not fit: {estimate.work.batch:,} sequences, and vllm runs "
+            f"max_sequences={estimate.setting.max_sequences:,} at once."
+        )
     return f"Does not fit: {room} more than {where} has would be needed."
 
 
@@ -179,7 +191,7 @@ def explain(estimate: Estimate) -> str:
     lines = [
         f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: batch {e.work.batch}, "
         f"{e.work.prompt_tokens} prompt + {e.work.output_tokens} output tokens, {e.setting.dtype}, "
-        f"{e.setting.attention} attention",
+        f"{e.setting.attention} attention, {e.work.logits} logits",
         verdict(e),
         f"  total        {gib(m.total_bytes):>12}  of {gib(e.gpu.memory_bytes)}",
     ]

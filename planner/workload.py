@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
-from planner.errors import ConfigError, check_choice, check_size
+from planner.errors import ConfigError, check_choice, check_size, shown
 
 CACHE_KINDS = ("dynamic", "static", "paged")
 
@@ -64,7 +64,8 @@ class Deployment:
     """The GPU, the runtime on it and how it is set. None: what the model or the runtime takes.
 
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
-    Parallel layouts and quantised weights are refused until they are planned.
+    Parallel layouts and quantised weights are refused until they are planned. The last five are
+    vllm's: of the memory it takes `memory_utilization`, of a sequence at most `max_model_tokens`.
     """
 
     gpu: str
@@ -80,8 +81,8 @@ class Deployment:
     pipeline_parallel: int = 1
     memory_utilization: float = 0.9
     max_model_tokens: int | None = None
-    max_batched_tokens: int = 8192
-    max_sequences: int = 1024
+    max_batched_tokens: int | None = None
+    max_sequences: int | None = None
     block_tokens: int = 16
 
     def __post_init__(self) -> None:
@@ -94,17 +95,20 @@ class Deployment:
                 f"weight_dtype={self.weight_dtype!r} is not planned yet: None, or the same as dtype"
             )
         check_choice("mode", self.mode, ("graph", "eager"))
+        if self.cache is not None and not isinstance(self.cache, CacheSpec):
+            raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")
         for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
-            if getattr(self, field) != 1:
+            if check_size(field, getattr(self, field)) != 1:
                 raise ConfigError(
                     f"{field}={getattr(self, field)!r} is not planned yet: 1 (one GPU)"
                 )
-        for field in ("max_batched_tokens", "max_sequences", "block_tokens"):
-            check_size(field, getattr(self, field))
-        if self.max_model_tokens is not None:
-            check_size("max_model_tokens", self.max_model_tokens)
+        check_size("block_tokens", self.block_tokens)
+        for field in ("max_batched_tokens", "max_sequences", "max_model_tokens"):
+            if getattr(self, field) is not None:
+                check_size(field, getattr(self, field))
         utilization = self.memory_utilization
-        if not isinstance(utilization, int | float) or not 0 < utilization <= 1:
+        known = isinstance(utilization, int | float) and not isinstance(utilization, bool)
+        if not known or not 0 < utilization <= 1:
             raise ConfigError(
                 f"memory_utilization={utilization!r} is not allowed: above 0, at most 1"
             )

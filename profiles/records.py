@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -191,12 +192,24 @@ class UnknownSchemaError(ConfigError):
     """A record written by a version that this one cannot read."""
 
 
+def check_writable(path: Path | str) -> None:
+    """ConfigError unless records can be appended here: ask before an hour of measuring."""
+    try:
+        with _open(Path(path)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _open(path: Path) -> FileIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a+b", buffering=0)
+
+
 def append(path: Path | str, record: Record) -> None:
     """Add one line to the store: on disk when this returns, apart from a torn line before it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = to_json(record).encode() + b"\n"
-    with open(path, "a+b", buffering=0) as store:
+    with _open(Path(path)) as store:
         if store.seek(0, os.SEEK_END):
             store.seek(-1, os.SEEK_END)
             if store.read(1) != b"\n":  # a writer was killed in the middle of a line
@@ -226,7 +239,7 @@ def load(paths: Iterable[Path | str]) -> tuple[list[Record], list[str]]:
                 record = from_json(line.decode())
             except UnknownSchemaError as error:
                 raise ConfigError(f"{path}:{number}: {error}") from None
-            except (ConfigError, UnicodeDecodeError) as error:
+            except ValueError as error:  # ConfigError, UnicodeDecodeError, absurd numbers
                 torn = "a torn last line, skipped: " if number == len(lines) else ""
                 problems.append(f"{path}:{number}: {torn}{error}")
             else:
@@ -287,7 +300,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return value
         if origin is int and type(value) is int and value >= 0:
             return value
-        if origin is float and type(value) in (int, float) and 0 <= value < math.inf:
+        if origin is float and type(value) in (int, float) and 0 <= value <= sys.float_info.max:
             return float(value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ConfigError(f"{name}={shown(value)} is not allowed: expected {expected}")

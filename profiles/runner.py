@@ -108,6 +108,7 @@ def profile(
             mode="eager",
         )
         _refuse_what_does_not_fit(model, points, deploy, env.gpu, environment.free_bytes(target))
+        records.check_writable(out)
         report(0, 1 + len(points), f"build {model.name}")
         workload, status = _attempt(
             lambda: build(model, runtime=runtime, attention=attention, dtype=dtype, device=target)

@@ -130,6 +130,8 @@ class TransformersWorkload(Workload):
         config = model.config
         if attention is not None:
             check_choice("attention", attention, TRANSFORMERS_ATTENTION)
+        if not model.lm_head:
+            raise ConfigError("lm_head=False is not measured: a causal language model")
         if config.get("quantization_config") is not None:
             raise ConfigError("quantization_config is not measured: weights are built in one dtype")
         for name in ("auto_map", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):

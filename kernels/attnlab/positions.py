@@ -20,6 +20,8 @@ def inverse_frequencies(rope: RoPE) -> Tensor:
     Raises ConfigError for a rope_type that attnlab does not run and for scaling it cannot use.
     """
     check_choice("rope_type", rope.rope_type, ROPE_TYPES)
+    if rope.interleaved:
+        raise ConfigError("interleaved rotary positions do not run in attnlab: halves")
     R = rope.rotary_dim
     if R % 2:
         raise ConfigError(f"rotary_dim={R} is not allowed: an even number")

@@ -17,7 +17,7 @@ from attnlab.kv_cache import KVCache
 from attnlab.linear import Embedding, Linear
 from attnlab.norms import build_norm
 from attnlab.positions import RotaryTables
-from attnlab.supported import grouped_query
+from attnlab.supported import check_model, grouped_query
 from planner.errors import ConfigError, check_choice
 from planner.layers import Layer, LearnedPositions
 from planner.model import Model
@@ -77,6 +77,7 @@ class Transformer(nn.Module):
         super().__init__()
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
+        check_model(model)
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         self.attention = choose(attention, model.layers)
         self.embedding_scale = model.embedding_scale

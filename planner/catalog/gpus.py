@@ -59,7 +59,7 @@ def gpus() -> dict[str, Gpu]:
 def gpu_named(name: str) -> Gpu:
     """The device of this short name; ConfigError with the nearest names for another."""
     known = gpus()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
         raise ConfigError(f"gpu={shown(name)} is not in the catalogue: {', '.join(near)}")
     return known[name]

@@ -7,14 +7,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from planner.errors import ConfigError, shown
-from planner.huggingface import deepseek, gpt2, llama_like
+from planner.huggingface import (
+    alibi_like,
+    deepseek,
+    gpt2,
+    gpt_learned,
+    gpt_like,
+    later_decoders,
+    later_mixtures,
+    llama4_dbrx,
+    llama_like,
+    norms_and_mixtures,
+    qwen_gemma,
+)
 from planner.huggingface.fields import Fields
 from planner.model import Model
 
 READERS: dict[str, Callable[[Fields], Model]] = {
+    **alibi_like.READERS,
     **deepseek.READERS,
     **gpt2.READERS,
+    **gpt_learned.READERS,
+    **gpt_like.READERS,
+    **later_decoders.READERS,
+    **later_mixtures.READERS,
+    **llama4_dbrx.READERS,
     **llama_like.READERS,
+    **norms_and_mixtures.READERS,
+    **qwen_gemma.READERS,
 }
 """The reader of every model_type that has one."""
 
@@ -33,6 +53,7 @@ def read_config(config: Mapping[str, Any]) -> Model:
     if not isinstance(model_type, str) or model_type not in READERS:
         near = difflib.get_close_matches(str(model_type), READERS, n=3, cutoff=0.4) or READERS
         raise ConfigError(
-            f"model_type={shown(model_type)} has no reader: the nearest known are {', '.join(near)}"
+            f"model_type={shown(model_type)} has no reader: the nearest known are {', '.join(near)}; "
+            "`planner params --traced` reads it off transformers"
         )
     return READERS[model_type](Fields(config, model_type))

@@ -126,6 +126,8 @@ def rope(
     head_dim: int,
     rope_types: Sequence[str] = SCALED_ROPE,
     partial: bool = False,
+    partial_default: float = 1.0,
+    interleaved: bool = False,
 ) -> RoPE:
     """Rotary positions; `partial` families rotate only the first part of a head."""
     parameters = fields.rope_parameters()
@@ -135,15 +137,21 @@ def rope(
         raise ConfigError(f"rope_type={shown(rope_type)} is not allowed: one of {allowed}")
     theta = check_positive("rope_theta", parameters.pop("rope_theta"))
     factor = parameters.pop("partial_rotary_factor", None) or fields.raw("partial_rotary_factor")
-    rotary_dim = (
-        int(head_dim * check_positive("partial_rotary_factor", factor or 1.0))
-        if partial
-        else head_dim
-    )
+    if fields.has("partial_rotary_factor"):
+        partial_default = 1.0  # null: the whole head
+    share = check_positive("partial_rotary_factor", factor or partial_default) if partial else 1.0
+    if share > 1:
+        raise ConfigError(f"partial_rotary_factor={share} is not allowed: at most 1")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ConfigError(
+            f"head_dim={head_dim} gives {rotary_dim} rotary dimensions: an even number ≥ 2"
+        )
     return RoPE(
         rope_theta=theta,
         rope_type=rope_type,
         rotary_dim=rotary_dim,
+        interleaved=interleaved,
         scaling=tuple(sorted((key, _frozen(value)) for key, value in parameters.items())),
     )
 
@@ -192,11 +200,12 @@ def causal_lm(
     fields: Fields,
     *,
     layers: tuple[Layer, ...],
-    final_norm: Norm,
+    final_norm: Norm | None,
     positions: Positions,
     names: tuple[tuple[str, str], ...] = LLAMA_NAMES,
     base_class: str,
     head_class: str,
+    max_position_embeddings: int | None = None,
     **extra: Any,
 ) -> Model:
     """The Model around the blocks. The head is `architectures[0]`; absent: the causal LM."""
@@ -219,7 +228,7 @@ def causal_lm(
         model_type=fields.model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
-        max_position_embeddings=fields.size("max_position_embeddings"),
+        max_position_embeddings=max_position_embeddings or fields.size("max_position_embeddings"),
         layers=layers,
         final_norm=final_norm,
         positions=positions,
@@ -236,8 +245,10 @@ def causal_lm(
 
 def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     """Names of the bare model: those of the causal LM less the name of the base module."""
+    bases = ("model.", "transformer.", "gpt_neox.")
     return tuple(
-        (ours, theirs.removeprefix("model.").removeprefix("transformer.")) for ours, theirs in names
+        (ours, theirs.partition(".")[2] if theirs.startswith(bases) else theirs)
+        for ours, theirs in names
     )
 
 

@@ -1,13 +1,15 @@
-"""Reader of deepseek_v3 (transformers 5.23, models/deepseek_v3/)."""
+"""Readers of deepseek_v2 and deepseek_v3 (transformers 5.23, models/<type>/)."""
 
 from __future__ import annotations
 
 import math
 
+from planner.errors import ConfigError
 from planner.huggingface.blocks import (
     SCALED_ROPE,
     activation,
     causal_lm,
+    gated,
     layer_count,
     rmsnorm,
     rope,
@@ -15,6 +17,63 @@ from planner.huggingface.blocks import (
 from planner.huggingface.fields import Fields
 from planner.layers import MLA, Dense, Layer, MoE, RoPE
 from planner.model import Model
+
+
+def read_deepseek_v2(fields: Fields) -> Model:
+    """DeepSeek-V2: latent attention, softmax router without renormalisation, shared experts.
+
+    `norm_topk_prob` is not read by its class; groups count only with `group_limited_greedy`.
+    """
+    H, h = fields.size("num_attention_heads"), fields.size("hidden_size")
+    if h % H:
+        raise ConfigError(f"hidden_size={h} is not a multiple of num_attention_heads={H}")
+    G = fields.optional_size("num_key_value_heads")
+    if G not in (None, H):
+        raise ConfigError(f"num_key_value_heads={G} is not allowed: num_attention_heads={H}")
+    positions = rope(fields, head_dim=fields.size("qk_rope_head_dim"), interleaved=True)
+    D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
+    attention = MLA(
+        num_attention_heads=H,
+        q_lora_rank=fields.optional_size("q_lora_rank"),
+        kv_lora_rank=fields.size("kv_lora_rank"),
+        qk_nope_head_dim=D_nope,
+        qk_rope_head_dim=D_rope,
+        v_head_dim=fields.size("v_head_dim"),
+        scaling=(D_nope + D_rope) ** -0.5 * yarn_scale(positions),
+        bias=fields.flag("attention_bias"),
+    )
+    act, width = activation(fields), fields.size("moe_intermediate_size")
+    bias = fields.flag("mlp_bias")
+    method = fields.choice("topk_method", ("greedy", "group_limited_greedy"))
+    grouped = method == "group_limited_greedy"
+    moe = MoE(
+        num_experts=fields.size("n_routed_experts"),
+        num_experts_per_tok=fields.size("num_experts_per_tok"),
+        moe_intermediate_size=width,
+        activation=act,
+        router="softmax",
+        shared=Dense(
+            intermediate_size=width * fields.size("n_shared_experts"),
+            activation=act,
+            gated=True,
+            bias=bias,
+        ),
+        n_group=fields.size("n_group") if grouped else 1,
+        topk_group=fields.size("topk_group") if grouped else 1,
+        norm_topk_prob=False,
+        routed_scaling_factor=fields.number("routed_scaling_factor"),
+    )
+    norm, first = rmsnorm(fields), fields.size("first_k_dense_replace", minimum=0)
+    dense = gated(fields, bias=bias)
+    blocks = [Layer(attention=attention, feed_forward=f, norm=norm) for f in (dense, moe)]
+    return causal_lm(
+        fields,
+        layers=tuple(blocks[i >= first] for i in range(layer_count(fields))),
+        final_norm=norm,
+        positions=positions,
+        base_class="DeepseekV2Model",
+        head_class="DeepseekV2ForCausalLM",
+    )
 
 
 def read_deepseek_v3(fields: Fields) -> Model:
@@ -32,7 +91,7 @@ def read_deepseek_v3(fields: Fields) -> Model:
         qk_nope_head_dim=D_nope,
         qk_rope_head_dim=D_rope,
         v_head_dim=fields.size("v_head_dim"),
-        scaling=(D_nope + D_rope) ** -0.5 * _yarn_scale(positions),
+        scaling=(D_nope + D_rope) ** -0.5 * yarn_scale(positions),
         bias=fields.flag("attention_bias"),
         rope_interleave=fields.flag("rope_interleave"),
     )
@@ -66,7 +125,7 @@ def read_deepseek_v3(fields: Fields) -> Model:
     )
 
 
-def _yarn_scale(positions: RoPE) -> float:
+def yarn_scale(positions: RoPE) -> float:
     """YaRN's factor on the scores: (0.1 · mscale_all_dim · ln s + 1)², 1 without scaling.
 
     transformers 5.23, models/deepseek_v3/modeling_deepseek_v3.py: yarn_apply_mscale.
@@ -81,5 +140,6 @@ def _yarn_scale(positions: RoPE) -> float:
 
 
 READERS = {
+    "deepseek_v2": read_deepseek_v2,
     "deepseek_v3": read_deepseek_v3,
 }

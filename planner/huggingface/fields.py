@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
@@ -32,24 +32,39 @@ class Fields:
         self.model_type = model_type
         self._class = class_defaults()["model_types"][model_type]
         self._defaults_taken: set[str] = set()
+        self._spelled: dict[str, tuple[str, ...]] = {}
+        self._supposed: dict[str, Any] = {}
 
     @property
     def defaults(self) -> tuple[str, ...]:
         """`field=value` for every default taken so far, sorted."""
         return tuple(sorted(self._defaults_taken))
 
+    def spell(self, **names: tuple[str, ...]) -> None:
+        """From now on look a field up under these names, the first that is there."""
+        self._spelled.update(names)
+
+    def suppose(self, **values: Any) -> None:
+        """Defaults that the class sets in code, not in its fields."""
+        self._supposed.update(values)
+
     def raw(self, name: str) -> Any:
         """The value of a field, or its class default, or None where the class has no such field."""
         for spelling in self._spellings(name):
             if spelling in self.config:
                 return self.config[spelling]
+        defaults = {**self._class["fields"], **self._supposed}
         for spelling in self._spellings(name):
-            if spelling in self._class["fields"]:
-                default = self._class["fields"][spelling]
+            if spelling in defaults:
+                default = defaults[spelling]
                 if default is not None:
                     self._defaults_taken.add(f"{name}={default}")
                 return default
         return None
+
+    def take_default(self, name: str, value: Any) -> None:
+        """Remember a default that the class computes and defaults.json cannot hold."""
+        self._defaults_taken.add(f"{name}={value}")
 
     def has(self, name: str) -> bool:
         """Whether the config itself has the field."""
@@ -107,6 +122,8 @@ class Fields:
         return parameters
 
     def _spellings(self, name: str) -> tuple[str, ...]:
+        if name in self._spelled:
+            return self._spelled[name]
         aliases: dict[str, str] = self._class["aliases"]
         others = [theirs for ours, theirs in aliases.items() if ours == name]
         others += [ours for ours, theirs in aliases.items() if theirs == name]
@@ -117,6 +134,6 @@ def check_positive(field: str, value: Any) -> float:
     """A finite number above zero; ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{field}={shown(value)} is not allowed: a number above 0")
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{field}={shown(value)} is not allowed: a number above 0")
+    if not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{field}={shown(value)} is not allowed: a finite number above 0")
     return float(value)

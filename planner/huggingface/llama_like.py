@@ -127,6 +127,7 @@ def read_gemma2(fields: Fields) -> Model:
         feed_forward=gated(fields, activation_field="hidden_activation"),
         norm=rmsnorm(fields, plus_one=True),
         placement="sandwich",
+        mask_windows=tuple({None, window}),
         embedding_scale=fields.size("hidden_size") ** 0.5,
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
     )

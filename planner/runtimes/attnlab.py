@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, ALiBi, Dense, Layer, RoPE
+from planner.layers import GQA, ALiBi, Dense, Layer, LearnedPositions, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -36,13 +36,37 @@ class Attnlab:
                     f"runtime=attnlab does not run {what} of {model.model_type} yet: "
                     "transformers or vllm"
                 )
-            extras = (layer.attention.qk_norm, layer.attention.sinks or None)
-            if any(extras) or layer.placement not in ("pre", "sandwich") or not layer.norm.weight:
+            gqa = layer.attention
+            extras = (
+                gqa.qk_norm,
+                gqa.sinks,
+                not gqa.rope,
+                gqa.chunked,
+                gqa.clip_qkv,
+                gqa.interleaved_qkv,
+                gqa.masked_window,
+                layer.residual_multiplier,
+            )
+            layernorm_1p = layer.norm.kind == "layernorm" and layer.norm.plus_one
+            if (
+                any(extras)
+                or layernorm_1p
+                or layer.placement not in ("pre", "sandwich")
+                or not layer.norm.weight
+            ):
                 raise ConfigError(
                     f"runtime=attnlab does not run the blocks of {model.model_type} yet: "
                     "transformers or vllm"
                 )
-        if isinstance(model.positions, ALiBi) or model.extra_parameters or model.lm_head_bias:
+        unknown_positions = isinstance(model.positions, ALiBi) or (
+            isinstance(model.positions, RoPE) and model.positions.interleaved
+        )
+        if isinstance(model.positions, LearnedPositions) and model.positions.offset:
+            unknown_positions = True
+        head = model.lm_head_bias or model.logit_scale is not None
+        head = head or model.local_positions is not None
+        head = head or model.final_norm is None or model.embedding_size is not None
+        if unknown_positions or head or model.extra_parameters:
             raise ConfigError(
                 f"runtime=attnlab does not run the positions or head of {model.model_type} yet: "
                 "transformers or vllm"
@@ -51,7 +75,9 @@ class Attnlab:
             isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
             for x in model.layer_kinds()
         )
-        return choose_attention(self.name, model, name, ("naive",) if capped else ("sdpa", "naive"))
+        allowed = ("naive",) if capped else ("sdpa", "naive")
+        reason = "sdpa has no soft cap" if capped else ""
+        return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
         self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None

@@ -145,6 +145,7 @@ class _Forward(Writer):
         rows: Extent = T if self.what.logits == "all" else 1
         h, V = model.hidden_size, model.vocab_size
         kept = Buffer(name="hidden states", shape=(B, rows, h), itemsize=b)
+        assert model.final_norm is not None  # refused by Attnlab.attention
         last = self._norm(model.final_norm, kept, "final norm")
         tape.free(self.hidden)
         shape: Shape = (B, rows, V)

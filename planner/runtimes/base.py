@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from planner.errors import ConfigError, check_choice
+from planner.errors import ConfigError, shown
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -114,8 +114,16 @@ def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:
     return capacity
 
 
-def choose_attention(runtime: str, model: Model, name: str | None, allowed: tuple[str, ...]) -> str:
-    """`name` if allowed, the first allowed one for None; ConfigError otherwise."""
+def choose_attention(
+    runtime: str, model: Model, name: str | None, allowed: tuple[str, ...], *, reason: str = ""
+) -> str:
+    """`name` if allowed, the first allowed one for None; else ConfigError with the reason."""
     if name is None:
         return allowed[0]
-    return check_choice(f"attention of {model.model_type} in {runtime}", name, allowed)
+    if name not in allowed:
+        why = f" ({reason})" if reason else ""
+        raise ConfigError(
+            f"attention={shown(name)} is not what {model.model_type} has in {runtime}: "
+            f"one of {', '.join(allowed)}{why}"
+        )
+    return name

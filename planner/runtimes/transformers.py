@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.dtypes import element_bytes
+from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, Layer, MoE, RoPE
 from planner.ledger import Row
@@ -31,6 +32,10 @@ EXACT_PEAKS = frozenset(
 """Model types whose program equals, to the byte, what their classes allocate (tests/)."""
 
 
+EAGER_ONLY = frozenset(("bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"))
+"""Model types whose classes do not support sdpa (`_supports_sdpa`)."""
+
+
 class Transformers:
     """transformers with torch, one process, no compilation."""
 
@@ -39,16 +44,26 @@ class Transformers:
     version = "5.23.0"
 
     def attention(self, model: Model, name: str | None) -> str:
-        """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses."""
+        """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses.
+
+        A llama config with a window is refused: LlamaModel makes no mask for it while its cache is
+        clipped, and eager attention fails there.
+        """
+        for layer in model.layer_kinds() if model.model_type == "llama" else ():
+            if isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None:
+                raise ConfigError(
+                    f"sliding_window={layer.attention.sliding_window} of a llama does not run in "
+                    "transformers: it clips the cache and masks nothing"
+                )
         capped = any(
             isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
             for x in model.layer_kinds()
         )
-        # Gemma2PreTrainedModel does not support sdpa, soft cap or not
-        eager_only = capped or model.model_type == "gemma2"
-        return choose_attention(
-            self.name, model, name, ("eager",) if eager_only else ("sdpa", "eager")
-        )
+        # Gemma2PreTrainedModel and GptOssPreTrainedModel do not support sdpa, soft cap or not
+        eager_only = capped or model.model_type in EAGER_ONLY
+        allowed = ("eager",) if eager_only else ("sdpa", "eager")
+        reason = "its class has no sdpa" if eager_only else ""
+        return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
         self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
@@ -76,16 +91,19 @@ class Transformers:
         return f"approximate: the program of {model.model_type} was not compared with its class"
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Two float32 frequency tables, gemma-2's embedding scale, the routers' correction bias.
+        """Two float32 frequency tables, gemma's embedding scale, the routers' correction bias.
 
         In the dtype that `from_config(dtype=…)` gives them.
         """
         b = element_bytes(dtype)
         rows = []
         if isinstance(model.positions, RoPE):
-            D = model.positions.rotary_dim
-            rows.append(_buffer("rotary frequencies", 2, "d_rot · 2", (("d_rot", D),), 2 * 2 * D))
-        if model.embedding_scale is not None:
+            D, tables = model.positions.rotary_dim, 2
+            if model.local_positions is not None:  # two for each kind of layer that there is
+                tables *= len({_slides(layer) for layer in model.layer_kinds()})
+            size = tables * 2 * D
+            rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
+        if model.embedding_scale is not None and model.model_type.startswith("gemma"):
             rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():
             match layer.feed_forward:
@@ -168,6 +186,10 @@ def _program(
             equal_widths_only=setting.device == "cpu",
         ),
     )
+
+
+def _slides(layer: Layer) -> bool:
+    return isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None
 
 
 def _buffer(

@@ -119,8 +119,12 @@ class _Forward(Writer):
                 with tape.segment(label, count=count, first_layer=start):
                     self._layer(layer, self.hidden)
         with tape.segment("head"):
-            last = self._norm(model.final_norm, self.hidden, "final norm")
-            tape.free(self.hidden, *self.held, *self.masks.values())
+            last = self.hidden
+            if model.final_norm is not None:
+                last = self.replaced(self._norm(model.final_norm, last, "final norm"), last)
+            if model.embedding_size is not None:
+                last = self.replaced(self.linear("project_out", last, model.embedding_size), last)
+            tape.free(*self.held, *self.masks.values())
             if model.lm_head:
                 self._logits(last)
         return tape.program(f"transformers {self.what.kind}")
@@ -161,7 +165,7 @@ class _Forward(Writer):
     def _logits(self, last: Buffer) -> None:
         model, tape, b = self.model, self.tape, self.b
         rows: Extent = T if self.what.logits == "all" else 1
-        h, V = model.hidden_size, model.vocab_size
+        h, V = model.embedding_size or model.hidden_size, model.vocab_size
         shape: Shape = (B, rows, V)
         logits = tape.new(
             "logits", shape, b, flops=(2, B, rows, h, V), reads=(last,), weight_bytes=h * V * b
@@ -178,7 +182,11 @@ class _Forward(Writer):
         """The first layer's input. The rotary family holds it to the end; GPT-2 a sum's parts."""
         model, tape, b = self.model, self.tape, self.b
         shape = (B, T, model.hidden_size)
-        embeddings = tape.new("input embeddings", shape, b, moved=((*shape, b),))
+        wide = (B, T, model.embedding_size or model.hidden_size)
+        embeddings = tape.new("input embeddings", wide, b, moved=((*wide, b),))
+        if model.embedding_size is not None:
+            projected = self.linear("project_in", embeddings, model.hidden_size)
+            embeddings = self.replaced(projected, embeddings)
         if model.embedding_scale is not None:
             scaled = tape.new("input embeddings", shape, b, reads=(embeddings,))
             tape.free(embeddings)
@@ -200,7 +208,7 @@ class _Forward(Writer):
     def _masks(self) -> None:
         """A mask for each kind of layer, where the backend needs one (masking_utils.py)."""
         tape, b, eager = self.tape, self.b, self.what.attention == "eager"
-        windows = {_window(layer) for layer in self.model.layer_kinds()}
+        windows = set(self.model.mask_windows or map(_window, self.model.layer_kinds()))
         for window in sorted(windows, key=lambda w: (w is not None, w or 0)):
             shape: Shape = (T, seen_tokens(window))
             if not eager:
@@ -278,6 +286,15 @@ class _Forward(Writer):
             fed = self.replaced(self._norm(layer.norm, fed, "post norm"), fed)
             tape.new("residual", shape, b, reads=(middle, fed), into=self.hidden)
             tape.free(fed, middle, weights)
+        elif layer.placement == "post-sum":
+            out, weights = self._attention(layer, x)
+            total = self.replaced(tape.new("residual", shape, b, reads=(x, out)), out)
+            middle = self.replaced(self._norm(layer.norm, total, "post norm"), total)
+            fed = self._feed_forward(layer.feed_forward, middle)
+            total = tape.new("residual", shape, b, reads=(middle, fed))
+            tape.free(fed, middle)
+            tape.new("post norm", shape, b, reads=(total,), into=self.hidden)
+            tape.free(total, weights)
         else:
             normed = self._norm(layer.norm, x, "attention norm")
             out, weights = self._attention(layer, normed)
@@ -439,7 +456,7 @@ class _Forward(Writer):
         extra: list[Buffer] = []
         if mask is not None:
             assert window is not None
-            if G < H and self.what.kind == "prefill":
+            if 1 < G < H and self.what.kind == "prefill":  # one head repeated is a view
                 masked, seen = _if_masked(window), seen_tokens(window)
                 extra += [
                     tape.new("repeated keys, values", (masked, B, H, seen, d), b, reads=(t,))
@@ -524,28 +541,35 @@ class _Forward(Writer):
         tape, b, (H, G), (D, D_v) = self.tape, self.b, heads, widths
         seen = seen_tokens(window)
         repeated: tuple[Buffer, ...] = ()
-        if G < H:
+        if 1 < G < H:
             repeated = tuple(
                 tape.new("repeated keys, values", (B, H, seen, d), b, reads=(t,))
                 for t, d in zip((keys, values), widths, strict=True)
             )
         # matmul folds [B, H] into one dimension: q's transposed layout has to be copied for it
-        copy = tape.new("query copy", (FOLDED, B, H, T, D), b, reads=(q,))
+        # and so does one kv head that is expanded to all
+        copies = [tape.new("query copy", (FOLDED, B, H, T, D), b, reads=(q,))]
+        one_head = 1 == G < H
+        if one_head:
+            copies.append(tape.new("keys copy", (SEVERAL_BATCHES, B, H, seen, D), b))
         shape: Shape = (B, H, T, seen)
         scores = tape.new("scores", shape, b, flops=flops, reads=(q, keys))
-        tape.free(copy)
+        tape.free(*copies)
         for name in ("scores", *("softcap",) * (3 if softcap else 0), "masked scores"):
             scores = self.replaced(tape.new(name, shape, b, reads=(scores,)), scores)
-        wide = scores if b == FLOAT32 else tape.new("softmax", shape, FLOAT32, reads=(scores,))
-        weights = tape.new("attention weights", shape, FLOAT32, reads=(wide,))
+        upcast = b != FLOAT32 and self.model.model_type != "gpt2"  # its softmax stays in b
+        wide = tape.new("softmax", shape, FLOAT32, reads=(scores,)) if upcast else scores
+        size = FLOAT32 if upcast else b
+        weights = tape.new("attention weights", shape, size, reads=(wide,))
         tape.free(*self.copy_of(wide, scores))
-        if b != FLOAT32:
+        if upcast:
             narrow = tape.new("attention weights", shape, b, reads=(weights,))
             weights = self.replaced(narrow, weights)
         tape.free(scores)
         # and values that are a transposed slice of a wider tensor (MLA) as well
         shape_v: Shape = (SEVERAL_BATCHES, B, H, seen, D_v)
-        sliced = tape.new("values copy", shape_v, b, reads=(values,)) if sliced_values else None
+        copied = sliced_values or one_head
+        sliced = tape.new("values copy", shape_v, b, reads=(values,)) if copied else None
         out = tape.new("attention", (B, T, H * D_v), b, reads=(weights, values))
         tape.free(sliced)
         self._turn(out)
@@ -612,7 +636,7 @@ class _Forward(Writer):
         wide = (*x.shape[:-1], i)
         if dense.fused_gate_up:  # gate and up are views of one storage until the return
             both = self.linear("gate_up_proj", x, 2 * i, bias=dense.bias)
-            active = tape.new("activation", wide, b, reads=(both,))
+            active = self._activate(dense.activation, both, wide)
             product = tape.new("gate · up", wide, b, reads=(both, active))
             tape.free(active)
             out = self.linear("down_proj", product, h, bias=dense.bias)
@@ -620,29 +644,30 @@ class _Forward(Writer):
             return out
         if dense.gated:
             gate = self.linear("gate_proj", x, i, bias=dense.bias)
-            active = self._activate(dense.activation, gate)
+            active = self._activate(dense.activation, gate, wide)
+            tape.free(gate)
             up = self.linear("up_proj", x, i, bias=dense.bias)
             product = tape.new("gate · up", wide, b, reads=(active, up))
             tape.free(active, up)
         else:
-            product = self._activate(
-                dense.activation, self.linear("up_proj", x, i, bias=dense.bias)
-            )
+            up = self.linear("up_proj", x, i, bias=dense.bias)
+            product = self._activate(dense.activation, up, wide)
+            tape.free(up)
         out = self.linear("down_proj", product, h, bias=dense.bias)
         tape.free(product)
         return out
 
-    def _activate(self, activation: str, x: Buffer) -> Buffer:
-        """The activation of x, which it consumes. gelu_new is python (activations.NewGELU)."""
-        tape, b, shape = self.tape, self.b, x.shape
+    def _activate(self, activation: str, x: Buffer, shape: Shape) -> Buffer:
+        """The activation of x or of a slice of it. gelu_new is python (activations.NewGELU)."""
+        tape, b = self.tape, self.b
         if activation != "gelu_new":
-            return self.replaced(tape.new("activation", shape, b, reads=(x,)), x)
+            return tape.new("activation", shape, b, reads=(x,))
         half = tape.new("gelu_new", shape, b, reads=(x,))
         step = tape.new("gelu_new", shape, b, reads=(x,))
         for _ in ("0.044715 x³", "+ x", "√(2/π)", "tanh", "1 +"):
             step = self.replaced(tape.new("gelu_new", shape, b, reads=(step,)), step)
         out = tape.new("activation", shape, b, reads=(half, step))
-        tape.free(step, half, x)
+        tape.free(step, half)
         return out
 
     def _mixture(self, moe: MoE, x: Buffer) -> Buffer:
@@ -672,7 +697,7 @@ class _Forward(Writer):
             reads=(picked,),
             moved=((reached, 2 * i * h * b),),
         )
-        active = tape.new("experts activation", (*flat, i), b, reads=(both,))
+        active = self._activate(moe.activation, both, (*flat, i))
         product = tape.new("experts gate · up", (*flat, i), b, reads=(both, active))
         tape.free(active, both)
         down = tape.new(
@@ -705,7 +730,7 @@ class _Forward(Writer):
         tape, b, h = self.tape, self.b, self.model.hidden_size
         E, k = moe.num_experts, moe.num_experts_per_tok
         table: Shape = (B, T, E)
-        if moe.router == "softmax":
+        if moe.router != "sigmoid-groups":
             logits = self.linear("router", x, E)
             wide = logits if b == FLOAT32 else tape.new("router", table, FLOAT32, reads=(logits,))
             chances = tape.new("router", table, FLOAT32, reads=(wide,))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.kv_cache import attention_cache_elements, layer_kind
 from planner.layers import GQA, MLA, Dense, Layer, MoE, RoPE
@@ -40,6 +41,15 @@ DEFAULT_BLOCK_TOKENS = 16
 NON_TORCH_BYTES = int(0.25 * 2**30)
 """Growth outside torch while profiling: the median of vLLM 0.19's start-up logs on one H100 (18
 published runs of one GPU, 0.24–0.26 GiB in 17 of them; llm-d-planner@d3121e059da8)."""
+
+
+def batch_defaults(gpu: Gpu) -> tuple[int, int]:
+    """(tokens a pass, sequences) that `vllm serve` takes: more from 70 GiB on, A100 apart.
+
+    engine/arg_utils.py EngineArgs.get_batch_defaults, vLLM 0.19.
+    """
+    large = gpu.memory_bytes >= 70 * 2**30 and not gpu.name.startswith("a100")
+    return (8192, 1024) if large else (2048, 256)
 
 
 class Vllm:
@@ -260,6 +270,7 @@ class _Profile(Writer):
     def _experts(self, moe: MoE, x: Buffer) -> Buffer:
         tape, b, h = self.tape, self.b, self.model.hidden_size
         k, i = moe.num_experts_per_tok, moe.moe_intermediate_size
+        tape.free(self.linear("router", x, moe.num_experts))
         flat: Shape = (B, T, k)
         reached = Symbol(
             f"min({moe.num_experts}, {k} · B · T)",

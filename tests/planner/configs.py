@@ -29,6 +29,18 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "mistral sliding": {**BASE, "model_type": "mistral", "sliding_window": 16},
+    "mistral sliding, one kv head": {
+        **BASE,
+        "model_type": "mistral",
+        "sliding_window": 64,
+        "num_key_value_heads": 1,
+    },
+    "gemma2 without sliding layers": {
+        **BASE,
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 3,
+    },
     "mistral full, wide heads": {
         **BASE,
         "model_type": "mistral",

@@ -53,6 +53,20 @@ def test_params_lists_every_tensor(run):
     assert run("params", "gpt2")[0] == 0
 
 
+def test_a_type_without_a_reader_can_be_traced(run, tmp_path):
+    path = tmp_path / "bert" / "config.json"
+    path.parent.mkdir()
+    path.write_text('{"model_type": "bert", "num_hidden_layers": 1}')
+    code, _, err = run("params", str(path))
+    assert code == 2
+    assert "--traced" in err
+    code, out, _ = run("params", str(path), "--traced", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["traced"]
+    assert len(answer["parameters"]) > 10
+
+
 def test_fit_answers_the_inverse_questions(run):
     code, out, _ = run("fit", "llama-3.1-8b", "--gpu", "rtx-4090", "--json")
     answer = json.loads(out)
@@ -74,6 +88,8 @@ def test_fit_answers_the_inverse_questions(run):
         (("estimate", "gpt2"), "--gpu"),
         (("estimate", "gpt2", "--gpu", "t4", "--colour"), "--colour"),
         (("dance",), "dance"),
+        (("compare", "/tmp/absent.jsonl"), "/tmp/absent.jsonl is not a record file"),
+        (("profile", "gpt2", "--device", "cpu", "--out", "/proc/x/r.jsonl"), "cannot be written"),
         (("profile", "gpt2", "--device", "tpu"), "device='tpu'"),
         (("profile", "gpt2", "--device", "cpu", "--batch", "0"), "batch=0"),
     ],

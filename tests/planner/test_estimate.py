@@ -68,7 +68,9 @@ def test_what_does_not_fit_is_an_answer():
 
 
 def test_backends_that_a_class_refuses_are_refused():
-    with pytest.raises(ConfigError, match="attention of gemma2 in transformers='sdpa'"):
+    with pytest.raises(
+        ConfigError, match="attention='sdpa' is not what gemma2 has in transformers: one of eager"
+    ):
         of("gemma-2-9b", Deployment(gpu="h200", attention="sdpa"))
     assert of("gemma-2-9b").setting.attention == "eager"
 
@@ -80,6 +82,9 @@ def test_backends_that_a_class_refuses_are_refused():
         ({"runtime": "tgi"}, "runtime='tgi'"),
         ({"dtype": "int4"}, "dtype='int4' is not allowed"),
         ({"kv_dtype": "bf8"}, "kv_dtype='bf8' is not allowed"),
+        ({"gpu": []}, r"gpu=\[\] is not in the catalogue"),
+        ({"cache": "paged"}, "cache='paged' is not allowed: a CacheSpec"),
+        ({"gpus": True}, "gpus=True is not allowed"),
         ({"gpus": 2}, "gpus=2 is not planned yet"),
         ({"tensor_parallel": 4}, "tensor_parallel=4 is not planned yet"),
         ({"mode": "turbo"}, "mode='turbo'"),
@@ -131,6 +136,54 @@ def test_the_pool_of_vllm_is_what_it_prints(name, change, fields, printed_tokens
     e = planner.estimate(planner.load_model(config), work, deploy)
     assert e.kv_pool_tokens == pytest.approx(printed_tokens, rel=0.005)
     assert e.memory.device_used_bytes > e.memory.total_bytes
+
+
+def test_vllm_takes_smaller_batches_on_smaller_cards():
+    """EngineArgs.get_batch_defaults, vLLM 0.19: 8 192 tokens and 1 024 sequences from 70 GiB on."""
+    settings = {
+        gpu: of(deploy=Deployment(gpu=gpu, runtime="vllm")).setting
+        for gpu in ("h100-80gb", "a100-80gb", "rtx-4090")
+    }
+    assert (settings["h100-80gb"].max_batched_tokens, settings["h100-80gb"].max_sequences) == (
+        8192,
+        1024,
+    )
+    for gpu in ("a100-80gb", "rtx-4090"):
+        assert (settings[gpu].max_batched_tokens, settings[gpu].max_sequences) == (2048, 256)
+
+
+def test_more_sequences_than_vllm_runs_at_once_do_not_fit():
+    deploy = Deployment(gpu="h200", runtime="vllm", max_sequences=4)
+    assert of(deploy=deploy, batch=4).fits
+    e = of(deploy=deploy, batch=5)
+    assert not e.fits
+    assert "max_sequences=4 at once" in e.verdict
+
+
+def test_what_vllm_is_set_to_is_held_to():
+    with pytest.raises(ConfigError, match="1001 is more than max_model_tokens=1000"):
+        of(deploy=Deployment(gpu="h200", runtime="vllm", max_model_tokens=1000), prompt_tokens=1000)
+    contradiction = Deployment(
+        gpu="h200",
+        runtime="vllm",
+        block_tokens=32,
+        cache=CacheSpec(kind="paged", block_tokens=64),
+    )
+    with pytest.raises(ConfigError, match="block_tokens=64 contradicts block_tokens=32"):
+        of(deploy=contradiction)
+
+
+def test_a_pool_without_room_says_what_is_missing():
+    e = of("llama-3.1-70b", Deployment(gpu="t4", runtime="vllm"))
+    assert e.kv_pool_bytes == 0
+    assert e.headroom_bytes < -(100 * 2**30)
+
+
+def test_a_llama_with_a_window_does_not_run_in_transformers():
+    model = planner.read_config({**TINY["llama"], "sliding_window": 16})
+    work = Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(ConfigError, match="sliding_window=16 of a llama does not run"):
+        planner.estimate(model, work, H200)
 
 
 def test_decode_time_is_at_least_the_time_to_read_the_weights():

@@ -42,6 +42,12 @@ def test_a_huge_file_is_not_read(tmp_path):
         planner.load_model(path)
 
 
+@pytest.mark.parametrize("source", ["x" * 5_000, "a\0b", ""])
+def test_names_that_are_no_paths_are_refused_in_one_line(source):
+    with pytest.raises(ConfigError, match="neither a file nor in the catalogue"):
+        planner.load_model(source)
+
+
 @pytest.mark.parametrize("source", [None, 5, ["llama"]])
 def test_other_types_are_refused(source):
     with pytest.raises(ConfigError, match="is not allowed"):

@@ -42,6 +42,22 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
         write_csv(pd.DataFrame({"a": [1]}), tmp_path / "absent" / "x.csv")
 
 
+@pytest.mark.parametrize("path", ["", "/", "/dev/null", "x" * 300])
+def test_devices_folders_and_nonsense_are_refused_and_stay(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_csv(pd.DataFrame({"a": [1]}), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    write_csv(pd.DataFrame({"a": [1]}), tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text() == "a\n1\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
