@@ -92,6 +92,8 @@ def profile(
     """
     points = _points(phases, batch, prompt_tokens, output_tokens, logits, repeats, warmup)
     check_choice("runtime", runtime, RUNTIMES)
+    if split is not None:
+        check_choice("split", split, ("calibration", "held-out"))
     dtype = check_choice("dtype", dtype or model.dtype, TORCH_DTYPES)
     target = environment.find_device(device)
     before = _used_before_bytes() if target.type == "cuda" else {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from planner.errors import ConfigError
-from planner.layers import GQA, MLA, Dense
+from planner.layers import GQA, MLA
 from planner.model import Model
-from planner.runtimes.attnlab import Attnlab
+from planner.runtimes.attnlab import missing_parts
 
 
 def grouped_query(attention: GQA | MLA) -> GQA:
@@ -16,10 +16,7 @@ def grouped_query(attention: GQA | MLA) -> GQA:
 
 
 def check_model(model: Model) -> None:
-    """ConfigError for what the planner's attnlab runtime refuses: blocks, positions, heads."""
-    for layer in model.layer_kinds():
-        grouped_query(layer.attention)
-        if not isinstance(layer.feed_forward, Dense):
-            kind = type(layer.feed_forward).__name__
-            raise ConfigError(f"feed_forward={kind} does not run in attnlab: Dense")
-    Attnlab().attention(model, None)
+    """ConfigError for the parts that the planner's attnlab runtime says are missing here."""
+    missing = missing_parts(model)
+    if missing:
+        raise ConfigError(f"attnlab does not run {missing[0]} of {model.model_type}")

@@ -51,9 +51,10 @@ def read_config(config: Mapping[str, Any]) -> Model:
     if model_type is None:
         raise ConfigError("model_type is missing from the config: it names the architecture")
     if not isinstance(model_type, str) or model_type not in READERS:
-        near = difflib.get_close_matches(str(model_type), READERS, n=3, cutoff=0.4) or READERS
+        near = difflib.get_close_matches(str(model_type), READERS, n=3, cutoff=0.4)
+        known = ", ".join(near or sorted(READERS))
         raise ConfigError(
-            f"model_type={shown(model_type)} has no reader: the nearest known are {', '.join(near)}; "
-            "`planner params --traced` reads it off transformers"
+            f"model_type={shown(model_type)} has no reader (`planner params --traced` reads it off "
+            f"transformers): the nearest known are {known}"
         )
     return READERS[model_type](Fields(config, model_type))

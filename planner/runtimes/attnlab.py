@@ -19,6 +19,9 @@ from planner.runtimes.base import (
 )
 from planner.workload import CacheSpec, Inference
 
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""Activations that kernels/attnlab/feed_forward.py has."""
+
 
 class Attnlab:
     """kernels/attnlab of this version of the project."""
@@ -28,47 +31,14 @@ class Attnlab:
     version = "0.1.0"
 
     def attention(self, model: Model, name: str | None) -> str:
-        """sdpa, or naive for models with a soft cap on the scores."""
-        for layer in model.layer_kinds():
-            if not isinstance(layer.attention, GQA) or not isinstance(layer.feed_forward, Dense):
-                what = "MLA" if not isinstance(layer.attention, GQA) else "mixtures of experts"
-                raise ConfigError(
-                    f"runtime=attnlab does not run {what} of {model.model_type} yet: "
-                    "transformers or vllm"
-                )
-            gqa = layer.attention
-            extras = (
-                gqa.qk_norm,
-                gqa.sinks,
-                not gqa.rope,
-                gqa.chunked,
-                gqa.clip_qkv,
-                gqa.interleaved_qkv,
-                gqa.masked_window,
-                layer.residual_multiplier,
-            )
-            layernorm_1p = layer.norm.kind == "layernorm" and layer.norm.plus_one
-            if (
-                any(extras)
-                or layernorm_1p
-                or layer.placement not in ("pre", "sandwich")
-                or not layer.norm.weight
-            ):
-                raise ConfigError(
-                    f"runtime=attnlab does not run the blocks of {model.model_type} yet: "
-                    "transformers or vllm"
-                )
-        unknown_positions = isinstance(model.positions, ALiBi) or (
-            isinstance(model.positions, RoPE) and model.positions.interleaved
-        )
-        if isinstance(model.positions, LearnedPositions) and model.positions.offset:
-            unknown_positions = True
-        head = model.lm_head_bias or model.logit_scale is not None
-        head = head or model.local_positions is not None
-        head = head or model.final_norm is None or model.embedding_size is not None
-        if unknown_positions or head or model.extra_parameters:
+        """sdpa, or naive for models with a soft cap on the scores.
+
+        Raises ConfigError for a model that attnlab does not run.
+        """
+        missing = missing_parts(model)
+        if missing:
             raise ConfigError(
-                f"runtime=attnlab does not run the positions or head of {model.model_type} yet: "
+                f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
                 "transformers or vllm"
             )
         capped = any(
@@ -145,6 +115,47 @@ class Attnlab:
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence."""
         return _program(model, work, setting, "decode")
+
+
+def missing_parts(model: Model) -> list[str]:
+    """What of a model attnlab cannot run, in words; empty where it runs all of it."""
+    missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
+    positions = model.positions
+    wanted = {
+        "ALiBi": isinstance(positions, ALiBi),
+        "interleaved rotary positions": isinstance(positions, RoPE) and positions.interleaved,
+        "rotary positions of their own for sliding layers": model.local_positions is not None,
+        "offset positions": isinstance(positions, LearnedPositions) and bool(positions.offset),
+        "parameters outside the blocks": bool(model.extra_parameters),
+        "projections around the embedding": model.embedding_size is not None,
+        "a model without a last norm": model.final_norm is None,
+        "a scale on the logits": model.logit_scale is not None,
+        "the bias of the head": model.lm_head_bias,
+    }
+    return [*missing, *(part for part, there in wanted.items() if there)]
+
+
+def _missing_in(layer: Layer) -> list[str]:
+    gqa, feed_forward, norm = layer.attention, layer.feed_forward, layer.norm
+    if not isinstance(gqa, GQA):
+        return ["MLA"]
+    if not isinstance(feed_forward, Dense):
+        return ["mixtures of experts"]
+    wanted = {
+        "norms on queries and keys": gqa.qk_norm is not None,
+        "attention sinks": gqa.sinks,
+        "layers without positions": not gqa.rope,
+        "chunked attention": gqa.chunked,
+        "clipped queries and keys": gqa.clip_qkv is not None,
+        "interleaved fused projections": gqa.interleaved_qkv,
+        "windows that mask and do not clip": gqa.masked_window is not None,
+        "scaled residuals": layer.residual_multiplier is not None,
+        f"{layer.placement} blocks": layer.placement not in ("pre", "sandwich"),
+        "norms without a weight": not norm.weight,
+        "LayerNorm scaled by 1 + weight": norm.kind == "layernorm" and norm.plus_one,
+        f"the activation {feed_forward.activation}": feed_forward.activation not in ACTIVATIONS,
+    }
+    return [part for part, there in wanted.items() if there]
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:

@@ -32,6 +32,9 @@ EXACT_PEAKS = frozenset(
 """Model types whose program equals, to the byte, what their classes allocate (tests/)."""
 
 
+FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
+"""Model types whose routers stay float32 whatever the dtype (`_keep_in_fp32_modules`)."""
+
 EAGER_ONLY = frozenset(("bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"))
 """Model types whose classes do not support sdpa (`_supports_sdpa`)."""
 
@@ -91,13 +94,19 @@ class Transformers:
         return f"approximate: the program of {model.model_type} was not compared with its class"
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Two float32 frequency tables, gemma's embedding scale, the routers' correction bias.
+        """Rotary tables, gemma's embedding scale, the routers' correction bias, causal masks.
 
         In the dtype that `from_config(dtype=…)` gives them.
         """
         b = element_bytes(dtype)
         rows = []
-        if isinstance(model.positions, RoPE):
+        L, S = len(model.layers), model.max_position_embeddings
+        if model.model_type == "gptj":  # a sine and cosine table in every layer
+            assert isinstance(model.positions, RoPE)
+            D = model.positions.rotary_dim
+            values = (("S", S), ("d_rot", D))
+            rows.append(_buffer("rotary table", L, "S · d_rot · 4", values, L * S * D * 4))
+        elif isinstance(model.positions, RoPE):
             D, tables = model.positions.rotary_dim, 2
             if model.local_positions is not None:  # two for each kind of layer that there is
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
@@ -110,6 +119,14 @@ class Transformers:
                 case MoE(router="sigmoid-groups", num_experts=E):
                     values = (("E", E), ("b", b))
                     rows.append(_buffer("router bias", count, "E · b", values, count * E * b))
+        masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.model_type, 0)
+        if masks:
+            rows.append(_buffer("causal mask", masks, "S · S", (("S", S),), masks * S * S))
+        if model.model_type in FLOAT32_ROUTERS and b < 4:
+            routed = sum(p.count for p in model.parameters() if p.group == "router")
+            values = (("parameters", routed), ("b", b))
+            more = routed * (4 - b)
+            rows.append(_buffer("routers in float32", 1, "parameters · (4 − b)", values, more))
         return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:

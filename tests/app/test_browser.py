@@ -92,7 +92,7 @@ def settled(page):
 def test_a_model_is_chosen_and_its_ledger_downloaded(server, page, tmp_path):
     page.goto(f"{server}/?runtime=vllm&batch=2")
     settled(page)
-    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("combobox", name="Model").fill("qwen2.5-7b")  # a long list: type to find
     page.get_by_role("option", name="qwen2.5-7b").click()
     page.get_by_role("heading", name="qwen2.5-7b on NVIDIA H200 SXM").wait_for()
     settled(page)

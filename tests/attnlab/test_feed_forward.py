@@ -3,7 +3,8 @@ import torch
 from transformers.activations import ACT2FN
 
 from attnlab.feed_forward import FeedForward
-from planner.layers import ACTIVATIONS, Dense
+from planner.layers import Dense
+from planner.runtimes.attnlab import ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

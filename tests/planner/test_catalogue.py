@@ -16,7 +16,8 @@ def test_every_device_has_its_figures_and_their_sources(name):
     assert "dense_flops_per_s" in sources
     if not gpu.is_cpu:
         assert {"memory_bytes", "datasheet"} <= set(sources)
-        assert gpu.tdp_w is not None
+        # Google publishes no figure; Apple's are for the whole machine
+        assert gpu.tdp_w is not None or gpu.vendor in ("google", "apple")
 
 
 def test_an_h100_has_the_memory_that_torch_prints():
@@ -29,5 +30,6 @@ def test_torch_names_lead_back_to_the_catalogue():
     assert gpu_of_torch_name("NVIDIA Imaginary 1") is None
 
 
-def test_twelve_gpus_and_the_cpu_are_there():
-    assert len(planner.gpus()) == 13
+def test_the_catalogue_has_many_devices_and_models():
+    assert len(planner.gpus()) >= 36
+    assert len(planner.catalogue()) >= 60

@@ -299,5 +299,5 @@ def test_local_layers_of_gpt_neo_mask_without_clipping():
     model = planner.read_config({**NEO, "model_type": "gpt_neo"})
     assert [layer.attention.masked_window for layer in model.layers] == [None, 8, 8]
     assert all(layer.attention.sliding_window is None for layer in model.layers)
-    with pytest.raises(ConfigError, match="attnlab does not run the blocks of gpt_neo"):
+    with pytest.raises(ConfigError, match="attnlab does not run windows that mask and do not clip"):
         kv_cache_bytes(model, batch=1, context_tokens=1, runtime="attnlab")

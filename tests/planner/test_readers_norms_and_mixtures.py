@@ -300,10 +300,12 @@ def test_scores_windows_and_positions_are_those_of_every_attention(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_buffers_are_those_of_the_class(name):
-    rows = Transformers().buffer_rows(planner.read_config(config_of(name)), dtype="bf16")
-    expected = sum(b.numel() * b.element_size() for b in live_model(name).buffers())
-    assert sum(row.size_bytes for row in rows) == expected
+def test_weight_bytes_are_those_of_the_class(name):
+    model, live = planner.read_config(config_of(name)), live_model(name)
+    rows = Transformers().buffer_rows(model, dtype="bf16")
+    held = (*live.parameters(), *live.buffers())  # routers that stay float32 among them
+    expected = sum(t.numel() * t.element_size() for t in held)
+    assert 2 * model.parameter_count + sum(row.size_bytes for row in rows) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
