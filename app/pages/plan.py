@@ -98,6 +98,8 @@ def peak(e: planner.Estimate) -> None:
     layer = "" if e.peak.layer is None else f" in layer {e.peak.layer}"
     st.subheader("What causes the peak")
     st.markdown(f"**{e.peak_phase}**, at **{e.peak.op}**{layer}. Alive beside the weights:")
+    if e.peak_note:
+        st.caption(f"This peak is {e.peak_note}.")
     held = [("KV cache at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
     buffers = [*held, *e.peak.buffers]
     most = max((size for _, _, size in buffers), default=0)
