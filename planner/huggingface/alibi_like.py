@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import MAX_SIZE, ConfigError, shown
-from planner.huggingface.blocks import gqa_decoder, layernorm, plain, rope
+from planner.huggingface.blocks import gqa_decoder, layernorm, plain, rope, stray_windows
 from planner.huggingface.fields import Fields, check_positive
-from planner.huggingface.gpt_like import head_width, stray_windows
+from planner.huggingface.gpt_like import head_width
 from planner.layers import GQA, ALiBi, Dense, Placement
 from planner.model import Model
 from planner.parameters import Parameter

@@ -120,6 +120,14 @@ def layer_windows(fields: Fields, *, window: int | None) -> list[int | None]:
     return windows
 
 
+def stray_windows(fields: Fields) -> list[int | None]:
+    """Classes without a window of their own: a `sliding_window` does clip the cache all the same.
+
+    transformers 5.23 decides so in cache_utils.get_layer_types_and_kwargs.
+    """
+    return layer_windows(fields, window=fields.optional_size("sliding_window"))
+
+
 def rope(
     fields: Fields,
     *,

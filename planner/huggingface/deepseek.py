@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from planner.errors import ConfigError
 from planner.huggingface.blocks import (
@@ -19,6 +20,39 @@ from planner.layers import MLA, Dense, Layer, MoE, RoPE
 from planner.model import Model
 
 
+def _latent_attention(fields: Fields, positions: RoPE) -> MLA:
+    D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
+    return MLA(
+        num_attention_heads=fields.size("num_attention_heads"),
+        q_lora_rank=fields.optional_size("q_lora_rank"),
+        kv_lora_rank=fields.size("kv_lora_rank"),
+        qk_nope_head_dim=D_nope,
+        qk_rope_head_dim=D_rope,
+        v_head_dim=fields.size("v_head_dim"),
+        scaling=(D_nope + D_rope) ** -0.5 * yarn_scale(positions),
+        bias=fields.flag("attention_bias"),
+    )
+
+
+def sigmoid_group_mixture(fields: Fields) -> MoE:
+    """DeepSeek-V3's mixture, which glm4_moe shares: sigmoid scores, groups, a shared expert."""
+    act, width = activation(fields), fields.size("moe_intermediate_size")
+    return MoE(
+        num_experts=fields.size("n_routed_experts"),
+        num_experts_per_tok=fields.size("num_experts_per_tok"),
+        moe_intermediate_size=width,
+        activation=act,
+        router="sigmoid-groups",
+        shared=Dense(
+            intermediate_size=width * fields.size("n_shared_experts"), activation=act, gated=True
+        ),
+        n_group=fields.size("n_group"),
+        topk_group=fields.size("topk_group"),
+        norm_topk_prob=fields.flag("norm_topk_prob"),
+        routed_scaling_factor=fields.number("routed_scaling_factor"),
+    )
+
+
 def read_deepseek_v2(fields: Fields) -> Model:
     """DeepSeek-V2: latent attention, softmax router without renormalisation, shared experts.
 
@@ -31,17 +65,7 @@ def read_deepseek_v2(fields: Fields) -> Model:
     if G not in (None, H):
         raise ConfigError(f"num_key_value_heads={G} is not allowed: num_attention_heads={H}")
     positions = rope(fields, head_dim=fields.size("qk_rope_head_dim"), interleaved=True)
-    D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
-    attention = MLA(
-        num_attention_heads=H,
-        q_lora_rank=fields.optional_size("q_lora_rank"),
-        kv_lora_rank=fields.size("kv_lora_rank"),
-        qk_nope_head_dim=D_nope,
-        qk_rope_head_dim=D_rope,
-        v_head_dim=fields.size("v_head_dim"),
-        scaling=(D_nope + D_rope) ** -0.5 * yarn_scale(positions),
-        bias=fields.flag("attention_bias"),
-    )
+    attention = _latent_attention(fields, positions)
     act, width = activation(fields), fields.size("moe_intermediate_size")
     bias = fields.flag("mlp_bias")
     method = fields.choice("topk_method", ("greedy", "group_limited_greedy"))
@@ -83,35 +107,10 @@ def read_deepseek_v3(fields: Fields) -> Model:
     correction bias is a buffer there.
     """
     positions = rope(fields, head_dim=fields.size("qk_rope_head_dim"), rope_types=SCALED_ROPE)
-    D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
-    attention = MLA(
-        num_attention_heads=fields.size("num_attention_heads"),
-        q_lora_rank=fields.optional_size("q_lora_rank"),
-        kv_lora_rank=fields.size("kv_lora_rank"),
-        qk_nope_head_dim=D_nope,
-        qk_rope_head_dim=D_rope,
-        v_head_dim=fields.size("v_head_dim"),
-        scaling=(D_nope + D_rope) ** -0.5 * yarn_scale(positions),
-        bias=fields.flag("attention_bias"),
-        rope_interleave=fields.flag("rope_interleave"),
+    attention = replace(
+        _latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
     )
-    act = activation(fields)
-    width = fields.size("moe_intermediate_size")
-    dense = Dense(intermediate_size=fields.size("intermediate_size"), activation=act, gated=True)
-    moe = MoE(
-        num_experts=fields.size("n_routed_experts"),
-        num_experts_per_tok=fields.size("num_experts_per_tok"),
-        moe_intermediate_size=width,
-        activation=act,
-        router="sigmoid-groups",
-        shared=Dense(
-            intermediate_size=width * fields.size("n_shared_experts"), activation=act, gated=True
-        ),
-        n_group=fields.size("n_group"),
-        topk_group=fields.size("topk_group"),
-        norm_topk_prob=fields.flag("norm_topk_prob"),
-        routed_scaling_factor=fields.number("routed_scaling_factor"),
-    )
+    dense, moe = gated(fields), sigmoid_group_mixture(fields)
     norm = rmsnorm(fields)
     first = fields.size("first_k_dense_replace", minimum=0)
     blocks = [Layer(attention=attention, feed_forward=f, norm=norm) for f in (dense, moe)]

@@ -12,11 +12,12 @@ from planner.huggingface.blocks import (
     layer_count,
     layernorm,
     plain,
+    stray_windows,
     with_windows,
 )
 from planner.huggingface.fields import Fields
 from planner.huggingface.gpt2 import GPT2_NAMES
-from planner.huggingface.gpt_like import head_width, plain_or_four_fold, stray_windows
+from planner.huggingface.gpt_like import head_width, plain_or_four_fold
 from planner.layers import GQA, Layer, LearnedPositions, Norm
 from planner.model import Model
 

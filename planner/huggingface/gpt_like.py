@@ -15,6 +15,7 @@ from planner.huggingface.blocks import (
     layernorm,
     plain,
     rope,
+    stray_windows,
 )
 from planner.huggingface.fields import Fields
 from planner.layers import GQA, Dense, Norm, QKNorm, RoPE
@@ -76,14 +77,6 @@ def head_width(fields: Fields) -> tuple[int, int]:
             f"num_attention_heads = {h // H}"
         )
     return H, h // H
-
-
-def stray_windows(fields: Fields) -> list[int | None]:
-    """Classes without a window of their own: a `sliding_window` does clip the cache all the same.
-
-    transformers 5.23 decides so in cache_utils.get_layer_types_and_kwargs.
-    """
-    return layer_windows(fields, window=fields.optional_size("sliding_window"))
 
 
 def read_gpt_neox(fields: Fields) -> Model:

@@ -20,6 +20,7 @@ from planner.huggingface.blocks import (
     rmsnorm,
     rope,
 )
+from planner.huggingface.deepseek import sigmoid_group_mixture
 from planner.huggingface.fields import Fields, check_positive
 from planner.huggingface.later_decoders import (
     HUNYUAN_NAMES,
@@ -27,7 +28,7 @@ from planner.huggingface.later_decoders import (
     local_layers,
     stated_heads,
 )
-from planner.layers import GQA, Dense, Layer, MoE, QKNorm
+from planner.layers import GQA, Layer, MoE, QKNorm
 from planner.model import Model
 
 ROUTER_NAMES = (*LLAMA_NAMES, ("mlp.gate", "mlp.router"))
@@ -88,7 +89,7 @@ def read_glm4_moe(fields: Fields) -> Model:
     The multi-token-prediction layer is in the checkpoint, not in transformers' module.
     """
     H, G, D = stated_heads(fields, head_dim=False)
-    norm, act = rmsnorm(fields), activation(fields)
+    norm = rmsnorm(fields)
     attention = GQA(
         num_attention_heads=H,
         num_key_value_heads=G,
@@ -97,21 +98,7 @@ def read_glm4_moe(fields: Fields) -> Model:
         qkv_bias=fields.flag("attention_bias"),
         qk_norm=QKNorm(norm=norm, width="head") if fields.flag("use_qk_norm") else None,
     )
-    width = fields.size("moe_intermediate_size")
-    moe = MoE(
-        num_experts=fields.size("n_routed_experts"),
-        num_experts_per_tok=fields.size("num_experts_per_tok"),
-        moe_intermediate_size=width,
-        activation=act,
-        router="sigmoid-groups",
-        shared=Dense(
-            intermediate_size=width * fields.size("n_shared_experts"), activation=act, gated=True
-        ),
-        n_group=fields.size("n_group"),
-        topk_group=fields.size("topk_group"),
-        norm_topk_prob=fields.flag("norm_topk_prob"),
-        routed_scaling_factor=fields.number("routed_scaling_factor"),
-    )
+    moe = sigmoid_group_mixture(fields)
     first = fields.size("first_k_dense_replace", minimum=0)
     windows = layer_windows(fields, window=fields.optional_size("sliding_window"))
     made = {

@@ -16,6 +16,7 @@ from planner.huggingface.blocks import (
     layer_windows,
     rmsnorm,
     rope,
+    stray_windows,
 )
 from planner.huggingface.fields import Fields
 from planner.huggingface.mixed import decoder, required_kv_heads, rope_by_kind, windowed
@@ -56,18 +57,13 @@ def _attention(
     )
 
 
-def _stray_windows(fields: Fields) -> list[int | None]:
-    """None, unless the config has a window that its class does not know: it clips the cache."""
-    return layer_windows(fields, window=fields.optional_size("sliding_window"))
-
-
 def read_olmo(fields: Fields) -> Model:
     """OLMo: LayerNorms without parameters, queries, keys and values clipped by `clip_qkv`."""
     return gqa_decoder(
         fields,
         stem="Olmo",
         attention=_attention(fields, clip_qkv=fields.optional_number("clip_qkv")),
-        windows=_stray_windows(fields),
+        windows=stray_windows(fields),
         feed_forward=gated(fields),
         norm=Norm(kind="layernorm", eps=1e-5, weight=False),
     )
@@ -79,7 +75,7 @@ def read_olmo2(fields: Fields) -> Model:
         fields,
         stem="Olmo2",
         attention=_attention(fields, qk_norm=QKNorm(norm=rmsnorm(fields), width="full")),
-        windows=_stray_windows(fields),
+        windows=stray_windows(fields),
         feed_forward=gated(fields),
         placement="post",
     )
@@ -135,7 +131,7 @@ def read_olmoe(fields: Fields) -> Model:
         fields,
         stem="Olmoe",
         attention=attention,
-        windows=_stray_windows(fields),
+        windows=stray_windows(fields),
         feed_forward=MoE(
             num_experts=fields.size("num_experts"),
             num_experts_per_tok=fields.size("num_experts_per_tok"),
@@ -180,7 +176,7 @@ def read_smollm3(fields: Fields) -> Model:
 def _granite(fields: Fields, *, stem: str, feed_forward: Dense | MoE, **extra: Any) -> Model:
     """Both granites: multipliers on embedding, scores and residuals, a divisor on the logits."""
     attention = _attention(fields, scaling=fields.number("attention_multiplier"))
-    windows = _stray_windows(fields)
+    windows = stray_windows(fields)
     return decoder(
         fields,
         stem=stem,
@@ -220,7 +216,7 @@ def read_seed_oss(fields: Fields) -> Model:
         fields,
         stem="SeedOss",
         attention=attention,
-        windows=_stray_windows(fields),
+        windows=stray_windows(fields),
         feed_forward=gated(fields, bias=fields.flag("mlp_bias")),
     )
 
@@ -232,7 +228,7 @@ def read_ernie4_5(fields: Fields) -> Model:
         fields,
         stem="Ernie4_5",
         attention=attention,
-        windows=_stray_windows(fields),
+        windows=stray_windows(fields),
         feed_forward=gated(fields, bias=fields.flag("use_bias")),
         positions=replace(rope(fields, head_dim=attention.head_dim), interleaved=True),
     )
@@ -268,7 +264,7 @@ def read_ernie4_5_moe(fields: Fields) -> Model:
     return decoder(
         fields,
         stem="Ernie4_5_Moe",
-        attentions=windowed(attention, _stray_windows(fields)),
+        attentions=windowed(attention, stray_windows(fields)),
         feed_forwards=[
             mixture if first <= i <= last and (i + 1) % every == 0 else dense for i in range(L)
         ],
