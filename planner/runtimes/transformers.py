@@ -32,6 +32,30 @@ EXACT_PEAKS = frozenset(
 """Model types whose program equals, to the byte, what their classes allocate (tests/)."""
 
 
+WINDOWED = frozenset(
+    (
+        "cohere2",
+        "exaone4",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "llama4_text",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "olmo3",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    )
+)
+"""Model types whose classes make masks for sliding or chunked layers."""
+
 FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
 """Model types whose routers stay float32 whatever the dtype (`_keep_in_fp32_modules`)."""
 
@@ -49,14 +73,14 @@ class Transformers:
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses.
 
-        A llama config with a window is refused: LlamaModel makes no mask for it while its cache is
-        clipped, and eager attention fails there.
+        A window that a class does not know, in a llama's config say, is refused: the cache is
+        clipped by it while no mask is made, and eager attention fails there.
         """
-        for layer in model.layer_kinds() if model.model_type == "llama" else ():
+        for layer in () if model.model_type in WINDOWED else model.layer_kinds():
             if isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None:
                 raise ConfigError(
-                    f"sliding_window={layer.attention.sliding_window} of a llama does not run in "
-                    "transformers: it clips the cache and masks nothing"
+                    f"sliding_window={layer.attention.sliding_window} of a {model.model_type} does "
+                    "not run in transformers: it clips the cache and masks nothing"
                 )
         capped = any(
             isinstance(x.attention, GQA) and x.attention.logit_softcap is not None

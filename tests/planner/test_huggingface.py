@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import planner
 from planner import ConfigError
 from planner.huggingface import READERS
+from planner.runtimes.transformers import EAGER_ONLY, WINDOWED
 from tests.planner.configs import TINY
 from tools.huggingface_defaults import MODEL_TYPES, TARGET, all_defaults
 
@@ -17,6 +19,19 @@ def test_the_defaults_are_those_of_the_installed_transformers():
     moved = "run tools/huggingface_defaults.py: a config class has changed"
     assert json.loads(TARGET.read_text()) == json.loads(json.dumps(all_defaults())), moved
     assert set(MODEL_TYPES) == set(READERS)
+
+
+@pytest.mark.parametrize("model_type", sorted(READERS))
+def test_what_is_known_of_a_class_is_what_its_source_says(model_type):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    live = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]
+    source = inspect.getsource(inspect.getmodule(live))
+    body = source.split("class ", 1)[1]  # behind the imports
+    words = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    makes_masks = any(word in body for word in words)
+    assert (model_type in WINDOWED) == makes_masks
+    assert (model_type in EAGER_ONLY) == (not live._supports_sdpa)
 
 
 @pytest.mark.parametrize(
