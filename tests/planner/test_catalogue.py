@@ -30,6 +30,15 @@ def test_torch_names_lead_back_to_the_catalogue():
     assert gpu_of_torch_name("NVIDIA Imaginary 1") is None
 
 
+@pytest.mark.parametrize("name", planner.catalogue())
+def test_every_catalogue_model_can_be_planned(name):
+    model = planner.load_model(name)
+    work = planner.Inference(batch=1, prompt_tokens=64, output_tokens=8)
+    for runtime in ("transformers", "vllm"):
+        deploy = planner.Deployment(gpu="h200", runtime=runtime)
+        assert planner.estimate(model, work, deploy).memory.total_bytes > 0
+
+
 def test_the_catalogue_has_many_devices_and_models():
     assert len(planner.gpus()) >= 36
     assert len(planner.catalogue()) >= 60
