@@ -10,12 +10,15 @@ from planner.runtimes.vllm import NON_TORCH_BYTES
 
 CONTEXT_BYTES = int(0.51 * 2**30)
 """A CUDA context before any tensor: 0.51 GiB in 42 of 42 single-GPU vLLM 0.19 start-up logs on
-H100. Taken for every NVIDIA and AMD device until it is measured there."""
+H100. Taken for every NVIDIA and AMD device until it is measured there; nothing is known of others,
+and nothing is added for them."""
+
+WITH_CONTEXT = ("nvidia", "amd")
 
 
 def overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
     """The device context, and what libraries hold outside or inside torch's allocator."""
-    if gpu.is_cpu:
+    if gpu.vendor not in WITH_CONTEXT:
         return
 
     def row(item: str, size: int, note: str) -> Row:
@@ -44,7 +47,7 @@ def overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
 
 def workspace_bytes(gpu: Gpu) -> int:
     """The cuBLAS workspace that torch allocates at the first matrix product; none on a CPU."""
-    if gpu.is_cpu:
+    if gpu.vendor not in WITH_CONTEXT:
         return 0
     try:
         hopper_or_later = float(gpu.compute_capability or 0) >= 9.0
