@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.errors import MAX_SIZE, ConfigError, shown
-from planner.huggingface.blocks import gqa_decoder, layernorm, plain, rope, stray_windows
+from planner.huggingface.blocks import gqa, gqa_decoder, layernorm, plain, rope, stray_windows
 from planner.huggingface.fields import Fields, check_positive
 from planner.huggingface.gpt_like import head_width
 from planner.layers import GQA, ALiBi, Dense, Placement
@@ -52,11 +52,8 @@ def read_falcon(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Falcon",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
             fused_qkv=True,

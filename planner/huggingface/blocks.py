@@ -172,6 +172,12 @@ def _frozen(value: Any) -> Any:
     raise ConfigError(f"rope_parameters has {shown(value)}: numbers, words or lists of numbers")
 
 
+def gqa(sizes: tuple[int, int, int], **extra: Any) -> GQA:
+    """Attention of (heads, kv heads, head_dim) as `heads` returns them, scores scaled by 1/√d."""
+    H, G, D = sizes
+    return GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5, **extra)
+
+
 def gqa_decoder(
     fields: Fields,
     *,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from planner.errors import ConfigError, shown
 from planner.huggingface.blocks import (
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_windows,
@@ -141,11 +142,8 @@ def read_phi(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Phi",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=True,
             o_bias=True,
             qk_norm=QKNorm(norm=norm, width="head") if normed else None,
@@ -167,11 +165,8 @@ def read_starcoder2(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Starcoder2",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
         ),

@@ -13,6 +13,7 @@ from planner.huggingface.blocks import (
     LLAMA_NAMES,
     causal_lm,
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_count,
@@ -85,11 +86,8 @@ def read_cohere(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Cohere",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
             qk_norm=QKNorm(norm=norm, width="per-head") if fields.flag("use_qk_norm") else None,
@@ -109,11 +107,8 @@ def read_cohere2(fields: Fields) -> Model:
     norm, bias = layernorm(fields, bias=False), fields.flag("attention_bias")
     window = fields.size("sliding_window")
     every = fields.size("sliding_window_pattern") if fields.has("sliding_window_pattern") else 4
-    attention = GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    attention = gqa(
+        (H, G, D),
         qkv_bias=bias,
         o_bias=bias,
     )
@@ -134,11 +129,8 @@ def read_cohere2(fields: Fields) -> Model:
 
 def _glm_attention(fields: Fields) -> GQA:
     H, G, D = stated_heads(fields)
-    return GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    return gqa(
+        (H, G, D),
         qkv_bias=fields.flag("attention_bias"),
     )
 
@@ -191,11 +183,8 @@ def read_nemotron(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Nemotron",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
         ),
@@ -223,11 +212,8 @@ def read_exaone4(fields: Fields) -> Model:
         local = local_layers(fields, lambda _: False)
         if window is None and any(local):
             raise ConfigError("sliding_window=None is not allowed: layer_types has sliding layers")
-    attention = GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    attention = gqa(
+        (H, G, D),
         qk_norm=QKNorm(norm=norm, width="head"),
     )
     kinds = (
@@ -249,11 +235,8 @@ def hunyuan_attention(fields: Fields) -> GQA:
     """Hunyuan's attention: q and k normed after they turned, biases by flag."""
     H, G, D = stated_heads(fields, kv_heads=False)
     bias = fields.flag("attention_bias")
-    return GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    return gqa(
+        (H, G, D),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=QKNorm(norm=rmsnorm(fields), width="head"),
@@ -280,7 +263,7 @@ def read_ministral(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Ministral",
-        attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
+        attention=gqa((H, G, D)),
         windows=[window if slides else None for slides in local],
         feed_forward=gated(fields),
         mask_windows=(None, window),

@@ -13,6 +13,7 @@ from planner.huggingface.blocks import (
     activation,
     causal_lm,
     gated,
+    gqa,
     gqa_decoder,
     layer_count,
     layer_windows,
@@ -28,7 +29,7 @@ from planner.huggingface.later_decoders import (
     local_layers,
     stated_heads,
 )
-from planner.layers import GQA, Layer, MoE, QKNorm
+from planner.layers import Layer, MoE, QKNorm
 from planner.model import Model
 
 ROUTER_NAMES = (*LLAMA_NAMES, ("mlp.gate", "mlp.router"))
@@ -56,11 +57,8 @@ def read_gpt_oss(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="GptOss",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
             sinks=True,
@@ -90,11 +88,8 @@ def read_glm4_moe(fields: Fields) -> Model:
     """
     H, G, D = stated_heads(fields, head_dim=False)
     norm = rmsnorm(fields)
-    attention = GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    attention = gqa(
+        (H, G, D),
         qkv_bias=fields.flag("attention_bias"),
         qk_norm=QKNorm(norm=norm, width="head") if fields.flag("use_qk_norm") else None,
     )
@@ -137,11 +132,8 @@ def read_phimoe(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Phimoe",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
         ),
@@ -172,11 +164,8 @@ def read_minimax_m2(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="MiniMaxM2",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qk_norm=QKNorm(norm=norm, width="full"),
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),

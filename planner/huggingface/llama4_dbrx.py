@@ -11,6 +11,7 @@ from planner.huggingface.blocks import (
     activation,
     causal_lm,
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_count,
@@ -20,7 +21,7 @@ from planner.huggingface.blocks import (
 )
 from planner.huggingface.fields import Fields, check_positive
 from planner.huggingface.later_decoders import local_layers, stated_heads
-from planner.layers import ACTIVATIONS, GQA, Dense, Layer, MoE, Norm, QKNorm
+from planner.layers import ACTIVATIONS, Dense, Layer, MoE, Norm, QKNorm
 from planner.model import Model
 
 LLAMA4_NAMES = (
@@ -73,11 +74,8 @@ def read_llama4_text(fields: Fields) -> Model:
     dense = gated(fields, size_field="intermediate_size_mlp")
 
     def layer(turns: bool, chunked: bool, mixture: bool) -> Layer:
-        attention = GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention = gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
             qk_norm=qk_norm if turns else None,
@@ -148,11 +146,8 @@ def read_dbrx(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Dbrx",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             fused_qkv=True,
             clip_qkv=None if clip is None else check_positive("attn_config.clip_qkv", clip),
         ),

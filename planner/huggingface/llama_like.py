@@ -9,6 +9,7 @@ from planner.errors import ConfigError
 from planner.huggingface.blocks import (
     activation,
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_count,
@@ -28,11 +29,8 @@ def read_llama(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Llama",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
         ),
@@ -47,7 +45,7 @@ def read_mistral(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Mistral",
-        attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
+        attention=gqa((H, G, D)),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
         feed_forward=gated(fields),
     )
@@ -68,11 +66,8 @@ def read_qwen2(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Qwen2",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=True,
         ),
         windows=windows,
@@ -86,11 +81,8 @@ def read_phi3(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Phi3",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             fused_qkv=True,
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
@@ -139,7 +131,7 @@ def read_mixtral(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Mixtral",
-        attention=GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, scaling=D**-0.5),
+        attention=gqa((H, G, D)),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
         feed_forward=MoE(
             num_experts=fields.size("num_local_experts"),

@@ -10,6 +10,7 @@ from planner.huggingface.blocks import (
     LLAMA_NAMES,
     activation,
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_count,
@@ -43,18 +44,9 @@ def _attention(
     clip_qkv: float | None = None,
 ) -> GQA:
     """Attention with one flag for the biases of all four projections."""
-    H, G, D = heads(fields)
     bias = fields.flag(bias_field)
-    return GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5 if scaling is None else scaling,
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm=qk_norm,
-        clip_qkv=clip_qkv,
-    )
+    made = gqa(heads(fields), qkv_bias=bias, o_bias=bias, qk_norm=qk_norm, clip_qkv=clip_qkv)
+    return made if scaling is None else replace(made, scaling=scaling)
 
 
 def read_olmo(fields: Fields) -> Model:

@@ -6,6 +6,7 @@ from planner.errors import ConfigError
 from planner.huggingface.blocks import (
     activation,
     gated,
+    gqa,
     gqa_decoder,
     heads,
     layer_count,
@@ -40,11 +41,8 @@ def _window_if_on(fields: Fields) -> int | None:
 def _qwen3_attention(fields: Fields) -> GQA:
     H, G, D = heads(fields)
     bias = fields.flag("attention_bias")
-    return GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    return gqa(
+        (H, G, D),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=QKNorm(norm=rmsnorm(fields), width="head"),
@@ -115,11 +113,8 @@ def read_qwen2_moe(fields: Fields) -> Model:
         window = fields.size("sliding_window")
         last = fields.size("max_window_layers", minimum=0)
         windows = [None if i % 2 or i >= last else window for i in range(layer_count(fields))]
-    attention = GQA(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        scaling=D**-0.5,
+    attention = gqa(
+        (H, G, D),
         qkv_bias=fields.flag("qkv_bias"),
     )
     shared = gated(fields, size_field="shared_expert_intermediate_size")
@@ -152,11 +147,8 @@ def read_gemma(fields: Fields) -> Model:
     return gqa_decoder(
         fields,
         stem="Gemma",
-        attention=GQA(
-            num_attention_heads=H,
-            num_key_value_heads=G,
-            head_dim=D,
-            scaling=D**-0.5,
+        attention=gqa(
+            (H, G, D),
             qkv_bias=bias,
             o_bias=bias,
         ),
