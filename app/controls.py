@@ -92,9 +92,11 @@ def in_words(model: planner.Model) -> str:
     """The size of a model in one line."""
     active = model.active_parameter_count
     routed = f" ({count(active)} active)" if active != model.parameter_count else ""
+    limit = model.max_position_embeddings
+    positions = "positions without end" if limit is None else f"{limit:,} positions"
     return (
         f"{count(model.parameter_count)} parameters{routed}, {len(model.layers)} layers, "
-        f"{model.max_position_embeddings:,} positions, {model.dtype}"
+        f"{positions}, {model.dtype}"
     )
 
 

@@ -17,7 +17,7 @@ def max_context_tokens(model: Model, work: Inference, deploy: Deployment) -> int
     The prompt grows, the output stays; it ends at the model's positions.
     """
     steps = work.output_tokens - 1
-    longest = model.max_position_embeddings - steps
+    longest = (model.max_position_embeddings or MAX_SIZE) - steps
 
     def fits(prompt_tokens: int) -> bool:
         return estimate(model, replace(work, prompt_tokens=prompt_tokens), deploy).fits

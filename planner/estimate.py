@@ -9,7 +9,7 @@ from dataclasses import replace
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import ELEMENT_BYTES, element_bytes
-from planner.errors import ConfigError, check_choice, check_size, shown
+from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
@@ -35,18 +35,33 @@ def kv_cache_bytes(
 
     Counts beyond the model's positions too. Raises ConfigError for sizes out of range, an unknown
     dtype or runtime, a kind of cache that the runtime lacks.
+
+    `encoder_tokens`: what a sequence-to-sequence model's cross-attention sees; None: as many as
+    `context_tokens`, or what the model fixes (whisper: 1 500). Encoders without a decoder: 0 bytes.
     """
     check_size("batch", batch)
     check_size("context_tokens", context_tokens, minimum=0)
     check_choice("dtype", dtype, ELEMENT_BYTES)
-    if encoder_tokens is not None:
-        raise ConfigError(
-            f"encoder_tokens={shown(encoder_tokens)} is not allowed: None for {model.model_type}"
-        )
     rows = runtime_named(runtime).cache_rows(
-        model, batch=batch, context_tokens=context_tokens, dtype=dtype, cache=cache
+        model,
+        batch=batch,
+        context_tokens=context_tokens,
+        dtype=dtype,
+        cache=cache,
+        encoder_tokens=_encoder_tokens(model, encoder_tokens, context_tokens),
     )
     return total_bytes(rows)
+
+
+def _encoder_tokens(model: Model, given: int | None, context_tokens: int) -> int:
+    """What cross-attention sees: as given, what the model fixes, else as many as the context."""
+    if given is None:
+        return model.encoder_tokens or context_tokens
+    if not any(layer.cross_attention for layer in model.layer_kinds()):
+        raise ConfigError(
+            f"encoder_tokens={shown(given)} is not allowed: None for {model.model_type}"
+        )
+    return check_size("encoder_tokens", given, maximum=model.encoder_tokens or MAX_SIZE)
 
 
 def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
@@ -76,6 +91,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         context_tokens=work.context_tokens,
         dtype=setting.kv_dtype,
         cache=cache,
+        encoder_tokens=_encoder_tokens(model, work.encoder_tokens, work.prompt_tokens),
     )
     phases = runtime.memory_phases(model, work, setting)
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))

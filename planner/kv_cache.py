@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
 from planner.dtypes import element_bytes
-from planner.layers import GQA, MLA, Layer
+from planner.layers import GQA, MLA
 from planner.ledger import Row
+from planner.mixers import Mixer
 from planner.model import Model
+from planner.tensors import State
 
 Kept = tuple[int, str, tuple[tuple[str, int], ...]]
 """Tokens that a layer keeps, the formula for them and its numbers."""
@@ -32,28 +35,73 @@ def attention_cache_elements(attention: GQA | MLA, *, tokens: int) -> int:
             assert_never(attention)
 
 
-def layer_rows(model: Model, *, batch: int, dtype: str, kept: Callable[[Layer], Kept]) -> list[Row]:
-    """A row for each kind of layer: batch · elements of the tokens that `kept` says · bytes."""
-    b = element_bytes(dtype)
-    # the plain caches of both torch runtimes keep the model's dtype
-    note = "elements only: a quantised cache, its scales apart" if b == 1 else ""
+def layer_rows(
+    model: Model,
+    *,
+    batch: int,
+    dtype: str,
+    kept: Callable[[GQA | MLA], Kept],
+    context_tokens: int,
+    encoder_tokens: int,
+    static: bool = False,
+) -> list[Row]:
+    """A row for each cached tensor of each kind of layer: count · batch · elements · bytes.
+
+    `kept` says how many tokens an attention layer keeps; cross-attention keeps `encoder_tokens`.
+    """
     rows = []
-    for layer, count in model.layer_kinds().items():
-        tokens, text, numbers = kept(layer)
-        each = batch * attention_cache_elements(layer.attention, tokens=tokens) * b
-        formula, values = _formula(layer.attention, text)
-        rows.append(
-            Row(
-                component="kv_cache",
-                item=layer_kind(layer),
-                count=count,
-                formula=formula,
-                values=(("B", batch), *values, *numbers, ("b", b)),
-                size_bytes=count * each,
-                note=note,
-            )
-        )
+    for layer, count in model.layer_kinds().items() if model.is_decoder else ():
+        for mixer in (layer.attention, layer.beside):
+            match mixer:
+                case GQA(shares_cache=True) | None:
+                    pass
+                case GQA() | MLA():
+                    row = _attention_row(mixer, kept(mixer), batch=batch, dtype=dtype)
+                    rows.append(_times(row, count))
+                case Mixer():
+                    for state in mixer.states(context_tokens, static=static):
+                        row = _state_row(mixer.kind, state, batch=batch, dtype=dtype)
+                        rows.append(_times(row, count))
+                case _:
+                    assert_never(mixer)
+        if layer.cross_attention is not None:
+            seen: Kept = (encoder_tokens, "S_enc", (("S_enc", encoder_tokens),))
+            row = _attention_row(layer.cross_attention, seen, batch=batch, dtype=dtype)
+            rows.append(_times(replace(row, item="cross-attention"), count))
     return rows
+
+
+def _times(row: Row, count: int) -> Row:
+    return replace(row, count=count, size_bytes=count * row.size_bytes)
+
+
+def _attention_row(attention: GQA | MLA, kept: Kept, *, batch: int, dtype: str) -> Row:
+    tokens, text, numbers = kept
+    b = element_bytes(dtype)
+    formula, values = _formula(attention, text)
+    return Row(
+        component="kv_cache",
+        item=mixer_kind(attention),
+        count=1,
+        formula=formula,
+        values=(("B", batch), *values, *numbers, ("b", b)),
+        size_bytes=batch * attention_cache_elements(attention, tokens=tokens) * b,
+        # the plain caches of both torch runtimes keep the model's dtype
+        note="elements only: a quantised cache, its scales apart" if b == 1 else "",
+    )
+
+
+def _state_row(kind: str, state: State, *, batch: int, dtype: str) -> Row:
+    b = element_bytes(state.dtype or dtype)
+    return Row(
+        component="kv_cache",
+        item=f"{kind}, {state.name}",
+        count=1,
+        formula=f"B · {state.formula} · b",
+        values=(("B", batch), *state.values, ("b", b)),
+        size_bytes=batch * state.elements * b,
+        note="" if state.dtype is None else f"kept in {state.dtype}",
+    )
 
 
 def _formula(attention: GQA | MLA, tokens: str) -> tuple[str, tuple[tuple[str, int], ...]]:
@@ -66,14 +114,16 @@ def _formula(attention: GQA | MLA, tokens: str) -> tuple[str, tuple[tuple[str, i
             assert_never(attention)
 
 
-def layer_kind(layer: Layer) -> str:
+def mixer_kind(mixer: GQA | MLA | Mixer) -> str:
     """What people call this kind of cache layer."""
-    match layer.attention:
+    match mixer:
         case GQA(sliding_window=None):
             return "full attention"
         case GQA(sliding_window=window):
             return f"sliding window {window}"
         case MLA():
             return "latent (MLA)"
+        case Mixer():
+            return mixer.kind
         case _:
-            assert_never(layer.attention)
+            assert_never(mixer)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from planner.errors import ConfigError, check_size
+from planner.mixers import Mixer
+from planner.tensors import Parameter
 
 Activation = Literal[
     "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2"
@@ -53,7 +55,9 @@ class GQA:
     (llama4). `clip_qkv` bounds q, k and v (dbrx). `interleaved_qkv`: the rows of the fused matrix
     go head by head, q, k and v of each (gpt_neox), not all of q first. `masked_window`: a window
     that is a mask alone, work and cache stay whole (gpt_neo). `cache_heads`: heads that
-    transformers caches where they are not the kv heads (falcon-40b: all of them).
+    transformers caches where they are not the kv heads (falcon-40b: all of them). `unbiased`: the
+    letters of projections without the bias that the others have (whisper's k). `shares_cache`: the
+    keys and values are those of an earlier layer, this one caches none (gemma3n).
     """
 
     num_attention_heads: int
@@ -73,6 +77,8 @@ class GQA:
     chunked: bool = False
     clip_qkv: float | None = None
     cache_heads: int | None = None
+    unbiased: str = ""
+    shares_cache: bool = False
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)
@@ -195,13 +201,22 @@ class Layer:
     with the residual ("post-sum": opt-350m), on both sides ("sandwich"); "parallel": attention and
     feed-forward read one norm's output side by side; "parallel-two": each a norm of its own.
     `residual_multiplier` scales what attention and feed-forward add (granite).
+
+    A block may lack attention or feed-forward (nemotron_h has one of them in each). `beside`: a
+    second mixer on the same input (falcon_h1). `cross_attention`: to an encoder's output, with a
+    norm of its own. `norms` names the norms where they are not those of the placement.
+    `extra_parameters` are those that no field describes, named relative to the block.
     """
 
-    attention: GQA | MLA
-    feed_forward: Dense | MoE
+    attention: GQA | MLA | Mixer | None
+    feed_forward: Dense | MoE | None
     norm: Norm
     placement: Placement = "pre"
     residual_multiplier: float | None = None
+    beside: GQA | Mixer | None = None
+    cross_attention: GQA | None = None
+    norms: tuple[str, ...] | None = None
+    extra_parameters: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,4 +246,17 @@ class ALiBi:
     """Linear biases on the scores (arXiv:2108.12409): no parameters, no table."""
 
 
-Positions = RoPE | LearnedPositions | ALiBi
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoPositions:
+    """None, or none that is kept: recurrent models, sinusoids made on the fly, patch positions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelativeBias:
+    """Learned biases on the scores by bucketed distance (T5, arXiv:1910.10683).
+
+    Their table is among the parameters of the block that holds it.
+    """
+
+
+Positions = RoPE | LearnedPositions | ALiBi | RelativeBias | NoPositions

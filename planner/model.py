@@ -6,20 +6,45 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner.dtypes import element_bytes
 from planner.errors import MAX_LAYERS, ConfigError, check_size
 from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions, RoPE
-from planner.parameters import Parameter, layer_parameters, norm_parameters
+from planner.parameters import layer_parameters, norm_parameters
+from planner.tensors import Group, Parameter, tensor
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tower:
+    """A part beside the main stack: vision, audio, a sequence-to-sequence model's encoder.
+
+    All its parameters count as `part`. `outer` are those outside its blocks, by their checkpoint
+    names; `parameter_names` translates the blocks' names, `layers.0.self_attn.q_proj.weight` say.
+    """
+
+    part: Literal["encoder", "vision", "audio", "projector"]
+    hidden_size: int = 0
+    layers: tuple[Layer, ...] = ()
+    outer: tuple[Parameter, ...] = ()
+    parameter_names: tuple[tuple[str, str], ...] = ()
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every trained tensor once, by its checkpoint name."""
+        for p in self.outer:
+            yield replace(p, group=self.part, layer=None)
+        for index, layer in enumerate(self.layers):
+            for p in layer_parameters(layer, self.hidden_size):
+                name = translate(f"layers.{index}.{p.name}", self.parameter_names)
+                yield replace(p, name=name, group=self.part, layer=index)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A decoder-only language model.
+    """A language model, or an encoder of text or images; the main stack and what stands beside it.
 
     `layers` lists every block; hybrids are blocks that differ. `parameter_names` translates module
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
@@ -28,6 +53,11 @@ class Model:
     `local_positions` are those of sliding layers where they differ (gemma-3). `mask_windows` are
     the masks that its class makes, where they are not those of its layers. `embedding_size`: width
     of embedding and head where it is not hidden_size; a linear leads in and another out (opt-350m).
+    `towers` stand beside the main stack: of a multimodal model, vision; of a sequence-to-sequence
+    model, whose `layers` are the decoder's, its encoder. `text_type`: the type of the text model
+    inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache.
+    `encoder_tokens`: the encoder's length where the model fixes it (whisper). A `vocab_size` of 0:
+    no token embedding (vision); `max_position_embeddings` None: positions without an end.
     `defaults` are the config fields that were absent and took their class's default; `config_json`
     is the config it was read from.
     """
@@ -36,7 +66,7 @@ class Model:
     model_type: str
     hidden_size: int
     vocab_size: int
-    max_position_embeddings: int
+    max_position_embeddings: int | None
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     positions: Positions
@@ -53,15 +83,23 @@ class Model:
     transposed_linears: bool = False
     mask_windows: tuple[int | None, ...] | None = None
     embedding_size: int | None = None
+    towers: tuple[Tower, ...] = ()
+    text_type: str = ""
+    is_decoder: bool = True
+    encoder_tokens: int | None = None
     defaults: tuple[str, ...] = ()
     quantization: str | None = None
     config_json: str = field(default="{}", repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
-            check_size(name, getattr(self, name))
+        check_size("hidden_size", self.hidden_size)
+        check_size("vocab_size", self.vocab_size, minimum=0)
+        if self.max_position_embeddings is not None:
+            check_size("max_position_embeddings", self.max_position_embeddings)
         check_size("num_hidden_layers", len(self.layers), maximum=MAX_LAYERS)
         element_bytes(self.dtype)
+        if not self.text_type:
+            object.__setattr__(self, "text_type", self.model_type)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -87,36 +125,40 @@ class Model:
         """Embeddings, last norm and head: what stands outside the blocks, tied weights once."""
         V, h = self.vocab_size, self.hidden_size
         width = self.embedding_size or h
-        yield Parameter(name="embed_tokens.weight", group="embedding", layer=None, shape=(V, width))
-        if isinstance(self.positions, LearnedPositions):
-            shape = (self.max_position_embeddings + self.positions.offset, h)
-            yield Parameter(
-                name="embed_positions.weight", group="embedding", layer=None, shape=shape
-            )
+        if V:
+            yield tensor("embed_tokens.weight", V, width, group="embedding")
+        if isinstance(self.positions, LearnedPositions) and self.max_position_embeddings:
+            rows = self.max_position_embeddings + self.positions.offset
+            yield tensor("embed_positions.weight", rows, h, group="embedding")
         if self.final_norm is not None:
             yield from norm_parameters(self.final_norm, "norm", h)
         if self.embedding_size is not None:
-            for name, group, shape in (
-                ("project_in", "embedding", (h, self.embedding_size)),
-                ("project_out", "head", (self.embedding_size, h)),
-            ):
-                yield Parameter(name=f"{name}.weight", group=group, layer=None, shape=shape)  # type: ignore[arg-type]
+            yield tensor("project_in.weight", h, width, group="embedding")
+            yield tensor("project_out.weight", width, h, group="head")
         if self.lm_head and not self.tie_word_embeddings:
-            yield Parameter(name="lm_head.weight", group="head", layer=None, shape=(V, width))
+            yield tensor("lm_head.weight", V, width, group="head")
         if self.lm_head and self.lm_head_bias:
-            yield Parameter(name="lm_head.bias", group="head", layer=None, shape=(V,))
+            yield tensor("lm_head.bias", V, group="head")
         yield from self.extra_parameters
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every trained tensor once, in the llama family's names and [out, in] shapes."""
+        """Every trained tensor once, in the llama family's names and [out, in] shapes.
+
+        Those of the towers come last, by their checkpoint names.
+        """
+        yield from self._own_parameters()
+        for tower in self.towers:
+            yield from tower.parameters()
+
+    def _own_parameters(self) -> Iterator[Parameter]:
         yield from self._outer_parameters()
         for index, layer in enumerate(self.layers):
             for p in layer_parameters(layer, self.hidden_size):
                 yield replace(p, name=f"layers.{index}.{p.name}", layer=index)
 
-    def parameter_groups(self) -> dict[str, tuple[int, int]]:
+    def parameter_groups(self) -> dict[Group, tuple[int, int]]:
         """(tensors, elements) of every group of parameters."""
-        groups: dict[str, tuple[int, int]] = {}
+        groups: dict[Group, tuple[int, int]] = {}
 
         def add(parameters: Iterable[Parameter], times: int) -> None:
             for p in parameters:
@@ -126,6 +168,8 @@ class Model:
         add(self._outer_parameters(), 1)
         for layer, count in self.layer_kinds().items():
             add(layer_parameters(layer, self.hidden_size), count)
+        for tower in self.towers:
+            add(tower.parameters(), 1)
         return groups
 
     @property
@@ -150,15 +194,15 @@ class Model:
 
     def checkpoint_parameters(self) -> Iterator[Parameter]:
         """Every trained tensor with the name and shape it has in this family's checkpoints."""
-        for p in self.parameters():
+        for p in self._own_parameters():
             swap = self.transposed_linears and len(p.shape) == 2 and p.layer is not None
             yield replace(p, name=self.checkpoint_name(p.name), shape=p.shape[:: -1 if swap else 1])
+        for tower in self.towers:
+            yield from tower.parameters()
 
     def checkpoint_name(self, name: str) -> str:
         """A parameter's name in this family's checkpoints, from its name in `parameters()`."""
-        for ours, theirs in self.parameter_names:
-            name = _replace_path(name, ours, theirs)
-        return name
+        return translate(name, self.parameter_names)
 
     def parameter_table(self) -> pd.DataFrame:
         """A row for each trained tensor: name, group, layer, shape, count."""
@@ -173,13 +217,16 @@ class Model:
 
     def check_positions(self, tokens: int) -> None:
         """ConfigError if a sequence of `tokens` tokens reaches beyond the model's positions."""
-        if tokens > self.max_position_embeddings:
+        limit = self.max_position_embeddings
+        if limit is not None and tokens > limit:
             raise ConfigError(
                 f"prompt_tokens + output_tokens - 1 = {tokens} reaches beyond "
-                f"max_position_embeddings={self.max_position_embeddings} of {self.name}"
+                f"max_position_embeddings={limit} of {self.name}"
             )
 
 
-def _replace_path(name: str, ours: str, theirs: str) -> str:
-    """Replace the dotted path `ours` in a dotted name, only at whole words."""
-    return f".{name}.".replace(f".{ours}.", f".{theirs}.").strip(".")
+def translate(name: str, names: Iterable[tuple[str, str]]) -> str:
+    """A dotted name with each dotted path of `names` replaced in turn, only at whole words."""
+    for ours, theirs in names:
+        name = f".{name}.".replace(f".{ours}.", f".{theirs}.").strip(".")
+    return name

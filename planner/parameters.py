@@ -8,30 +8,13 @@ family's names; `Model.parameter_names` translates for families that use other w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from math import prod
-from typing import Literal, assert_never
+from typing import assert_never
 
 from planner.layers import GQA, MLA, Dense, Layer, MoE, Norm, Placement, QKNorm
-
-Group = Literal["embedding", "attention", "feed_forward", "router", "experts", "norm", "head"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parameter:
-    """One trained tensor. `layer` is None outside the blocks."""
-
-    name: str
-    group: Group
-    layer: int | None
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """Elements of the tensor."""
-        return prod(self.shape)
-
+from planner.mixers import Mixer
+from planner.tensors import Parameter, linear, tensor
 
 NORMS: dict[Placement, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
@@ -55,29 +38,41 @@ def layer_parameters(layer: Layer, hidden_size: int) -> tuple[Parameter, ...]:
 
     A linear layer's weight has shape [out, in].
     """
+    h = hidden_size
+    norms = NORMS[layer.placement] if layer.norms is None else layer.norms
     return (
-        *_attention(layer.attention, hidden_size),
-        *_feed_forward(layer.feed_forward, hidden_size),
-        *(
-            p
-            for name in NORMS[layer.placement]
-            for p in norm_parameters(layer.norm, name, hidden_size)
-        ),
+        *_mixer(layer.attention, h),
+        *_mixer(layer.beside, h),
+        *_cross_attention(layer, h),
+        *_feed_forward(layer.feed_forward, h),
+        *(p for name in norms for p in norm_parameters(layer.norm, name, h)),
+        *layer.extra_parameters,
     )
 
 
 def norm_parameters(norm: Norm, name: str, width: int) -> Iterator[Parameter]:
     """The scale and the bias, as far as the norm has them."""
     if norm.weight:
-        yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(width,))
+        yield tensor(f"{name}.weight", width, group="norm")
     if norm.bias:
-        yield Parameter(name=f"{name}.bias", group="norm", layer=None, shape=(width,))
+        yield tensor(f"{name}.bias", width, group="norm")
 
 
-def _linear(name: str, group: Group, *, out: int, into: int, bias: bool) -> Iterator[Parameter]:
-    yield Parameter(name=f"{name}.weight", group=group, layer=None, shape=(out, into))
-    if bias:
-        yield Parameter(name=f"{name}.bias", group=group, layer=None, shape=(out,))
+def _mixer(mixer: GQA | MLA | Mixer | None, h: int) -> Iterator[Parameter]:
+    match mixer:
+        case GQA() | MLA():
+            yield from _attention(mixer, h)
+        case Mixer():
+            yield from mixer.parameters(h)
+
+
+def _cross_attention(layer: Layer, h: int) -> Iterator[Parameter]:
+    """The decoder's attention to the encoder: that of `self_attn` by another name, and its norm."""
+    if layer.cross_attention is None:
+        return
+    for p in _attention(layer.cross_attention, h):
+        yield replace(p, name=p.name.replace("self_attn", "cross_attn"))
+    yield from norm_parameters(layer.norm, "cross_attention_layernorm", h)
 
 
 def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
@@ -87,16 +82,16 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
             if attention.fused_qkv:
                 outs = {"qkv": (H + 2 * G) * D}
             for letter, out in outs.items():
-                name = f"self_attn.{letter}_proj"
-                yield from _linear(name, "attention", out=out, into=h, bias=bias)
-            yield from _linear(
+                name, biased = f"self_attn.{letter}_proj", bias and letter not in attention.unbiased
+                yield from linear(name, "attention", out=out, into=h, bias=biased)
+            yield from linear(
                 "self_attn.o_proj", "attention", out=h, into=H * D, bias=attention.o_bias
             )
             if attention.qk_norm is not None:
                 for letter, heads in (("q", H), ("k", G)):
                     yield from _qk_norm(attention.qk_norm, letter, heads, D)
             if attention.sinks:
-                yield Parameter(name="self_attn.sinks", group="attention", layer=None, shape=(H,))
+                yield tensor("self_attn.sinks", H)
         case MLA(num_attention_heads=H, q_lora_rank=d_q, kv_lora_rank=d_c, bias=bias):
             latent = Norm(kind="rmsnorm", eps=1e-6)
             D, D_rope, D_nope = (
@@ -105,20 +100,20 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
                 attention.qk_nope_head_dim,
             )
             if d_q is None:
-                yield from _linear("self_attn.q_proj", "attention", out=H * D, into=h, bias=False)
+                yield from linear("self_attn.q_proj", "attention", out=H * D, into=h, bias=False)
             else:
-                yield from _linear("self_attn.q_a_proj", "attention", out=d_q, into=h, bias=bias)
+                yield from linear("self_attn.q_a_proj", "attention", out=d_q, into=h, bias=bias)
                 yield from norm_parameters(latent, "self_attn.q_a_layernorm", d_q)
-                yield from _linear(
+                yield from linear(
                     "self_attn.q_b_proj", "attention", out=H * D, into=d_q, bias=False
                 )
-            yield from _linear(
+            yield from linear(
                 "self_attn.kv_a_proj_with_mqa", "attention", out=d_c + D_rope, into=h, bias=bias
             )
             yield from norm_parameters(latent, "self_attn.kv_a_layernorm", d_c)
             up = H * (D_nope + attention.v_head_dim)
-            yield from _linear("self_attn.kv_b_proj", "attention", out=up, into=d_c, bias=False)
-            yield from _linear(
+            yield from linear("self_attn.kv_b_proj", "attention", out=up, into=d_c, bias=False)
+            yield from linear(
                 "self_attn.o_proj", "attention", out=h, into=H * attention.v_head_dim, bias=bias
             )
         case _:
@@ -128,7 +123,7 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
 def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Parameter]:
     name = f"self_attn.{letter}_norm"
     if qk_norm.width == "per-head":
-        yield Parameter(name=f"{name}.weight", group="norm", layer=None, shape=(heads, D))
+        yield tensor(f"{name}.weight", heads, D, group="norm")
     elif qk_norm.width == "head-list":
         for i in range(heads):
             yield from norm_parameters(qk_norm.norm, f"{name}.norms.{i}", D)
@@ -137,26 +132,23 @@ def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Param
         yield from norm_parameters(qk_norm.norm, name, width)
 
 
-def _feed_forward(feed_forward: Dense | MoE, h: int) -> Iterator[Parameter]:
+def _feed_forward(feed_forward: Dense | MoE | None, h: int) -> Iterator[Parameter]:
     match feed_forward:
         case Dense():
             yield from _dense(feed_forward, "mlp", h)
         case MoE(num_experts=E, moe_intermediate_size=i):
-            yield from _linear("mlp.gate", "router", out=E, into=h, bias=feed_forward.bias)
+            yield from linear("mlp.gate", "router", out=E, into=h, bias=feed_forward.bias)
             if feed_forward.correction_bias:
-                yield Parameter(
-                    name="mlp.gate.e_score_correction_bias",
-                    group="router",
-                    layer=None,
-                    shape=(1, E),
-                )
+                yield tensor("mlp.gate.e_score_correction_bias", 1, E, group="router")
             for part, size in _expert_shapes(feed_forward, E, i, h).items():
                 name = f"mlp.experts.{part}"
-                yield Parameter(name=name, group="experts", layer=None, shape=size)
+                yield tensor(name, *size, group="experts")
             if feed_forward.shared is not None:
                 yield from _dense(feed_forward.shared, "mlp.shared_experts", h)
             if feed_forward.shared_gate:
-                yield from _linear("mlp.shared_expert_gate", "router", out=1, into=h, bias=False)
+                yield from linear("mlp.shared_expert_gate", "router", out=1, into=h, bias=False)
+        case None:
+            return
         case _:
             assert_never(feed_forward)
 
@@ -179,5 +171,5 @@ def _dense(dense: Dense, prefix: str, h: int) -> Iterator[Parameter]:
     else:
         ups = {"gate_proj": i, "up_proj": i} if dense.gated else {"up_proj": i}
     for name, out in ups.items():
-        yield from _linear(f"{prefix}.{name}", "feed_forward", out=out, into=h, bias=bias)
-    yield from _linear(f"{prefix}.down_proj", "feed_forward", out=h, into=i, bias=bias)
+        yield from linear(f"{prefix}.{name}", "feed_forward", out=out, into=h, bias=bias)
+    yield from linear(f"{prefix}.down_proj", "feed_forward", out=h, into=i, bias=bias)

@@ -36,6 +36,7 @@ class Inference:
     """One prefill that yields the first output token, then output_tokens − 1 decode steps.
 
     `logits`: "all", a plain forward over the prompt; "last", what `generate` does.
+    `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
     """
 
     batch: int
@@ -49,9 +50,7 @@ class Inference:
             check_size(field, getattr(self, field))
         check_choice("logits", self.logits, ("all", "last"))
         if self.encoder_tokens is not None:
-            raise ConfigError(
-                f"encoder_tokens={self.encoder_tokens!r} is not allowed: None (decoder-only models)"
-            )
+            check_size("encoder_tokens", self.encoder_tokens)
 
     @property
     def context_tokens(self) -> int:

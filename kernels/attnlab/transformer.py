@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         with self.device:
             self.embed_tokens = Embedding(V, h, dtype=dtype)
             if isinstance(model.positions, LearnedPositions):
-                self.embed_positions = Embedding(model.max_position_embeddings, h, dtype=dtype)
+                self.embed_positions = Embedding(model.max_position_embeddings or 0, h, dtype=dtype)
             else:
                 self.rotary = RotaryTables(model.positions, self.device)
             self.layers = nn.ModuleList(

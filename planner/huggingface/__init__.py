@@ -10,15 +10,24 @@ from planner.errors import ConfigError, shown
 from planner.huggingface import (
     alibi_like,
     deepseek,
+    encoder_decoders,
+    encoders,
+    gemma_later,
     gpt2,
     gpt_learned,
     gpt_like,
     later_decoders,
     later_mixtures,
+    linear_attention,
     llama4_dbrx,
     llama_like,
+    mamba_like,
+    multimodal,
     norms_and_mixtures,
     qwen_gemma,
+    recurrent_hybrids,
+    sparse_latent,
+    vision,
 )
 from planner.huggingface.fields import Fields
 from planner.model import Model
@@ -26,15 +35,24 @@ from planner.model import Model
 READERS: dict[str, Callable[[Fields], Model]] = {
     **alibi_like.READERS,
     **deepseek.READERS,
+    **encoder_decoders.READERS,
+    **encoders.READERS,
+    **gemma_later.READERS,
     **gpt2.READERS,
     **gpt_learned.READERS,
     **gpt_like.READERS,
     **later_decoders.READERS,
     **later_mixtures.READERS,
+    **linear_attention.READERS,
     **llama4_dbrx.READERS,
     **llama_like.READERS,
+    **mamba_like.READERS,
+    **multimodal.READERS,
     **norms_and_mixtures.READERS,
     **qwen_gemma.READERS,
+    **recurrent_hybrids.READERS,
+    **sparse_latent.READERS,
+    **vision.READERS,
 }
 """The reader of every model_type that has one."""
 

@@ -14,7 +14,7 @@ from planner.huggingface.fields import Fields, check_positive
 from planner.huggingface.gpt_like import head_width
 from planner.layers import GQA, ALiBi, Dense, Placement
 from planner.model import Model
-from planner.parameters import Parameter
+from planner.tensors import Parameter
 
 FALCON_NAMES = (
     ("embed_tokens", "transformer.word_embeddings"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, ALiBi, Dense, Layer, LearnedPositions, RoPE
+from planner.layers import GQA, MLA, ALiBi, Dense, Layer, LearnedPositions, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -16,6 +16,7 @@ from planner.runtimes.base import (
     check_cache_kind,
     choose_attention,
     static_capacity,
+    unplanned_part,
 )
 from planner.workload import CacheSpec, Inference
 
@@ -50,17 +51,32 @@ class Attnlab:
         return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
-        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+        self,
+        model: Model,
+        *,
+        batch: int,
+        context_tokens: int,
+        dtype: str,
+        cache: CacheSpec | None,
+        encoder_tokens: int,
     ) -> list[Row]:
         """One tensor a layer, full length for sliding layers too: their window is a mask."""
         self.attention(model, None)
         check_cache_kind(self.name, cache, ("static",))
         C = static_capacity(cache, context_tokens)
 
-        def kept(layer: Layer) -> Kept:
+        def kept(attention: GQA | MLA) -> Kept:
             return C, "C", (("C", C),)
 
-        return layer_rows(model, batch=batch, dtype=dtype, kept=kept)
+        return layer_rows(
+            model,
+            batch=batch,
+            dtype=dtype,
+            kept=kept,
+            context_tokens=C,
+            encoder_tokens=encoder_tokens,
+            static=True,
+        )
 
     def peak_note(self, model: Model) -> str:
         """Nothing: the program is exact for all that attnlab runs."""
@@ -119,6 +135,9 @@ class Attnlab:
 
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
+    unplanned = unplanned_part(model)
+    if unplanned is not None:
+        return [unplanned]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     positions = model.positions
     wanted = {
@@ -131,6 +150,7 @@ def missing_parts(model: Model) -> list[str]:
         "a model without a last norm": model.final_norm is None,
         "a scale on the logits": model.logit_scale is not None,
         "the bias of the head": model.lm_head_bias,
+        "parts beside the decoder": bool(model.towers),
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from planner.errors import ConfigError, shown
+from planner.layers import GQA, ALiBi, LearnedPositions, RoPE
 from planner.ledger import Row
+from planner.mixers import Mixer
 from planner.model import Model
 from planner.program import Dims, Program
 from planner.workload import CacheSpec, Inference
@@ -66,9 +68,19 @@ class Runtime(Protocol):
         """The backend: `name` if this model can run it, else ConfigError; None: the default."""
 
     def cache_rows(
-        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+        self,
+        model: Model,
+        *,
+        batch: int,
+        context_tokens: int,
+        dtype: str,
+        cache: CacheSpec | None,
+        encoder_tokens: int,
     ) -> list[Row]:
-        """The cache after `context_tokens` tokens of each of `batch` sequences."""
+        """The cache after `context_tokens` tokens of each of `batch` sequences.
+
+        `encoder_tokens`: what cross-attention sees, where a model has it.
+        """
 
     def peak_note(self, model: Model) -> str:
         """What has to be said of this model's activation peak; empty where it is exact."""
@@ -89,6 +101,36 @@ class Runtime(Protocol):
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One step of the steady state."""
+
+
+def unplanned_part(model: Model) -> str | None:
+    """What no runtime has a program for yet, in a word; None where every block is planned."""
+    if not model.is_decoder:
+        return "bidirectional encoders"
+    for layer in model.layer_kinds():
+        if isinstance(layer.attention, Mixer):
+            return f"{layer.attention.kind} layers"
+        if layer.attention is None or layer.feed_forward is None or layer.norms is not None:
+            return "blocks without attention or feed-forward"
+        if layer.cross_attention is not None:
+            return "cross-attention"
+        if layer.beside is not None or layer.extra_parameters:
+            return "blocks with parts of their own"
+        if isinstance(layer.attention, GQA) and layer.attention.shares_cache:
+            return "caches shared between layers"
+    if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
+        return type(model.positions).__name__
+    return None
+
+
+def check_planned(runtime: str, model: Model) -> None:
+    """ConfigError for a model whose passes are not written as programs yet."""
+    part = unplanned_part(model)
+    if part is not None:
+        raise ConfigError(
+            f"runtime={runtime} does not plan {part} of model_type={model.model_type} yet: "
+            "parameters and kv_cache_bytes are known, activations and times are not"
+        )
 
 
 def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...]) -> str:

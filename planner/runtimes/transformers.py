@@ -11,7 +11,7 @@ from dataclasses import replace
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, Layer, MoE, RoPE
+from planner.layers import GQA, MLA, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -20,6 +20,7 @@ from planner.runtimes.base import (
     Pool,
     Setting,
     check_cache_kind,
+    check_planned,
     choose_attention,
     static_capacity,
 )
@@ -76,10 +77,11 @@ class Transformers:
         A window that a class does not know, in a llama's config say, is refused: the cache is
         clipped by it while no mask is made, and eager attention fails there.
         """
-        for layer in () if model.model_type in WINDOWED else model.layer_kinds():
+        check_planned(self.name, model)
+        for layer in () if model.text_type in WINDOWED else model.layer_kinds():
             if isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None:
                 raise ConfigError(
-                    f"sliding_window={layer.attention.sliding_window} of a {model.model_type} does "
+                    f"sliding_window={layer.attention.sliding_window} of a {model.text_type} does "
                     "not run in transformers: it clips the cache and masks nothing"
                 )
         capped = any(
@@ -87,13 +89,20 @@ class Transformers:
             for x in model.layer_kinds()
         )
         # Gemma2PreTrainedModel and GptOssPreTrainedModel do not support sdpa, soft cap or not
-        eager_only = capped or model.model_type in EAGER_ONLY
+        eager_only = capped or model.text_type in EAGER_ONLY
         allowed = ("eager",) if eager_only else ("sdpa", "eager")
         reason = "its class has no sdpa" if eager_only else ""
         return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
-        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+        self,
+        model: Model,
+        *,
+        batch: int,
+        context_tokens: int,
+        dtype: str,
+        cache: CacheSpec | None,
+        encoder_tokens: int,
     ) -> list[Row]:
         """numel · itemsize of the cache's tensors after a prefill of `context_tokens`."""
         kind = check_cache_kind(self.name, cache, ("dynamic", "static"))
@@ -101,19 +110,27 @@ class Transformers:
         if kind == "static":
             S = static_capacity(cache, context_tokens)
 
-        def kept(layer: Layer) -> Kept:
-            window = layer.attention.sliding_window if isinstance(layer.attention, GQA) else None
+        def kept(attention: GQA | MLA) -> Kept:
+            window = attention.sliding_window if isinstance(attention, GQA) else None
             if kind == "static" and window is not None:
                 return min(S, window), "min(S, W)", (("S", S), ("W", window))
             if window is not None and window > 1:
                 return min(S, window - 1), "min(S, W − 1)", (("S", S), ("W", window))
             return S, "S", (("S", S),)
 
-        return layer_rows(_as_cached(model), batch=batch, dtype=dtype, kept=kept)
+        return layer_rows(
+            _as_cached(model),
+            batch=batch,
+            dtype=dtype,
+            kept=kept,
+            context_tokens=S,
+            encoder_tokens=encoder_tokens,
+            static=kind == "static",
+        )
 
     def peak_note(self, model: Model) -> str:
         """Types beyond EXACT_PEAKS run a program of their parts that was not compared yet."""
-        if model.model_type in EXACT_PEAKS:
+        if model.text_type in EXACT_PEAKS:
             return ""
         return f"approximate: the program of {model.model_type} was not compared with its class"
 
@@ -124,8 +141,8 @@ class Transformers:
         """
         b = element_bytes(dtype)
         rows = []
-        L, S = len(model.layers), model.max_position_embeddings
-        if model.model_type == "gptj":  # a sine and cosine table in every layer
+        L, S = len(model.layers), model.max_position_embeddings or 0
+        if model.text_type == "gptj":  # a sine and cosine table in every layer
             assert isinstance(model.positions, RoPE)
             D = model.positions.rotary_dim
             values = (("S", S), ("d_rot", D))
@@ -136,17 +153,17 @@ class Transformers:
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
             size = tables * 2 * D
             rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
-        if model.embedding_scale is not None and model.model_type.startswith("gemma"):
+        if model.embedding_scale is not None and model.text_type.startswith("gemma"):
             rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():
             match layer.feed_forward:
                 case MoE(router="sigmoid-groups", num_experts=E):
                     values = (("E", E), ("b", b))
                     rows.append(_buffer("router bias", count, "E · b", values, count * E * b))
-        masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.model_type, 0)
+        masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.text_type, 0)
         if masks:
             rows.append(_buffer("causal mask", masks, "S · S", (("S", S),), masks * S * S))
-        if model.model_type in FLOAT32_ROUTERS and b < 4:
+        if model.text_type in FLOAT32_ROUTERS and b < 4:
             routed = sum(p.count for p in model.parameters() if p.group == "router")
             values = (("parameters", routed), ("b", b))
             more = routed * (4 - b)

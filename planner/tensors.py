@@ -1,0 +1,71 @@
+"""The tensors that blocks are made of: trained parameters, and what a cache keeps for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Group = Literal[
+    "embedding",
+    "attention",
+    "feed_forward",
+    "router",
+    "experts",
+    "norm",
+    "head",
+    "encoder",
+    "vision",
+    "audio",
+    "projector",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One trained tensor. `layer` is None outside the blocks."""
+
+    name: str
+    group: Group
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """One tensor that a cache keeps in a layer for each sequence.
+
+    `dtype=None`: the cache's own; recurrent states are mostly "fp32" whatever the model's dtype.
+    `formula` and `values` say where `elements` comes from.
+    """
+
+    name: str
+    elements: int
+    formula: str
+    values: tuple[tuple[str, int], ...]
+    dtype: str | None = None
+
+
+def tensor(name: str, *shape: int, group: Group = "attention") -> Parameter:
+    """A parameter of a block, named relative to it."""
+    return Parameter(name=name, group=group, layer=None, shape=shape)
+
+
+def linear(name: str, group: Group, *, out: int, into: int, bias: bool) -> Iterator[Parameter]:
+    """A linear layer: weight [out, in], and its bias."""
+    yield tensor(f"{name}.weight", out, into, group=group)
+    if bias:
+        yield tensor(f"{name}.bias", out, group=group)
+
+
+def conv1d(name: str, *, channels: int, width: int, bias: bool) -> Iterator[Parameter]:
+    """A depthwise causal convolution: weight [channels, 1, width], and its bias."""
+    yield tensor(f"{name}.weight", channels, 1, width)
+    if bias:
+        yield tensor(f"{name}.bias", channels)

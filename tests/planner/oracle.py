@@ -1,0 +1,96 @@
+"""The oracle: classes of transformers on the meta device, their parameters and real caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, StaticCache
+
+import planner
+
+transformers.logging.set_verbosity_error()
+FAMILIES = (
+    ("AutoModelForCausalLM", ("causal",)),
+    ("AutoModelForImageTextToText", ("image_text",)),
+    ("AutoModelForSeq2SeqLM", ("seq2seq",)),
+    ("AutoModelForSpeechSeq2Seq", ("speech",)),
+    ("AutoModel", ("model",)),
+)
+
+
+def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "meta") -> Any:
+    """The class of `architectures[0]`, else of the auto class, in bf16, eval mode.
+
+    `auto`: causal | image_text | seq2seq | speech | model.
+    """
+    given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
+    described = AutoConfig.for_model(**given)
+    hub: Any = transformers
+    with torch.device(device):
+        if config.get("architectures"):
+            made = getattr(hub, config["architectures"][0])._from_config(
+                described, dtype=torch.bfloat16
+            )
+        else:
+            name = next(name for name, words in FAMILIES if auto in words)
+            made = getattr(hub, name).from_config(described, dtype=torch.bfloat16)
+    return made.eval()
+
+
+def live_shapes(live: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every trained tensor, tied ones once."""
+    return {name: tuple(p.shape) for name, p in live.named_parameters()}
+
+
+def our_shapes(model: planner.Model) -> dict[str, tuple[int, ...]]:
+    """The same from the planner, by checkpoint names."""
+    return {p.name: p.shape for p in model.checkpoint_parameters()}
+
+
+def assert_same_parameters(model: planner.Model, live: Any) -> None:
+    """Names, shapes and count; says what differs, not two whole dictionaries."""
+    ours, theirs = our_shapes(model), live_shapes(live)
+    missing = {n: s for n, s in theirs.items() if ours.get(n) != s}
+    invented = {n: s for n, s in ours.items() if theirs.get(n) != s}
+    assert (missing, invented) == ({}, {})
+    assert model.parameter_count == sum(p.numel() for p in live.parameters())
+
+
+def live_prefill(live: Any, batch: int, tokens: int, *, static: bool = False, **inputs: Any) -> Any:
+    """The cache after a real forward of `tokens` tokens, routed experts left out.
+
+    `static`: a StaticCache of exactly so many tokens. `inputs` replace or join `input_ids`.
+    """
+    device = next(live.parameters()).device
+    for module in live.modules():  # data-dependent routing has no meta kernels, nor any cache
+        if type(module).__name__.endswith("Experts"):
+            module.forward = lambda hidden, *_: hidden
+    inputs.setdefault("input_ids", torch.zeros(batch, tokens, dtype=torch.long, device=device))
+    if static:
+        inputs["past_key_values"] = StaticCache(config=live.config, max_cache_len=tokens)
+    with torch.no_grad():
+        return live(use_cache=True, **inputs).past_key_values
+
+
+def live_cache_bytes(cache: Any) -> int:
+    """numel · itemsize of every tensor that a cache holds per sequence, each once."""
+    tensors = {id(t): t for layer in _layers(cache) for t in _tensors(vars(layer))}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _layers(cache: Any) -> Iterator[Any]:
+    for part in ("self_attention_cache", "cross_attention_cache"):
+        if hasattr(cache, part):
+            yield from _layers(getattr(cache, part))
+    yield from getattr(cache, "layers", ())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
