@@ -20,11 +20,14 @@ from planner.estimate import estimate
 from planner.format import gib, percent, seconds
 from planner.loading import load_config, load_model
 from planner.report import write_csv
+from planner.result import Estimate
 from planner.workload import Deployment, Inference
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+
+    from profiles.traced_estimate import TracedEstimate  # noqa: TID251
 
 # typer carries its own copy of click since 0.26 and used the installed one before
 _WRONG_USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -50,6 +53,9 @@ KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; el
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Traced = Annotated[
+    bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
+]
 CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table.")]
 
 
@@ -65,6 +71,7 @@ def estimate_command(
     kv_dtype: KvDtype = None,
     attention: Attention = None,
     logits: Logits = "all",
+    traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:
@@ -73,7 +80,15 @@ def estimate_command(
     deploy = Deployment(
         gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype, attention=attention
     )
-    result = estimate(load_model(model), work, deploy)
+    result: Estimate | TracedEstimate
+    if traced:
+        from profiles.trace import trace  # noqa: TID251
+        from profiles.traced_estimate import traced_estimate  # noqa: TID251
+
+        name, config = load_config(model)
+        result = traced_estimate(trace(config, name=name), work, deploy)
+    else:
+        result = estimate(load_model(model), work, deploy)
     if csv is not None:
         result.to_csv(csv)
     _print(result.to_dict() if as_json else result.explain())
@@ -122,9 +137,7 @@ def fit_command(
 @app.command("params")
 def params_command(
     model: ModelName,
-    traced: Annotated[
-        bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
-    ] = False,
+    traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Component = Literal["weights", "kv_cache", "activations", "overhead"]
 
@@ -37,3 +40,17 @@ class Row:
 def total_bytes(rows: Sequence[Row], component: Component | None = None) -> int:
     """Sum of all rows, or of one component's."""
     return sum(r.size_bytes for r in rows if component in (None, r.component))
+
+
+def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """component, item, count, formula, substituted, bytes, note of every row."""
+    import pandas as pd
+
+    columns = ["component", "item", "count", "formula", "substituted", "bytes", "note"]
+    return pd.DataFrame(
+        [
+            [r.component, r.item, r.count, r.formula, r.substituted, r.size_bytes, r.note]
+            for r in rows
+        ],
+        columns=columns,
+    )

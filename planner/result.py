@@ -10,7 +10,7 @@ from planner.activations import Peak
 from planner.catalog.gpus import Gpu
 from planner.format import gib, seconds
 from planner.latency import Latency, latency
-from planner.ledger import Row
+from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.report import write_csv
 from planner.runtimes import runtime_named
@@ -111,16 +111,7 @@ class Estimate:
 
     def table(self) -> pd.DataFrame:
         """The ledger: component, item, count, formula, substituted, bytes, note; parts sum up."""
-        import pandas as pd
-
-        columns = ["component", "item", "count", "formula", "substituted", "bytes", "note"]
-        return pd.DataFrame(
-            [
-                [r.component, r.item, r.count, r.formula, r.substituted, r.size_bytes, r.note]
-                for r in self.rows
-            ],
-            columns=columns,
-        )
+        return ledger_table(self.rows)
 
     @property
     def verdict(self) -> str:
