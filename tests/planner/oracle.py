@@ -59,10 +59,13 @@ def assert_same_parameters(model: planner.Model, live: Any) -> None:
     assert model.parameter_count == sum(p.numel() for p in live.parameters())
 
 
-def live_prefill(live: Any, batch: int, tokens: int, *, static: bool = False, **inputs: Any) -> Any:
+def live_prefill(
+    live: Any, batch: int, tokens: int, *, static: bool | int = False, **inputs: Any
+) -> Any:
     """The cache after a real forward of `tokens` tokens, routed experts left out.
 
-    `static`: a StaticCache of exactly so many tokens. `inputs` replace or join `input_ids`.
+    `static`: in a StaticCache of so many tokens (True: of `tokens`). `inputs` replace or join
+    `input_ids`.
     """
     device = next(live.parameters()).device
     for module in live.modules():  # data-dependent routing has no meta kernels, nor any cache
@@ -70,7 +73,8 @@ def live_prefill(live: Any, batch: int, tokens: int, *, static: bool = False, **
             module.forward = lambda hidden, *_: hidden
     inputs.setdefault("input_ids", torch.zeros(batch, tokens, dtype=torch.long, device=device))
     if static:
-        inputs["past_key_values"] = StaticCache(config=live.config, max_cache_len=tokens)
+        capacity = tokens if static is True else static
+        inputs["past_key_values"] = StaticCache(config=live.config, max_cache_len=capacity)
     with torch.no_grad():
         return live(use_cache=True, **inputs).past_key_values
 

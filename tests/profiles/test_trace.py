@@ -119,11 +119,12 @@ def test_what_cannot_be_traced_is_one_line(config, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_forward_that_needs_values_says_so():
-    tiny = {"model_type": "cpmant", "num_hidden_layers": 1, "hidden_size": 8, "dim_ff": 8}
-    traced = trace({**tiny, "num_attention_heads": 2, "dim_head": 4, "vocab_size": 40})
-    with pytest.raises(ConfigError, match="a forward of cpmant"):
-        traced.kv_cache_bytes(batch=1, context_tokens=4)
+def test_a_class_that_fails_on_plain_tokens_says_so_in_one_line():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "dim_ff": 8, "vocab_size": 40}
+    traced = trace({"model_type": "cpmant", **sizes, "num_attention_heads": 2, "dim_head": 4})
+    with pytest.raises(ConfigError, match="a forward of cpmant") as caught:
+        traced.peak_bytes(batch=1, prompt_tokens=4, output_tokens=3)
+    assert "\n" not in str(caught.value)
 
 
 WORK = Inference(batch=2, prompt_tokens=40, output_tokens=4)
