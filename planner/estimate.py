@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
@@ -14,6 +15,7 @@ from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
 from planner.program import formula, symbols
+from planner.quantization.base import STORED_BYTES
 from planner.result import Estimate, Memory
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
@@ -129,11 +131,6 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
 
 
 def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
-    if model.quantization is not None:
-        raise ConfigError(
-            f"quantization_config.quant_method={model.quantization!r} is not planned yet: without "
-            "quantization_config the weights are planned in dtype"
-        )
     dtype = deploy.dtype or model.dtype
     batched, sequences = batch_defaults(gpu)
     return Setting(
@@ -172,9 +169,13 @@ def _block_tokens(deploy: Deployment) -> int:
 
 def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
+    rows = _plain_rows(model, dtype) if model.quantization is None else _stored_rows(model, dtype)
+    return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
+
+
+def _plain_rows(model: Model, dtype: str) -> list[Row]:
     b = element_bytes(dtype)
-    sizes = model.parameter_groups()
-    rows = [
+    return [
         Row(
             component="weights",
             item=f"{group.replace('_', ' ')}, {tensors} tensor{'s' * (tensors > 1)}",
@@ -183,9 +184,32 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
             values=(("parameters", elements), ("b", b)),
             size_bytes=elements * b,
         )
-        for group, (tensors, elements) in sizes.items()
+        for group, (tensors, elements) in model.parameter_groups().items()
     ]
-    return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
+
+
+@lru_cache(maxsize=128)
+def _stored_rows(model: Model, dtype: str) -> tuple[Row, ...]:
+    """Quantised weights: a row for each group, role and dtype of what is stored."""
+    assert model.quantization is not None
+    sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for p, stored in model.stored_tensors(dtype):
+        key = (p.group, stored.role, stored.dtype)
+        tensors, size = sizes.get(key, (0, 0))
+        sizes[key] = (tensors + stored.copies, size + stored.size_bytes)
+    return tuple(
+        Row(
+            component="weights",
+            item=f"{group.replace('_', ' ')}, {role}s in {stored}, "
+            f"{tensors} tensor{'s' * (tensors > 1)}",
+            count=1,
+            formula="elements · b",
+            values=(("elements", size // STORED_BYTES[stored]), ("b", STORED_BYTES[stored])),
+            size_bytes=size,
+            note=f"quantised: {model.quantization.method}",
+        )
+        for (group, role, stored), (tensors, size) in sizes.items()
+    )
 
 
 def _activation_rows(

@@ -151,7 +151,8 @@ class MoE:
     one; "transposed" [E, in, out] (gpt-oss, llama4); "flat" three of [E · i, h] (dbrx).
     `correction_bias`: what is added to the scores for the choice alone, [1, E], is a parameter and
     not a buffer (ernie4_5_moe). `swiglu_limit` clamps gate and up, `swiglu_alpha` is the sigmoid's
-    slope (gpt-oss).
+    slope (gpt-oss). `linear_router`: the router is an nn.Linear, which quantisers replace, and not
+    a class of its own.
     Router "softmax" (mixtral): top-k of the softmax, renormalised if `norm_topk_prob`; "sigmoid"
     (llama4): sigmoids of the top-k scale the experts' inputs; "sparsemixer" (phimoe,
     arXiv:2409.12136): two experts, one after the other. Router "sigmoid-groups"
@@ -169,6 +170,7 @@ class MoE:
     bias: bool = False
     layout: Literal["grouped", "transposed", "flat"] = "grouped"
     correction_bias: bool = False
+    linear_router: bool = False
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
     n_group: int = 1

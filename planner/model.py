@@ -12,7 +12,9 @@ from planner.dtypes import element_bytes
 from planner.errors import MAX_LAYERS, ConfigError, check_size
 from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions, RoPE
 from planner.parameters import layer_parameters, norm_parameters
-from planner.tensors import Group, Parameter, tensor
+from planner.quantization import Quantization, Stored
+from planner.quantization.base import plain
+from planner.tensors import Group, Parameter, linear, tensor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +90,7 @@ class Model:
     is_decoder: bool = True
     encoder_tokens: int | None = None
     defaults: tuple[str, ...] = ()
-    quantization: str | None = None
+    quantization: Quantization | None = None
     config_json: str = field(default="{}", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,12 +135,12 @@ class Model:
         if self.final_norm is not None:
             yield from norm_parameters(self.final_norm, "norm", h)
         if self.embedding_size is not None:
-            yield tensor("project_in.weight", h, width, group="embedding")
-            yield tensor("project_out.weight", width, h, group="head")
-        if self.lm_head and not self.tie_word_embeddings:
-            yield tensor("lm_head.weight", V, width, group="head")
-        if self.lm_head and self.lm_head_bias:
-            yield tensor("lm_head.bias", V, group="head")
+            yield from linear("project_in", "embedding", out=h, into=width, bias=False)
+            yield from linear("project_out", "head", out=width, into=h, bias=False)
+        if self.lm_head:
+            for p in linear("lm_head", "head", out=V, into=width, bias=self.lm_head_bias):
+                if not (self.tie_word_embeddings and p.linear):
+                    yield p
         yield from self.extra_parameters
 
     def parameters(self) -> Iterator[Parameter]:
@@ -199,6 +201,29 @@ class Model:
             yield replace(p, name=self.checkpoint_name(p.name), shape=p.shape[:: -1 if swap else 1])
         for tower in self.towers:
             yield from tower.parameters()
+
+    def stored_tensors(self, dtype: str | None = None) -> Iterator[tuple[Parameter, Stored]]:
+        """Every tensor of the weights as it lies in memory, beside the parameter it stands for.
+
+        Quantised as `quantization` says, everything else in `dtype` (None: the model's).
+        """
+        kept = dtype or self.dtype
+        for p in self.checkpoint_parameters():
+            if self.quantization is None:
+                yield p, plain(p, kept)
+            else:
+                yield from ((p, stored) for stored in self.quantization.stored(p, kept))
+
+    def weight_table(self, dtype: str | None = None) -> pd.DataFrame:
+        """A row for each stored tensor: name, role, dtype, shape, copies, bytes, parameter."""
+        import pandas as pd
+
+        rows = [
+            [s.name, s.role, s.dtype, s.shape, s.copies, s.size_bytes, p.name]
+            for p, s in self.stored_tensors(dtype)
+        ]
+        columns = ["name", "role", "dtype", "shape", "copies", "bytes", "parameter"]
+        return pd.DataFrame(rows, columns=columns)
 
     def checkpoint_name(self, name: str) -> str:
         """A parameter's name in this family's checkpoints, from its name in `parameters()`."""

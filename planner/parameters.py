@@ -137,7 +137,7 @@ def _feed_forward(feed_forward: Dense | MoE | None, h: int) -> Iterator[Paramete
         case Dense():
             yield from _dense(feed_forward, "mlp", h)
         case MoE(num_experts=E, moe_intermediate_size=i):
-            yield from linear("mlp.gate", "router", out=E, into=h, bias=feed_forward.bias)
+            yield from _router(feed_forward, h)
             if feed_forward.correction_bias:
                 yield tensor("mlp.gate.e_score_correction_bias", 1, E, group="router")
             for part, size in _expert_shapes(feed_forward, E, i, h).items():
@@ -151,6 +151,12 @@ def _feed_forward(feed_forward: Dense | MoE | None, h: int) -> Iterator[Paramete
             return
         case _:
             assert_never(feed_forward)
+
+
+def _router(moe: MoE, h: int) -> Iterator[Parameter]:
+    """A matrix of its own class in most families of transformers 5, no nn.Linear."""
+    for p in linear("mlp.gate", "router", out=moe.num_experts, into=h, bias=moe.bias):
+        yield p if moe.linear_router else replace(p, linear=False)
 
 
 def _expert_shapes(moe: MoE, E: int, i: int, h: int) -> dict[str, tuple[int, ...]]:

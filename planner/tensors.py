@@ -24,12 +24,16 @@ Group = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """One trained tensor. `layer` is None outside the blocks."""
+    """One trained tensor. `layer` is None outside the blocks.
+
+    `linear`: the [out, in] weight of a linear layer (nn.Linear), which quantisers replace.
+    """
 
     name: str
     group: Group
     layer: int | None
     shape: tuple[int, ...]
+    linear: bool = False
 
     @property
     def count(self) -> int:
@@ -59,7 +63,7 @@ def tensor(name: str, *shape: int, group: Group = "attention") -> Parameter:
 
 def linear(name: str, group: Group, *, out: int, into: int, bias: bool) -> Iterator[Parameter]:
     """A linear layer: weight [out, in], and its bias."""
-    yield tensor(f"{name}.weight", out, into, group=group)
+    yield Parameter(name=f"{name}.weight", group=group, layer=None, shape=(out, into), linear=True)
     if bias:
         yield tensor(f"{name}.bias", out, group=group)
 

@@ -23,6 +23,7 @@ from planner.layers import (
     RoPE,
 )
 from planner.model import Model
+from planner.quantization import read_quantization
 
 SCALED_ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 LLAMA_NAMES = (
@@ -250,7 +251,7 @@ def causal_lm(
         dtype=from_torch_name(dtype, field="dtype"),
         lm_head=lm_head,
         parameter_names=names if lm_head else _without_base(names),
-        quantization=_quantization(fields.config.get("quantization_config")),
+        quantization=read_quantization(fields.config.get("quantization_config")),
         defaults=(*fields.defaults, *extra_defaults),
         config_json=_as_json(fields.config),
         **extra,
@@ -271,14 +272,3 @@ def _as_json(config: Mapping[str, Any]) -> str:
         return json.dumps(dict(config), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config is not plain JSON: {error}") from None
-
-
-def _quantization(config: Any) -> str | None:
-    if config is None:
-        return None
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if not isinstance(method, str):
-        raise ConfigError(
-            f"quantization_config={shown(config)} is not allowed: an object with quant_method"
-        )
-    return method

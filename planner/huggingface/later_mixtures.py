@@ -141,6 +141,7 @@ def read_phimoe(fields: Fields) -> Model:
         feed_forward=MoE(
             num_experts=fields.size("num_local_experts"),
             num_experts_per_tok=2,
+            linear_router=True,
             moe_intermediate_size=fields.size("intermediate_size"),
             activation=activation(fields),
             router="sparsemixer",
@@ -199,6 +200,7 @@ def read_hunyuan_v1_moe(fields: Fields) -> Model:
         moe = MoE(
             num_experts=fields.size("num_experts"),
             num_experts_per_tok=k,
+            linear_router=True,
             moe_intermediate_size=dense.intermediate_size,
             activation=dense.activation,
             router="softmax",

@@ -63,6 +63,7 @@ def read_llama4_text(fields: Fields) -> Model:
     width = fields.size("intermediate_size")
     moe = MoE(
         num_experts=fields.size("num_local_experts"),
+        linear_router=True,
         num_experts_per_tok=fields.size("num_experts_per_tok"),
         moe_intermediate_size=width,
         activation=act,
@@ -153,6 +154,7 @@ def read_dbrx(fields: Fields) -> Model:
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
         feed_forward=MoE(
+            linear_router=True,
             num_experts=check_size("ffn_config.moe_num_experts", ffn.get("moe_num_experts", 4)),
             num_experts_per_tok=check_size("ffn_config.moe_top_k", ffn.get("moe_top_k", 1)),
             moe_intermediate_size=check_size(

@@ -1,0 +1,10 @@
+"""AWQ (arXiv:2306.00978) as AutoAWQ stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from planner.quantization.base import Quantization
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {}
