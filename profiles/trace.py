@@ -92,6 +92,7 @@ class TracedModel:
         module = _built(self.config_json, dtype or self.dtype, True)
         takes = inspect.signature(module.forward).parameters
         last = {"logits_to_keep": 1} if logits == "last" and "logits_to_keep" in takes else {}
+        cache_argument = "cache_params" if "cache_params" in takes else "past_key_values"
         passes = [(prompt_tokens, 0)]
         if output_tokens > 1:
             passes += [(prompt_tokens, 1), (prompt_tokens + output_tokens - 2, 1)]
@@ -103,7 +104,7 @@ class TracedModel:
                 for _ in range(steps if _cache(made) is not None else 0):
                     cache, made = _cache(made), None
                     meter.reset_peak()
-                    made = _forward(module, {**token, "past_key_values": cache})
+                    made = _forward(module, {**token, cache_argument: cache})
                 peak = max(peak, meter.peak_bytes)
                 del made
         return peak
@@ -278,7 +279,7 @@ def _fake_inputs(module: Any, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def _cache(made: Any) -> Any:
-    return getattr(made, "past_key_values", None)
+    return getattr(made, "past_key_values", None) or getattr(made, "cache_params", None)
 
 
 def _layers(cache: Any) -> list[Any]:

@@ -221,9 +221,16 @@ def causal_lm(
     base_class: str,
     head_class: str,
     max_position_embeddings: int | None = None,
+    unbounded: bool = False,
     **extra: Any,
 ) -> Model:
-    """The Model around the blocks. The head is `architectures[0]`; absent: the causal LM."""
+    """The Model around the blocks. The head is `architectures[0]`; absent: the causal LM.
+
+    `unbounded`: its positions have no end, and no field names one.
+    """
+    limit = None if unbounded else max_position_embeddings
+    if limit is None and not unbounded:
+        limit = fields.size("max_position_embeddings")
     architectures = fields.config.get("architectures") or [head_class]
     head = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if head not in (head_class, base_class):
@@ -243,7 +250,7 @@ def causal_lm(
         model_type=fields.model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
-        max_position_embeddings=max_position_embeddings or fields.size("max_position_embeddings"),
+        max_position_embeddings=limit,
         layers=layers,
         final_norm=final_norm,
         positions=positions,
@@ -260,7 +267,7 @@ def causal_lm(
 
 def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     """Names of the bare model: those of the causal LM less the name of the base module."""
-    bases = ("model.", "transformer.", "gpt_neox.")
+    bases = ("model.", "transformer.", "gpt_neox.", "backbone.")
     return tuple(
         (ours, theirs.partition(".")[2] if theirs.startswith(bases) else theirs)
         for ours, theirs in names

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, StaticCache
+from transformers.pytorch_utils import Conv1D
 
 import planner
 
@@ -74,9 +76,13 @@ def live_prefill(
     inputs.setdefault("input_ids", torch.zeros(batch, tokens, dtype=torch.long, device=device))
     if static:
         capacity = tokens if static is True else static
-        inputs["past_key_values"] = StaticCache(config=live.config, max_cache_len=capacity)
+        name = "past_key_values"
+        if name not in inspect.signature(live.forward).parameters:
+            name = "cache_params"
+        inputs[name] = StaticCache(config=live.config, max_cache_len=capacity)
     with torch.no_grad():
-        return live(use_cache=True, **inputs).past_key_values
+        made = live(use_cache=True, **inputs)
+    return getattr(made, "past_key_values", None) or made.cache_params  # mamba's name for it
 
 
 def live_cache_bytes(cache: Any) -> int:
@@ -98,3 +104,45 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
+
+
+def linear_weights(live: Any) -> set[str]:
+    """Names of the weights that quantisers replace."""
+    trained = dict(live.named_parameters())
+    return {
+        f"{module}.weight"
+        for module, made in live.named_modules()
+        if isinstance(made, torch.nn.Linear | Conv1D) and f"{module}.weight" in trained
+    }
+
+
+def live_active_count(live: Any) -> int:
+    """All parameters, those of routed experts (tensors [E, …]) × top-k / E."""
+    text = live.config.get_text_config()
+    top_k = getattr(text, "num_experts_per_tok", None) or 1
+    return sum(
+        p.numel() * top_k // p.shape[0] if ".experts." in name else p.numel()
+        for name, p in live.named_parameters()
+    )
+
+
+def assert_exact(
+    config: dict[str, Any],
+    *,
+    auto: str = "causal",
+    device: str = "meta",
+    tokens: tuple[int, ...] = (2, 5, 12),
+    static: bool = True,
+) -> None:
+    """Parameters, active ones, linear layers, dynamic and static cache of a config."""
+    model, live = planner.read_config(config), live_model(config, auto=auto, device=device)
+    assert_same_parameters(model, live)
+    assert model.active_parameter_count == live_active_count(live)
+    assert {p.name for p in model.checkpoint_parameters() if p.linear} == linear_weights(live)
+    for count in tokens:
+        got = planner.kv_cache_bytes(model, batch=2, context_tokens=count, dtype="bf16")
+        assert got == live_cache_bytes(live_prefill(live, 2, count)), count
+    if static:
+        spec = planner.CacheSpec(kind="static", capacity_tokens=max(tokens))
+        got = planner.kv_cache_bytes(model, batch=2, context_tokens=2, cache=spec)
+        assert got == live_cache_bytes(live_prefill(live, 2, 2, static=max(tokens)))
