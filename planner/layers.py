@@ -57,7 +57,8 @@ class GQA:
     that is a mask alone, work and cache stay whole (gpt_neo). `cache_heads`: heads that
     transformers caches where they are not the kv heads (falcon-40b: all of them). `unbiased`: the
     letters of projections without the bias that the others have (whisper's k). `shares_cache`: the
-    keys and values are those of an earlier layer, this one caches none (gemma3n).
+    keys and values are those of an earlier layer, this one caches none (gemma3n). `output_gate`:
+    q_proj makes a gate on the heads' outputs beside the queries (qwen3_next).
     """
 
     num_attention_heads: int
@@ -79,6 +80,7 @@ class GQA:
     cache_heads: int | None = None
     unbiased: str = ""
     shares_cache: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)
@@ -152,7 +154,8 @@ class MoE:
     `correction_bias`: what is added to the scores for the choice alone, [1, E], is a parameter and
     not a buffer (ernie4_5_moe). `swiglu_limit` clamps gate and up, `swiglu_alpha` is the sigmoid's
     slope (gpt-oss). `linear_router`: the router is an nn.Linear, which quantisers replace, and not
-    a class of its own.
+    a class of its own. `gated=False`: experts are down(act(up(x))); `latent_size`: they work on a
+    projection of so many dimensions (nemotron_h).
     Router "softmax" (mixtral): top-k of the softmax, renormalised if `norm_topk_prob`; "sigmoid"
     (llama4): sigmoids of the top-k scale the experts' inputs; "sparsemixer" (phimoe,
     arXiv:2409.12136): two experts, one after the other. Router "sigmoid-groups"
@@ -171,6 +174,9 @@ class MoE:
     layout: Literal["grouped", "transposed", "flat"] = "grouped"
     correction_bias: bool = False
     linear_router: bool = False
+    gated: bool = True
+    latent_size: int | None = None
+    latent_bias: bool = False
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
     n_group: int = 1

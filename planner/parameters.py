@@ -78,7 +78,7 @@ def _cross_attention(layer: Layer, h: int) -> Iterator[Parameter]:
 def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
     match attention:
         case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, qkv_bias=bias):
-            outs = {"q": H * D, "k": G * D, "v": G * D}
+            outs = {"q": H * D * (1 + attention.output_gate), "k": G * D, "v": G * D}
             if attention.fused_qkv:
                 outs = {"qkv": (H + 2 * G) * D}
             for letter, out in outs.items():
@@ -140,7 +140,17 @@ def _feed_forward(feed_forward: Dense | MoE | None, h: int) -> Iterator[Paramete
             yield from _router(feed_forward, h)
             if feed_forward.correction_bias:
                 yield tensor("mlp.gate.e_score_correction_bias", 1, E, group="router")
-            for part, size in _expert_shapes(feed_forward, E, i, h).items():
+            latent = feed_forward.latent_size
+            if latent is not None:
+                for name, out, into in (("fc1", latent, h), ("fc2", h, latent)):
+                    yield from linear(
+                        f"mlp.{name}_latent_proj",
+                        "feed_forward",
+                        out=out,
+                        into=into,
+                        bias=feed_forward.latent_bias,
+                    )
+            for part, size in _expert_shapes(feed_forward, E, i, latent or h).items():
                 name = f"mlp.experts.{part}"
                 yield tensor(name, *size, group="experts")
             if feed_forward.shared is not None:
@@ -163,7 +173,8 @@ def _expert_shapes(moe: MoE, E: int, i: int, h: int) -> dict[str, tuple[int, ...
     if moe.layout == "flat":
         return {part: (E * i, h) for part in ("gate_proj", "up_proj", "down_proj")}
     shapes: dict[str, tuple[int, ...]] = {}
-    for part, out, into in (("gate_up_proj", 2 * i, h), ("down_proj", h, i)):
+    up = ("gate_up_proj", 2 * i, h) if moe.gated else ("up_proj", i, h)
+    for part, out, into in (up, ("down_proj", h, i)):
         shapes[part] = (E, into, out) if moe.layout == "transposed" else (E, out, into)
         if moe.bias:
             shapes[f"{part}_bias"] = (E, out)

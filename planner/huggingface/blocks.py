@@ -222,11 +222,13 @@ def causal_lm(
     head_class: str,
     max_position_embeddings: int | None = None,
     unbounded: bool = False,
+    tied: bool | None = None,
     **extra: Any,
 ) -> Model:
     """The Model around the blocks. The head is `architectures[0]`; absent: the causal LM.
 
-    `unbounded`: its positions have no end, and no field names one.
+    `unbounded`: its positions have no end, and no field names one. `tied`: whether the head is the
+    embedding, where `tie_word_embeddings` alone does not say.
     """
     limit = None if unbounded else max_position_embeddings
     if limit is None and not unbounded:
@@ -254,7 +256,7 @@ def causal_lm(
         layers=layers,
         final_norm=final_norm,
         positions=positions,
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings") if tied is None else tied,
         dtype=from_torch_name(dtype, field="dtype"),
         lm_head=lm_head,
         parameter_names=names if lm_head else _without_base(names),

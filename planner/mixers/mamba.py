@@ -74,6 +74,7 @@ class Mamba2(Mixer):
     """Mamba-2 (arXiv:2405.21060): heads with a state of head_dim · state_size each.
 
     `out_bias` is out_proj's, `use_bias` in_proj's. `norm`: a gated RMSNorm before out_proj.
+    `path`: its module in the block (zamba2 wraps it).
     """
 
     num_heads: int
@@ -85,6 +86,7 @@ class Mamba2(Mixer):
     use_bias: bool
     out_bias: bool
     norm: bool = True
+    path: str = "mamba"
 
     def __post_init__(self) -> None:
         for field in ("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel"):
@@ -109,15 +111,18 @@ class Mamba2(Mixer):
         """in_proj makes the gate, x, B, C and a time step for each head."""
         i, H, h = self.intermediate_size, self.num_heads, hidden_size
         for name in ("dt_bias", "A_log", "D"):
-            yield tensor(f"mamba.{name}", H)
+            yield tensor(f"{self.path}.{name}", H)
         yield from conv1d(
-            "mamba.conv1d", channels=self.conv_dim, width=self.conv_kernel, bias=self.use_conv_bias
+            f"{self.path}.conv1d",
+            channels=self.conv_dim,
+            width=self.conv_kernel,
+            bias=self.use_conv_bias,
         )
         out = i + self.conv_dim + H
-        yield from linear("mamba.in_proj", "attention", out=out, into=h, bias=self.use_bias)
+        yield from linear(f"{self.path}.in_proj", "attention", out=out, into=h, bias=self.use_bias)
         if self.norm:
-            yield tensor("mamba.gated_norm.weight", i, group="norm")
-        yield from linear("mamba.out_proj", "attention", out=h, into=i, bias=self.out_bias)
+            yield tensor(f"{self.path}.gated_norm.weight", i, group="norm")
+        yield from linear(f"{self.path}.out_proj", "attention", out=h, into=i, bias=self.out_bias)
 
     def states(self, tokens: int, *, static: bool = False) -> tuple[State, ...]:
         """Convolution and recurrent state; neither grows with the context."""

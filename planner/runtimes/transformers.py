@@ -60,7 +60,19 @@ WINDOWED = frozenset(
 FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
 """Model types whose routers stay float32 whatever the dtype (`_keep_in_fp32_modules`)."""
 
-EAGER_ONLY = frozenset(("bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"))
+EAGER_ONLY = frozenset(
+    (
+        "bloom",
+        "falcon_mamba",
+        "gemma2",
+        "gpt_neo",
+        "gpt_oss",
+        "gptj",
+        "mamba",
+        "mamba2",
+        "mpt",
+    )
+)
 """Model types whose classes do not support sdpa (`_supports_sdpa`)."""
 
 

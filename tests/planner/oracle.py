@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, StaticCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import planner
@@ -82,12 +82,26 @@ def live_prefill(
         inputs[name] = StaticCache(config=live.config, max_cache_len=capacity)
     with torch.no_grad():
         made = live(use_cache=True, **inputs)
-    return getattr(made, "past_key_values", None) or made.cache_params  # mamba's name for it
+        for name in ("past_key_values", "cache_params"):  # the latter is mamba's name for it
+            if getattr(made, name, None) is not None:
+                return getattr(made, name)
+        # recurrent_gemma returns none: it fills the one it is given, and keeps states in its modules
+        inputs.setdefault("past_key_values", DynamicCache(config=live.config))
+        live(use_cache=True, **inputs)
+    cache = inputs["past_key_values"]
+    cache.kept_in_modules = [
+        value
+        for module in live.modules()
+        for name, value in vars(module).items()
+        if name in ("conv1d_state", "recurrent_states")
+    ]
+    return cache
 
 
 def live_cache_bytes(cache: Any) -> int:
     """numel · itemsize of every tensor that a cache holds per sequence, each once."""
-    tensors = {id(t): t for layer in _layers(cache) for t in _tensors(vars(layer))}
+    places = [*(vars(layer) for layer in _layers(cache)), vars(cache)]
+    tensors = {id(t): t for place in places for t in _tensors(place)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
