@@ -225,6 +225,7 @@ def read_kimi_linear(fields: Fields) -> Model:
         names=(*NAMES[:-1],),
         base_class="KimiLinearModel",
         head_class="KimiLinearForCausalLM",
+        tied=False,  # its class ties nothing, whatever the config says
     )
 
 

@@ -40,6 +40,7 @@ WINDOWED = frozenset(
         "gemma2",
         "gemma3_text",
         "gpt_oss",
+        "lfm3",
         "llama4_text",
         "ministral",
         "mistral",
