@@ -124,10 +124,10 @@ class Fields:
     def _spellings(self, name: str) -> tuple[str, ...]:
         if name in self._spelled:
             return self._spelled[name]
+        # an alias is set after the field itself, so it wins where both are there
         aliases: dict[str, str] = self._class["aliases"]
-        others = [theirs for ours, theirs in aliases.items() if ours == name]
-        others += [ours for ours, theirs in aliases.items() if theirs == name]
-        return (name, *others)
+        field = aliases.get(name, name)
+        return (*(ours for ours, theirs in aliases.items() if theirs == field), field)
 
 
 def check_positive(field: str, value: Any) -> float:

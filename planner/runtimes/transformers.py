@@ -42,6 +42,7 @@ WINDOWED = frozenset(
         "gpt_oss",
         "lfm3",
         "llama4_text",
+        "minimax",
         "ministral",
         "mistral",
         "mixtral",
@@ -52,6 +53,7 @@ WINDOWED = frozenset(
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "recurrent_gemma",
         "smollm3",
         "starcoder2",
     )
@@ -72,6 +74,7 @@ EAGER_ONLY = frozenset(
         "mamba",
         "mamba2",
         "mpt",
+        "rwkv",
     )
 )
 """Model types whose classes do not support sdpa (`_supports_sdpa`)."""
