@@ -20,7 +20,8 @@ from planner.layers import MLA, Dense, Layer, MoE, RoPE
 from planner.model import Model
 
 
-def _latent_attention(fields: Fields, positions: RoPE) -> MLA:
+def latent_attention(fields: Fields, positions: RoPE) -> MLA:
+    """MLA, its scores scaled by the width of a query and YaRN's factor."""
     D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
     return MLA(
         num_attention_heads=fields.size("num_attention_heads"),
@@ -65,7 +66,7 @@ def read_deepseek_v2(fields: Fields) -> Model:
     if G not in (None, H):
         raise ConfigError(f"num_key_value_heads={G} is not allowed: num_attention_heads={H}")
     positions = rope(fields, head_dim=fields.size("qk_rope_head_dim"), interleaved=True)
-    attention = _latent_attention(fields, positions)
+    attention = latent_attention(fields, positions)
     act, width = activation(fields), fields.size("moe_intermediate_size")
     bias = fields.flag("mlp_bias")
     method = fields.choice("topk_method", ("greedy", "group_limited_greedy"))
@@ -108,7 +109,7 @@ def read_deepseek_v3(fields: Fields) -> Model:
     """
     positions = rope(fields, head_dim=fields.size("qk_rope_head_dim"), rope_types=SCALED_ROPE)
     attention = replace(
-        _latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
+        latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
     )
     dense, moe = gated(fields), sigmoid_group_mixture(fields)
     norm = rmsnorm(fields)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from planner.errors import ConfigError, shown
-from planner.layers import GQA, ALiBi, LearnedPositions, RoPE
+from planner.layers import GQA, MLA, ALiBi, LearnedPositions, RoPE
 from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.model import Model
@@ -118,6 +118,8 @@ def unplanned_part(model: Model) -> str | None:
             return "blocks with parts of their own"
         if isinstance(layer.attention, GQA) and layer.attention.shares_cache:
             return "caches shared between layers"
+        if isinstance(layer.attention, MLA) and layer.attention.indexer is not None:
+            return "sparse attention to the picks of an indexer"
     if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
         return type(model.positions).__name__
     return None

@@ -42,6 +42,7 @@ WINDOWED = frozenset(
         "gpt_oss",
         "llama4_text",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "olmo3",
