@@ -96,10 +96,33 @@ class GQA:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Indexer:
+    """What picks the `index_topk` tokens that a query attends to (DeepSeek-V3.2, arXiv:2512.02556).
+
+    It caches one key of `index_head_dim` for each token.
+    """
+
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    def __post_init__(self) -> None:
+        for field in ("index_n_heads", "index_head_dim", "index_topk"):
+            check_size(field, getattr(self, field))
+
+    @property
+    def cached_width(self) -> int:
+        """Elements cached for each token."""
+        return self.index_head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one shared latent per token.
 
     `q_lora_rank=None` projects the query directly. `bias` is on the down-projections and on o_proj.
+    `indexer`: attention to the tokens that it picks; a layer without one among layers that have it
+    attends to what the last one picked.
     """
 
     num_attention_heads: int
@@ -111,6 +134,7 @@ class MLA:
     scaling: float
     bias: bool = False
     rope_interleave: bool = True
+    indexer: Indexer | None = None
 
     def __post_init__(self) -> None:
         for field in (

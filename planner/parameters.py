@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import assert_never
 
-from planner.layers import GQA, MLA, Dense, Layer, MoE, Norm, Placement, QKNorm
+from planner.layers import GQA, MLA, Dense, Indexer, Layer, MoE, Norm, Placement, QKNorm
 from planner.mixers import Mixer
 from planner.tensors import Parameter, linear, tensor
 
@@ -116,8 +116,23 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
             yield from linear(
                 "self_attn.o_proj", "attention", out=h, into=H * attention.v_head_dim, bias=bias
             )
+            if attention.indexer is not None:
+                yield from _indexer(attention.indexer, h, queries_from=d_q or h)
         case _:
             assert_never(attention)
+
+
+def _indexer(indexer: Indexer, h: int, *, queries_from: int) -> Iterator[Parameter]:
+    """Queries from the query's latent, one key for all heads, a weight for each head."""
+    H, D = indexer.index_n_heads, indexer.index_head_dim
+    for name, out, into in (
+        ("wq_b", H * D, queries_from),
+        ("wk", D, h),
+        ("weights_proj", H, h),
+    ):
+        yield from linear(f"self_attn.indexer.{name}", "attention", out=out, into=into, bias=False)
+    norm = Norm(kind="layernorm", eps=1e-6, bias=True)
+    yield from norm_parameters(norm, "self_attn.indexer.k_norm", D)
 
 
 def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Parameter]:

@@ -44,6 +44,7 @@ WINDOWED = frozenset(
         "llama4_text",
         "minimax",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "olmo3",
