@@ -118,6 +118,8 @@ def unplanned_part(model: Model) -> str | None:
             return "blocks with parts of their own"
         if isinstance(layer.attention, GQA) and layer.attention.shares_cache:
             return "caches shared between layers"
+        if isinstance(layer.attention, GQA) and layer.attention.v_norm:
+            return "normalised values"
     if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
         return type(model.positions).__name__
     return None

@@ -119,7 +119,8 @@ def linear_weights(live: Any) -> set[str]:
 def live_active_count(live: Any) -> int:
     """All parameters, those of routed experts (tensors [E, …]) × top-k / E."""
     text = live.config.get_text_config()
-    top_k = getattr(text, "num_experts_per_tok", None) or 1
+    names = ("num_experts_per_tok", "top_k_experts")  # the latter is gemma4's
+    top_k = next((k for name in names if (k := getattr(text, name, None))), 1)
     return sum(
         p.numel() * top_k // p.shape[0] if ".experts." in name else p.numel()
         for name, p in live.named_parameters()
