@@ -57,8 +57,10 @@ class GQA:
     that is a mask alone, work and cache stay whole (gpt_neo). `cache_heads`: heads that
     transformers caches where they are not the kv heads (falcon-40b: all of them). `unbiased`: the
     letters of projections without the bias that the others have (whisper's k). `shares_cache`: the
-    keys and values are those of an earlier layer, this one caches none (gemma3n). `output_gate`:
-    q_proj makes a gate on the heads' outputs beside the queries (qwen3_next).
+    keys and values are those of an earlier layer, this one projects and caches none (gemma3n).
+    `attention_k_eq_v`: the values are the projected keys, there is no v_proj (gemma4). `v_norm`: a
+    norm without scale on the values. `output_gate`: q_proj makes a gate on the heads' outputs
+    beside the queries (qwen3_next).
     """
 
     num_attention_heads: int
@@ -81,6 +83,8 @@ class GQA:
     unbiased: str = ""
     shares_cache: bool = False
     output_gate: bool = False
+    attention_k_eq_v: bool = False
+    v_norm: bool = False
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)

@@ -78,7 +78,12 @@ def _cross_attention(layer: Layer, h: int) -> Iterator[Parameter]:
 def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
     match attention:
         case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, qkv_bias=bias):
-            outs = {"q": H * D * (1 + attention.output_gate), "k": G * D, "v": G * D}
+            heads = {"q": H * (1 + attention.output_gate), "k": G, "v": G}
+            if attention.attention_k_eq_v:
+                del heads["v"]
+            if attention.shares_cache:
+                heads = {"q": heads["q"]}
+            outs = {letter: count * D for letter, count in heads.items()}
             if attention.fused_qkv:
                 outs = {"qkv": (H + 2 * G) * D}
             for letter, out in outs.items():
@@ -88,8 +93,9 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
                 "self_attn.o_proj", "attention", out=h, into=H * D, bias=attention.o_bias
             )
             if attention.qk_norm is not None:
-                for letter, heads in (("q", H), ("k", G)):
-                    yield from _qk_norm(attention.qk_norm, letter, heads, D)
+                for letter in "qk":
+                    if letter in heads:
+                        yield from _qk_norm(attention.qk_norm, letter, heads[letter], D)
             if attention.sinks:
                 yield tensor("self_attn.sinks", H)
         case MLA(num_attention_heads=H, q_lora_rank=d_q, kv_lora_rank=d_c, bias=bias):

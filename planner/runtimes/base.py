@@ -124,6 +124,8 @@ def unplanned_part(model: Model) -> str | None:
             return "experts without a gate"
         if isinstance(layer.attention, MLA) and layer.attention.indexer is not None:
             return "sparse attention to the picks of an indexer"
+        if isinstance(layer.attention, GQA) and layer.attention.v_norm:
+            return "normalised values"
     if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
         return type(model.positions).__name__
     return None

@@ -136,7 +136,8 @@ def linear_weights(live: Any) -> set[str]:
 def live_active_count(live: Any) -> int:
     """All parameters, those of routed experts × top-k / E (their tensors are [E, …])."""
     text = live.config.get_text_config()
-    top_k, flat = getattr(text, "num_experts_per_tok", None) or 1, None
+    names = ("num_experts_per_tok", "top_k_experts")  # the latter is gemma4's
+    top_k, flat = next((k for name in names if (k := getattr(text, name, None))), 1), None
     if text.model_type == "dbrx":  # [E · i, h]
         top_k, flat = text.ffn_config.moe_top_k, text.ffn_config.moe_num_experts
     return sum(
