@@ -9,6 +9,7 @@ from typing import Any
 from planner.errors import ConfigError, shown
 from planner.huggingface import (
     alibi_like,
+    contrastive,
     conv_hybrids,
     deepseek,
     encoder_decoders,
@@ -39,6 +40,7 @@ from planner.model import Model
 READERS: dict[str, Callable[[Fields], Model]] = {
     **alibi_like.READERS,
     **conv_hybrids.READERS,
+    **contrastive.READERS,
     **deepseek.READERS,
     **encoder_decoders.READERS,
     **encoders.READERS,

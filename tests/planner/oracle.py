@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "m
     `auto`: causal | image_text | seq2seq | speech | model.
     """
     given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
-    described = AutoConfig.for_model(**given)
+    described = AutoConfig.for_model(**deepcopy(given))  # some classes write into their parts
     hub: Any = transformers
     with torch.device(device):
         if config.get("architectures"):
