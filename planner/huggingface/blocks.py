@@ -262,7 +262,7 @@ def causal_lm(
         parameter_names=names if lm_head else _without_base(names),
         quantization=read_quantization(fields.config.get("quantization_config")),
         defaults=(*fields.defaults, *extra_defaults),
-        config_json=_as_json(fields.config),
+        config_json=as_json(fields.config),
         **extra,
     )
 
@@ -276,7 +276,8 @@ def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], 
     )
 
 
-def _as_json(config: Mapping[str, Any]) -> str:
+def as_json(config: Mapping[str, Any]) -> str:
+    """The config as it is kept in a Model; ConfigError where it is not plain JSON."""
     try:
         return json.dumps(dict(config), sort_keys=True)
     except (TypeError, ValueError) as error:
