@@ -12,6 +12,7 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import planner
+from planner.huggingface.fields import SAME_AS
 
 transformers.logging.set_verbosity_error()
 FAMILIES = (
@@ -29,6 +30,7 @@ def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "m
     `auto`: causal | image_text | seq2seq | speech | model.
     """
     given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
+    given["model_type"] = SAME_AS.get(given["model_type"], given["model_type"])
     described = AutoConfig.for_model(**given)
     hub: Any = transformers
     with torch.device(device):
@@ -85,7 +87,7 @@ def live_prefill(
         for name in ("past_key_values", "cache_params"):  # the latter is mamba's name for it
             if getattr(made, name, None) is not None:
                 return getattr(made, name)
-        # recurrent_gemma returns none: it fills the one it is given, and keeps states in its modules
+        # recurrent_gemma returns none: it fills the one given, and keeps states in its modules
         inputs.setdefault("past_key_values", DynamicCache(config=live.config))
         live(use_cache=True, **inputs)
     cache = inputs["past_key_values"]
