@@ -286,7 +286,8 @@ def rebased(names: tuple[tuple[str, str], ...], base: str = "") -> tuple[tuple[s
     )
 
 
-def _as_json(config: Mapping[str, Any]) -> str:
+def as_json(config: Mapping[str, Any]) -> str:
+    """The config as it is kept in a Model; ConfigError where it is not plain JSON."""
     try:
         return json.dumps(dict(config), sort_keys=True)
     except (TypeError, ValueError) as error:

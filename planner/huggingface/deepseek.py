@@ -35,11 +35,17 @@ def latent_attention(fields: Fields, positions: RoPE | None) -> MLA:
     )
 
 
-def sigmoid_group_mixture(fields: Fields) -> MoE:
-    """DeepSeek-V3's mixture, which glm4_moe shares: sigmoid scores, groups, a shared expert."""
+def sigmoid_group_mixture(fields: Fields, *, experts: str = "n_routed_experts") -> MoE:
+    """DeepSeek-V3's mixture, which others share: sigmoid scores, groups, a shared expert.
+
+    Field `experts` counts the routed ones. A group is judged by its two best.
+    """
+    E, groups = fields.size(experts), fields.size("n_group")
+    if groups == E:
+        raise ConfigError(f"{experts}={E} is not allowed: two or more in each of n_group={groups}")
     act, width = activation(fields), fields.size("moe_intermediate_size")
     return MoE(
-        num_experts=fields.size("n_routed_experts"),
+        num_experts=E,
         num_experts_per_tok=fields.size("num_experts_per_tok"),
         moe_intermediate_size=width,
         activation=act,
@@ -47,7 +53,7 @@ def sigmoid_group_mixture(fields: Fields) -> MoE:
         shared=Dense(
             intermediate_size=width * fields.size("n_shared_experts"), activation=act, gated=True
         ),
-        n_group=fields.size("n_group"),
+        n_group=groups,
         topk_group=fields.size("topk_group"),
         norm_topk_prob=fields.flag("norm_topk_prob"),
         routed_scaling_factor=fields.number("routed_scaling_factor"),
@@ -125,6 +131,11 @@ def read_deepseek_v3(fields: Fields) -> Model:
     )
 
 
+def read_kimi_k2(fields: Fields) -> Model:
+    """Kimi K2 (arXiv:2507.20534) is a DeepSeek-V3; no type of transformers has its name."""
+    return replace(read_deepseek_v3(fields), text_type="deepseek_v3")
+
+
 def yarn_scale(positions: RoPE) -> float:
     """YaRN's factor on the scores: (0.1 · mscale_all_dim · ln s + 1)², 1 without scaling.
 
@@ -142,4 +153,5 @@ def yarn_scale(positions: RoPE) -> float:
 READERS = {
     "deepseek_v2": read_deepseek_v2,
     "deepseek_v3": read_deepseek_v3,
+    "kimi_k2": read_kimi_k2,
 }

@@ -19,6 +19,10 @@ def class_defaults() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Types of published configs that transformers does not know → the type whose class they name."""
+
+
 class Fields:
     """A config.json seen through its class: `fields.size("hidden_size")`.
 
@@ -30,7 +34,7 @@ class Fields:
     def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
         self.config = config
         self.model_type = model_type
-        self._class = class_defaults()["model_types"][model_type]
+        self._class = class_defaults()["model_types"][SAME_AS.get(model_type, model_type)]
         self._defaults_taken: set[str] = set()
         self._spelled: dict[str, tuple[str, ...]] = {}
         self._supposed: dict[str, Any] = {}

@@ -26,6 +26,9 @@ from planner.mixers.linear import GatedDeltaNet, KimiDelta, LightningAttention
 from planner.model import Model
 
 LINEAR, FULL = "linear_attention", "full_attention"
+OLD_WORDS = {"mamba": LINEAR, "attention": FULL}
+"""transformers 5.23 renames them in every config (configuration_utils.remap_legacy_layer_types)."""
+
 NAMES = (
     ("embed_tokens", "model.embed_tokens"),
     ("layers", "model.layers"),
@@ -43,16 +46,18 @@ def layer_kinds(fields: Fields, default: list[str], *, allowed: tuple[str, ...])
         return default
     if not isinstance(given, list) or len(given) != L:
         raise ConfigError(f"layer_types={shown(given)} is not allowed: a list of {L} words")
-    for kind in given:
+    kinds = [OLD_WORDS.get(kind, kind) if isinstance(kind, str) else kind for kind in given]
+    for kind in kinds:
         if kind not in allowed:
             raise ConfigError(f"layer_types has {shown(kind)}: one of {', '.join(allowed)}")
-    return given
+    return kinds
 
 
 def _every(fields: Fields) -> list[str]:
     """Full attention in every `full_attention_interval`-th layer, 4 where it is absent."""
-    name = "full_attention_interval"
-    interval = fields.size(name) if fields.has(name) else 4
+    name, interval = "full_attention_interval", 4
+    if fields.has(name) and fields.raw("layer_types") is None:
+        interval = fields.size(name)
     default = [LINEAR if (i + 1) % interval else FULL for i in range(layer_count(fields))]
     return layer_kinds(fields, default, allowed=(LINEAR, FULL))
 
@@ -142,6 +147,7 @@ def read_qwen3_5_moe_text(fields: Fields) -> Model:
     mixture = _qwen_experts(fields)
     if mixture is None:
         raise ConfigError("num_experts=0 is not allowed: a whole number ≥ 1")
+    mixture = replace(mixture, norm_topk_prob=True)  # its router does, and has no field for it
     return _qwen_hybrid(
         fields,
         stem="Qwen3_5Moe",
@@ -152,8 +158,14 @@ def read_qwen3_5_moe_text(fields: Fields) -> Model:
 
 
 def read_olmo_hybrid(fields: Fields) -> Model:
-    """OLMo Hybrid: Gated DeltaNet with norms before, attention with norms behind (olmo2's)."""
-    L, (H, G, D) = layer_count(fields), heads(fields)
+    """OLMo Hybrid: Gated DeltaNet with norms before, attention with norms behind (olmo2's).
+
+    Positions are rotary unless `rope_theta` is there and null, as in the released checkpoints.
+    """
+    L, h, H = layer_count(fields), fields.size("hidden_size"), fields.size("num_attention_heads")
+    G = fields.optional_size("num_key_value_heads") or H
+    # the class takes a head_dim that it has no field for, and rounds hidden_size / heads down
+    D = fields.size("head_dim") if fields.has("head_dim") else check_size("head_dim", h // H)
     default = [FULL if i % 4 == 3 else LINEAR for i in range(L)]
     if FULL not in default:
         default[-1] = FULL
@@ -165,7 +177,7 @@ def read_olmo_hybrid(fields: Fields) -> Model:
     keys = fields.optional_size("linear_num_key_heads") or H
     d_k = fields.optional_size("linear_key_head_dim")
     if d_k is None:
-        d_k = check_size("linear_key_head_dim", int(0.75 * fields.size("hidden_size") / keys))
+        d_k = check_size("linear_key_head_dim", int(0.75 * h / keys))
     mixer = _delta_net(
         fields,
         "separate",
@@ -176,16 +188,34 @@ def read_olmo_hybrid(fields: Fields) -> Model:
     )
     linear = Layer(attention=mixer, feed_forward=gated(fields), norm=norm)
     full = replace(linear, attention=attention, placement="post")
-    rotary = fields.raw("rope_parameters") is not None or fields.has("rope_theta")
     return causal_lm(
         fields,
         layers=tuple(full if kind == FULL else linear for kind in kinds),
         final_norm=norm,
-        positions=rope(fields, head_dim=D) if rotary else NoPositions(),
+        positions=NoPositions() if _no_theta(fields) else rope(fields, head_dim=D),
         names=NAMES,
         base_class="OlmoHybridModel",
         head_class="OlmoHybridForCausalLM",
     )
+
+
+def _no_theta(fields: Fields) -> bool:
+    """Whether `rope_theta` is null, and not absent, where the class looks for it first."""
+    parameters = fields.raw("rope_scaling") or fields.raw("rope_parameters") or {}
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        return parameters["rope_theta"] is None
+    return fields.has("rope_theta") and fields.raw("rope_theta") is None
+
+
+KIMI_SPELLINGS = {
+    "max_position_embeddings": "model_max_length",
+    "n_group": "num_expert_group",
+    "n_shared_experts": "num_shared_experts",
+    "norm_topk_prob": "moe_renormalize",
+    "num_experts_per_tok": "num_experts_per_token",
+    "num_local_experts": "num_experts",
+}
+"""The class's field → the checkpoint's, which wins where a config has both."""
 
 
 def read_kimi_linear(fields: Fields) -> Model:
@@ -193,7 +223,9 @@ def read_kimi_linear(fields: Fields) -> Model:
 
     Checkpoints number the layers of `linear_attn_config` from 1.
     """
-    L, own = layer_count(fields), fields.raw("linear_attn_config") or {}
+    for name, written in KIMI_SPELLINGS.items():
+        fields.spell(**{name: (written, name)})
+    L, own = layer_count(fields), fields.config.get("linear_attn_config", {})
     if not isinstance(own, dict):
         raise ConfigError(f"linear_attn_config={shown(own)} is not allowed: an object")
     default = [FULL if i and i % 4 == 0 else LINEAR for i in range(L)]
@@ -210,9 +242,11 @@ def read_kimi_linear(fields: Fields) -> Model:
         linear_conv_kernel_dim=size("short_conv_kernel_size", "linear_conv_kernel_dim"),
     )
     attention = latent_attention(fields, None)
+    H, G = attention.num_attention_heads, fields.optional_size("num_key_value_heads")
+    if G not in (None, H):
+        raise ConfigError(f"num_key_value_heads={G} is not allowed: num_attention_heads={H}")
     norm = rmsnorm(fields)
-    fields.spell(n_routed_experts=("num_local_experts", "num_experts"))
-    dense, moe = gated(fields), sigmoid_group_mixture(fields)
+    dense, moe = gated(fields), sigmoid_group_mixture(fields, experts="num_local_experts")
     mixers: dict[str, GQA | MLA | Mixer] = {LINEAR: mixer, FULL: attention}
     return causal_lm(
         fields,

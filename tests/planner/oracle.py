@@ -14,6 +14,7 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import planner
+from planner.huggingface.fields import SAME_AS
 
 transformers.logging.set_verbosity_error()
 FAMILIES = (
@@ -31,6 +32,7 @@ def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "m
     `auto`: causal | image_text | seq2seq | speech | model.
     """
     given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
+    given["model_type"] = SAME_AS.get(given["model_type"], given["model_type"])
     described = AutoConfig.for_model(**deepcopy(given))  # some classes write into their parts
     hub: Any = transformers
     with torch.device(device):

@@ -4,10 +4,12 @@ import inspect
 import json
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 import planner
 from planner import ConfigError
 from planner.huggingface import READERS
+from planner.huggingface.fields import SAME_AS
 from planner.runtimes.transformers import EAGER_ONLY, WINDOWED
 from tests.planner.configs import TINY
 from tools.huggingface_defaults import MODEL_TYPES, TARGET, all_defaults
@@ -18,13 +20,15 @@ LLAMA = TINY["llama"]
 def test_the_defaults_are_those_of_the_installed_transformers():
     moved = "run tools/huggingface_defaults.py: a config class has changed"
     assert json.loads(TARGET.read_text()) == json.loads(json.dumps(all_defaults())), moved
-    assert set(READERS) <= set(MODEL_TYPES)
+    assert set(READERS) <= {*MODEL_TYPES, *SAME_AS}
+    assert not set(SAME_AS) & set(CONFIG_MAPPING), "transformers knows them now"
 
 
 @pytest.mark.parametrize("model_type", sorted(READERS))
 def test_what_is_known_of_a_class_is_what_its_source_says(model_type):
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    model_type = SAME_AS.get(model_type, model_type)
     live = AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[model_type], None)
     if live is None:
         return  # no language model of its own: what is known is that of the type inside it
