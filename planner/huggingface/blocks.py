@@ -273,7 +273,7 @@ def about(fields: Fields) -> dict[str, Any]:
         "dtype": from_torch_name(dtype, field="dtype"),
         "quantization": read_quantization(fields.config.get("quantization_config")),
         "defaults": fields.defaults,
-        "config_json": _as_json(fields.config),
+        "config_json": as_json(fields.config),
     }
 
 

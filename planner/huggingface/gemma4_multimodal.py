@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import ConfigError, check_choice, shown
-from planner.huggingface.blocks import _as_json, activation, gated, layer_count, rmsnorm
+from planner.huggingface.blocks import as_json, activation, gated, layer_count, rmsnorm
 from planner.huggingface.fields import Fields
 from planner.huggingface.gemma4 import read_gemma4_text, read_gemma4_unified_text
 from planner.layers import GQA, Layer, Norm, QKNorm
@@ -75,7 +75,7 @@ def _wrapper(
             for ours, theirs in model.parameter_names
         ),
         defaults=tuple(defaults),
-        config_json=_as_json(fields.config),
+        config_json=as_json(fields.config),
     )
 
 
