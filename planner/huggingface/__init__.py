@@ -26,7 +26,10 @@ from planner.huggingface import (
     multimodal,
     norms_and_mixtures,
     qwen_gemma,
+    qwen_vision,
+    qwen_vl,
     recurrent_hybrids,
+    rotary_vision,
     sparse_latent,
     vision,
 )
@@ -52,7 +55,10 @@ READERS: dict[str, Callable[[Fields], Model]] = {
     **multimodal.READERS,
     **norms_and_mixtures.READERS,
     **qwen_gemma.READERS,
+    **qwen_vision.READERS,
+    **qwen_vl.READERS,
     **recurrent_hybrids.READERS,
+    **rotary_vision.READERS,
     **sparse_latent.READERS,
     **vision.READERS,
 }

@@ -69,7 +69,7 @@ def read_qwen3(fields: Fields) -> Model:
     )
 
 
-def _qwen_mixture(fields: Fields, *, shared: Dense | None = None) -> MoE | None:
+def qwen_mixture(fields: Fields, *, shared: Dense | None = None) -> MoE | None:
     """None where `num_experts` is 0: all layers are dense then."""
     experts = fields.size("num_experts", minimum=0)
     if not experts:
@@ -94,7 +94,7 @@ def read_qwen3_moe(fields: Fields) -> Model:
         fields,
         stem="Qwen3Moe",
         attentions=windowed(attention, layer_windows(fields, window=_window_if_on(fields))),
-        feed_forwards=sparse_layers(fields, dense=gated(fields), mixture=_qwen_mixture(fields)),
+        feed_forwards=sparse_layers(fields, dense=gated(fields), mixture=qwen_mixture(fields)),
         norm=rmsnorm(fields),
         positions=rope(fields, head_dim=attention.head_dim),
     )
@@ -123,7 +123,7 @@ def read_qwen2_moe(fields: Fields) -> Model:
         stem="Qwen2Moe",
         attentions=windowed(attention, windows),
         feed_forwards=sparse_layers(
-            fields, dense=gated(fields), mixture=_qwen_mixture(fields, shared=shared)
+            fields, dense=gated(fields), mixture=qwen_mixture(fields, shared=shared)
         ),
         norm=rmsnorm(fields),
         positions=rope(fields, head_dim=D),
