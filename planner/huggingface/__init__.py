@@ -31,7 +31,10 @@ from planner.huggingface import (
     norms_and_mixtures,
     qwen_gemma,
     qwen_kimi_vision,
+    qwen_vision,
+    qwen_vl,
     recurrent_hybrids,
+    rotary_vision,
     sparse_latent,
     vision,
 )
@@ -62,7 +65,10 @@ READERS: dict[str, Callable[[Fields], Model]] = {
     **norms_and_mixtures.READERS,
     **qwen_gemma.READERS,
     **qwen_kimi_vision.READERS,
+    **qwen_vision.READERS,
+    **qwen_vl.READERS,
     **recurrent_hybrids.READERS,
+    **rotary_vision.READERS,
     **sparse_latent.READERS,
     **vision.READERS,
 }

@@ -260,21 +260,33 @@ def chosen_head(fields: Fields, *classes: str) -> str:
     return str(head)
 
 
-def about(fields: Fields) -> dict[str, Any]:
-    """What a Model says of its config itself; to be called when everything else is read."""
+def about(fields: Fields, inner: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a Model says of its config itself; to be called when everything else is read.
+
+    `inner`: the config inside it that may name the dtype and the quantisation too.
+    """
     name = fields.config.get("_name_or_path") or fields.model_type
-    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
+    dtype = stated_dtype(fields.config, inner or {})
     if dtype is None:
         dtype = "float32"  # what PreTrainedModel loads in when the config names none
         fields.take_default("dtype", dtype)
+    quantization = fields.config.get("quantization_config")
+    if quantization is None and inner is not None:
+        quantization = inner.get("quantization_config")
     return {
         "name": name if isinstance(name, str) else fields.model_type,
         "model_type": fields.model_type,
         "dtype": from_torch_name(dtype, field="dtype"),
-        "quantization": read_quantization(fields.config.get("quantization_config")),
+        "quantization": read_quantization(quantization),
         "defaults": fields.defaults,
         "config_json": as_json(fields.config),
     }
+
+
+def stated_dtype(*configs: Mapping[str, Any]) -> Any:
+    """The first dtype that one of the configs names; None where none does."""
+    stated = (config.get(name) for config in configs for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in stated if dtype is not None), None)
 
 
 def rebased(names: tuple[tuple[str, str], ...], base: str = "") -> tuple[tuple[str, str], ...]:

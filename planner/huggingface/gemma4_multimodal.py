@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import ConfigError, check_choice, shown
-from planner.huggingface.blocks import as_json, activation, gated, layer_count, rmsnorm
+from planner.huggingface.blocks import activation, as_json, gated, layer_count, rmsnorm
 from planner.huggingface.fields import Fields
 from planner.huggingface.gemma4 import read_gemma4_text, read_gemma4_unified_text
 from planner.layers import GQA, Layer, Norm, QKNorm

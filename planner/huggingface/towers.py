@@ -26,14 +26,16 @@ CLIP_LIKE: Names = (
 """Names in the blocks of clip and of what was written after it."""
 
 
-def own_attention(fields: Fields, *, exact: bool = True, **extra: Any) -> GQA:
-    """All heads with keys of their own, head_dim = hidden_size / heads.
+def own_attention(
+    fields: Fields, *, width: str = "hidden_size", exact: bool = True, **extra: Any
+) -> GQA:
+    """All heads with keys of their own, head_dim = width / heads.
 
     `exact=False`: the class rounds down where that does not divide.
     """
-    h, H = fields.size("hidden_size"), fields.size("num_attention_heads")
+    h, H = fields.size(width), fields.size("num_attention_heads")
     if h < H or (exact and h % H):
-        raise ConfigError(f"hidden_size={h} is not a multiple of num_attention_heads={H}")
+        raise ConfigError(f"{width}={h} is not a multiple of num_attention_heads={H}")
     return gqa((H, H, h // H), **extra)
 
 
