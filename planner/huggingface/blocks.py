@@ -230,16 +230,7 @@ def causal_lm(
             f"architectures[0]={shown(head)} is not read yet: one of {head_class}, {base_class}"
         )
     lm_head = head == head_class
-    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
-    if dtype is None:
-        dtype = "float32"  # what PreTrainedModel loads in when the config names none
-        extra_defaults: tuple[str, ...] = ("dtype=float32",)
-    else:
-        extra_defaults = ()
-    name = fields.config.get("_name_or_path") or fields.model_type
     return Model(
-        name=name if isinstance(name, str) else fields.model_type,
-        model_type=fields.model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
         max_position_embeddings=max_position_embeddings or fields.size("max_position_embeddings"),
@@ -247,14 +238,30 @@ def causal_lm(
         final_norm=final_norm,
         positions=positions,
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        dtype=from_torch_name(dtype, field="dtype"),
         lm_head=lm_head,
         parameter_names=names if lm_head else _without_base(names),
-        quantization=_quantization(fields.config.get("quantization_config")),
-        defaults=(*fields.defaults, *extra_defaults),
-        config_json=_as_json(fields.config),
+        **identity(fields),
         **extra,
     )
+
+
+def identity(fields: Fields) -> dict[str, Any]:
+    """What a Model says of itself beside its parts. Call it last: it lists the defaults taken."""
+    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
+    if dtype is None:
+        dtype = "float32"  # what PreTrainedModel loads in when the config names none
+        extra_defaults: tuple[str, ...] = ("dtype=float32",)
+    else:
+        extra_defaults = ()
+    name = fields.config.get("_name_or_path") or fields.model_type
+    return {
+        "name": name if isinstance(name, str) else fields.model_type,
+        "model_type": fields.model_type,
+        "dtype": from_torch_name(dtype, field="dtype"),
+        "quantization": _quantization(fields.config.get("quantization_config")),
+        "defaults": (*fields.defaults, *extra_defaults),
+        "config_json": _as_json(fields.config),
+    }
 
 
 def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
