@@ -5,9 +5,12 @@ from planner.capacity import max_context_tokens as max_context_tokens
 from planner.catalog.gpus import Gpu as Gpu
 from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus
+from planner.checkpoint import Checkpoint as Checkpoint
+from planner.checkpoint import read_checkpoint as read_checkpoint
 from planner.errors import ConfigError as ConfigError
 from planner.estimate import estimate as estimate
 from planner.estimate import kv_cache_bytes as kv_cache_bytes
+from planner.findings import Finding as Finding
 from planner.huggingface import read_config as read_config
 from planner.latency import Latency as Latency
 from planner.loading import catalogue as catalogue

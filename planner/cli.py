@@ -41,7 +41,10 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Catalogue name, config.json or its folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Catalogue name, config.json or its folder, .gguf file, hf:org/name."
+    ),
 ]
 GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
@@ -55,6 +58,10 @@ Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[
     bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
+]
+Files = Annotated[
+    bool,
+    typer.Option("--files", help="What lies in the weight files beside the config."),
 ]
 CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table.")]
 
@@ -138,10 +145,17 @@ def fit_command(
 def params_command(
     model: ModelName,
     traced: Traced = False,
+    files: Files = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:
-    """The parameter table: name, group, layer, shape, count of every trained tensor."""
+    """The parameter table: name, group, layer, shape, count of every trained tensor.
+
+    --files: exact bytes and dtypes of the weight files instead. Exit 1 if they do not fit.
+    """
+    if files:
+        _print_files(model, as_json=as_json, csv=csv)
+        return
     if traced:
         _print_traced(model, as_json=as_json, csv=csv)
         return
@@ -320,6 +334,42 @@ def _print_traced(model: str, *, as_json: bool, csv: Path | None) -> None:
         _print({**answer, "parameters": rows})
     else:
         _print_table(table, title=title)
+
+
+def _print_files(source: str, *, as_json: bool, csv: Path | None) -> None:
+    from planner.checkpoint import compare_files
+
+    checkpoint, findings = compare_files(source)
+    mix = checkpoint.dtype_mix()
+    if csv is not None:
+        write_csv(checkpoint.table(), csv)
+    if as_json:
+        answer = {
+            "path": checkpoint.path,
+            "kind": checkpoint.kind,
+            "files": checkpoint.files,
+            "weights_bytes": checkpoint.weights_bytes,
+            "dtypes": [asdict(share) for share in mix],
+            "findings": [asdict(finding) for finding in findings],
+            "tensors": [asdict(tensor) for tensor in checkpoint.tensors],
+        }
+        _print(answer)
+    else:
+        _print(
+            f"{checkpoint.path}: {len(checkpoint.tensors):,} tensors in "
+            f"{len(checkpoint.files):,} {checkpoint.kind} files, "
+            f"{checkpoint.weights_bytes:,} bytes ({gib(checkpoint.weights_bytes)})"
+        )
+        for share in mix:
+            _print(
+                f"  {share.dtype:8} {share.tensors:7,} tensors {share.elements:18,} elements "
+                f"{share.size_bytes:18,} bytes"
+            )
+        for f in findings:
+            _print(f"{f.severity}: {f.title}\n  {f.seen}\n  {f.why} {f.do}".rstrip())
+        if not findings:
+            _print("The files hold what the config says.")
+    _exit_unless(all(finding.severity != "error" for finding in findings))
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""A Model from what people have: a catalogue name, a config.json, a model folder, a dict."""
+"""A Model from what people have: a catalogue name, config.json, a folder, a GGUF file, a dict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import ConfigError, shown
+from planner.gguf_files import find_gguf, read_gguf
+from planner.hub import hub_config, is_hub, parsed
 from planner.huggingface import read_config
+from planner.huggingface.gguf import config_from_gguf
 from planner.model import Model
 
 MAX_CONFIG_BYTES = 8 * 2**20
@@ -26,10 +29,11 @@ def catalogue() -> dict[str, Path]:
 
 
 def load_model(source: str | Path | Mapping[str, Any]) -> Model:
-    """A Model from a catalogue name, the path of a config.json or of its folder, or a dict.
+    """A Model from a catalogue name, a config.json or its folder, a .gguf file, or a dict.
 
-    Raises ConfigError where nothing of that name exists, the file is no JSON object, or its content
-    is not a model that this planner reads.
+    `hf:org/name[@revision]` asks the Hugging Face Hub for the config. Raises ConfigError where
+    nothing of that name exists, the file is no JSON object, or its content is not a model that this
+    planner reads.
     """
     if isinstance(source, Mapping):
         return read_config(source)
@@ -39,17 +43,21 @@ def load_model(source: str | Path | Mapping[str, Any]) -> Model:
 
 
 def load_config(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """(name, content of the config.json) of a catalogue name, a file or a folder."""
+    """(name, content of the config.json) of a catalogue name, a file, a folder or `hf:org/name`."""
+    if isinstance(source, str) and is_hub(source):
+        return parsed(source)[0], _from_file(hub_config(source))
     if isinstance(source, str) and source in catalogue():
         return source, _from_file(catalogue()[source])
     if not isinstance(source, str | Path):
         raise ConfigError(f"model={shown(source)} is not allowed: a name, a path or a dict")
     path = Path(source)
     try:
-        path = path / "config.json" if path.is_dir() else path
-        found = path.is_file()
+        is_folder, found = path.is_dir(), path.is_file()
     except (OSError, ValueError):  # too long for a path, or a null byte in it
-        found = False
+        is_folder = found = False
+    if is_folder:
+        path = _in_folder(path)
+        found = path.is_file()
     if not found:
         near = difflib.get_close_matches(str(source), catalogue(), n=3, cutoff=0.4)
         known = ", ".join(near or catalogue())
@@ -57,7 +65,14 @@ def load_config(source: str | Path) -> tuple[str, dict[str, Any]]:
             f"model={shown(str(source))} is neither a file nor in the catalogue: {known}"
         )
     name = path.parent.name if path.name == "config.json" else path.stem
+    if path.suffix == ".gguf":
+        return name, config_from_gguf(read_gguf(path)[0], origin=str(path))
     return name, _from_file(path)
+
+
+def _in_folder(folder: Path) -> Path:
+    config = folder / "config.json"
+    return config if config.is_file() else find_gguf(folder) or config
 
 
 def read_json(text: str | bytes, *, origin: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def sigmoid_group_mixture(fields: Fields, *, experts: str = "n_routed_experts") 
     Field `experts` counts the routed ones. A group is judged by its two best.
     """
     E, groups = fields.size(experts), fields.size("n_group")
-    if E == groups:
+    if groups == E:
         raise ConfigError(f"{experts}={E} is not allowed: two or more in each of n_group={groups}")
     act, width = activation(fields), fields.size("moe_intermediate_size")
     return MoE(

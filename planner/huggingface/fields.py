@@ -128,10 +128,12 @@ class Fields:
     def _spellings(self, name: str) -> tuple[str, ...]:
         if name in self._spelled:
             return self._spelled[name]
+        # what the class declares is set first, so the other spelling wins where both are there:
+        # mostly the alias, in kimi_linear the name behind it
         aliases: dict[str, str] = self._class["aliases"]
-        others = [theirs for ours, theirs in aliases.items() if ours == name]
-        others += [ours for ours, theirs in aliases.items() if theirs == name]
-        return (name, *others)
+        field = aliases.get(name, name)
+        names = (*(ours for ours, theirs in aliases.items() if theirs == field), field)
+        return tuple(sorted(names, key=lambda spelling: spelling in self._class["fields"]))
 
 
 def check_positive(field: str, value: Any) -> float:

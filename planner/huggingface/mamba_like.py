@@ -166,6 +166,8 @@ def _kinds(fields: Fields) -> list[str]:
 
 def read_bamba(fields: Fields) -> Model:
     """Bamba: Mamba-2 but for the layers in `attn_layer_indices`; half of a head is rotated."""
+    if fields.has("layer_types"):
+        raise ConfigError("layer_types is not allowed: bamba takes attn_layer_indices")
     given = fields.raw("attn_layer_indices") or []
     if not isinstance(given, list) or not all(type(index) is int for index in given):
         raise ConfigError(f"attn_layer_indices={shown(given)} is not allowed: layer numbers")
@@ -282,7 +284,7 @@ def read_jamba(fields: Fields) -> Model:
     )
     dense = gated(fields)
     mixture: Dense | MoE = dense
-    if fields.size("num_experts") > 1:
+    if fields.size("num_experts", minimum=0) > 1:
         mixture = MoE(
             num_experts=fields.size("num_experts"),
             num_experts_per_tok=fields.size("num_experts_per_tok"),

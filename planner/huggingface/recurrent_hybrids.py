@@ -51,6 +51,13 @@ RWKV_NAMES = (
 )
 
 
+def _as_computed(fields: Fields, **computed: int) -> None:
+    """ConfigError where the config contradicts a size that its class computes."""
+    for name, size in computed.items():
+        if fields.config.get(name, size) != size:
+            raise ConfigError(f"{name}={shown(fields.config[name])} is not allowed: {size}")
+
+
 def _older(fields: Fields, name: str, older: str) -> int:
     """A size whose older name wins in transformers where both are there."""
     return fields.size(older) if older in fields.config else fields.size(name)
@@ -117,6 +124,7 @@ def read_nemotron_h(fields: Fields) -> Model:
         names=NEMOTRON_NAMES,
         base_class="NemotronHModel",
         head_class="NemotronHForCausalLM",
+        tied=False,  # its class ties nothing, whatever the config says
     )
 
 
@@ -152,6 +160,7 @@ def read_recurrent_gemma(fields: Fields) -> Model:
     if h % H:
         raise ConfigError(f"hidden_size={h} is not a multiple of num_attention_heads={H}")
     G, D = fields.optional_size("num_key_value_heads") or H, h // H
+    _as_computed(fields, head_dim=D)
     norm = rmsnorm(fields, plus_one=True)
     half = check_size("intermediate_size // 2", fields.size("intermediate_size") // 2)
     dense = plain(fields, activation_field="hidden_activation", intermediate_size=half)
@@ -248,6 +257,9 @@ def read_zamba2(fields: Fields) -> Model:
         use_bias=bias,
         out_bias=bias,
     )
+    _as_computed(
+        fields, attention_head_dim=D, attention_hidden_size=2 * h, mamba_headdim=width // heads_
+    )
     norm = rmsnorm(fields)
     block = Layer(attention=mamba, feed_forward=None, norm=norm, norms=("input_layernorm",))
     hybrid = replace(
@@ -260,8 +272,9 @@ def read_zamba2(fields: Fields) -> Model:
     places = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
     blocks = fields.size("num_mem_blocks")
     layers = [hybrid if kind == "hybrid" else block for kind in kinds]
-    for number, place in enumerate(places[:blocks]):
-        uses = range(number, len(places), blocks)
+    owners = places[:blocks] if fields.flag("tie_word_embeddings") else places
+    for number, place in enumerate(owners):  # untied, every hybrid layer has a block of its own
+        uses = range(number % blocks, len(places), blocks)
         owned = tuple(_zamba_block(fields, shared, uses))
         layers[place] = replace(hybrid, extra_parameters=(*hybrid.extra_parameters, *owned))
     positions: Positions = NoPositions()

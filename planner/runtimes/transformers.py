@@ -40,7 +40,9 @@ WINDOWED = frozenset(
         "gemma2",
         "gemma3_text",
         "gpt_oss",
+        "lfm3",
         "llama4_text",
+        "minimax",
         "ministral",
         "mistral",
         "mixtral",
@@ -51,6 +53,7 @@ WINDOWED = frozenset(
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "recurrent_gemma",
         "smollm3",
         "starcoder2",
     )
@@ -71,6 +74,7 @@ EAGER_ONLY = frozenset(
         "mamba",
         "mamba2",
         "mpt",
+        "rwkv",
     )
 )
 """Model types whose classes do not support sdpa (`_supports_sdpa`)."""

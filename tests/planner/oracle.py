@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -87,7 +88,9 @@ def live_prefill(
         for name in ("past_key_values", "cache_params"):  # the latter is mamba's name for it
             if getattr(made, name, None) is not None:
                 return getattr(made, name)
-        # recurrent_gemma returns none: it fills the one given, and keeps states in its modules
+        if hasattr(made, "state"):  # rwkv's, a list
+            return SimpleNamespace(layers=[], state=made.state)
+        # recurrent_gemma returns none: it fills the one it is given, and has states in modules
         inputs.setdefault("past_key_values", DynamicCache(config=live.config))
         live(use_cache=True, **inputs)
     cache = inputs["past_key_values"]
@@ -133,11 +136,13 @@ def linear_weights(live: Any) -> set[str]:
 
 
 def live_active_count(live: Any) -> int:
-    """All parameters, those of routed experts (tensors [E, …]) × top-k / E."""
+    """All parameters, those of routed experts × top-k / E (their tensors are [E, …])."""
     text = live.config.get_text_config()
-    top_k = getattr(text, "num_experts_per_tok", None) or 1
+    top_k, flat = getattr(text, "num_experts_per_tok", None) or 1, None
+    if text.model_type == "dbrx":  # [E · i, h]
+        top_k, flat = text.ffn_config.moe_top_k, text.ffn_config.moe_num_experts
     return sum(
-        p.numel() * top_k // p.shape[0] if ".experts." in name else p.numel()
+        p.numel() * top_k // (flat or p.shape[0]) if ".experts." in name else p.numel()
         for name, p in live.named_parameters()
     )
 
