@@ -98,7 +98,7 @@ def _kind(model: Model, name: str, tensor: StoredTensor, further: set[int]) -> s
         return "mtp-layers" if index in further else "extra-layers"
     if PREDICTS_FURTHER.search(name):
         return "mtp-layers"
-    if CORRECTION.search(name) and isinstance(model.layers[index].feed_forward, MoE):
+    if index >= 0 and CORRECTION.search(name) and isinstance(model.layers[index].feed_forward, MoE):
         return "buffer of the class"  # loaded as it is: nothing to report
     if BUFFERS.search(name):
         return "buffers"

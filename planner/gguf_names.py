@@ -57,7 +57,8 @@ def _feed_forwards(model: Model) -> set[Any]:
 def _name_map(architecture: str, layers: int) -> Any:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    word = "llama" if architecture == "mistral" else architecture
+    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == word), None)
     return None if arch is None else get_tensor_name_map(arch, layers)
 
 

@@ -21,7 +21,7 @@ def attention_cache_elements(attention: GQA | MLA, *, tokens: int) -> int:
     """Elements one sequence of `tokens` tokens keeps in one layer's cache.
 
     GQA:  2 · H_kv · d_h · S
-    MLA:  (d_c + d_rope) · S       DeepSeek-V2, arXiv:2405.04434
+    MLA:  (d_c + d_rope) · S       DeepSeek-V2, arXiv:2405.04434; + d_index · S with an indexer
 
     Block rounding of a paged cache, windows and scales are the callers' business.
     """
@@ -30,7 +30,8 @@ def attention_cache_elements(attention: GQA | MLA, *, tokens: int) -> int:
         case GQA(num_key_value_heads=H_kv, head_dim=d_h):
             return 2 * H_kv * d_h * S  # K and V
         case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
-            return (d_c + d_rope) * S  # no factor 2: V is rebuilt from the latent
+            d_index = 0 if attention.indexer is None else attention.indexer.cached_width
+            return (d_c + d_rope + d_index) * S  # no factor 2: V is rebuilt from the latent
         case _:
             assert_never(attention)
 
@@ -109,7 +110,10 @@ def _formula(attention: GQA | MLA, tokens: str) -> tuple[str, tuple[tuple[str, i
         case GQA(num_key_value_heads=H_kv, head_dim=d_h):
             return f"B · 2 · H_kv · d_h · {tokens} · b", (("H_kv", H_kv), ("d_h", d_h))
         case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
-            return f"B · (d_c + d_rope) · {tokens} · b", (("d_c", d_c), ("d_rope", d_rope))
+            widths: tuple[tuple[str, int], ...] = (("d_c", d_c), ("d_rope", d_rope))
+            if attention.indexer is not None:
+                widths = (*widths, ("d_index", attention.indexer.cached_width))
+            return f"B · ({' + '.join(name for name, _ in widths)}) · {tokens} · b", widths
         case _:
             assert_never(attention)
 
@@ -122,7 +126,7 @@ def mixer_kind(mixer: GQA | MLA | Mixer) -> str:
         case GQA(sliding_window=window):
             return f"sliding window {window}"
         case MLA():
-            return "latent (MLA)"
+            return "latent (MLA)" if mixer.indexer is None else "sparse latent (MLA, indexer)"
         case Mixer():
             return mixer.kind
         case _:

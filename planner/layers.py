@@ -57,8 +57,10 @@ class GQA:
     that is a mask alone, work and cache stay whole (gpt_neo). `cache_heads`: heads that
     transformers caches where they are not the kv heads (falcon-40b: all of them). `unbiased`: the
     letters of projections without the bias that the others have (whisper's k). `shares_cache`: the
-    keys and values are those of an earlier layer, this one caches none (gemma3n). `output_gate`:
-    q_proj makes a gate on the heads' outputs beside the queries (qwen3_next).
+    keys and values are those of an earlier layer, this one projects and caches none (gemma3n).
+    `attention_k_eq_v`: the values are the projected keys, there is no v_proj (gemma4). `v_norm`: a
+    norm without scale on the values. `output_gate`: q_proj makes a gate on the heads' outputs
+    beside the queries (qwen3_next).
     """
 
     num_attention_heads: int
@@ -81,6 +83,8 @@ class GQA:
     unbiased: str = ""
     shares_cache: bool = False
     output_gate: bool = False
+    attention_k_eq_v: bool = False
+    v_norm: bool = False
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)
@@ -96,10 +100,33 @@ class GQA:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Indexer:
+    """What picks the `index_topk` tokens that a query attends to (DeepSeek-V3.2, arXiv:2512.02556).
+
+    It caches one key of `index_head_dim` for each token.
+    """
+
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    def __post_init__(self) -> None:
+        for field in ("index_n_heads", "index_head_dim", "index_topk"):
+            check_size(field, getattr(self, field))
+
+    @property
+    def cached_width(self) -> int:
+        """Elements cached for each token."""
+        return self.index_head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one shared latent per token.
 
     `q_lora_rank=None` projects the query directly. `bias` is on the down-projections and on o_proj.
+    `indexer`: attention to the tokens that it picks; a layer without one among layers that have it
+    attends to what the last one picked.
     """
 
     num_attention_heads: int
@@ -111,6 +138,7 @@ class MLA:
     scaling: float
     bias: bool = False
     rope_interleave: bool = True
+    indexer: Indexer | None = None
 
     def __post_init__(self) -> None:
         for field in (

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import assert_never
 
-from planner.layers import GQA, MLA, Dense, Layer, MoE, Norm, Placement, QKNorm
+from planner.layers import GQA, MLA, Dense, Indexer, Layer, MoE, Norm, Placement, QKNorm
 from planner.mixers import Mixer
 from planner.tensors import Parameter, linear, tensor
 
@@ -78,7 +78,12 @@ def _cross_attention(layer: Layer, h: int) -> Iterator[Parameter]:
 def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
     match attention:
         case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, qkv_bias=bias):
-            outs = {"q": H * D * (1 + attention.output_gate), "k": G * D, "v": G * D}
+            heads = {"q": H * (1 + attention.output_gate), "k": G, "v": G}
+            if attention.attention_k_eq_v:
+                del heads["v"]
+            if attention.shares_cache:
+                heads = {"q": heads["q"]}
+            outs = {letter: count * D for letter, count in heads.items()}
             if attention.fused_qkv:
                 outs = {"qkv": (H + 2 * G) * D}
             for letter, out in outs.items():
@@ -88,8 +93,9 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
                 "self_attn.o_proj", "attention", out=h, into=H * D, bias=attention.o_bias
             )
             if attention.qk_norm is not None:
-                for letter, heads in (("q", H), ("k", G)):
-                    yield from _qk_norm(attention.qk_norm, letter, heads, D)
+                for letter in "qk":
+                    if letter in heads:
+                        yield from _qk_norm(attention.qk_norm, letter, heads[letter], D)
             if attention.sinks:
                 yield tensor("self_attn.sinks", H)
         case MLA(num_attention_heads=H, q_lora_rank=d_q, kv_lora_rank=d_c, bias=bias):
@@ -116,8 +122,23 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
             yield from linear(
                 "self_attn.o_proj", "attention", out=h, into=H * attention.v_head_dim, bias=bias
             )
+            if attention.indexer is not None:
+                yield from _indexer(attention.indexer, h, queries_from=d_q or h)
         case _:
             assert_never(attention)
+
+
+def _indexer(indexer: Indexer, h: int, *, queries_from: int) -> Iterator[Parameter]:
+    """Queries from the query's latent, one key for all heads, a weight for each head."""
+    H, D = indexer.index_n_heads, indexer.index_head_dim
+    for name, out, into in (
+        ("wq_b", H * D, queries_from),
+        ("wk", D, h),
+        ("weights_proj", H, h),
+    ):
+        yield from linear(f"self_attn.indexer.{name}", "attention", out=out, into=into, bias=False)
+    norm = Norm(kind="layernorm", eps=1e-6, bias=True)
+    yield from norm_parameters(norm, "self_attn.indexer.k_norm", D)
 
 
 def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Parameter]:

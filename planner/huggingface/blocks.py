@@ -233,23 +233,8 @@ def causal_lm(
     limit = None if unbounded else max_position_embeddings
     if limit is None and not unbounded:
         limit = fields.size("max_position_embeddings")
-    architectures = fields.config.get("architectures") or [head_class]
-    head = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if head not in (head_class, base_class):
-        raise ConfigError(
-            f"architectures[0]={shown(head)} is not read yet: one of {head_class}, {base_class}"
-        )
-    lm_head = head == head_class
-    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
-    if dtype is None:
-        dtype = "float32"  # what PreTrainedModel loads in when the config names none
-        extra_defaults: tuple[str, ...] = ("dtype=float32",)
-    else:
-        extra_defaults = ()
-    name = fields.config.get("_name_or_path") or fields.model_type
+    lm_head = chosen_head(fields, head_class, base_class) == head_class
     return Model(
-        name=name if isinstance(name, str) else fields.model_type,
-        model_type=fields.model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
         max_position_embeddings=limit,
@@ -257,21 +242,46 @@ def causal_lm(
         final_norm=final_norm,
         positions=positions,
         tie_word_embeddings=fields.flag("tie_word_embeddings") if tied is None else tied,
-        dtype=from_torch_name(dtype, field="dtype"),
         lm_head=lm_head,
-        parameter_names=names if lm_head else _without_base(names),
-        quantization=read_quantization(fields.config.get("quantization_config")),
-        defaults=(*fields.defaults, *extra_defaults),
-        config_json=as_json(fields.config),
+        parameter_names=names if lm_head else rebased(names),
         **extra,
+        **about(fields),
     )
 
 
-def _without_base(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Names of the bare model: those of the causal LM less the name of the base module."""
+def chosen_head(fields: Fields, *classes: str) -> str:
+    """The class that `architectures[0]` names, one of `classes`; absent: the first of them."""
+    architectures = fields.config.get("architectures") or [classes[0]]
+    head = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    if head not in classes:
+        raise ConfigError(
+            f"architectures[0]={shown(head)} is not read yet: one of {', '.join(classes)}"
+        )
+    return str(head)
+
+
+def about(fields: Fields) -> dict[str, Any]:
+    """What a Model says of its config itself; to be called when everything else is read."""
+    name = fields.config.get("_name_or_path") or fields.model_type
+    dtype = fields.config.get("dtype", fields.config.get("torch_dtype"))
+    if dtype is None:
+        dtype = "float32"  # what PreTrainedModel loads in when the config names none
+        fields.take_default("dtype", dtype)
+    return {
+        "name": name if isinstance(name, str) else fields.model_type,
+        "model_type": fields.model_type,
+        "dtype": from_torch_name(dtype, field="dtype"),
+        "quantization": read_quantization(fields.config.get("quantization_config")),
+        "defaults": fields.defaults,
+        "config_json": as_json(fields.config),
+    }
+
+
+def rebased(names: tuple[tuple[str, str], ...], base: str = "") -> tuple[tuple[str, str], ...]:
+    """Names of a causal LM's parts with another name of the base module; none: the bare model's."""
     bases = ("model.", "transformer.", "gpt_neox.", "backbone.")
     return tuple(
-        (ours, theirs.partition(".")[2] if theirs.startswith(bases) else theirs)
+        (ours, base + theirs.partition(".")[2] if theirs.startswith(bases) else theirs)
         for ours, theirs in names
     )
 

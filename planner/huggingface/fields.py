@@ -38,11 +38,18 @@ class Fields:
         self._defaults_taken: set[str] = set()
         self._spelled: dict[str, tuple[str, ...]] = {}
         self._supposed: dict[str, Any] = {}
+        self._parts: dict[str, Fields] = {}
 
     @property
     def defaults(self) -> tuple[str, ...]:
-        """`field=value` for every default taken so far, sorted."""
-        return tuple(sorted(self._defaults_taken))
+        """`field=value` for every default taken so far, sorted; those of parts come last."""
+        inner = (f"{name}.{d}" for name, part in self._parts.items() for d in part.defaults)
+        return (*sorted(self._defaults_taken), *inner)
+
+    def part(self, name: str, model_type: str, config: Mapping[str, Any]) -> Fields:
+        """A config inside this one, seen through the class of `model_type`."""
+        self._parts[name] = Fields(config, model_type)
+        return self._parts[name]
 
     def spell(self, **names: tuple[str, ...]) -> None:
         """From now on look a field up under these names, the first that is there."""

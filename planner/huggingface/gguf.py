@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from planner.errors import ConfigError, shown
+from planner.errors import MAX_LAYERS, ConfigError, check_size, shown
 from planner.gguf_files import GgufHeader
 from planner.stored import dtype_mix
 
@@ -49,20 +49,25 @@ class Described:
         """Whether block 0 has such a tensor."""
         return f"blk.0.{name}" in self.shapes
 
+    def size(self, key: str) -> int | None:
+        """A whole number above 0, or None where it is absent; ConfigError for anything else."""
+        value = self.get(key)
+        return None if value is None else check_size(f"{self.architecture}.{key}", value)
+
+    def required(self, key: str) -> int:
+        """A whole number above 0."""
+        size = self.size(key)
+        if size is None:
+            raise ConfigError(f"{self.architecture}.{key} is missing from the metadata")
+        return size
+
     def width(self, name: str) -> int | None:
         """Rows of such a tensor in the first block that has one, of each expert if of experts."""
-        blocks = self.get("block_count")
-        for index in range(blocks if type(blocks) is int and blocks <= 4096 else 0):
-            shape = self.shapes.get(f"blk.{index}.{name}")
-            if shape is not None and len(shape) >= 2:
+        for index in range(min(self.required("block_count"), MAX_LAYERS)):
+            shape = self.shapes.get(f"blk.{index}.{name}", ())
+            if len(shape) >= 2:
                 return shape[-2]
         return None
-
-    def dense_blocks(self) -> list[int]:
-        """Blocks without a router."""
-        blocks = self.get("block_count")
-        count = blocks if type(blocks) is int and blocks <= 4096 else 0
-        return [i for i in range(count) if f"blk.{i}.ffn_gate_inp.weight" not in self.shapes]
 
 
 def config_from_gguf(header: GgufHeader, *, origin: str) -> dict[str, Any]:
@@ -76,8 +81,7 @@ def config_from_gguf(header: GgufHeader, *, origin: str) -> dict[str, Any]:
         )
     described = Described(header, architecture)
     for key in REQUIRED:
-        if described.get(key) is None:
-            raise ConfigError(f"{origin}: {architecture}.{key} is missing from the metadata")
+        described.required(key)
     model_type, special = ARCHITECTURES[architecture]
     config: dict[str, Any] = {"model_type": model_type}
     for key, field in FIELDS.items():
@@ -127,10 +131,9 @@ def _stored_as(header: GgufHeader) -> dict[str, Any]:
 
 
 def _head_dim(d: Described) -> dict[str, Any]:
-    heads = d.get("attention.head_count")
     rows = d.width("attn_q.weight")
-    of_rows = rows // heads if rows and type(heads) is int and heads > 0 else None
-    return {"head_dim": d.get("attention.key_length") or of_rows}
+    of_rows = None if rows is None else rows // d.required("attention.head_count")
+    return {"head_dim": d.size("attention.key_length") or of_rows}
 
 
 def _llama(d: Described) -> dict[str, Any]:
@@ -153,7 +156,8 @@ def _gemma(d: Described) -> dict[str, Any]:
         if d.get(key) is not None:
             config[key.removeprefix("attention.")] = d.get(key)
     if d.get("block_count") == GEMMA_27B.get(d.architecture):
-        config["query_pre_attn_scalar"] = d.get("embedding_length") // d.get("attention.head_count")
+        heads = d.required("attention.head_count")
+        config["query_pre_attn_scalar"] = d.required("embedding_length") // heads
     return config
 
 
@@ -162,7 +166,7 @@ def _qwen_mixture(d: Described) -> dict[str, Any]:
         "num_experts": d.get("expert_count"),
         "moe_intermediate_size": d.get("expert_feed_forward_length")
         or d.width("ffn_up_exps.weight"),
-        "mlp_only_layers": d.dense_blocks(),
+        "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     }
     if d.architecture == "qwen3moe":
@@ -177,10 +181,8 @@ def _qwen_mixture(d: Described) -> dict[str, Any]:
 
 def _deepseek(d: Described) -> dict[str, Any]:
     """V2 or V3, by the router; key and value lengths are those before the latent was absorbed."""
-    rope = d.get("rope.dimension_count")
-    key = d.get("attention.key_length_mla") or d.get("attention.key_length")
-    if type(rope) is not int or type(key) is not int:
-        raise ConfigError("deepseek2.attention.key_length and rope.dimension_count are needed")
+    rope = d.required("rope.dimension_count")
+    key = d.size("attention.key_length_mla") or d.required("attention.key_length")
     sigmoid = d.get("expert_gating_func") == 2 or any("exp_probs_b" in name for name in d.shapes)
     width = d.get("expert_feed_forward_length")
     config = {
@@ -231,11 +233,11 @@ def _falcon(d: Described) -> dict[str, Any]:
 
 
 def _partial_rotary(d: Described) -> dict[str, Any]:
-    rotary, heads = d.get("rope.dimension_count"), d.get("attention.head_count")
-    if type(rotary) is not int or type(heads) is not int or not heads:
+    rotary, key = d.size("rope.dimension_count"), d.size("attention.key_length")
+    if rotary is None:
         return {}
-    width = d.get("attention.key_length") or d.get("embedding_length") // heads
-    return {"partial_rotary_factor": rotary / width} if width else {}
+    width = key or d.required("embedding_length") / d.required("attention.head_count")
+    return {"partial_rotary_factor": rotary / width}
 
 
 def _stablelm(d: Described) -> dict[str, Any]:

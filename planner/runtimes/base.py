@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from planner.errors import ConfigError, shown
-from planner.layers import GQA, ALiBi, LearnedPositions, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, LearnedPositions, MoE, RoPE
 from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.model import Model
@@ -122,6 +122,10 @@ def unplanned_part(model: Model) -> str | None:
             return "gated attention"
         if isinstance(layer.feed_forward, MoE) and not layer.feed_forward.gated:
             return "experts without a gate"
+        if isinstance(layer.attention, MLA) and layer.attention.indexer is not None:
+            return "sparse attention to the picks of an indexer"
+        if isinstance(layer.attention, GQA) and layer.attention.v_norm:
+            return "normalised values"
     if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
         return type(model.positions).__name__
     return None

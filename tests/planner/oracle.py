@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "m
     """
     given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
     given["model_type"] = SAME_AS.get(given["model_type"], given["model_type"])
-    described = AutoConfig.for_model(**given)
+    described = AutoConfig.for_model(**deepcopy(given))  # some classes write into their parts
     hub: Any = transformers
     with torch.device(device):
         if config.get("architectures"):
@@ -138,7 +139,8 @@ def linear_weights(live: Any) -> set[str]:
 def live_active_count(live: Any) -> int:
     """All parameters, those of routed experts × top-k / E (their tensors are [E, …])."""
     text = live.config.get_text_config()
-    top_k, flat = getattr(text, "num_experts_per_tok", None) or 1, None
+    names = ("num_experts_per_tok", "top_k_experts")  # the latter is gemma4's
+    top_k, flat = next((k for name in names if (k := getattr(text, name, None))), 1), None
     if text.model_type == "dbrx":  # [E · i, h]
         top_k, flat = text.ffn_config.moe_top_k, text.ffn_config.moe_num_experts
     return sum(
