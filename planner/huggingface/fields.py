@@ -135,10 +135,12 @@ class Fields:
     def _spellings(self, name: str) -> tuple[str, ...]:
         if name in self._spelled:
             return self._spelled[name]
-        # an alias is set after the field itself, so it wins where both are there
+        # what the class declares is set first, so the other spelling wins where both are there:
+        # mostly the alias, in kimi_linear the name behind it
         aliases: dict[str, str] = self._class["aliases"]
         field = aliases.get(name, name)
-        return (*(ours for ours, theirs in aliases.items() if theirs == field), field)
+        names = (*(ours for ours, theirs in aliases.items() if theirs == field), field)
+        return tuple(sorted(names, key=lambda spelling: spelling in self._class["fields"]))
 
 
 def check_positive(field: str, value: Any) -> float:

@@ -207,24 +207,11 @@ def _no_theta(fields: Fields) -> bool:
     return fields.has("rope_theta") and fields.raw("rope_theta") is None
 
 
-KIMI_SPELLINGS = {
-    "max_position_embeddings": "model_max_length",
-    "n_group": "num_expert_group",
-    "n_shared_experts": "num_shared_experts",
-    "norm_topk_prob": "moe_renormalize",
-    "num_experts_per_tok": "num_experts_per_token",
-    "num_local_experts": "num_experts",
-}
-"""The class's field → the checkpoint's, which wins where a config has both."""
-
-
 def read_kimi_linear(fields: Fields) -> Model:
     """Kimi Linear (arXiv:2510.26692): delta attention, and MLA without positions.
 
     Checkpoints number the layers of `linear_attn_config` from 1.
     """
-    for name, written in KIMI_SPELLINGS.items():
-        fields.spell(**{name: (written, name)})
     L, own = layer_count(fields), fields.config.get("linear_attn_config", {})
     if not isinstance(own, dict):
         raise ConfigError(f"linear_attn_config={shown(own)} is not allowed: an object")

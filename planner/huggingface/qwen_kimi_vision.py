@@ -198,8 +198,6 @@ def _both(name: str, *weight: int, group: Group) -> tuple[Parameter, ...]:
 
 def _qwen_towers(vision: Fields, module: str) -> tuple[Tower, ...]:
     """Patches of space and time, learned positions on a grid; a merger of m · m patches."""
-    vision.spell(num_heads=("num_attention_heads", "num_heads"))
-    vision.spell(depth=("num_hidden_layers", "depth"))
     blocks = _blocks(vision, depth="depth", heads="num_heads", fused=True, eps=1e-6)
     h, patch = blocks.hidden_size, vision.size("patch_size")
     patches = (vision.size("in_channels"), vision.size("temporal_patch_size"), patch, patch)
