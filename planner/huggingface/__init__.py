@@ -10,6 +10,7 @@ from planner.errors import ConfigError, shown
 from planner.huggingface import (
     alibi_like,
     deepseek,
+    deepseek_v4,
     encoder_decoders,
     encoders,
     gemma_later,
@@ -36,6 +37,7 @@ from planner.model import Model
 READERS: dict[str, Callable[[Fields], Model]] = {
     **alibi_like.READERS,
     **deepseek.READERS,
+    **deepseek_v4.READERS,
     **encoder_decoders.READERS,
     **encoders.READERS,
     **gemma_later.READERS,

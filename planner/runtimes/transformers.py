@@ -36,6 +36,7 @@ EXACT_PEAKS = frozenset(
 WINDOWED = frozenset(
     (
         "cohere2",
+        "deepseek_v4",
         "exaone4",
         "gemma2",
         "gemma3_text",
@@ -61,7 +62,7 @@ WINDOWED = frozenset(
 FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
 """Model types whose routers stay float32 whatever the dtype (`_keep_in_fp32_modules`)."""
 
-EAGER_ONLY = frozenset(("bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"))
+EAGER_ONLY = frozenset(("bloom", "deepseek_v4", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt"))
 """Model types whose classes do not support sdpa (`_supports_sdpa`)."""
 
 
