@@ -269,7 +269,7 @@ def scaled_queries(fields: Fields, *, theta: float, factor: float, original: int
         raise ConfigError(
             f"rope_parameters.llama_4_scaling_beta={shown(beta)} is not allowed: a number"
         )
-    _check_factor(parameters)
+    check_factor(parameters)
     return made
 
 
@@ -279,7 +279,7 @@ def _rotary(fields: Fields, *, head_dim: int, default_is_whole: bool = False) ->
     `default_is_whole`: unscaled positions do not read `partial_rotary_factor`.
     """
     parameters = fields.rope_parameters()
-    _check_factor(parameters)
+    check_factor(parameters)
     share = parameters.get("partial_rotary_factor", fields.raw("partial_rotary_factor"))
     if default_is_whole and parameters["rope_type"] == "default":
         share = None
@@ -290,7 +290,8 @@ def _rotary(fields: Fields, *, head_dim: int, default_is_whole: bool = False) ->
     return rope(fields, head_dim=head_dim)
 
 
-def _check_factor(parameters: dict[str, Any]) -> None:
+def check_factor(parameters: dict[str, Any]) -> None:
+    """ConfigError for scaled positions without the factor that they are scaled by."""
     if parameters["rope_type"] in ("linear", "dynamic", "yarn", "llama3"):
         check_positive("rope_parameters.factor", parameters.get("factor"))
 

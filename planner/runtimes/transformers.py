@@ -36,6 +36,7 @@ EXACT_PEAKS = frozenset(
 WINDOWED = frozenset(
     (
         "cohere2",
+        "deepseek_v4",
         "exaone4",
         "gemma2",
         "gemma3",
@@ -77,6 +78,7 @@ FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
 EAGER_ONLY = frozenset(
     (
         "bloom",
+        "deepseek_v4",
         "falcon_mamba",
         "gemma2",
         "gpt_neo",

@@ -47,6 +47,23 @@ INDEXED: dict[str, Any] = {
     "index_topk": 5,
 }
 TINY: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {
+        **SMALL,
+        "intermediate_size": 20,
+        "head_dim": 16,
+        "qk_rope_head_dim": 4,
+        "q_lora_rank": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "o_groups": 2,
+        "o_lora_rank": 6,
+        "index_n_heads": 3,
+        "index_head_dim": 8,
+        "index_topk": 2,
+        "sliding_window": 8,
+        "compress_ratios": [0, 4, 128, 4],
+        "hc_mult": 3,
+    },
     "deepseek_v32": INDEXED,
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": INDEXED,
@@ -63,6 +80,7 @@ YARN: dict[str, Any] = {
 QUERIES = {**YARN, "rope_theta": 5e5, "llama_4_scaling_beta": 0}
 DENSE, SPARSE = "dense", "sparse"
 FULL, SLIDING = "full_attention", "sliding_attention"
+HEAVY, CHOSEN = "heavily_compressed_attention", "compressed_sparse_attention"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in TINY),
     *((kind, {"tie_word_embeddings": True}) for kind in TINY),
@@ -73,6 +91,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v32", {"layer_types": ["deepseek_sparse_attention"] * 4, "head_dim": 3}),
     ("deepseek_v32", {"rope_scaling": YARN, "rope_theta": 7.0, "sliding_window": 4}),
     ("deepseek_v32", {"architectures": ["DeepseekV32Model"]}),
+    ("deepseek_v4", {"compress_ratios": None, "num_hidden_layers": 6}),
+    ("deepseek_v4", {"layer_types": [SLIDING] * 5, "sliding_window": 1}),
+    ("deepseek_v4", {"layer_types": [HEAVY, CHOSEN] * 2, "compress_rate_hca": 7}),
+    ("deepseek_v4", {"compress_rates": {HEAVY: 2, CHOSEN: 3}, "compress_rate_csa": None}),
+    ("deepseek_v4", {"compress_rate_csa": 9, "compress_rate_hca": 9, "sliding_window": 2}),
+    ("deepseek_v4", {"mlp_bias": True, "attention_bias": True, "n_shared_experts": 2}),
+    ("deepseek_v4", {"num_local_experts": 6, "num_hash_layers": 1, "scoring_func": "sigmoid"}),
+    ("deepseek_v4", {"mlp_layer_types": ["hash_moe", "moe"] * 2, "hc_mult": 1}),
+    ("deepseek_v4", {"architectures": ["DeepseekV4Model"], "qk_rope_head_dim": 8}),
     ("glm4_moe_lite", {"q_lora_rank": None, "attention_bias": True}),
     ("glm4_moe_lite", {"mlp_layer_types": [SPARSE, DENSE, DENSE, SPARSE, SPARSE]}),
     ("glm4_moe_lite", {"first_k_dense_replace": 3, "head_dim": 6, "num_local_experts": 6}),
@@ -116,6 +143,8 @@ def test_parameters_positions_scales_and_cache_are_those_of_the_class(kind, chan
     assert_same_parameters(model, live)
     for batch, tokens in ((3, 7), (2, 9)):  # a window of 8 keeps 7
         assert_same_cache(model, live, batch, tokens)
+    if kind == "deepseek_v4":
+        return  # positions of two kinds, see below
     rotary = getattr(live, "model", live).rotary_emb
     assert model.positions.rotary_dim == 2 * rotary.inv_freq.numel()
     assert model.positions.rope_type == live.config.rope_parameters["rope_type"]
@@ -123,6 +152,37 @@ def test_parameters_positions_scales_and_cache_are_those_of_the_class(kind, chan
     modules = [m for m in live.modules() if type(m).__name__.endswith("Attention")]
     for layer, module in zip(model.layers, modules, strict=True):
         assert layer.attention.scaling == pytest.approx(module.scaling)
+
+
+WHOLE, QUARTER = {"partial_rotary_factor": 1.0}, {"partial_rotary_factor": 0.25}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rope_scaling": {**YARN, "type": "yarn"}, "rope_theta": 7, "compress_rope_theta": 9.0},
+        {"qk_rope_head_dim": None, "head_dim": 32},
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"main": WHOLE, "compress": {**QUARTER, "rope_theta": 5.0}}},
+        {
+            "rope_parameters": {
+                "main": {"rope_theta": 3.0, **QUARTER},
+                "compress": {**YARN, **WHOLE},
+            }
+        },
+        {"rope_parameters": {"main": WHOLE, "compress": YARN}, "partial_rotary_factor": 0.5},
+    ],
+)
+def test_compressing_layers_have_positions_of_their_own(change):
+    config = tiny("deepseek_v4", **{"index_head_dim": 16, **change})
+    model, live = planner.read_config(config), live_model(config)
+    rotary = live.model.rotary_emb
+    for name, ours in (("main", model.local_positions), ("compress", model.positions)):
+        theirs = live.config.rope_parameters[name]
+        assert ours is not None
+        assert ours.rotary_dim == 2 * getattr(rotary, f"{name}_inv_freq").numel()
+        assert (ours.rope_type, ours.rope_theta) == (theirs["rope_type"], theirs["rope_theta"])
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -171,6 +231,17 @@ def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
             "index_topk_freq": draw(st.integers(0, 4)),
             "index_skip_topk_offset": draw(st.integers(1, 4)),
         }
+    if kind == "deepseek_v4":
+        config |= {
+            "head_dim": 2 * rotary,
+            "compress_ratios": draw(st.lists(st.sampled_from([0, 4, 128]), min_size=5)),
+            "compress_rate_csa": draw(st.integers(1, 9)),
+            "compress_rate_hca": draw(st.integers(1, 30)),
+            "sliding_window": draw(st.integers(1, 30)),
+            "o_groups": heads,
+            "o_lora_rank": draw(st.integers(1, 5)),
+            "hc_mult": draw(st.integers(1, 4)),
+        }
     if kind == "ministral3":
         config["sliding_window"] = draw(st.sampled_from([None, 2, 5, 20]))
     model, live = planner.read_config(config), live_model(config)
@@ -178,7 +249,7 @@ def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
     assert_same_cache(model, live, draw(st.integers(1, 3)), draw(st.integers(1, 24)))
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "deepseek_v4"])
 def test_a_static_cache_is_allocated_for_its_capacity(kind):
     config = tiny(kind)
     model, live = planner.read_config(config), live_model(config)
@@ -199,7 +270,13 @@ def test_active_parameters_are_those_of_the_picked_experts(kind):
     assert model.active_parameter_count == model.parameter_count - idle
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_compressed_entries_have_no_static_cache():
+    model = planner.read_config(tiny("deepseek_v4"))
+    with pytest.raises(ConfigError, match=r"cache\.kind='static' is not allowed"):
+        kv_cache_bytes(model, batch=1, context_tokens=4, cache=CacheSpec(kind="static"))
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "deepseek_v4", "glm_moe_dsa"])
 def test_estimates_refuse_what_no_program_runs(kind):
     model = planner.read_config(tiny(kind))
     for runtime in ("attnlab", "vllm"):
@@ -223,6 +300,24 @@ NO_BETA = {key: value for key, value in QUERIES.items() if key != "llama_4_scali
         ("deepseek_v32", {"rope_scaling": {"type": "yarn"}}, "factor=None is not allowed"),
         ("deepseek_v32", {"rope_scaling": YARN, "partial_rotary_factor": 0.5}, "=0.5 is not"),
         ("deepseek_v32", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1 is not"),
+        ("deepseek_v4", {"compress_ratios": [0, 4, 8, 4]}, "compress_ratios has 8: one of 0, 4"),
+        ("deepseek_v4", {"compress_ratios": [4]}, r"compress_ratios=\[4\] is not allowed: a list"),
+        ("deepseek_v4", {"layer_types": [FULL] * 4}, "layer_types has 'full_attention': one of"),
+        ("deepseek_v4", {"mlp_layer_types": [DENSE] * 4}, "mlp_layer_types has 'dense': one of"),
+        ("deepseek_v4", {"compress_rates": {CHOSEN: 4}}, f"compress_rates.{HEAVY}=None is not"),
+        ("deepseek_v4", {"compress_rate_csa": 0}, f"compress_rates.{CHOSEN}=0 is not allowed"),
+        ("deepseek_v4", {"compress_rates": 4}, "compress_rates=4 is not allowed: an object"),
+        ("deepseek_v4", {"num_hash_layers": -1}, "num_hash_layers=-1 is not allowed"),
+        ("deepseek_v4", {"scoring_func": "softmax"}, "scoring_func='softmax' is not allowed"),
+        ("deepseek_v4", {"o_groups": 3}, "= 64 is not a multiple of o_groups=3"),
+        ("deepseek_v4", {"index_head_dim": 2}, "index_head_dim=2 is less than the 4 rotary"),
+        ("deepseek_v4", {"sliding_window": None}, "sliding_window is missing"),
+        (
+            "deepseek_v4",
+            {"rope_parameters": {"main": {}, "compress": {}}},
+            "rope_parameters.main.partial_rotary_factor=None is not allowed",
+        ),
+        ("deepseek_v4", {"rope_scaling": {"type": "yarn"}}, "factor=None is not allowed"),
         ("glm4_moe_lite", {"sliding_window": 4}, "sliding_window=4 is not allowed: null"),
         ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not"),
         ("glm4_moe_lite", {"mlp_layer_types": [DENSE] * 3}, "mlp_layer_types=.* a list of 4"),
