@@ -26,6 +26,7 @@ class Tower:
 
     All its parameters count as `part`. `outer` are those outside its blocks, by their checkpoint
     names; `parameter_names` translates the blocks' names, `layers.0.self_attn.q_proj.weight` say.
+    `buffer_bytes`: what transformers holds for it besides, rotary frequencies or numbered patches.
     """
 
     part: Literal["encoder", "vision", "audio", "projector"]
@@ -33,6 +34,7 @@ class Tower:
     layers: tuple[Layer, ...] = ()
     outer: tuple[Parameter, ...] = ()
     parameter_names: tuple[tuple[str, str], ...] = ()
+    buffer_bytes: int = 0
 
     def parameters(self) -> Iterator[Parameter]:
         """Every trained tensor once, by its checkpoint name."""

@@ -48,13 +48,18 @@ def _blocks(fields: Fields) -> tuple[Layer, ...]:
 
 def _patches(fields: Fields, *, more: int, bias: bool) -> list[Parameter]:
     """The convolution and a row for each patch and `more`."""
-    h, C = fields.size("hidden_size"), fields.size("num_channels")
-    image, p = square(fields, "image_size"), square(fields, "patch_size")
-    rows = patch_count((image, image), (p, p)) + more
+    rows = _rows(fields, more=more)
+    h, C, p = (fields.size(n) for n in ("hidden_size", "num_channels", "patch_size"))
     return [
         *conv("embeddings.patch_embedding", h, C, p, p, bias=bias),
         tensor("embeddings.position_embedding.weight", rows, h, group="embedding"),
     ]
+
+
+def _rows(fields: Fields, *, more: int) -> int:
+    """Positions, which the classes keep numbered in int64 too."""
+    image, p = square(fields, "image_size"), square(fields, "patch_size")
+    return patch_count((image, image), (p, p)) + more
 
 
 def clip_vision(fields: Fields) -> Tower:
@@ -71,6 +76,7 @@ def clip_vision(fields: Fields) -> Tower:
             *norm_tensors(norm, "post_layernorm", h),
         ),
         parameter_names=CLIP_LIKE,
+        buffer_bytes=8 * _rows(fields, more=1),
     )
 
 
@@ -95,6 +101,7 @@ def siglip_vision(fields: Fields) -> Tower:
         layers=_blocks(fields),
         outer=tuple(outer),
         parameter_names=CLIP_LIKE,
+        buffer_bytes=8 * _rows(fields, more=0),
     )
 
 

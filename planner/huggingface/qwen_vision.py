@@ -49,12 +49,14 @@ def _tower(
     h, p, frames = fields.size(width), square(fields, "patch_size"), "temporal_patch_size"
     size = (h, fields.size("in_channels"), square(fields, frames), p, p)
     attention = own_attention(fields, width=width, fused_qkv=True, qkv_bias=True, o_bias=True)
+    D = fields.optional_size("head_dim") or attention.head_dim  # only the positions go by it
     return Tower(
         part="vision",
         hidden_size=h,
         layers=same_blocks(fields, attention=attention, feed_forward=feed_forward, norm=norm),
         outer=(*conv("patch_embed.proj", *size, bias=patch_bias), *outer),
         parameter_names=names,
+        buffer_bytes=8 * -(-D // 4),  # frequencies of rows and columns, twice
     )
 
 

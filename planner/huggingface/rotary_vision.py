@@ -45,18 +45,18 @@ def pixtral(fields: Fields) -> Tower:
     """Pixtral (arXiv:2410.07073): images of any size, blocks like a llama's, one norm before."""
     axial_positions(fields)
     norm = Norm(kind="rmsnorm", eps=1e-5)
-    h, C = fields.size("hidden_size"), fields.size("num_channels")
+    h, C, attention = fields.size("hidden_size"), fields.size("num_channels"), own_attention(fields)
+    D = fields.optional_size("head_dim") or attention.head_dim  # only the positions go by it
     return Tower(
         part="vision",
         hidden_size=h,
-        layers=same_blocks(
-            fields, attention=own_attention(fields), feed_forward=gated(fields), norm=norm
-        ),
+        layers=same_blocks(fields, attention=attention, feed_forward=gated(fields), norm=norm),
         outer=(
             *conv("patch_conv", h, C, *sides(fields, "patch_size"), bias=False),
             *norm_tensors(norm, "ln_pre", h),
         ),
         parameter_names=PIXTRAL_NAMES,
+        buffer_bytes=8 * -(-D // 2),  # D / 2 frequencies, twice
     )
 
 
@@ -71,12 +71,13 @@ def llama4_vision(fields: Fields) -> Tower:
     norm = Norm(kind="layernorm", eps=1e-5, bias=True)  # nn.LayerNorm's own
     into, out = fields.size("projector_input_dim"), fields.size("projector_output_dim")
     rows = patch_count((image, image), (p, p)) + 1
+    attention = own_attention(fields, exact=False, qkv_bias=True, o_bias=True)
     return Tower(
         part="vision",
         hidden_size=h,
         layers=same_blocks(
             fields,
-            attention=own_attention(fields, exact=False, qkv_bias=True, o_bias=True),
+            attention=attention,
             feed_forward=Dense(intermediate_size=i, activation="gelu", gated=False, bias=True),
             norm=norm,
         ),
@@ -95,6 +96,7 @@ def llama4_vision(fields: Fields) -> Tower:
             *head_linear("vision_adapter.mlp.fc2", out=out, into=out, bias=False),
         ),
         parameter_names=LLAMA4_VISION_NAMES,
+        buffer_bytes=8 * rows * (attention.head_dim // 4) * 2,  # a complex number for each turn
     )
 
 

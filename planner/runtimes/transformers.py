@@ -197,6 +197,9 @@ class Transformers:
             values = (("parameters", routed), ("b", b))
             more = routed * (4 - b)
             rows.append(_buffer("routers in float32", 1, "parameters · (4 − b)", values, more))
+        for tower in model.towers:
+            if size := tower.buffer_bytes:
+                rows.append(_buffer(f"of the {tower.part} part", 1, "n", (("n", size),), size))
         return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:

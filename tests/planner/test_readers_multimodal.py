@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import planner
 from planner import ConfigError
+from planner.activations import peak
 from planner.huggingface.multimodal import TOWERS
+from planner.program import Dims
+from planner.runtimes.transformers import Transformers
+from planner.runtimes.transformers_program import Pass, forward_program
+from profiles.meters import LiveTensorMeter
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
 
 SIZES: dict[str, Any] = {
@@ -158,6 +167,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         "qwen3_vl",
         text("qwen3_vl", rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1]}),
     ),
+    ("qwen3_vl", vision("qwen3_vl", head_dim=12, in_channels=1)),
     ("qwen3_vl_moe", text("qwen3_vl_moe", mlp_only_layers=[0], head_dim=12)),
     ("qwen3_vl_moe", text("qwen3_vl_moe", decoder_sparse_step=2, norm_topk_prob=False)),
 ]
@@ -174,6 +184,15 @@ def config_of(kind: str, **change: Any) -> dict[str, Any]:
 @by_variant
 def test_parameters_and_caches_are_those_of_the_class(kind, change):
     assert_exact(config_of(kind, **change), auto="image_text", tokens=(2, 7))
+
+
+@by_variant
+def test_tensors_that_are_not_trained_are_counted_with_the_weights(kind, change):
+    config = config_of(kind, **change)
+    live = live_model(config, auto="image_text")
+    rows = Transformers().buffer_rows(planner.read_config(config), dtype="bf16")
+    held = {id(b): b.numel() * b.element_size() for b in live.buffers()}
+    assert sum(row.size_bytes for row in rows) == sum(held.values())
 
 
 @pytest.mark.parametrize("kind", STEMS)
@@ -358,3 +377,20 @@ def test_a_value_that_is_not_read_is_refused_by_name(kind, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         planner.read_config(config_of(kind, **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llava", "mistral3"])
+def test_without_images_a_forward_peaks_where_that_of_its_language_model_does(kind, attention):
+    config = config_of(kind)
+    described = AutoConfig.for_model(**deepcopy(config))
+    live = AutoModelForImageTextToText.from_config(
+        described, dtype=torch.bfloat16, attn_implementation=attention
+    )
+    ids = torch.zeros(2, 50, dtype=torch.long)
+    with torch.no_grad(), LiveTensorMeter() as meter:
+        held = live.eval()(input_ids=ids, use_cache=True)
+    assert held.past_key_values is not None
+    how = Pass(kind="prefill", attention=attention, dtype="bf16", kv_dtype="bf16", logits="all")
+    program = forward_program(planner.read_config(config), replace(how, equal_widths_only=True))
+    assert peak(program, Dims(batch=2, tokens=50, context=50)).live_bytes == meter.peak_bytes
