@@ -18,11 +18,15 @@ Names = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """What a class puts on the bare model: a pooler, a language-model head, parameters."""
+    """What a class puts on the bare model: a pooler, a language-model head, parameters.
+
+    `names` are the checkpoint names of the language-model head.
+    """
 
     pooler: bool = False
     lm_head: bool = False
     parameters: tuple[Parameter, ...] = ()
+    names: Names = ()
 
 
 def named_class(fields: Fields, stem: str, endings: Sequence[str]) -> str:
@@ -38,12 +42,13 @@ def named_class(fields: Fields, stem: str, endings: Sequence[str]) -> str:
 
 
 def label_count(fields: Fields, *, absent: int = 2) -> int:
-    """Outputs of a classifier: the entries of `id2label`, else `num_labels`."""
+    """Outputs of a classifier: `num_labels` has the last word, then the entries of `id2label`."""
     labels = fields.config.get("id2label")
+    if "num_labels" in fields.config:
+        return check_size("num_labels", fields.config["num_labels"])
     if labels is None:
-        if "num_labels" not in fields.config:
-            fields.take_default("num_labels", absent)
-        return check_size("num_labels", fields.config.get("num_labels", absent))
+        fields.take_default("num_labels", absent)
+        return absent
     if not isinstance(labels, Mapping) or not all(_whole(key) for key in labels):
         raise ConfigError(f"id2label={shown(labels)} is not allowed: a name for each number")
     return check_size("num_labels (entries of id2label)", len({int(key) for key in labels}))
@@ -74,11 +79,6 @@ def refuse(fields: Fields, **allowed: bool | None) -> None:
         given = fields.raw(name) if value is None else fields.flag(name)
         if given != value:
             raise ConfigError(f"{name}={shown(fields.raw(name))} is not read yet: {value}")
-
-
-def rooted(names: Names, root: str) -> Names:
-    """Checkpoint names with the module that holds the bare model in place of {root}."""
-    return tuple((ours, theirs.format(root=root)) for ours, theirs in names)
 
 
 def described(

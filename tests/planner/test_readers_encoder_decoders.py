@@ -115,7 +115,11 @@ def test_parameters_and_caches_are_those_of_the_class(kind, change):
 
 @pytest.mark.parametrize(("kind", "name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_every_head_has_the_parameters_of_its_class(kind, name):
-    for more in ({"tie_word_embeddings": False}, {"id2label": {"0": "a"}}, {"num_labels": 5}):
+    for more in (
+        {"tie_word_embeddings": False},
+        {"id2label": {"0": "a"}},
+        {"num_labels": 5, "id2label": {"0": "a"}},
+    ):
         config = tiny(kind, architectures=[name], use_weighted_layer_sum="id2label" in more, **more)
         assert_same_parameters(planner.read_config(config), build(config, "meta"))
 
