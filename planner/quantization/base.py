@@ -83,6 +83,8 @@ def linears(parameter: Parameter) -> tuple[Linear, ...]:
     """
     name = parameter.name.removesuffix(".weight")
     match parameter.shape:
+        case (into, out) if parameter.transposed:
+            return (Linear(module=name, out=out, into=into),)
         case (out, into) if parameter.linear:
             return (Linear(module=name, out=out, into=into),)
         case (E, out, into) if parameter.group == "experts":
