@@ -42,7 +42,9 @@ def sigmoid_group_mixture(fields: Fields, *, experts: str = "n_routed_experts") 
     """
     E, groups = fields.size(experts), fields.size("n_group")
     if groups == E:
-        raise ConfigError(f"{experts}={E} is not allowed: two or more in each of n_group={groups}")
+        raise ConfigError(
+            f"n_group={groups} is not allowed: groups of two or more of {experts}={E}"
+        )
     act, width = activation(fields), fields.size("moe_intermediate_size")
     return MoE(
         num_experts=E,

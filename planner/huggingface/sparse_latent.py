@@ -157,13 +157,7 @@ def grouped_mixture(fields: Fields) -> MoE:
     H, G = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
     if H // G != 1:
         raise ConfigError(f"num_key_value_heads={G} is not allowed: num_attention_heads={H}")
-    moe = sigmoid_group_mixture(fields)
-    if moe.num_experts < 2 * moe.n_group:
-        raise ConfigError(
-            f"n_group={moe.n_group} is not allowed: groups of two of {moe.num_experts} experts "
-            "or more"
-        )
-    return moe
+    return sigmoid_group_mixture(fields)
 
 
 def spell_experts(fields: Fields) -> None:
