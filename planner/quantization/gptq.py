@@ -169,7 +169,7 @@ def _modules(given: Any) -> tuple[str, ...] | None:
     """Lists of lists of ends of names, quantised one list after the other."""
     if given is None:
         return None
-    lists = given if isinstance(given, list) else [None]
+    lists: list[Any] = given if isinstance(given, list) else [given]
     if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists):
         raise ConfigError(
             f"quantization_config.modules_in_block_to_quantize={shown(given)} is not allowed: "
@@ -186,8 +186,9 @@ def _rules(given: Any, grid: Grid) -> tuple[Rule, ...]:
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for x in given):
         raise ConfigError(f"{field}={shown(given)} is not allowed: an object of patterns")
     skip_patterns({"dynamic": [x.removeprefix("-:").removeprefix("+:") for x in given]}, "dynamic")
-    rules = []
-    for pattern, changes in sorted(given.items(), key=lambda x: not x[0].startswith("-:")):
+    rules: list[Rule] = []
+    entries: list[tuple[str, Any]] = sorted(given.items(), key=_changes)
+    for pattern, changes in entries:
         if pattern.startswith("-:"):
             rules.append(Rule(pattern=pattern.removeprefix("-:"), grid=None))
             continue
@@ -200,6 +201,10 @@ def _rules(given: Any, grid: Grid) -> tuple[Rule, ...]:
         changed = read_grid(changes, field, grid)
         rules.append(Rule(pattern=pattern.removeprefix("+:"), grid=changed))
     return tuple(rules)
+
+
+def _changes(entry: tuple[str, Any]) -> bool:
+    return not entry[0].startswith("-:")
 
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {"gptq": read_gptq}
