@@ -117,7 +117,7 @@ def read_awq(config: Mapping[str, Any]) -> Quantization:
         return next(given, default)
 
     bits = value("bits", "w_bit", default=4)
-    if isinstance(bits, bool) or bits != 4:
+    if type(bits) is not int or bits != 4:
         raise ConfigError(f"{field}.bits={shown(bits)} is not allowed: 4")
     zero_point = value("zero_point", default=True)
     if zero_point is not True:

@@ -156,7 +156,7 @@ def read_gptq(config: Mapping[str, Any]) -> Quantization:
 def read_grid(config: Mapping[str, Any], field: str, default: Grid | None = None) -> Grid:
     """`bits` and `group_size`, 128 where nothing is said."""
     bits = config.get("bits", default.bits if default else None)
-    if isinstance(bits, bool) or bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         allowed = ", ".join(map(str, BITS))
         raise ConfigError(f"{field}.bits={shown(bits)} is not allowed: one of {allowed}")
     size = config.get("group_size", default.group_size if default else 128)

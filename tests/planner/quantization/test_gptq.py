@@ -167,6 +167,7 @@ def test_the_head_is_packed_where_it_is_said():
     [
         ({"bits": 5}, "bits=5 is not allowed: one of 2, 3, 4, 8"),
         ({"bits": True}, "bits=True is not allowed"),
+        ({"bits": 4.0}, "bits=4.0 is not allowed"),
         ({"group_size": 0}, "group_size=0 is not allowed"),
         ({"group_size": "128"}, "group_size='128' is not allowed"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not allowed"),
