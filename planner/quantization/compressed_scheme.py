@@ -12,7 +12,7 @@ from planner.quantization.base import Stored, groups
 from planner.quantization.skip import skip_patterns
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-BITS = {
+BITS: dict[str, dict[str, tuple[int, ...]]] = {
     "pack-quantized": {"int": tuple(range(1, 9))},
     "int-quantized": {"int": tuple(range(1, 9))},
     "float-quantized": {"float": (8,)},
