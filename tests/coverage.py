@@ -33,6 +33,8 @@ TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
 TYPES = sorted({*READERS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
 COLUMNS = ("model_type", "path", "parameters", "active", "linear layers", "cache", "static cache")
 LENGTHS = (2, 9, 20)
+NEED_VALUES = ("gemma4", "gemma4_unified", "mpt")
+"""Types whose masks look at a value, as those of encoder-decoders do: the meta device has none."""
 
 
 def row(model_type: str) -> tuple[str, ...]:
@@ -46,8 +48,7 @@ def _read(model_type: str) -> tuple[str, ...]:
     case = CASES[model_type]
     model = planner.read_config(case.config)
     seq2seq = model_type in encoder_decoders.TYPES
-    # their masks ask for a value, which the meta device does not have
-    device = "cpu" if seq2seq or model_type == "mpt" else "meta"
+    device = "cpu" if seq2seq or model_type in NEED_VALUES else "meta"
     live = live_model(case.config, auto=case.auto, device=device)
     frames = model.encoder_tokens or 9
 
