@@ -54,9 +54,9 @@ def test_params_lists_every_tensor(run):
 
 
 def test_a_type_without_a_reader_can_be_traced(run, tmp_path):
-    path = tmp_path / "bert" / "config.json"
+    path = tmp_path / "electra" / "config.json"
     path.parent.mkdir()
-    path.write_text('{"model_type": "bert", "num_hidden_layers": 1}')
+    path.write_text('{"model_type": "electra", "num_hidden_layers": 1}')
     code, _, err = run("params", str(path))
     assert code == 2
     assert "--traced" in err
