@@ -133,11 +133,12 @@ def _granularity(where: str, kind: str, data: Mapping[str, Any]) -> tuple[str, i
         given = given[1]
     if given is None:
         return ("tensor" if dynamic_float else "row"), None
-    name = given.get("_type") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}.granularity={shown(given)} is not allowed: an object")
     words = {"PerRow": "row", "PerTensor": "tensor"}
     if "Dynamic" not in kind:
         words["PerGroup"] = "group"
-    word = words[check_choice(f"{where}.granularity", name, words)]
+    word = words[check_choice(f"{where}.granularity", given.get("_type"), words)]
     inner = given.get("_data") or {}
     if not isinstance(inner, Mapping) or inner.get("dim", -1) != -1:
         raise ConfigError(f"{where}.granularity={shown(given)} is not read: rows, dim -1")
