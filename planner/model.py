@@ -198,7 +198,9 @@ class Model:
         """Every trained tensor with the name and shape it has in this family's checkpoints."""
         for p in self._own_parameters():
             swap = self.transposed_linears and len(p.shape) == 2 and p.layer is not None
-            yield replace(p, name=self.checkpoint_name(p.name), shape=p.shape[:: -1 if swap else 1])
+            shape = p.shape[:: -1 if swap else 1]
+            name = self.checkpoint_name(p.name)
+            yield replace(p, name=name, shape=shape, transposed=swap and p.linear)
         for tower in self.towers:
             yield from tower.parameters()
 

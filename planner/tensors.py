@@ -27,6 +27,7 @@ class Parameter:
     """One trained tensor. `layer` is None outside the blocks.
 
     `linear`: the [out, in] weight of a linear layer (nn.Linear), which quantisers replace.
+    `transposed`: it lies [in, out] (GPT-2's Conv1D), which only some of them know.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Parameter:
     layer: int | None
     shape: tuple[int, ...]
     linear: bool = False
+    transposed: bool = False
 
     @property
     def count(self) -> int:

@@ -53,7 +53,11 @@ class HQQ(Quantization):
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`W_q`, `scale`, `zero`, and the settings, each a tensor too."""
         module = parameter.name.removesuffix(".weight")
-        params = self._params(linear_tag(module)) if parameter.linear else None
+        params = (
+            self._params(linear_tag(module))
+            if parameter.linear and not parameter.transposed
+            else None
+        )
         if params is None:
             yield plain(parameter, dtype)
             return

@@ -44,7 +44,7 @@ class TorchAO(Quantization):
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`_weight_qdata`, `_weight_scale` and, of integers, `_weight_zero_point`."""
         # transformers matches the whole name, so that `mlp.up_proj` alone skips nothing
-        skipped = is_skipped(parameter.name, self.modules_to_not_convert)
+        skipped = parameter.transposed or is_skipped(parameter.name, self.modules_to_not_convert)
         if not parameter.linear or skipped or not self._takes(*parameter.shape):
             yield plain(parameter, dtype)
             return

@@ -69,7 +69,9 @@ def ours(name: str, **settings_: Any) -> Tensors:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama with biases, tied", "mixtral", "deepseek_v3", "gpt2"]
+)
 def test_tensors_are_those_of_the_library(name, weights):
     assert ours(name, weights=weights) == theirs(name, {"weights": weights})
 

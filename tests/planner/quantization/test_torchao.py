@@ -62,7 +62,7 @@ def theirs(name: str, quantised: dict[str, Any]) -> Tensors:
     return {n: (DTYPES[str(t.dtype)], tuple(t.shape)) for n, t in kept.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "mixtral", "gpt2"])
 @pytest.mark.parametrize(
     "quantised",
     [
