@@ -29,11 +29,19 @@ def attention_cache_elements(attention: GQA | MLA, *, tokens: int) -> int:
     match attention:
         case GQA(num_key_value_heads=H_kv, head_dim=d_h):
             return 2 * H_kv * d_h * S  # K and V
-        case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
-            d_index = 0 if attention.indexer is None else attention.indexer.cached_width
-            return (d_c + d_rope + d_index) * S  # no factor 2: V is rebuilt from the latent
+        case MLA():  # no factor 2: V is rebuilt from the latent
+            return sum(width for _, width in _latent_widths(attention)) * S
         case _:
             assert_never(attention)
+
+
+def _latent_widths(attention: MLA) -> tuple[tuple[str, int], ...]:
+    widths: list[tuple[str, int]] = []
+    if not attention.shares_cache:
+        widths += [("d_c", attention.kv_lora_rank), ("d_rope", attention.qk_rope_head_dim)]
+    if attention.indexer is not None:
+        widths.append(("d_index", attention.indexer.cached_width))
+    return tuple(widths)
 
 
 def layer_rows(
@@ -54,7 +62,7 @@ def layer_rows(
     for layer, count in model.layer_kinds().items() if model.is_decoder else ():
         for mixer in (layer.attention, layer.beside):
             match mixer:
-                case GQA(shares_cache=True) | None:
+                case GQA(shares_cache=True) | MLA(shares_cache=True, indexer=None) | None:
                     pass
                 case GQA() | MLA():
                     row = _attention_row(mixer, kept(mixer), batch=batch, dtype=dtype)
@@ -109,10 +117,8 @@ def _formula(attention: GQA | MLA, tokens: str) -> tuple[str, tuple[tuple[str, i
     match attention:
         case GQA(num_key_value_heads=H_kv, head_dim=d_h):
             return f"B · 2 · H_kv · d_h · {tokens} · b", (("H_kv", H_kv), ("d_h", d_h))
-        case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
-            widths: tuple[tuple[str, int], ...] = (("d_c", d_c), ("d_rope", d_rope))
-            if attention.indexer is not None:
-                widths = (*widths, ("d_index", attention.indexer.cached_width))
+        case MLA():
+            widths = _latent_widths(attention)
             return f"B · ({' + '.join(name for name, _ in widths)}) · {tokens} · b", widths
         case _:
             assert_never(attention)

@@ -103,21 +103,32 @@ class GQA:
 class Indexer:
     """What picks the `index_topk` tokens that a query attends to (DeepSeek-V3.2, arXiv:2512.02556).
 
-    It caches one key of `index_head_dim` for each token.
+    It caches one key of `index_head_dim` for each token. `index_kpool`: it picks pools of so many
+    tokens; a token's weight in its pool is cached beside the key, and whether it is padding
+    (glm5_next). `own_queries`: made from the hidden state, normed, and scaled (mistral_large4).
     """
 
     index_n_heads: int
     index_head_dim: int
     index_topk: int
+    index_kpool: int | None = None
+    own_queries: bool = False
 
     def __post_init__(self) -> None:
         for field in ("index_n_heads", "index_head_dim", "index_topk"):
             check_size(field, getattr(self, field))
+        if self.index_kpool is not None:
+            check_size("index_kpool", self.index_kpool)
+            if self.index_topk % self.index_kpool:
+                raise ConfigError(
+                    f"index_topk={self.index_topk} is not a multiple of "
+                    f"index_kpool={self.index_kpool}"
+                )
 
     @property
     def cached_width(self) -> int:
         """Elements cached for each token."""
-        return self.index_head_dim
+        return self.index_head_dim if self.index_kpool is None else 2 * self.index_head_dim + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +137,8 @@ class MLA:
 
     `q_lora_rank=None` projects the query directly. `bias` is on the down-projections and on o_proj.
     `indexer`: attention to the tokens that it picks; a layer without one among layers that have it
-    attends to what the last one picked.
+    attends to what the last one picked. `qk_rope_head_dim` 0: no positions. `shares_cache`: the
+    latents are those of an earlier layer (mistral_large4).
     """
 
     num_attention_heads: int
@@ -139,16 +151,12 @@ class MLA:
     bias: bool = False
     rope_interleave: bool = True
     indexer: Indexer | None = None
+    shares_cache: bool = False
 
     def __post_init__(self) -> None:
-        for field in (
-            "num_attention_heads",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-        ):
+        for field in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             check_size(field, getattr(self, field))
+        check_size("qk_rope_head_dim", self.qk_rope_head_dim, minimum=0)
         if self.q_lora_rank is not None:
             check_size("q_lora_rank", self.q_lora_rank)
 

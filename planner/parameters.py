@@ -113,10 +113,11 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
                 yield from linear(
                     "self_attn.q_b_proj", "attention", out=H * D, into=d_q, bias=False
                 )
-            yield from linear(
-                "self_attn.kv_a_proj_with_mqa", "attention", out=d_c + D_rope, into=h, bias=bias
-            )
-            yield from norm_parameters(latent, "self_attn.kv_a_layernorm", d_c)
+            if not attention.shares_cache:
+                yield from linear(
+                    "self_attn.kv_a_proj_with_mqa", "attention", out=d_c + D_rope, into=h, bias=bias
+                )
+                yield from norm_parameters(latent, "self_attn.kv_a_layernorm", d_c)
             up = H * (D_nope + attention.v_head_dim)
             yield from linear("self_attn.kv_b_proj", "attention", out=up, into=d_c, bias=False)
             yield from linear(
@@ -130,15 +131,22 @@ def _attention(attention: GQA | MLA, h: int) -> Iterator[Parameter]:
 
 def _indexer(indexer: Indexer, h: int, *, queries_from: int) -> Iterator[Parameter]:
     """Queries from the query's latent, one key for all heads, a weight for each head."""
-    H, D = indexer.index_n_heads, indexer.index_head_dim
-    for name, out, into in (
+    H, D, name = indexer.index_n_heads, indexer.index_head_dim, "self_attn.indexer"
+    for part, out, into in (
         ("wq_b", H * D, queries_from),
         ("wk", D, h),
         ("weights_proj", H, h),
     ):
-        yield from linear(f"self_attn.indexer.{name}", "attention", out=out, into=into, bias=False)
+        yield from linear(f"{name}.{part}", "attention", out=out, into=into, bias=False)
     norm = Norm(kind="layernorm", eps=1e-6, bias=True)
-    yield from norm_parameters(norm, "self_attn.indexer.k_norm", D)
+    yield from norm_parameters(norm, f"{name}.k_norm", D)
+    if indexer.own_queries:
+        yield from norm_parameters(norm, f"{name}.q_input_norm", h)
+        yield tensor(f"{name}.softmax_scaling.scale", H)
+        yield tensor(f"{name}.softmax_scaling.bias", H)
+    if indexer.index_kpool is not None:
+        yield tensor(f"{name}.index_kpool_compress_ape", indexer.index_kpool, D)
+        yield tensor(f"{name}.index_kpool_compress_gate", D, h)
 
 
 def _qk_norm(qk_norm: QKNorm, letter: str, heads: int, D: int) -> Iterator[Parameter]:

@@ -31,7 +31,7 @@ def read_glm4_moe_lite(fields: Fields) -> Model:
         qk_rope_head_dim=("head_dim", "qk_rope_head_dim"),
     )
     _no_windows(fields)
-    positions = _rotary(fields, head_dim=fields.size("qk_rope_head_dim"))
+    positions = rotary_part(fields, head_dim=fields.size("qk_rope_head_dim"))
     attention = replace(
         latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
     )
@@ -69,7 +69,7 @@ def _sparse_decoder(
     all_indexed(fields)
     fields.size("q_lora_rank")
     D_rope = fields.size("qk_rope_head_dim")
-    positions = _rotary(fields, head_dim=D_rope, default_is_whole=True)
+    positions = rotary_part(fields, head_dim=D_rope, default_is_whole=True)
     attention = latent_attention(fields, positions)
     own = replace(attention, indexer=indexer(fields, rotary_dim=D_rope))
     return latent_decoder(
@@ -173,12 +173,14 @@ def all_indexed(fields: Fields) -> None:
     layer_words(fields, "layer_types", INDEXED)
 
 
-def indexer(fields: Fields, *, rotary_dim: int) -> Indexer:
+def indexer(fields: Fields, *, rotary_dim: int, pool: int | None = None, **extra: bool) -> Indexer:
     """The indexer, whose heads turn as far as those of the attention."""
     made = Indexer(
+        index_kpool=pool,
         index_n_heads=fields.size("index_n_heads"),
         index_head_dim=fields.size("index_head_dim"),
         index_topk=fields.size("index_topk"),
+        **extra,
     )
     if made.index_head_dim < rotary_dim:
         raise ConfigError(
@@ -187,7 +189,7 @@ def indexer(fields: Fields, *, rotary_dim: int) -> Indexer:
     return made
 
 
-def indexed_layers(fields: Fields) -> list[bool]:
+def indexed_layers(fields: Fields, *, first_is_full: bool = True) -> list[bool]:
     """Whether a layer has an indexer of its own: `indexer_types`, a pattern, or every n-th."""
     L = layer_count(fields)
     kinds = layer_words(fields, "indexer_types", ("full", "shared"), longer=True)
@@ -204,7 +206,7 @@ def indexed_layers(fields: Fields) -> list[bool]:
             "index_skip_topk_offset", fields.config.get("index_skip_topk_offset", 2), minimum=0
         )
         kinds = ["shared" if max(i - offset + 1, 0) % max(every, 1) else "full" for i in range(L)]
-    if kinds[0] != "full":
+    if first_is_full and kinds[0] != "full":
         raise ConfigError("indexer_types[0]='shared' is not allowed: the first layer is full")
     return [kind == "full" for kind in kinds]
 
@@ -267,7 +269,7 @@ def scaled_queries(fields: Fields, *, theta: float, factor: float, original: int
     return made
 
 
-def _rotary(fields: Fields, *, head_dim: int, default_is_whole: bool = False) -> RoPE:
+def rotary_part(fields: Fields, *, head_dim: int, default_is_whole: bool = False) -> RoPE:
     """Positions of the rotary part of a head, which turns as a whole.
 
     `default_is_whole`: unscaled positions do not read `partial_rotary_factor`.
