@@ -287,7 +287,7 @@ def _layers(cache: Any) -> list[Any]:
         return []
     if hasattr(cache, "self_attention_cache"):
         return [*_layers(cache.self_attention_cache), *_layers(cache.cross_attention_cache)]
-    return list(cache.layers)
+    return list(getattr(cache, "layers", [cache]))  # xlstm's keeps all states itself
 
 
 def _tensors(value: Any) -> list[Any]:

@@ -31,6 +31,7 @@ class Head:
 
 def named_class(fields: Fields, stem: str, endings: Sequence[str]) -> str:
     """The ending of `architectures[0]` behind the stem; the first one where none is named."""
+    _labels(fields)
     allowed = [stem + ending for ending in endings]
     architectures = fields.config.get("architectures") or allowed[:1]
     head = architectures[0] if isinstance(architectures, list) and architectures else architectures
@@ -43,15 +44,20 @@ def named_class(fields: Fields, stem: str, endings: Sequence[str]) -> str:
 
 def label_count(fields: Fields, *, absent: int = 2) -> int:
     """Outputs of a classifier: `num_labels` has the last word, then the entries of `id2label`."""
-    labels = fields.config.get("id2label")
-    if "num_labels" in fields.config:
-        return check_size("num_labels", fields.config["num_labels"])
+    labels = _labels(fields)
     if labels is None:
         fields.take_default("num_labels", absent)
-        return absent
-    if not isinstance(labels, Mapping) or not all(_whole(key) for key in labels):
-        raise ConfigError(f"id2label={shown(labels)} is not allowed: a name for each number")
-    return check_size("num_labels (entries of id2label)", len({int(key) for key in labels}))
+    return check_size("num_labels", absent if labels is None else labels)
+
+
+def _labels(fields: Fields) -> int | None:
+    """What the config says of labels: its class reads it whether or not there is a classifier."""
+    named = fields.config.get("id2label")
+    if named is not None and not (isinstance(named, Mapping) and all(map(_whole, named))):
+        raise ConfigError(f"id2label={shown(named)} is not allowed: a name for each number")
+    if "num_labels" in fields.config:
+        return check_size("num_labels", fields.config["num_labels"], minimum=0)
+    return None if named is None else len({int(key) for key in named})
 
 
 def _whole(key: Any) -> bool:

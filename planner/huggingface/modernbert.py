@@ -113,8 +113,13 @@ def read_modernbert(fields: Fields) -> Model:
 
 
 def _windows(fields: Fields) -> list[int | None]:
-    """The window of every layer: `local_attention` positions around the query's own."""
+    """The window of every layer: `local_attention` positions around the query's own.
+
+    A `sliding_window` is half of one, and overwrites it.
+    """
     window = fields.size("local_attention")
+    if fields.has("sliding_window"):
+        window = 2 * fields.size("sliding_window")
     if fields.raw("layer_types") is not None:
         return layer_windows(fields, window=window)
     fields.suppose(global_attn_every_n_layers=3)

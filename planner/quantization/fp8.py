@@ -37,15 +37,12 @@ class BlockFp8(Quantization):
 
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`weight` in fp8 beside `weight_scale_inv`."""
-        found = [x for x in linears(parameter) if not is_skipped(x.module, self._skipped)]
+        layers = () if parameter.transposed else linears(parameter)  # Conv1D is no nn.Linear
+        found = [x for x in layers if not is_skipped(x.module, self.modules_to_not_convert)]
         if not found:
             yield plain(parameter, dtype)
         for linear in found:
             yield from self._linear(linear, fp4=linear.copies > 1 and self.expert_dtype == "fp4")
-
-    @property
-    def _skipped(self) -> tuple[str, ...]:
-        return self.modules_to_not_convert
 
     def _linear(self, linear: Linear, *, fp4: bool) -> Iterator[Stored]:
         out, into, copies = linear.out, linear.into, linear.copies

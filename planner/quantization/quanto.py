@@ -35,7 +35,8 @@ class Quanto(Quantization):
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`weight._data`, `weight._scale`, `weight._shift`, `input_scale`, `output_scale`."""
         module = parameter.name.removesuffix(".weight")
-        if not parameter.linear or is_skipped(module, self.modules_to_not_convert):
+        skipped = parameter.transposed or is_skipped(module, self.modules_to_not_convert)
+        if not parameter.linear or skipped:
             yield plain(parameter, dtype)
             return
         out, into = parameter.shape

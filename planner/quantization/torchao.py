@@ -44,7 +44,7 @@ class TorchAO(Quantization):
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`_weight_qdata`, `_weight_scale` and, of integers, `_weight_zero_point`."""
         # transformers matches the whole name, so that `mlp.up_proj` alone skips nothing
-        skipped = is_skipped(parameter.name, self.modules_to_not_convert)
+        skipped = parameter.transposed or is_skipped(parameter.name, self.modules_to_not_convert)
         if not parameter.linear or skipped or not self._takes(*parameter.shape):
             yield plain(parameter, dtype)
             return
@@ -133,11 +133,12 @@ def _granularity(where: str, kind: str, data: Mapping[str, Any]) -> tuple[str, i
         given = given[1]
     if given is None:
         return ("tensor" if dynamic_float else "row"), None
-    name = given.get("_type") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}.granularity={shown(given)} is not allowed: an object")
     words = {"PerRow": "row", "PerTensor": "tensor"}
     if "Dynamic" not in kind:
         words["PerGroup"] = "group"
-    word = words[check_choice(f"{where}.granularity", name, words)]
+    word = words[check_choice(f"{where}.granularity", given.get("_type"), words)]
     inner = given.get("_data") or {}
     if not isinstance(inner, Mapping) or inner.get("dim", -1) != -1:
         raise ConfigError(f"{where}.granularity={shown(given)} is not read: rows, dim -1")

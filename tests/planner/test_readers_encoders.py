@@ -191,6 +191,7 @@ def test_positions_end_where_the_table_ends(kind, change):
         {},
         {"layer_types": [SLIDING, FULL, SLIDING, SLIDING], "local_attention": 6},
         {"global_attn_every_n_layers": 2},
+        {"sliding_window": 5},
         {"global_rope_theta": 5.0, "local_rope_theta": 6.0},
         {"rope_parameters": {FULL: {"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0}}},
     ],

@@ -144,7 +144,7 @@ def test_tensors_are_those_of_the_library(name, case):
     assert_same(name, CASES[case])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "phi3", "gemma2"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "phi3", "gemma2", "gpt2"])
 def test_other_attentions_have_the_scales_of_a_cache(name):
     quantised = config(
         group("float-quantized", FP8),

@@ -53,6 +53,7 @@ def our_bytes(model: planner.Model) -> int:
     [
         ("llama", {}),
         ("llama with biases, tied", {}),
+        ("gpt2", {}),
         ("llama", {"weight_block_size": None, "activation_scheme": "static"}),
         ("llama", {"weight_block_size": [24, 40]}),
         ("llama", {"scale_fmt": "ue8m0", "weight_block_size": [16, 16]}),

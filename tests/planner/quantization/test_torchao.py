@@ -62,7 +62,7 @@ def theirs(name: str, quantised: dict[str, Any]) -> Tensors:
     return {n: (DTYPES[str(t.dtype)], tuple(t.shape)) for n, t in kept.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "llama with biases, tied", "mixtral", "gpt2"])
 @pytest.mark.parametrize(
     "quantised",
     [
@@ -116,7 +116,7 @@ def test_float8_activations_need_sides_of_sixteen():
         (config(INT8, version=1), "_version=1 is not read: 2"),
         (config(INT4, group_size=0), "group_size=0 is not allowed"),
         (config(INT4, int4_packing_format="preshuffled"), "int4_packing_format='preshuffled' is"),
-        (config(INT8, granularity="rows"), "granularity='rows' is not allowed"),
+        (config(INT8, granularity="PerRow"), "granularity='PerRow' is not allowed"),
         (config(INT8, granularity={**ROW, "_data": {"dim": 0}}), "rows, dim -1"),
         (config(INT8_DYNAMIC, granularity=GROUP), "granularity='PerGroup' is not allowed"),
         ({**config(INT8), "include_input_output_embeddings": True}, "embeddings=True is not read"),
