@@ -47,7 +47,8 @@ def _heads(fields: Fields, kinds: Sequence[str]) -> dict[str, Heads]:
     """
     everywhere = fields.size("num_key_value_heads"), fields.size("head_dim")
     if fields.has("per_layer_config"):
-        return _saved_heads(fields.raw("per_layer_config") or {}, kinds, everywhere)
+        saved = fields.raw("per_layer_config")
+        return _saved_heads({} if saved is None else saved, kinds, everywhere)
     G = everywhere[0]
     if fields.flag("attention_k_eq_v"):
         G = fields.optional_size("num_global_key_value_heads") or G
@@ -82,6 +83,10 @@ def _saved_heads(given: Any, kinds: Sequence[str], everywhere: Heads) -> dict[st
 
 
 def _positions(fields: Fields, kind: str, D: int) -> RoPE:
+    if fields.has("rope_scaling"):  # even null would take the place of rope_parameters
+        raise ConfigError(
+            f"rope_scaling={shown(fields.raw('rope_scaling'))} is not allowed: rope_parameters"
+        )
     given = fields.raw("rope_parameters")
     if given is None:
         fields.take_default(f"rope_theta of {kind}", ROPE[kind]["rope_theta"])
@@ -148,11 +153,8 @@ def _decoder(fields: Fields, *, stem: str, per_layer: int, mixtures: bool) -> Mo
     norm, kinds = rmsnorm(fields), layer_kinds(fields, every=6)
     kinds[-1] = FULL  # the config class sees to that
     shared = sharing_layers(fields, kinds)
-    h, H, bias = (
-        fields.size("hidden_size"),
-        fields.size("num_attention_heads"),
-        fields.flag("attention_bias"),
-    )
+    h, H = fields.size("hidden_size"), fields.size("num_attention_heads")
+    bias = fields.flag("attention_bias")
     sizes, window = _heads(fields, kinds), _window(fields)
     k_eq_v, wide = fields.flag("attention_k_eq_v"), fields.flag("use_double_wide_mlp")
     narrow = gated(fields, activation_field="hidden_activation")

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import ConfigError, check_choice, shown
-from planner.huggingface.blocks import activation, as_json, gated, layer_count, rmsnorm
+from planner.huggingface.blocks import activation, chosen_head, gated, layer_count, rmsnorm
 from planner.huggingface.fields import Fields
 from planner.huggingface.gemma4 import read_gemma4_text, read_gemma4_unified_text
+from planner.huggingface.wrapper import named, part, text_by, wrapped
 from planner.layers import GQA, Layer, Norm, QKNorm
 from planner.model import Model, Tower
 from planner.parameters import norm_parameters
@@ -19,19 +20,6 @@ Towers = Callable[[Fields, int, str], tuple[Tower, ...]]
 """From the fields of a part, the width of the text model and the name of the base module."""
 
 
-def _part(fields: Fields, name: str, model_type: str) -> Fields | None:
-    """A nested config; None where it is null or absent."""
-    given = fields.raw(name)
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{name}={shown(given)} is not allowed: an object or null")
-    kind = given.get("model_type")
-    if kind is not None:
-        check_choice(f"{name}.model_type", kind, (model_type,))
-    return Fields(given, model_type)
-
-
 def _wrapper(
     fields: Fields, *, stem: str, read_text: Callable[[Fields], Model], towers: dict[str, Towers]
 ) -> Model:
@@ -39,48 +27,21 @@ def _wrapper(
 
     Whether embedding and head are one is the wrapper's to say, not the text config's.
     """
-    head_class, base_class = f"{stem}ForConditionalGeneration", f"{stem}Model"
-    architectures = fields.config.get("architectures") or [head_class]
-    head = architectures[0] if isinstance(architectures, list) else architectures
-    check_choice("architectures[0]", head, (head_class, base_class))
-    text = _part(fields, "text_config", f"{fields.model_type}_text")
-    given = dict(text.config) if text is not None else {}
-    dtype = next((d for c in (fields.config, given) if (d := _dtype(c)) is not None), None)
-    config = {
-        **{name: value for name, value in given.items() if name != "torch_dtype"},
-        "dtype": dtype,
-        "quantization_config": fields.config.get("quantization_config"),
-        "architectures": None,
-        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
-    }
-    model = read_text(Fields(config, f"{fields.model_type}_text"))
-    base = "model." if head == head_class else ""
+    head_class = f"{stem}ForConditionalGeneration"
+    head = chosen_head(fields, head_class, f"{stem}Model") == head_class
+    base, kind = "model." if head else "", fields.model_type
+    inner = part(fields, "text_config", f"{kind}_text", only=True)
+    text, _ = text_by({inner.model_type: read_text}, inner, fields)
     made: list[Tower] = []
-    defaults = [*fields.defaults, *(f"text_config.{taken}" for taken in model.defaults)]
-    for name, build in towers.items():
-        part = _part(fields, f"{name}_config", f"{fields.model_type}_{name}")
-        if part is not None:
-            made += build(part, model.hidden_size, base)
-            defaults += (f"{name}_config.{taken}" for taken in part.defaults)
-    name = fields.config.get("_name_or_path") or fields.model_type
-    return replace(
-        model,
-        name=name if isinstance(name, str) else fields.model_type,
-        model_type=fields.model_type,
-        text_type=model.model_type,
-        lm_head=head == head_class,
-        towers=tuple(made),
-        parameter_names=tuple(
-            (ours, theirs.replace("model.", f"{base}language_model.", 1))
-            for ours, theirs in model.parameter_names
-        ),
-        defaults=tuple(defaults),
-        config_json=as_json(fields.config),
-    )
-
-
-def _dtype(config: Mapping[str, Any]) -> Any:
-    return config.get("dtype") or config.get("torch_dtype")
+    for name, read_tower in towers.items():
+        config = f"{name}_config"
+        if fields.raw(config) is not None:
+            inner = part(fields, config, f"{kind}_{name}", only=True)
+            with named(config):
+                made += read_tower(inner, text.hidden_size, base)
+    tie = fields.flag("tie_word_embeddings")
+    model = wrapped(fields, text, *made, base=f"{base}language_model", tie=tie, head=head)
+    return replace(model, final_logit_softcapping=text.final_logit_softcapping)
 
 
 def _projector(base: str, name: str, *, out: int, into: int) -> Tower:
@@ -146,7 +107,7 @@ def _check_axial(fields: Fields) -> None:
     if given is not None and not isinstance(given, Mapping):
         raise ConfigError(f"rope_parameters={shown(given)} is not allowed: an object or null")
     kind = (given or {}).get("rope_type") or (given or {}).get("type") or "default"
-    check_choice("rope_parameters.rope_type of vision_config", kind, ("default", "axial"))
+    check_choice("rope_parameters.rope_type", kind, ("default", "axial"))
 
 
 def _audio(fields: Fields, text_hidden_size: int, base: str) -> tuple[Tower, ...]:
@@ -197,8 +158,8 @@ def _conformer(fields: Fields, h: int, norm: Norm) -> Layer:
 
     def parameters() -> Iterator[Parameter]:
         for name in ("feed_forward1", "feed_forward2"):
-            for part, out, into in (("ffw_layer_1", 4 * h, h), ("ffw_layer_2", h, 4 * h)):
-                yield from linear(f"{name}.{part}.linear", "audio", out=out, into=into, bias=False)
+            for step, out, into in (("ffw_layer_1", 4 * h, h), ("ffw_layer_2", h, 4 * h)):
+                yield from linear(f"{name}.{step}.linear", "audio", out=out, into=into, bias=False)
             yield from norm_parameters(norm, f"{name}.pre_layer_norm", h)
             yield from norm_parameters(norm, f"{name}.post_layer_norm", h)
         for name in ("q_proj.linear", "k_proj.linear", "v_proj.linear", "post.linear"):
@@ -252,7 +213,7 @@ def _unified_audio(fields: Fields, text_hidden_size: int, base: str) -> tuple[To
     names = ("audio_embed_dim", "hidden_size", "output_proj_dims", "audio_samples_per_token")
     given = {name: fields.config[name] for name in names if name in fields.config}
     if len(set(map(repr, given.values()))) > 1:
-        raise ConfigError(f"audio_config has {shown(given)}: one length, they are one field")
+        raise ConfigError(f"{shown(given)} is not allowed: they are one field, one length")
     fields.spell(audio_embed_dim=names)
     width = fields.size("audio_embed_dim")
     return (_projector(base, "embed_audio", out=text_hidden_size, into=width),)

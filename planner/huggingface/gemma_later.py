@@ -130,6 +130,8 @@ def _check_rope(fields: Fields) -> None:
 
 def _altup(fields: Fields, n: int, h: int) -> Iterator[Parameter]:
     """Alternating updates: a block predicts `n` streams, runs on one and corrects the others."""
+    fields.number("altup_coef_clip")
+    fields.flag("altup_correct_scale")
     for name, out, into in (
         ("correction_coefs", n, n),
         ("prediction_coefs", n * n, n),
@@ -177,13 +179,11 @@ def read_gemma3n_text(fields: Fields) -> Model:
 
     The last `num_kv_shared_layers` layers have no keys and values of their own.
     """
-    if fields.raw("per_layer_config"):
+    if fields.raw("per_layer_config") not in (None, {}):
         raise ConfigError("per_layer_config is not read for gemma3n_text: leave it out")
     h, norm = fields.size("hidden_size"), rmsnorm(fields)
-    p, n = (
-        fields.size("hidden_size_per_layer_input", minimum=0),
-        fields.size("altup_num_inputs", maximum=1024),
-    )
+    p = fields.size("hidden_size_per_layer_input", minimum=0)
+    n = fields.size("altup_num_inputs", maximum=1024)
     check_size("altup_active_idx", fields.raw("altup_active_idx"), minimum=-n, maximum=n - 1)
     check_padding(fields, "vocab_size", "vocab_size_per_layer_input")
     _check_sparsity(fields)

@@ -141,6 +141,79 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
     assert_same_parameters(planner.read_config(config), live_model(config, auto=auto_of(kind)))
 
 
+LARGE = {
+    "model_type": "gemma4",
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 72,
+    },
+}
+K_EQ_V = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 1024}
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "E2B": (
+        5_104_297_504,
+        {
+            "model_type": "gemma4",
+            "vision_config": {},
+            "audio_config": {},
+            "text_config": {
+                "hidden_size": 1536,
+                "intermediate_size": 6144,
+                "num_hidden_layers": 35,
+                "num_key_value_heads": 1,
+                "num_kv_shared_layers": 20,
+                "use_double_wide_mlp": True,
+                "layer_types": ([SLIDING] * 4 + [FULL]) * 7,
+            },
+        },
+    ),
+    "26B-A4B": (
+        25_805_933_872,
+        {
+            **LARGE,
+            "text_config": {
+                **K_EQ_V,
+                "hidden_size": 2816,
+                "intermediate_size": 2112,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "num_global_key_value_heads": 2,
+                "enable_moe_block": True,
+                "num_experts": 128,
+                "top_k_experts": 8,
+                "moe_intermediate_size": 704,
+            },
+        },
+    ),
+    "31B": (
+        31_273_086_512,
+        {
+            **LARGE,
+            "text_config": {
+                **K_EQ_V,
+                "hidden_size": 5376,
+                "intermediate_size": 21504,
+                "num_hidden_layers": 60,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 16,
+                "num_global_key_value_heads": 4,
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_sizes_are_those_of_the_class(name):
+    count, config = PUBLISHED[name]
+    assert planner.read_config(config).parameter_count == count
+    assert_exact(config, auto="image_text", tokens=(2000,), static=False)
+
+
 def test_a_wrapper_without_parts_is_its_text_model():
     model = planner.read_config({"model_type": "gemma4"})
     assert_same_parameters(model, live_model({"model_type": "gemma4"}, auto="image_text"))
@@ -275,6 +348,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3n_text", {"head_dim": None}, "head_dim is missing"),
     ("gemma3n_text", {"hidden_size": 30}, "hidden_size=30 is not a multiple"),
     ("gemma3n_text", {"pad_token_id": 38}, "pad_token_id=38 is not allowed: .* -38 to 37"),
+    ("gemma3n_text", {"altup_coef_clip": None}, "altup_coef_clip is missing"),
+    ("gemma3n_text", {"altup_correct_scale": "yes"}, "altup_correct_scale='yes' is not allowed"),
+    ("gemma3n_text", {"altup_active_idx": 4}, "altup_active_idx=4 is not allowed: .* -4 to 3"),
     ("gemma3n_text", {"architectures": ["Other"]}, r"architectures\[0\]='Other'"),
     (
         "gemma3n_text",
@@ -315,13 +391,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         },
         "partial_rotary_factor=0.5 of full_attention is not allowed",
     ),
+    ("gemma4_text", {"rope_scaling": None}, "rope_scaling=None is not allowed: rope_parameters"),
+    ("gemma4_text", {"per_layer_config": []}, r"per_layer_config=\[\] is not allowed"),
     ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 4}}}, "layer 1 unlike the last full_"),
     ("gemma4_text", {"per_layer_config": {"9": {"head_dim": 4}}}, "per_layer_config has '9'"),
     ("gemma4", {"architectures": ["Gemma4ForCausalLM"]}, r"architectures\[0\]='Gemma4ForCausalLM'"),
     ("gemma4", {"text_config": 3}, "text_config=3 is not allowed: an object or null"),
-    ("gemma4", {"text_config": {**GEMMA4, "head_dim": "8"}}, "head_dim='8' is not allowed"),
-    ("gemma4", {"vision_config": {"model_type": "siglip"}}, "vision_config.model_type='siglip'"),
-    ("gemma4", {"vision_config": {**VISION, "head_dim": 6}}, "head_dim=6 is not a multiple of 4"),
+    ("gemma4", {"text_config": {**GEMMA4, "head_dim": "8"}}, "text_config: head_dim='8' is not"),
+    ("gemma4", {"vision_config": []}, r"vision_config=\[\] is not allowed: an object or null"),
+    (
+        "gemma4",
+        {"vision_config": {**VISION, "head_dim": 6}},
+        "vision_config: head_dim=6 is not a m",
+    ),
     (
         "gemma4",
         {"vision_config": {**VISION, "output_proj_dims": 9}},
@@ -336,7 +418,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "gemma4",
         {"vision_config": {**VISION, "rope_parameters": {"rope_type": "linear"}}},
-        "rope_type of vision_config='linear'",
+        "vision_config: rope_parameters.rope_type='linear' is not allowed",
     ),
     (
         "gemma4_unified",
@@ -346,7 +428,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "gemma4_unified",
         {"audio_config": {"hidden_size": 3, "output_proj_dims": 4}},
-        "audio_config has .* one length",
+        "audio_config: .* is not allowed: they are one field",
     ),
 ]
 
