@@ -100,7 +100,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = runtime.pooled
-    note = runtime.peak_note(model)
+    note = runtime.peak_note(model) or _quantised_note(model)
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
@@ -143,6 +143,13 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
         multiprocessors=gpu.multiprocessors or 0,
         block_tokens=_block_tokens(deploy),
     )
+
+
+def _quantised_note(model: Model) -> str:
+    """What is left out of the peak and the times of quantised weights."""
+    if model.quantization is None:
+        return ""
+    return f"approximate: the scratch of {model.quantization.method} kernels is not planned"
 
 
 def _check_served(work: Inference, deploy: Deployment) -> None:

@@ -151,6 +151,7 @@ def missing_parts(model: Model) -> list[str]:
         "a scale on the logits": model.logit_scale is not None,
         "the bias of the head": model.lm_head_bias,
         "parts beside the decoder": bool(model.towers),
+        "quantised weights": model.quantization is not None,
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
 

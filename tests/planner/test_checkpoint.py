@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 import planner
 from planner import ConfigError
 from planner.cli import main
-from planner.comparison import expected_tensors
-from planner.huggingface import READERS
+from planner.comparison import UNMATCHED, expected_tensors
 from planner.safetensors_files import DTYPE_BITS
 from tests.planner import test_readers_gpt_like as gpt_like
 from tests.planner import test_readers_later_decoders as later
 from tests.planner import test_readers_norms_and_mixtures as norms
 from tests.planner.configs import TINY, build
+from tests.planner.every_type import CASES
+from tests.planner.oracle import live_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     **TINY,
@@ -597,6 +598,22 @@ def test_files_without_a_config_that_is_read_are_counted_all_the_same(capsys, ll
     assert len(err.strip().splitlines()) == 1
 
 
-def test_every_reader_is_among_the_families():
-    types = {config["model_type"] for config in FAMILIES.values()}
-    assert set(READERS) - types <= {"bloom", "mpt"}
+@pytest.mark.parametrize("name", sorted(UNMATCHED))
+def test_types_whose_files_are_not_matched_say_so_and_count_their_bytes(name, tmp_path):
+    live = live_model(CASES[name].config, auto=CASES[name].auto, device="cpu")
+    live.save_pretrained(tmp_path)
+    checkpoint = planner.read_checkpoint(tmp_path)
+    assert [f.id for f in checkpoint.compare(planner.load_model(tmp_path))] == ["not-compared"]
+    kept = {id(t): t for t in live.state_dict(keep_vars=True).values()}
+    assert checkpoint.weights_bytes == sum(t.numel() * t.element_size() for t in kept.values())
+
+
+LATER = sorted(set(CASES) - UNMATCHED - {config["model_type"] for config in FAMILIES.values()})
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_transformers_saves_of_later_types_is_what_their_config_says(name, tmp_path):
+    live = live_model(CASES[name].config, auto=CASES[name].auto, device="cpu")
+    live.save_pretrained(tmp_path)
+    checkpoint = planner.read_checkpoint(tmp_path)
+    assert checkpoint.compare(planner.load_model(tmp_path)) == ()
