@@ -1,4 +1,4 @@
-"""Readers of glm4_moe_lite, deepseek_v32, glm_moe_dsa and mistral4: latent and sparse attention.
+"""Readers of glm4_moe_lite, deepseek_v32 and glm_moe_dsa: latent attention, and sparse.
 
 Each follows its configuration and modelling file in transformers 5.23 (`models/<type>/`).
 """
@@ -30,7 +30,7 @@ def read_glm4_moe_lite(fields: Fields) -> Model:
         n_routed_experts=("num_local_experts", "n_routed_experts"),
         qk_rope_head_dim=("head_dim", "qk_rope_head_dim"),
     )
-    _no_windows(fields)
+    no_windows(fields)
     positions = rotary_part(fields, head_dim=fields.size("qk_rope_head_dim"))
     attention = replace(
         latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
@@ -79,47 +79,6 @@ def _sparse_decoder(
         sparse=sparse_after_dense(fields),
         mixture=grouped_mixture(fields),
         positions=replace(positions, interleaved=interleave),
-    )
-
-
-def read_mistral4(fields: Fields) -> Model:
-    """Mistral-4: DeepSeek-V3's attention and a softmax router; the query grows with its position.
-
-    Rotary frequencies are those of a whole head, of which YaRN takes the rotary part; without
-    rope_parameters the class has YaRN of its own.
-    """
-    fields.spell(n_routed_experts=("num_local_experts", "n_routed_experts"))
-    if fields.raw("num_key_value_heads") is None:
-        fields.spell(num_key_value_heads=("num_attention_heads",))
-    _no_windows(fields)
-    D_nope, D_rope = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
-    D, share = D_nope + D_rope, D_rope / (D_nope + D_rope)
-    scaled = scaled_queries(fields, theta=10_000.0, factor=128.0, original=8192)
-    if fields.has("head_dim"):
-        D = fields.size("head_dim")
-    positions = rope(scaled, head_dim=D_rope)
-    parameters = scaled.rope_parameters()
-    if parameters["rope_type"] != "default":
-        given = parameters.get("partial_rotary_factor", fields.raw("partial_rotary_factor"))
-        if given is None:
-            given = 1.0 if fields.raw("rope_scaling") else share
-        D = int(D * check_positive("partial_rotary_factor", given))
-    if D_rope != D:
-        raise ConfigError(
-            f"rope_parameters give {D} rotary dimensions: qk_rope_head_dim={D_rope} of them"
-        )
-    attention = replace(
-        latent_attention(fields, positions), rope_interleave=fields.flag("rope_interleave")
-    )
-    first = fields.size("first_k_dense_replace", minimum=0)
-    L = layer_count(fields)
-    return latent_decoder(
-        fields,
-        stem="Mistral4",
-        attentions=[attention] * L,
-        sparse=[i >= first for i in range(L)],
-        mixture=replace(grouped_mixture(fields), router="softmax"),
-        positions=positions,
     )
 
 
@@ -235,40 +194,6 @@ def layer_words(
     return words[:L]
 
 
-def scaled_queries(fields: Fields, *, theta: float, factor: float, original: int) -> Fields:
-    """The fields with the class's YaRN where they have none.
-
-    Queries are multiplied by 1 + β · ln(1 + ⌊position / original⌋), so both have to be there.
-    """
-    config = {**fields.config}
-    if not fields.raw("rope_scaling") and fields.raw("rope_parameters") is None:
-        fields.take_default("rope_type", "yarn")
-        config["rope_parameters"] = {
-            "rope_type": "yarn",
-            "rope_theta": theta,
-            "factor": factor,
-            "original_max_position_embeddings": original,
-            "max_position_embeddings": fields.size("max_position_embeddings"),
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale_all_dim": 1.0,
-            "mscale": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        }
-    made = Fields(config, fields.model_type)
-    parameters = made.rope_parameters()
-    name = "original_max_position_embeddings"
-    if parameters["rope_type"] not in ("llama3", "yarn", "longrope") or name in parameters:
-        check_positive(f"rope_parameters.{name}", parameters.get(name))
-    beta = parameters.get("llama_4_scaling_beta")
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
-        raise ConfigError(
-            f"rope_parameters.llama_4_scaling_beta={shown(beta)} is not allowed: a number"
-        )
-    check_factor(parameters)
-    return made
-
-
 def rotary_part(fields: Fields, *, head_dim: int, default_is_whole: bool = False) -> RoPE:
     """Positions of the rotary part of a head, which turns as a whole.
 
@@ -292,7 +217,7 @@ def check_factor(parameters: dict[str, Any]) -> None:
         check_positive("rope_parameters.factor", parameters.get("factor"))
 
 
-def _no_windows(fields: Fields) -> None:
+def no_windows(fields: Fields) -> None:
     """ConfigError for a window that clips the latent cache and masks nothing."""
     for name in ("sliding_window", "attention_chunk_size"):
         if fields.raw(name) is not None:
@@ -304,5 +229,4 @@ READERS: dict[str, Callable[[Fields], Model]] = {
     "deepseek_v32": read_deepseek_v32,
     "glm4_moe_lite": read_glm4_moe_lite,
     "glm_moe_dsa": read_glm_moe_dsa,
-    "mistral4": read_mistral4,
 }
