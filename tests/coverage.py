@@ -43,8 +43,12 @@ def row(model_type: str) -> tuple[str, ...]:
 
 
 def _read(model_type: str) -> tuple[str, ...]:
-    if model_type not in CASES:  # towers and language models that other types hold
-        return (model_type, "reader", "as a part", "–", "–", "as a part", "–")
+    if model_type not in CASES:
+        try:
+            planner.read_config({"model_type": model_type})
+        except ConfigError:
+            return (model_type, "refused", *["–"] * 5)
+        return (model_type, "reader", *["own tests"] * 5)
     case = CASES[model_type]
     model = planner.read_config(case.config)
     seq2seq = model_type in encoder_decoders.TYPES
@@ -129,7 +133,9 @@ def text() -> str:
         f"{read} types have a reader: *equal* says that names and shapes of all parameters, active "
         "parameters, the layers that quantisers replace, and the bytes of a real DynamicCache and "
         "StaticCache equal those of the live class on the meta device. The readers' own tests "
-        "compare many more configs, drawn at random. *none*: encoders cache nothing.\n\n"
+        "compare many more configs, drawn at random. *none*: encoders cache nothing. *own tests*: "
+        "compared in the reader's tests alone, towers among them as parts of what holds them. "
+        "*refused*: transformers cannot build the type without a package that is not here.\n\n"
         f"{len(rows) - read} more types of causal language models are *traced* when asked for "
         "(`--traced`, `profiles.trace`): read off transformers' own class. *refused*: that class "
         "cannot be built from its defaults, or its forward needs values.\n\n"
