@@ -52,6 +52,9 @@ Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each seq
 Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="transformers, attnlab or vllm.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
+WeightDtype = Annotated[
+    str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
+]
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
@@ -75,6 +78,7 @@ def estimate_command(
     output: Output = 1,
     runtime: RuntimeName = "transformers",
     dtype: Dtype = None,
+    weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
     attention: Attention = None,
     logits: Logits = "all",
@@ -85,7 +89,12 @@ def estimate_command(
     """Memory and latency of a workload, part by part. Exit 1 if it does not fit."""
     work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
     deploy = Deployment(
-        gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype, attention=attention
+        gpu=gpu,
+        runtime=runtime,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=attention,
     )
     result: Estimate | TracedEstimate
     if traced:
@@ -111,6 +120,7 @@ def fit_command(
     output: Output = 1,
     runtime: RuntimeName = "transformers",
     dtype: Dtype = None,
+    weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
     attention: Attention = None,
     logits: Logits = "all",
@@ -119,7 +129,12 @@ def fit_command(
     """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
     work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
     deploy = Deployment(
-        gpu=gpu, runtime=runtime, dtype=dtype, kv_dtype=kv_dtype, attention=attention
+        gpu=gpu,
+        runtime=runtime,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=attention,
     )
     described = load_model(model)
     result = estimate(described, work, deploy)

@@ -16,6 +16,7 @@ from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
+from planner.quantization.on_load import quantised_on_load
 from planner.result import Estimate, Memory
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
@@ -72,6 +73,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
+    model = _as_loaded(model, deploy)
     model.check_positions(work.context_tokens)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = _setting(model, deploy, runtime, gpu)
@@ -143,6 +145,19 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
         multiprocessors=gpu.multiprocessors or 0,
         block_tokens=_block_tokens(deploy),
     )
+
+
+def _as_loaded(model: Model, deploy: Deployment) -> Model:
+    """The model with the weights that the runtime makes of it on loading."""
+    wanted = deploy.weight_dtype
+    if wanted in (None, deploy.dtype or model.dtype):
+        return model
+    if model.quantization is not None:
+        raise ConfigError(
+            f"weight_dtype={wanted!r} is not allowed: the checkpoint is quantised already "
+            f"({model.quantization.method})"
+        )
+    return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
 
 
 def _quantised_note(model: Model) -> str:

@@ -9,6 +9,8 @@ from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
 from planner.errors import ConfigError, check_choice, check_size, shown
 
 CACHE_KINDS = ("dynamic", "static", "paged")
+LOADED_DTYPES = ("fp8", "int8", "nf4")
+"""What some runtime quantises plain weights to while it loads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +65,9 @@ class Deployment:
     """The GPU, the runtime on it and how it is set. None: what the model or the runtime takes.
 
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
-    Parallel layouts and quantised weights are refused until they are planned. The last five are
-    vllm's: of the memory it takes `memory_utilization`, of a sequence at most `max_model_tokens`.
+    `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
+    transformers), in place of `dtype`. Parallel layouts are refused until they are planned. The
+    last five are vllm's: of the memory it takes `memory_utilization`, of a sequence at most `max_model_tokens`.
     """
 
     gpu: str
@@ -89,10 +92,8 @@ class Deployment:
             check_choice("dtype", self.dtype, COMPUTE_DTYPES)
         if self.kv_dtype is not None:
             check_choice("kv_dtype", self.kv_dtype, ELEMENT_BYTES)
-        if self.weight_dtype not in (None, self.dtype):
-            raise ConfigError(
-                f"weight_dtype={self.weight_dtype!r} is not planned yet: None, or the same as dtype"
-            )
+        if self.weight_dtype is not None:
+            check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
         check_choice("mode", self.mode, ("graph", "eager"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")

@@ -137,7 +137,8 @@ def check_planned(runtime: str, model: Model) -> None:
     if part is not None:
         raise ConfigError(
             f"runtime={runtime} does not plan {part} of model_type={model.model_type} yet: "
-            "parameters and kv_cache_bytes are known, activations and times are not"
+            "parameters and kv_cache_bytes are known; `planner estimate --traced` reads the peak off "
+            "transformers"
         )
 
 

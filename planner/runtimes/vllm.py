@@ -108,7 +108,8 @@ class Vllm:
 
     def peak_note(self, model: Model) -> str:
         """Written from the source, not traced."""
-        return "uncalibrated: written from vLLM's source, not traced"
+        beside = "; without the profile run of its encoders" if model.towers else ""
+        return f"uncalibrated: written from vLLM's source, not traced{beside}"
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """vLLM's rotary table: cos and sin of every position, in the model's dtype."""

@@ -89,7 +89,7 @@ def test_backends_that_a_class_refuses_are_refused():
         ({"tensor_parallel": 4}, "tensor_parallel=4 is not planned yet"),
         ({"mode": "turbo"}, "mode='turbo'"),
         ({"memory_utilization": 1.5}, r"memory_utilization=1\.5"),
-        ({"weight_dtype": "fp8"}, "weight_dtype='fp8' is not planned yet"),
+        ({"weight_dtype": "fp4"}, "weight_dtype='fp4' is not allowed"),
         ({"cache": CacheSpec(kind="static")}, "is not planned for runtime=transformers yet"),
     ],
 )
@@ -108,6 +108,42 @@ def test_bad_workloads_are_named(field, value):
 def test_attnlab_says_what_it_does_not_run():
     with pytest.raises(ConfigError, match="runtime=attnlab does not run mixtures of experts"):
         of("mixtral-8x7b", Deployment(gpu="h200", runtime="attnlab"))
+
+
+def test_weights_quantised_on_loading_have_the_size_that_vllm_prints():
+    """ "Model loading took" of vLLM 0.19 with --quantization fp8: 8.49 GiB (llm-d-planner)."""
+    model, work = planner.load_model("llama-3.1-8b"), Inference(batch=1, prompt_tokens=8)
+    deploy = Deployment(gpu="h100-80gb", runtime="vllm", weight_dtype="fp8")
+    assert round(planner.estimate(model, work, deploy).memory.weights_bytes / 2**30, 2) == 8.49
+    plain = Deployment(gpu="h100-80gb", weight_dtype="bf16")
+    assert planner.estimate(model, work, plain).peak_note == ""
+
+
+@pytest.mark.parametrize(
+    ("runtime", "weight_dtype", "message"),
+    [
+        ("transformers", "fp8", "weight_dtype='fp8' is not what transformers quantises to"),
+        ("attnlab", "nf4", "weight_dtype='nf4' is not what attnlab quantises to .*: none"),
+        ("vllm", "int8", "weight_dtype='int8' is not what vllm quantises to on loading: fp8"),
+    ],
+)
+def test_a_runtime_quantises_on_loading_only_to_what_it_knows(runtime, weight_dtype, message):
+    model, work = planner.load_model("llama-3.1-8b"), Inference(batch=1, prompt_tokens=8)
+    deploy = Deployment(gpu="h200", runtime=runtime, weight_dtype=weight_dtype)
+    with pytest.raises(ConfigError, match=message):
+        planner.estimate(model, work, deploy)
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again():
+    config = {**TINY["llama"], "quantization_config": {"quant_method": "fp8"}}
+    model, work = planner.read_config(config), Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(ConfigError, match="weight_dtype='nf4' is not allowed: the checkpoint is"):
+        planner.estimate(model, work, Deployment(gpu="h200", weight_dtype="nf4"))
+    e = planner.estimate(model, work, Deployment(gpu="h200"))
+    assert e.peak_note == "approximate: the scratch of fp8 kernels is not planned"
+    parts = e.table().query("component == 'weights'")
+    assert parts["bytes"].sum() == e.memory.weights_bytes
+    assert "attention, scales in fp32, 12 tensors" in set(parts["item"])
 
 
 def test_a_quantisation_without_a_reader_is_refused():

@@ -1,0 +1,37 @@
+"""Weights that a runtime quantises while it loads them: `Deployment.weight_dtype`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.errors import ConfigError, shown
+from planner.quantization import Quantization, read_quantization
+
+ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
+    # vllm serve --quantization fp8: a scale a tensor; embedding, norms and head stay
+    "vllm": {"fp8": {"quant_method": "fp8", "weight_block_size": None}},
+    # BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), (load_in_8bit=True)
+    "transformers": {
+        "nf4": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+        },
+        "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    },
+}
+"""What each runtime can make of plain weights, as the quantization_config that describes it."""
+
+
+def quantised_on_load(runtime: str, weight_dtype: str) -> Quantization:
+    """How the weights lie then; ConfigError for what the runtime does not do on loading."""
+    known = ON_LOAD.get(runtime, {})
+    if weight_dtype not in known:
+        allowed = ", ".join(known) or "none but dtype"
+        raise ConfigError(
+            f"weight_dtype={shown(weight_dtype)} is not what {runtime} quantises to on loading: "
+            f"{allowed}"
+        )
+    made = read_quantization(known[weight_dtype])
+    assert made is not None
+    return made
