@@ -67,7 +67,8 @@ class Deployment:
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
     transformers), in place of `dtype`. Parallel layouts are refused until they are planned. The
-    last five are vllm's: of the memory it takes `memory_utilization`, of a sequence at most `max_model_tokens`.
+    last five are vllm's: of the memory it takes `memory_utilization`, of a sequence at most
+    `max_model_tokens`.
     """
 
     gpu: str

@@ -137,8 +137,7 @@ def check_planned(runtime: str, model: Model) -> None:
     if part is not None:
         raise ConfigError(
             f"runtime={runtime} does not plan {part} of model_type={model.model_type} yet: "
-            "parameters and kv_cache_bytes are known; `planner estimate --traced` reads the peak off "
-            "transformers"
+            "parameters and kv_cache_bytes are known, `planner estimate --traced` has the peak"
         )
 
 
