@@ -19,7 +19,7 @@ from planner.huggingface.sparse_latent import (
 )
 from planner.huggingface.wrapped import TEXT_NAMES, Names, part, text_fields, wrapped
 from planner.layers import GQA, MLA, Layer, NoPositions, Norm, QKNorm
-from planner.mixers.kimi_delta import KimiDelta
+from planner.mixers.linear import KimiDelta
 from planner.model import Model, Tower
 from planner.parameters import norm_parameters
 from planner.tensors import linear, tensor
@@ -123,7 +123,7 @@ def _mixers(fields: Fields) -> list[MLA | KimiDelta]:
             raise ConfigError(
                 f"indexer_types[{i}]='shared' is not allowed: the layer before it has no indexer"
             )
-    linear_attention = KimiDelta(**_linear_sizes(fields))
+    linear_attention = KimiDelta(**_linear_sizes(fields), flat_decay=True)
     with_indexer, without = (_latent(fields, indexed=indexed) for indexed in (True, False))
     return [
         (with_indexer if own[i] else without) if latent[i] else linear_attention for i in range(L)
@@ -139,11 +139,7 @@ def _linear_sizes(fields: Fields) -> dict[str, int]:
         if older is not None and theirs in older:
             config[name] = older[theirs]
     inner = Fields(config, fields.model_type)
-    return {
-        "head_dim": inner.size("linear_head_dim"),
-        "num_heads": inner.size("linear_num_heads"),
-        "conv_kernel": inner.size("linear_conv_kernel_dim"),
-    }
+    return {name: inner.size(name) for name in LINEAR_FIELDS}
 
 
 def _latent(fields: Fields, *, indexed: bool) -> MLA:

@@ -111,11 +111,15 @@ class GatedDeltaNet(Mixer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KimiDelta(Mixer):
-    """Kimi Delta Attention (arXiv:2510.26692): a decay for each channel, through low ranks."""
+    """Kimi Delta Attention (arXiv:2510.26692): a decay for each channel, through low ranks.
+
+    `flat_decay`: A_log is [H] (glm5_next), not [1, 1, H, 1] (kimi_linear).
+    """
 
     linear_num_heads: int
     linear_head_dim: int
     linear_conv_kernel_dim: int
+    flat_decay: bool = False
 
     def __post_init__(self) -> None:
         for field in ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"):
@@ -136,7 +140,7 @@ class KimiDelta(Mixer):
             "self_attn.conv1d", channels=3 * width, width=self.linear_conv_kernel_dim, bias=False
         )
         yield tensor("self_attn.forget_gate.dt_bias", width)
-        yield tensor("self_attn.forget_gate.A_log", 1, 1, H, 1)
+        yield tensor("self_attn.forget_gate.A_log", *((H,) if self.flat_decay else (1, 1, H, 1)))
         for name, out, into in (
             ("forget_gate.f_a_proj", D, h),
             ("forget_gate.f_b_proj", width, D),

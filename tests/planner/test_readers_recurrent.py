@@ -213,18 +213,24 @@ def test_random_configs_are_those_of_their_class(data):
     assert_exact(config_of(kind, **change), tokens=(draw(st.integers(2, 8)),), static=False)
 
 
-def test_the_state_of_rwkv_is_what_its_class_returns():
-    import torch
-
-    for tie, layers, hidden in ((True, 1, 16), (False, 3, 32)):
-        sizes = {"vocab_size": 30, "hidden_size": hidden, "num_hidden_layers": layers}
-        config = {"model_type": "rwkv", **sizes, "tie_word_embeddings": tie}
-        model, live = planner.read_config(config), live_model(config)
-        assert_same_parameters(model, live)
-        with torch.no_grad():
-            made = live(torch.zeros(3, 4, dtype=torch.long, device="meta"), use_cache=True)
-        expected = sum(t.numel() * t.element_size() for t in made.state)
-        assert planner.kv_cache_bytes(model, batch=3, context_tokens=4) == expected
+@given(
+    tie=st.booleans(),
+    layers=st.integers(1, 4),
+    hidden=st.integers(1, 40),
+    inner=st.sampled_from([None, 12, 50]),
+    tokens=st.integers(1, 6),
+)
+@settings(max_examples=10, deadline=None)
+def test_the_state_of_rwkv_is_what_its_class_returns(tie, layers, hidden, inner, tokens):
+    config = {
+        "model_type": "rwkv",
+        "vocab_size": 30,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "tie_word_embeddings": tie,
+    }
+    assert_exact(config, tokens=(tokens,), static=False)
 
 
 @pytest.mark.parametrize(
