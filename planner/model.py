@@ -201,7 +201,7 @@ class Model:
         for p in self._own_parameters():
             swap = self.transposed_linears and len(p.shape) == 2 and p.layer is not None
             name, shape = self.checkpoint_name(p.name), p.shape[:: -1 if swap else 1]
-            yield replace(p, name=name, shape=shape, transposed=swap and p.linear)
+            yield replace(p, name=name, shape=shape, transposed=p.transposed or (swap and p.linear))
         for tower in self.towers:
             yield from tower.parameters()
 

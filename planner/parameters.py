@@ -181,7 +181,8 @@ def _feed_forward(feed_forward: Dense | MoE | None, h: int) -> Iterator[Paramete
                     )
             for part, size in _expert_shapes(feed_forward, E, i, latent or h).items():
                 name = f"mlp.experts.{part}"
-                yield tensor(name, *size, group="experts")
+                turned = feed_forward.layout == "transposed" and len(size) == 3
+                yield replace(tensor(name, *size, group="experts"), transposed=turned)
             if feed_forward.shared is not None:
                 yield from _dense(feed_forward.shared, "mlp.shared_experts", h)
             if feed_forward.shared_gate:

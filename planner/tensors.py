@@ -27,7 +27,7 @@ class Parameter:
     """One trained tensor. `layer` is None outside the blocks.
 
     `linear`: the [out, in] weight of a linear layer (nn.Linear), which quantisers replace.
-    `transposed`: it lies as [in, out] in the family's checkpoints (GPT-2's Conv1D).
+    `transposed`: it lies as [in, out] (GPT-2's Conv1D, the experts of gpt-oss and llama-4).
     """
 
     name: str

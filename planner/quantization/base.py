@@ -79,7 +79,8 @@ def plain(parameter: Parameter, dtype: str) -> Stored:
 def linears(parameter: Parameter) -> tuple[Linear, ...]:
     """The linear layers in a parameter: itself, those of every routed expert, or none.
 
-    Routed experts are fused in transformers ([E, 2 · i, h] and [E, h, i]) and single in files.
+    Routed experts are fused in transformers ([E, 2 · i, h] and [E, h, i], some [E, in, out]) and
+    single in files.
     """
     name = parameter.name.removesuffix(".weight")
     match parameter.shape:
@@ -87,7 +88,8 @@ def linears(parameter: Parameter) -> tuple[Linear, ...]:
             return (Linear(module=name, out=out, into=into),)
         case (out, into) if parameter.linear:
             return (Linear(module=name, out=out, into=into),)
-        case (E, out, into) if parameter.group == "experts":
+        case (E, *sizes) if parameter.group == "experts" and len(sizes) == 2:
+            out, into = sizes[::-1] if parameter.transposed else sizes
             stem, _, part = name.rpartition(".")
             one = f"{stem}.*"
             if part == "gate_up_proj":

@@ -44,7 +44,7 @@ class CompressedTensors(Quantization):
 
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """The parts of each linear layer or embedding; `k_scale` and `v_scale` beside `k_proj`."""
-        found = () if parameter.transposed else linears(parameter)  # Conv1D is no nn.Linear
+        found = () if parameter.transposed and parameter.linear else linears(parameter)  # Conv1D
         kind = "Linear"
         if parameter.group == "embedding" and len(parameter.shape) == 2 and not found:
             kind, (rows, width) = "Embedding", parameter.shape

@@ -37,7 +37,10 @@ class BlockFp8(Quantization):
 
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`weight` in fp8 beside `weight_scale_inv`."""
-        layers = () if parameter.transposed else linears(parameter)  # Conv1D is no nn.Linear
+        # Conv1D is no nn.Linear, and llama4's and phimoe's routers are subclasses of it
+        apart = parameter.transposed and parameter.linear
+        apart = apart or parameter.name.endswith(".router.weight")
+        layers = () if apart else linears(parameter)
         found = [x for x in layers if not is_skipped(x.module, self.modules_to_not_convert)]
         if not found:
             yield plain(parameter, dtype)

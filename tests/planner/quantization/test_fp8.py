@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import planner
 from planner import ConfigError
+from tests.planner import test_readers_later_decoders as later
 from tests.planner.configs import TINY
 from tests.planner.oracle import live_model
 
@@ -26,8 +27,11 @@ DTYPES = {
 }
 
 
+CONFIGS = {**TINY, "llama4_text": later.variant("llama4_text", {"intermediate_size": 40})}
+
+
 def live_bytes(name: str, settings_: dict[str, Any]) -> int:
-    live, config = live_model(TINY[name]), FineGrainedFP8Config(**settings_)
+    live, config = live_model(CONFIGS[name]), FineGrainedFP8Config(**settings_)
     skipped = HfQuantizer.get_modules_to_not_convert(live, config.modules_to_not_convert)
     torch.set_default_dtype(torch.bfloat16)  # as from_pretrained does, for the biases
     try:
@@ -40,7 +44,7 @@ def live_bytes(name: str, settings_: dict[str, Any]) -> int:
 def ours(name: str, **settings_: Any) -> planner.Model:
     quantised = {"quant_method": "fp8", **settings_}
     return planner.read_config(
-        {**TINY[name], "torch_dtype": "bfloat16", "quantization_config": quantised}
+        {**CONFIGS[name], "torch_dtype": "bfloat16", "quantization_config": quantised}
     )
 
 
@@ -61,6 +65,7 @@ def our_bytes(model: planner.Model) -> int:
         ("llama", {"modules_to_not_convert": [r"model.layers.*.self_attn"]}),
         ("deepseek_v3", {"weight_block_size": [16, 16]}),
         ("mixtral", {"weight_block_size": [16, 32]}),
+        ("llama4_text", {"weight_block_size": [8, 16]}),
     ],
 )
 def test_bytes_are_those_of_the_replaced_modules(name, settings_):
