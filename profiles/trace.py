@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from planner import ConfigError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IGNORED = ("auto_map", "_name_or_path", "attn_implementation", "quantization_config", "torch_dtype")
-CAUSAL, TEXT_OF_IMAGES, SEQ2SEQ, SPEECH, BARE = AUTO_CLASSES = (
+CAUSAL, TEXT_OF_IMAGES, SEQ2SEQ, SPEECH, BARE = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoModelForSeq2SeqLM",
@@ -47,13 +48,13 @@ class TracedModel:
     @property
     def parameter_count(self) -> int:
         """Trained elements, tied weights once."""
-        return sum(_product(shape) for _, shape in self.shapes)
+        return sum(prod(shape) for _, shape in self.shapes)
 
     def parameter_table(self) -> pd.DataFrame:
         """A row for each trained tensor: name, shape, count."""
         import pandas as pd
 
-        rows = [(name, shape, _product(shape)) for name, shape in self.shapes]
+        rows = [(name, shape, prod(shape)) for name, shape in self.shapes]
         return pd.DataFrame(rows, columns=["name", "shape", "count"])
 
     def weights_bytes(self, dtype: str | None = None) -> int:
@@ -307,10 +308,3 @@ def _tensors(value: Any) -> list[Any]:
 def _told(what: str, error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{what}: {first[:160]}"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -10,6 +10,7 @@ from planner.errors import ConfigError, shown
 from planner.huggingface.blocks import causal_lm, gated, layer_count, rmsnorm
 from planner.huggingface.deepseek_v4 import hyper_connection
 from planner.huggingface.fields import Fields
+from planner.huggingface.rotary_vision import axial_positions
 from planner.huggingface.sparse_latent import (
     INDEXED,
     grouped_mixture,
@@ -169,9 +170,7 @@ def _vision_tower(fields: Fields) -> Tower:
     h, H = fields.size("hidden_size"), fields.size("num_heads")
     if h % H or h // H % 4:
         raise ConfigError(f"hidden_size={h} is not num_heads={H} times a multiple of 4")
-    rope = fields.rope_parameters()["rope_type"]
-    if rope not in ("default", "axial"):
-        raise ConfigError(f"rope_type={shown(rope)} is not allowed: one of default, axial")
+    axial_positions(fields)
     bias, norm = fields.flag("attention_bias"), rmsnorm(fields)
     attention = GQA(
         num_attention_heads=H,

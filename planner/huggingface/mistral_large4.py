@@ -10,6 +10,7 @@ from planner.errors import ConfigError, check_size, shown
 from planner.huggingface.blocks import activation, causal_lm, gated, layer_count, rmsnorm
 from planner.huggingface.deepseek import yarn_scale
 from planner.huggingface.fields import Fields
+from planner.huggingface.rotary_vision import pixtral
 from planner.huggingface.sparse_latent import (
     all_indexed,
     grouped_mixture,
@@ -19,10 +20,10 @@ from planner.huggingface.sparse_latent import (
     sparse_after_dense,
     spell_experts,
 )
+from planner.huggingface.towers import inside
 from planner.huggingface.wrapped import TEXT_NAMES, Names, part, text_fields, wrapped
-from planner.layers import GQA, MLA, Layer, Norm, RoPE
+from planner.layers import MLA, Layer, RoPE
 from planner.model import Model, Tower
-from planner.parameters import norm_parameters
 from planner.tensors import Parameter, linear, tensor
 
 YARN: dict[str, Any] = {
@@ -71,7 +72,7 @@ def read_mistral_large4(fields: Fields) -> Model:
     )
     if text.lm_head:
         text = replace(text, final_logit_softcapping=inner.number("final_logit_softcapping"))
-    towers = (_pixtral(vision), _projector(fields, vision, text))
+    towers = (_pixtral_tower(vision), _projector(fields, vision, text))
     return wrapped(fields, text, towers=towers, others=(vision,))
 
 
@@ -177,37 +178,14 @@ def _sources(fields: Fields) -> list[int]:
     return given
 
 
-def _pixtral(fields: Fields) -> Tower:
-    """Pixtral: a convolution over patches, blocks without biases, RMSNorm before each half."""
+def _pixtral_tower(fields: Fields) -> Tower:
+    """Pixtral's, in a class that takes no head_dim of its own."""
     h, H = fields.size("hidden_size"), fields.size("num_attention_heads")
     if h % H or h // H % 4:
         raise ConfigError(f"hidden_size={h} is not num_attention_heads={H} times a multiple of 4")
     if fields.has("head_dim") and fields.size("head_dim") != h // H:
         raise ConfigError(f"head_dim={fields.size('head_dim')} is not allowed: {h // H}")
-    rope = fields.rope_parameters()["rope_type"]
-    if rope not in ("default", "axial"):
-        raise ConfigError(f"rope_type={shown(rope)} is not allowed: one of default, axial")
-    norm, name, p = Norm(kind="rmsnorm", eps=1e-5), "model.vision_tower", fields.size("patch_size")
-    attention = GQA(
-        num_attention_heads=H, num_key_value_heads=H, head_dim=h // H, scaling=(h // H) ** -0.5
-    )
-    block = Layer(attention=attention, feed_forward=gated(fields), norm=norm)
-    return Tower(
-        part="vision",
-        hidden_size=h,
-        layers=(block,) * layer_count(fields),
-        outer=(
-            tensor(f"{name}.patch_conv.weight", h, fields.size("num_channels"), p, p),
-            *norm_parameters(norm, f"{name}.ln_pre", h),
-        ),
-        parameter_names=(
-            ("self_attn", "attention"),
-            ("mlp", "feed_forward"),
-            ("input_layernorm", "attention_norm"),
-            ("post_attention_layernorm", "ffn_norm"),
-            ("layers", f"{name}.transformer.layers"),
-        ),
-    )
+    return inside(pixtral(fields), "model.vision_tower")
 
 
 def _projector(fields: Fields, vision: Fields, text: Model) -> Tower:
