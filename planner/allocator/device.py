@@ -162,8 +162,8 @@ class DeviceAllocator:
             raise ConfigError(f"pool={shown(owner)} is not a private pool of this allocator")
         self._released.add(owner)
 
-    def blocks(self) -> Iterator[Block]:
-        """Every mapped free block: with the live ones, all that is reserved."""
+    def free_blocks(self) -> Iterator[Block]:
+        """Every free block; with those of live storages they are all that is reserved."""
         for lists in self._pools.values():
             for pair in lists.values():
                 for pool in pair:
