@@ -171,12 +171,8 @@ class _Decode:
         """One step: both pools, the large one alone, or nothing at all."""
         sizes = {buffer: rounded(size) for buffer, size in self._steady.sizes(dims).items()}
         large = frozenset(buffer for buffer, size in sizes.items() if size > SMALL_BYTES)
-        requests = {
-            is_small: frozenset(
-                pair for pair in sizes.items() if (pair[0] not in large) == is_small
-            )
-            for is_small in (True, False)
-        }
+        small_requests = frozenset(pair for pair in sizes.items() if pair[0] not in large)
+        large_requests = frozenset(pair for pair in sizes.items() if pair[0] in large)
         small_rests = self._small.rests(small_requests)
         large_rests = self._large.rests(large_requests)
         if small_rests and large_rests:
