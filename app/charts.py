@@ -46,7 +46,7 @@ def memory_parts(estimate: planner.Estimate) -> list[tuple[str, int]]:
         ("Overhead", m.overhead_bytes),
     ]
     if estimate.kv_pool_bytes is not None:
-        parts.append(("Unused pool", m.device_used_bytes - m.total_bytes))
+        parts.append(("Unused pool", m.unused_pool_bytes))
     return parts
 
 

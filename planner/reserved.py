@@ -18,13 +18,19 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from planner.allocator import Alloc, AllocatorSettings, AllocatorStats, DeviceAllocator, Event
+from planner.allocator import (
+    Alloc,
+    AllocatorSettings,
+    AllocatorStats,
+    DeviceAllocator,
+    Event,
+    OutOfMemory,
+)
 from planner.allocator.settings import DEFAULTS, MIN_BLOCK_BYTES, SMALL_BYTES, rounded
 from planner.allocator.simulate import Replay
-from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
+from planner.format import gib
 from planner.model import Model
-from planner.overhead import workspace_bytes
 from planner.pass_events import PassWriter, script
 from planner.program import Dims
 from planner.runtimes import runtime_named
@@ -37,31 +43,46 @@ MAX_EVENTS = 100_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reserved:
-    """The allocator's numbers for a workload, and how many of its decode steps were played."""
+    """The allocator's numbers for a workload, and how many of its decode steps were played.
+
+    `oom`: what could not be served on the device; `stats` are then those of a device without an
+    end, what would be needed.
+    """
 
     stats: AllocatorStats
+    oom: OutOfMemory | None
     steps: int
     steps_played: int
 
     @property
     def note(self) -> str:
-        """How far the numbers can be trusted."""
-        if self.steps_played == self.steps:
-            return "simulated, not measured"
-        return (
-            f"simulated, not measured; {self.steps_played:,} of {self.steps:,} decode steps played"
-        )
+        """How far the numbers can be trusted, and what torch has to do for them."""
+        parts = ["simulated, not measured"]
+        if self.steps_played != self.steps:
+            parts.append(f"{self.steps_played:,} of {self.steps:,} decode steps played")
+        if self.oom is not None:
+            parts.append(
+                f"out of memory at a request of {gib(self.oom.requested_bytes)} with "
+                f"{gib(self.oom.reserved_bytes - self.oom.allocated_bytes)} reserved and unused"
+            )
+        elif self.stats.retries:
+            parts.append(f"torch has to empty its cache {self.stats.retries:,} ×")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllocatorPlan:
-    """A workload to be played when its numbers are asked for; the same plan is played once."""
+    """A workload to be played when its numbers are asked for; the same plan is played once.
+
+    `capacity_bytes`: what the device can give torch, its memory less what lies outside torch.
+    """
 
     model: Model
     work: Inference
     setting: Setting
     runtime: str
-    gpu: Gpu
+    workspace_bytes: int
+    capacity_bytes: int
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -76,30 +97,34 @@ class AllocatorPlan:
 
 @lru_cache(maxsize=64)
 def reserved(
-    plan: AllocatorPlan,
-    *,
-    settings: AllocatorSettings = DEFAULTS,
-    capacity_bytes: int | None = None,
-    max_events: int = MAX_EVENTS,
+    plan: AllocatorPlan, *, settings: AllocatorSettings = DEFAULTS, max_events: int = MAX_EVENTS
 ) -> Reserved:
-    """Play a workload: weights, prompt, prefill, decode steps.
+    """Play a workload on its device; where it does not fit, on one without an end."""
+    stats, played = _play(
+        plan, DeviceAllocator(settings, capacity_bytes=plan.capacity_bytes), max_events
+    )
+    oom = stats.oom
+    if oom is not None:
+        stats, played = _play(plan, DeviceAllocator(settings), max_events)
+    return Reserved(stats=stats, oom=oom, steps=plan.work.output_tokens - 1, steps_played=played)
 
-    `capacity_bytes`: what the device can give; None: no end, and peaks are what would be needed.
-    """
+
+def _play(
+    plan: AllocatorPlan, device: DeviceAllocator, max_events: int
+) -> tuple[AllocatorStats, int]:
+    """Weights, prompt, prefill, decode steps; with how many of the last."""
     work = plan.work
-    replay = Replay(DeviceAllocator(settings, capacity_bytes=capacity_bytes))
+    replay = Replay(device)
     replay.feed(weight_events(plan))
     writer = PassWriter(
-        batch=work.batch,
-        prompt_tokens=work.prompt_tokens,
-        workspace_bytes=workspace_bytes(plan.gpu),
+        batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
     )
     replay.feed(writer.opening)
     phases = runtime_named(plan.runtime).memory_phases(plan.model, work, plan.setting)
     prefill = phases[0]
     replay.feed(writer.write(script(prefill.program, continues=False), prefill.dims))
     played = _Decode(replay, writer, phases, work).play(max_events) if len(phases) > 1 else 0
-    return Reserved(stats=replay.stats(), steps=work.output_tokens - 1, steps_played=played)
+    return replay.stats(), played
 
 
 def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
@@ -157,7 +182,7 @@ class _Decode:
             return 0
         start, played = self._replay.events, 0
         stride = self._stride(contexts, max_events)
-        while contexts:
+        while contexts and self._replay.oom is None:
             self._step(self._dims(contexts[0]))
             played += 1
             used = self._replay.events - start

@@ -7,11 +7,12 @@ everything. Shared with the real one: nothing but the constants.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 MIB = 2**20
 
 
-class Full(Exception):
+class FullError(Exception):
     """The device has no room, even after everything free was returned."""
 
 
@@ -33,7 +34,7 @@ class Segment:
         edges = {self.start + (p + side) * self.page for p in self.pages for side in (0, 1)}
         edges |= {edge for interval in self.live.values() for edge in interval}
         points = sorted(edges)
-        for low, high in zip(points, points[1:], strict=False):
+        for low, high in pairwise(points):
             mapped = (low - self.start) // self.page in self.pages
             taken = any(a <= low < b for a, b in self.live.values())
             if mapped and not taken:
@@ -127,7 +128,7 @@ class Reference:
             self.empty_cache()
             got = grow(small, stream, size)
         if got is None:
-            raise Full
+            raise FullError
         return got
 
     def _new_segment(self, small: bool, stream: int, size: int) -> tuple[Segment, int, int] | None:

@@ -27,10 +27,10 @@ EXPANDABLE = AllocatorSettings(expandable_segments=True)
 
 
 def test_a_forward_reserves_what_was_printed_for_it():
-    """discuss.pytorch.org/t/138814: conv, two max-pools with indices, over 512 frames, in MB of 2²⁰.
+    """discuss.pytorch.org/t/138814: a conv and two max-pools with indices over 512 frames.
 
-    reserved/allocated: 296/294 before, 5014/465 after the first forward, 1644/465 after
-    empty_cache, 5688/465 after the second forward.
+    In MB of 2²⁰, reserved/allocated: 296/294 before, 5014/465 after the first forward, 1644/465
+    after empty_cache, 5688/465 after the second forward.
     """
     frames = 512 * 3 * 224 * 224 * 4
     conv = 512 * 28 * 222 * 222 * 4
