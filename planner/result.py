@@ -17,7 +17,8 @@ from planner.model import Model
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Pool, Setting
+from planner.runtimes.base import Phase, Pool, Setting
+from planner.timeline import Moment, moments, timeline_table
 from planner.workload import Deployment, Inference
 
 if TYPE_CHECKING:
@@ -171,6 +172,18 @@ class Estimate:
     def table(self) -> pd.DataFrame:
         """The ledger: component, item, count, formula, substituted, bytes, note; parts sum up."""
         return ledger_table(self.rows)
+
+    def moments(self) -> list[Moment]:
+        """What lives at every op of the pass in which the peak lies."""
+        return list(moments(next(p for p in self._phases() if p.name == self.peak_phase)))
+
+    def timeline(self) -> pd.DataFrame:
+        """A row for every op of the passes among which the peak lies (timeline.timeline_table)."""
+        return timeline_table(self._phases(), weights_bytes=self.memory.weights_bytes)
+
+    def _phases(self) -> list[Phase]:
+        runtime = runtime_named(self.deploy.runtime)
+        return runtime.memory_phases(self.model, self.work, self.setting)
 
     @property
     def verdict(self) -> str:
