@@ -48,14 +48,15 @@ def peak_bytes(program: Program, dims: Dims) -> Number:
     A segment that repeats is walked once: its net growth is the same at each repetition, so the
     peak lies in the last (growth ≥ 0) or the first one.
     """
-    return _highest(_walks(program, dims))
+    return _highest(_walks(program, dims), dims)
 
 
-def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]]) -> Number:
+def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) -> Number:
+    larger = max if dims.is_point else maximum
     highest: Number = 0
     for _, start, walk, count in walks:
         last = start + walk.net * (count - 1)
-        highest = maximum(highest, maximum(start, last) + walk.top)
+        highest = larger(highest, larger(start, last) + walk.top)
     return highest
 
 
@@ -111,7 +112,7 @@ def _walk_point(ops: tuple[Op, ...], dims: Dims, sizes: dict[Buffer, int]) -> _W
 def peak(program: Program, dims: Dims) -> Peak:
     """The peak at one point, with the op that causes it and everything that lives there."""
     walks = list(_walks(program, dims))
-    highest = _highest(walks)
+    highest = _highest(walks, dims)
     alive: Counter[Buffer] = Counter()
     nets: dict[int, Counter[Buffer]] = {}
     for segment, start, walk, count in walks:

@@ -77,6 +77,11 @@ class Memory:
         return self.torch.peak_reserved_bytes
 
     @property
+    def simulated(self) -> bool:
+        """Whether the peaks of torch's allocator are there, at the cost of a simulation."""
+        return isinstance(self.torch, AllocatorPlan)
+
+    @property
     def device_used_bytes(self) -> int:
         """What the driver reports: the context and all that torch reserves, or the pool."""
         reserved = self.peak_reserved_bytes
