@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.dtypes import element_bytes
+from planner.dtypes import COMPUTE_DTYPES, element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, Layer, MoE, RoPE
@@ -20,9 +20,17 @@ from planner.runtimes.base import (
     Pool,
     Setting,
     check_cache_kind,
+    check_kv_dtype,
     check_planned,
     choose_attention,
     static_capacity,
+)
+from planner.runtimes.quantised_cache import (
+    QUANTISED_DTYPES,
+    check_groups,
+    check_quantisable,
+    quantised_format,
+    quantised_rows,
 )
 from planner.runtimes.transformers_program import Pass, forward_program
 from planner.workload import CacheSpec, Inference
@@ -99,6 +107,7 @@ class Transformers:
     name = "transformers"
     pooled = False
     version = "5.23.0"
+    kv_dtypes = (*COMPUTE_DTYPES, *QUANTISED_DTYPES)
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses.
@@ -132,10 +141,33 @@ class Transformers:
         dtype: str,
         cache: CacheSpec | None,
         encoder_tokens: int,
+        compute_dtype: str,
+        decoded_tokens: int,
     ) -> list[Row]:
-        """numel · itemsize of the cache's tensors after a prefill of `context_tokens`."""
-        kind = check_cache_kind(self.name, cache, ("dynamic", "static"))
+        """numel · itemsize of the cache's tensors after a prefill of `context_tokens`.
+
+        A quantised dtype is kept by a QuantizedCache, which then depends on `decoded_tokens` too.
+        """
+        kind = cache_kind(cache, dtype, compute_dtype)
         S = context_tokens
+        if kind == "quantised":
+            form = quantised_format(cache, dtype)
+            check_quantisable(model)
+            check_groups(
+                form,
+                model,
+                batch=batch,
+                prompt_tokens=S - decoded_tokens,
+                decoded_tokens=decoded_tokens,
+            )
+            return quantised_rows(
+                form,
+                model,
+                batch=batch,
+                context_tokens=S,
+                decoded_tokens=decoded_tokens,
+                computed=compute_dtype,
+            )
         if kind == "static":
             S = static_capacity(cache, context_tokens)
 
@@ -244,6 +276,29 @@ class Transformers:
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence over a DynamicCache."""
         return _program(model, work, setting, kind="decode")
+
+
+def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
+    """The kind of cache: what was asked for, else the one that keeps `dtype`.
+
+    Raises ConfigError where it does not: plain caches keep what was computed.
+    """
+    if cache is None and dtype in QUANTISED_DTYPES:
+        return "quantised"
+    kind = check_cache_kind("transformers", cache, ("dynamic", "static", "quantised"))
+    if kind == "quantised":
+        why = " in a quantised cache"
+        check_kv_dtype("transformers", dtype, QUANTISED_DTYPES, why=why)
+    elif dtype in QUANTISED_DTYPES:
+        raise ConfigError(
+            f"kv_dtype={dtype!r} is not kept by cache.kind={kind!r}: 'quantised' does"
+        )
+    elif dtype != compute_dtype:
+        raise ConfigError(
+            f"kv_dtype={dtype!r} is not kept by cache.kind={kind!r}: it keeps what is computed, "
+            f"{compute_dtype}"
+        )
+    return kind
 
 
 def _as_cached(model: Model) -> Model:

@@ -1,0 +1,277 @@
+"""What transformers 5.23 keeps in a QuantizedCache, by backend.
+
+cache_utils.py: the first update quantises the whole prompt and keeps nothing else. Each later one
+dequantises all of it, joins it with the residual and the new token, and keeps the new token in the
+residual; when `residual_length` tokens are in it, everything is quantised anew.
+
+quanto (optimum-quanto 0.2.7, tensor/grouped.py, packed.py): groups of the flattened tensor, within
+a sequence (axis 0) or along a channel (axis −1), uint8 words, a scale and a shift for each group in
+the dtype of the model. hqq (0.2.8, core/quantize.py): the same with its axes 1 and 0, also 8, 3
+(ten in an int32) and 1 bits. fp8: float8_e4m3fn and one float32 scale for each tensor, no residual.
+"""
+
+from __future__ import annotations
+
+from planner.dtypes import ELEMENT_BYTES
+from planner.errors import ConfigError, check_choice
+from planner.kv_cache import mixer_kind
+from planner.kv_formats import (
+    KvFormat,
+    Packing,
+    Residual,
+    Scales,
+    TensorFormat,
+    cached_tensors,
+)
+from planner.layers import GQA, MLA
+from planner.ledger import Row
+from planner.model import Model
+from planner.workload import QUANTISED_FIELDS, CacheSpec
+
+BACKEND_BITS = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1)}
+"""Bits that QuantoQuantizedLayer and HQQQuantizedLayer take."""
+
+BACKEND_AXES = {"quanto": (0, -1), "hqq": (0, 1)}
+
+QUANTISED_DTYPES = ("fp8", *(f"int{bits}" for bits in BACKEND_BITS["hqq"]))
+DEFAULT_DTYPE = "int4"
+DEFAULT_GROUP_SIZE, DEFAULT_RESIDUAL_TOKENS = 64, 128
+
+
+def quantised_format(cache: CacheSpec | None, dtype: str) -> KvFormat:
+    """The format of a QuantizedCache in `dtype`; ConfigError for what its backends do not take."""
+    cache = cache or CacheSpec(kind="quantised")
+    check_choice("kv_dtype", dtype, QUANTISED_DTYPES)
+    if dtype == "fp8":
+        for field in QUANTISED_FIELDS:
+            if getattr(cache, field) is not None:
+                raise ConfigError(
+                    f"cache.{field}={getattr(cache, field)!r} is not allowed: None in fp8, one "
+                    "scale for each tensor"
+                )
+        tensor = TensorFormat(bits=8, scales=Scales(per="tensor"))
+        return KvFormat(name="fp8", keys=tensor, values=tensor)
+    bits = int(dtype.removeprefix("int"))
+    backend = cache.backend or next(b for b, has in BACKEND_BITS.items() if bits in has)
+    if bits not in BACKEND_BITS[backend]:
+        has = ", ".join(f"int{n}" for n in BACKEND_BITS[backend])
+        raise ConfigError(f"kv_dtype={dtype!r} is not what cache.backend={backend!r} has: {has}")
+    tensors = []
+    for field in ("axis_key", "axis_value"):
+        axis = getattr(cache, field) or 0
+        if axis not in BACKEND_AXES[backend]:
+            first, second = BACKEND_AXES[backend]
+            raise ConfigError(
+                f"cache.{field}={axis} is not allowed: {first} or {second} in {backend}"
+            )
+        tensors.append(_grouped(cache, backend, bits, axis))
+    return KvFormat(name=f"{backend} int{bits}", keys=tensors[0], values=tensors[1])
+
+
+def _grouped(cache: CacheSpec, backend: str, bits: int, axis: int) -> TensorFormat:
+    # a word holds the same place of several groups where groups are rows, else members of a group
+    packed: Packing = "groups" if (backend, axis) in (("quanto", 0), ("hqq", 1)) else "group"
+    residual = cache.residual_tokens
+    return TensorFormat(
+        bits=bits,
+        scales=Scales(
+            per="flat",
+            group_size=cache.q_group_size or DEFAULT_GROUP_SIZE,
+            dtype=None,
+            zero_dtype="scale",
+            lone_per_element=backend == "quanto" and packed == "groups",
+        ),
+        packed=packed,
+        word_bytes=4 if bits == 3 else 1,
+        residual=Residual(
+            tokens=DEFAULT_RESIDUAL_TOKENS if residual is None else residual, rule="decoded"
+        ),
+    )
+
+
+def check_quantisable(model: Model) -> None:
+    """ConfigError for layers that QuantizedCache refuses: all have to attend to everything."""
+    refused = None
+    for layer in model.layer_kinds():
+        match layer.attention:
+            case (
+                GQA(shares_cache=False, chunked=False, sliding_window=None)
+                | MLA(shares_cache=False, indexer=None)
+            ):
+                if layer.cross_attention is not None:
+                    refused = "cross-attention"
+                elif layer.beside is not None:
+                    refused = "mixers beside attention"
+            case GQA() | MLA():
+                refused = mixer_kind(layer.attention)
+            case mixer:
+                refused = "blocks without attention" if mixer is None else mixer.kind
+    if not model.is_decoder:
+        refused = "encoders"
+    if refused is not None:
+        raise ConfigError(
+            f"cache.kind='quantised' does not take {refused} of model_type={model.model_type}: "
+            "QuantizedCache has full attention layers only"
+        )
+
+
+def check_groups(
+    form: KvFormat, model: Model, *, batch: int, prompt_tokens: int, decoded_tokens: int = 0
+) -> None:
+    """ConfigError where backends fail: groups have to come out even whenever all is quantised."""
+    quantised = [prompt_tokens]
+    residual = form.residual_tokens
+    if residual is not None and decoded_tokens >= max(1, residual):
+        quantised.append(prompt_tokens + max(1, residual))  # later ones by as many again
+    for layer in model.layer_kinds():
+        assert isinstance(layer.attention, GQA | MLA)
+        for tensor, (heads, width), axis in zip(
+            (form.keys, form.values),
+            cached_tensors(layer.attention),
+            ("axis_key", "axis_value"),
+            strict=True,
+        ):
+            for tokens in quantised:
+                _check_even(tensor, form.name, axis, batch, heads, tokens, width)
+
+
+def _check_even(
+    tensor: TensorFormat, backend: str, axis: str, B: int, H: int, S: int, d: int
+) -> None:
+    if tensor.scales is None or tensor.scales.group_size is None:
+        return
+    g, codes = tensor.scales.group_size, tensor.codes_per_word
+    if backend.startswith("quanto"):
+        whole, what = (
+            (H * S * d, "a sequence's") if tensor.packed == "groups" else (B * H * S, "a channel's")
+        )
+        if whole % g:
+            raise ConfigError(
+                f"cache.q_group_size={g} does not divide {what} {whole} elements at {S} tokens, "
+                "which quanto needs"
+            )
+        return
+    if B * H * S * d % g:
+        raise ConfigError(
+            f"cache.q_group_size={g} does not divide {B * H * S * d} elements at {S} tokens, which "
+            "hqq needs"
+        )
+    rows = B * H * S * d // g if tensor.packed == "groups" else g
+    if rows % codes and not (tensor.bits == 3 and tensor.packed == "group"):
+        raise ConfigError(
+            f"cache.{axis}={int(tensor.packed == 'groups')} packs {codes} codes in a word, which "
+            f"does not divide {rows} rows at {S} tokens: hqq loses some"
+        )
+
+
+def quantised_rows(
+    form: KvFormat,
+    model: Model,
+    *,
+    batch: int,
+    context_tokens: int,
+    decoded_tokens: int,
+    computed: str,
+) -> list[Row]:
+    """Codes, scales and residual of each kind of layer, a row each; keys and values together where
+    they are stored alike."""
+    rows = []
+    for layer, count in model.layer_kinds().items() if context_tokens else ():
+        attention = layer.attention
+        assert isinstance(attention, GQA | MLA)
+        (heads, width), (_, width_v) = cached_tensors(attention)
+        kind = mixer_kind(attention)
+        if (form.keys, width) == (form.values, width_v):
+            parts = [(kind, 2, width, form.keys)]
+        else:
+            names = ("keys", "values") if isinstance(attention, GQA) else ("latents", "rotary keys")
+            parts = [
+                (f"{kind}, {names[0]}", 1, width, form.keys),
+                (f"{kind}, {names[1]}", 1, width_v, form.values),
+            ]
+        for item, copies, d, tensor in parts:
+            rows += _tensor_rows(
+                form.name,
+                item,
+                tensor,
+                (count, copies),
+                (batch, heads, context_tokens, d),
+                decoded_tokens,
+                computed,
+            )
+    return rows
+
+
+def _tensor_rows(
+    name: str,
+    item: str,
+    tensor: TensorFormat,
+    times: tuple[int, int],
+    shape: tuple[int, int, int, int],
+    decoded_tokens: int,
+    computed: str,
+) -> list[Row]:
+    (count, copies), (B, H, S, d) = times, shape
+    stored = tensor.stored(
+        batch=B, heads=H, tokens=S, width=d, computed=computed, decoded_tokens=decoded_tokens
+    )
+    r = 0 if tensor.residual is None else tensor.residual.of(S, decoded_tokens=decoded_tokens)
+    b, scales = ELEMENT_BYTES[computed], tensor.scales
+    assert scales is not None
+    shown = {"B": B, "H": H, "S": S - r, "d": d, "b": b}
+    numbers = f"{copies} · B · H · S · d"
+    if scales.group_size is None:
+        codes, beside = numbers, f"{copies} · {scales.bytes_of_one(computed)}"
+    else:
+        g, c, w = scales.group_size, tensor.codes_per_word, tensor.word_bytes
+        shown["g"] = g
+        groups = "B · H · S · d / g"
+        lone = scales.lone_per_element and B * H * (S - r) * d == g
+        beside = f"{copies} · {'g' if lone else groups} · 2 · b"
+        inner = (
+            f"ceil(g / {c}) · {groups}" if tensor.packed == "group" else f"ceil({groups} / {c}) · g"
+        )
+        codes = f"{copies} · {inner}" + (f" · {w}" if w > 1 else "")
+    parts = [
+        (f"{name} codes", codes, stored.elements_bytes),
+        (
+            "scales" if scales.zero_dtype is None else "scales and zero points",
+            beside,
+            stored.scales_bytes,
+        ),
+    ]
+    rows = [_row(item, part, count, text, shown, copies * size) for part, text, size in parts]
+    if tensor.residual is not None:
+        residual = f"{copies} · B · H · r · d · b"
+        rows.append(
+            _row(
+                item,
+                "residual",
+                count,
+                residual,
+                {"B": B, "H": H, "r": r, "d": d, "b": b},
+                copies * stored.residual_bytes,
+                note=f"up to {tensor.residual.tokens} tokens decoded one at a time, in {computed}",
+            )
+        )
+    return rows
+
+
+def _row(
+    item: str,
+    part: str,
+    count: int,
+    formula: str,
+    values: dict[str, int],
+    size_bytes: int,
+    note: str = "",
+) -> Row:
+    return Row(
+        component="kv_cache",
+        item=f"{item}, {part}",
+        count=count,
+        formula=formula,
+        values=tuple(values.items()),
+        size_bytes=count * size_bytes,
+        note=note,
+    )
