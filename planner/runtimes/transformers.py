@@ -235,8 +235,13 @@ class Transformers:
         return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
-        """Prefill, the first decode step (sliding layers still whole), the last decode step."""
+        """Prefill, the first decode step (sliding layers still whole), the last decode step.
+
+        Of a quantised cache: prefill, the last step that quantises all of it, the last step.
+        """
         B, prompt = work.batch, work.prompt_tokens
+        if is_quantised(setting):
+            return self._quantised_phases(model, work, setting)
         phases = [
             Phase(
                 name="prefill",
@@ -263,6 +268,34 @@ class Transformers:
             )
         return phases
 
+    def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        B, prompt, steps = work.batch, work.prompt_tokens, work.output_tokens - 1
+        window = max(1, quantised_format(setting.cache, setting.kv_dtype).residual_tokens)
+
+        def phase(name: str, step: int) -> Phase:
+            """`step` 0 is the prefill; before step i, i − 1 tokens came one at a time."""
+            program = _program(
+                model,
+                work,
+                setting,
+                kind="decode" if step else "prefill",
+                residual_tokens=max(0, step - 1) % window,
+            )
+            tokens = 1 if step else prompt
+            return Phase(
+                name=name,
+                program=program,
+                dims=Dims(batch=B, tokens=tokens, context=prompt + step),
+            )
+
+        phases = [phase("prefill", 0)]
+        full = steps - steps % window
+        if full:
+            phases.append(phase("last step that quantises anew", full))
+        if steps > full:
+            phases.append(phase("last decode step", steps))
+        return phases
+
     def pool(
         self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
@@ -274,7 +307,7 @@ class Transformers:
         return _program(model, work, setting, kind="prefill")
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
-        """One token for every sequence over a DynamicCache."""
+        """One token for every sequence; over a quantised cache, the step after it was filled."""
         return _program(model, work, setting, kind="decode")
 
 
@@ -301,6 +334,11 @@ def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
     return kind
 
 
+def is_quantised(setting: Setting) -> bool:
+    """Whether a deployment's cache is quantised."""
+    return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "quantised"
+
+
 def _as_cached(model: Model) -> Model:
     """The model with the heads that this runtime caches, where they are not the kv heads."""
 
@@ -317,7 +355,13 @@ def _as_cached(model: Model) -> Model:
 
 
 def _program(
-    model: Model, work: Inference, setting: Setting, *, kind: str, held_whole: bool = False
+    model: Model,
+    work: Inference,
+    setting: Setting,
+    *,
+    kind: str,
+    held_whole: bool = False,
+    residual_tokens: int = 0,
 ) -> Program:
     return forward_program(
         model,
@@ -329,6 +373,10 @@ def _program(
             logits=work.logits,
             held_whole=held_whole,
             equal_widths_only=setting.device == "cpu",
+            quantised=quantised_format(setting.cache, setting.kv_dtype)
+            if is_quantised(setting)
+            else None,
+            residual_tokens=residual_tokens,
         ),
     )
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import QuantizedCache
 
+from profiles.meters import LiveTensorMeter
+
 DTYPES = {"fp8": None, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "int1": 1}
 
 
@@ -50,3 +52,17 @@ def unpack_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
 
     monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+
+
+class QuantisedMeter(LiveTensorMeter):
+    """A meter that looks into quanto's quantisation, which is python and no kernel."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run what the op is made of inside the meter."""
+        if func.name() == "quanto::quantize_affine":
+            with self:
+                key = torch._C.DispatchKey.CompositeExplicitAutograd
+                return func._op_dk(key, *args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
