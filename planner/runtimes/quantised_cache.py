@@ -12,6 +12,9 @@ the dtype of the model. hqq (0.2.8, core/quantize.py): the same with its axes 1 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from planner.dtypes import ELEMENT_BYTES
 from planner.errors import ConfigError, check_choice
 from planner.kv_cache import mixer_kind
@@ -28,18 +31,28 @@ from planner.ledger import Row
 from planner.model import Model
 from planner.workload import QUANTISED_FIELDS, CacheSpec
 
-BACKEND_BITS = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1)}
+Backend = Literal["quanto", "hqq", "fp8"]
+
+BACKEND_BITS: dict[Backend, tuple[int, ...]] = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1)}
 """Bits that QuantoQuantizedLayer and HQQQuantizedLayer take."""
 
-BACKEND_AXES = {"quanto": (0, -1), "hqq": (0, 1)}
+BACKEND_AXES: dict[Backend, tuple[int, int]] = {"quanto": (0, -1), "hqq": (0, 1)}
 
 QUANTISED_DTYPES = ("fp8", *(f"int{bits}" for bits in BACKEND_BITS["hqq"]))
 DEFAULT_DTYPE = "int4"
 DEFAULT_GROUP_SIZE, DEFAULT_RESIDUAL_TOKENS = 64, 128
 
 
-def quantised_format(cache: CacheSpec | None, dtype: str) -> KvFormat:
-    """The format of a QuantizedCache in `dtype`; ConfigError for what its backends do not take."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantisedCache:
+    """A QuantizedCache: who quantises, and the format that comes out."""
+
+    backend: Backend
+    form: KvFormat
+
+
+def quantised_cache(cache: CacheSpec | None, dtype: str) -> QuantisedCache:
+    """The QuantizedCache that keeps `dtype`; ConfigError for what its backends do not take."""
     cache = cache or CacheSpec(kind="quantised")
     check_choice("kv_dtype", dtype, QUANTISED_DTYPES)
     if dtype == "fp8":
@@ -50,9 +63,12 @@ def quantised_format(cache: CacheSpec | None, dtype: str) -> KvFormat:
                     "scale for each tensor"
                 )
         tensor = TensorFormat(bits=8, scales=Scales(per="tensor"))
-        return KvFormat(name="fp8", keys=tensor, values=tensor)
+        form = KvFormat(name="fp8", keys=tensor, values=tensor)
+        return QuantisedCache(backend="fp8", form=form)
     bits = int(dtype.removeprefix("int"))
-    backend = cache.backend or next(b for b, has in BACKEND_BITS.items() if bits in has)
+    backend = next(b for b, has in BACKEND_BITS.items() if bits in has)
+    if cache.backend is not None:
+        backend = cache.backend  # type: ignore[assignment]
     if bits not in BACKEND_BITS[backend]:
         has = ", ".join(f"int{n}" for n in BACKEND_BITS[backend])
         raise ConfigError(f"kv_dtype={dtype!r} is not what cache.backend={backend!r} has: {has}")
@@ -65,10 +81,15 @@ def quantised_format(cache: CacheSpec | None, dtype: str) -> KvFormat:
                 f"cache.{field}={axis} is not allowed: {first} or {second} in {backend}"
             )
         tensors.append(_grouped(cache, backend, bits, axis))
-    return KvFormat(name=f"{backend} int{bits}", keys=tensors[0], values=tensors[1])
+        if (bits, backend, axis) == (3, "hqq", 1):
+            raise ConfigError(
+                f"cache.{field}=1 is not allowed: 0 in int3, hqq cannot dequantise the other"
+            )
+    form = KvFormat(name=f"{backend} int{bits}", keys=tensors[0], values=tensors[1])
+    return QuantisedCache(backend=backend, form=form)
 
 
-def _grouped(cache: CacheSpec, backend: str, bits: int, axis: int) -> TensorFormat:
+def _grouped(cache: CacheSpec, backend: Backend, bits: int, axis: int) -> TensorFormat:
     # a word holds the same place of several groups where groups are rows, else members of a group
     packed: Packing = "groups" if (backend, axis) in (("quanto", 0), ("hqq", 1)) else "group"
     residual = cache.residual_tokens
@@ -116,13 +137,15 @@ def check_quantisable(model: Model) -> None:
 
 
 def check_groups(
-    form: KvFormat, model: Model, *, batch: int, prompt_tokens: int, decoded_tokens: int = 0
+    cache: QuantisedCache, model: Model, *, batch: int, prompt_tokens: int, decoded_tokens: int = 0
 ) -> None:
     """ConfigError where backends fail: groups have to come out even whenever all is quantised."""
-    quantised = [prompt_tokens]
-    residual = form.residual_tokens
-    if residual is not None and decoded_tokens >= max(1, residual):
-        quantised.append(prompt_tokens + max(1, residual))  # later ones by as many again
+    if cache.backend == "fp8":
+        return
+    form, quantised = cache.form, [prompt_tokens]
+    every = max(1, form.residual_tokens)
+    if decoded_tokens >= every:
+        quantised.append(prompt_tokens + every)  # and after each as many again
     for layer in model.layer_kinds():
         assert isinstance(layer.attention, GQA | MLA)
         for tensor, (heads, width), axis in zip(
@@ -132,16 +155,16 @@ def check_groups(
             strict=True,
         ):
             for tokens in quantised:
-                _check_even(tensor, form.name, axis, batch, heads, tokens, width)
+                _check_even(tensor, cache.backend, axis, batch, heads, tokens, width)
 
 
 def _check_even(
-    tensor: TensorFormat, backend: str, axis: str, B: int, H: int, S: int, d: int
+    tensor: TensorFormat, backend: Backend, axis: str, B: int, H: int, S: int, d: int
 ) -> None:
-    if tensor.scales is None or tensor.scales.group_size is None:
-        return
+    assert tensor.scales is not None
+    assert tensor.scales.group_size is not None
     g, codes = tensor.scales.group_size, tensor.codes_per_word
-    if backend.startswith("quanto"):
+    if backend == "quanto":
         whole, what = (
             (H * S * d, "a sequence's") if tensor.packed == "groups" else (B * H * S, "a channel's")
         )
@@ -157,7 +180,7 @@ def _check_even(
             "hqq needs"
         )
     rows = B * H * S * d // g if tensor.packed == "groups" else g
-    if rows % codes and not (tensor.bits == 3 and tensor.packed == "group"):
+    if rows % codes and tensor.bits != 3:  # those are filled up
         raise ConfigError(
             f"cache.{axis}={int(tensor.packed == 'groups')} packs {codes} codes in a word, which "
             f"does not divide {rows} rows at {S} tokens: hqq loses some"

@@ -29,7 +29,7 @@ from planner.runtimes.quantised_cache import (
     QUANTISED_DTYPES,
     check_groups,
     check_quantisable,
-    quantised_format,
+    quantised_cache,
     quantised_rows,
 )
 from planner.runtimes.transformers_program import Pass, forward_program
@@ -151,17 +151,17 @@ class Transformers:
         kind = cache_kind(cache, dtype, compute_dtype)
         S = context_tokens
         if kind == "quantised":
-            form = quantised_format(cache, dtype)
+            quantised = quantised_cache(cache, dtype)
             check_quantisable(model)
             check_groups(
-                form,
+                quantised,
                 model,
                 batch=batch,
                 prompt_tokens=S - decoded_tokens,
                 decoded_tokens=decoded_tokens,
             )
             return quantised_rows(
-                form,
+                quantised.form,
                 model,
                 batch=batch,
                 context_tokens=S,
@@ -270,7 +270,7 @@ class Transformers:
 
     def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         B, prompt, steps = work.batch, work.prompt_tokens, work.output_tokens - 1
-        window = max(1, quantised_format(setting.cache, setting.kv_dtype).residual_tokens)
+        window = max(1, quantised_cache(setting.cache, setting.kv_dtype).form.residual_tokens)
 
         def phase(name: str, step: int) -> Phase:
             """`step` 0 is the prefill; before step i, i − 1 tokens came one at a time."""
@@ -373,7 +373,7 @@ def _program(
             logits=work.logits,
             held_whole=held_whole,
             equal_widths_only=setting.device == "cpu",
-            quantised=quantised_format(setting.cache, setting.kv_dtype)
+            quantised=quantised_cache(setting.cache, setting.kv_dtype)
             if is_quantised(setting)
             else None,
             residual_tokens=residual_tokens,

@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Literal
 
 from planner.dtypes import element_bytes
-from planner.kv_formats import KvFormat
 from planner.layers import GQA, MLA, Dense, Layer, LearnedPositions, MoE, Norm, RoPE
 from planner.model import Model
 from planner.program import (
@@ -36,6 +35,7 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
+from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.quantised_program import QuantisedLayer
 from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer, layer_label
 
@@ -78,8 +78,8 @@ class Pass:
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
     `equal_widths_only`: no fused kernel takes keys and values of different widths (the CPU).
-    `quantised`: the format of a QuantizedCache, None for a DynamicCache; `residual_tokens` of it
-    are unquantised before the pass.
+    `quantised`: a QuantizedCache, None for a DynamicCache; `residual_tokens` of it are unquantised
+    before the pass.
     """
 
     kind: Literal["prefill", "decode"]
@@ -89,7 +89,7 @@ class Pass:
     logits: Literal["all", "last"]
     held_whole: bool = False
     equal_widths_only: bool = False
-    quantised: KvFormat | None = None
+    quantised: QuantisedCache | None = None
     residual_tokens: int = 0
 
 
@@ -122,6 +122,7 @@ class _Forward(Writer):
                     layer.attention,
                     itemsize=self.b,
                     residual_tokens=what.residual_tokens,
+                    on_cpu=what.equal_widths_only,
                 )
 
     # -- the model's forward -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import QuantizedCache
 
 from profiles.meters import LiveTensorMeter
 
+needs_hqq = pytest.mark.skipif(
+    importlib.util.find_spec("hqq") is None, reason="hqq is not installed"
+)
 DTYPES = {"fp8": None, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "int1": 1}
 
 
@@ -34,7 +38,9 @@ def held_bytes(layer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def quantised_cache(config: Any, dtype: str, *, backend: str = "quanto", **options: Any) -> Any:
+def live_quantised_cache(
+    config: Any, dtype: str, *, backend: str = "quanto", **options: Any
+) -> Any:
     """A QuantizedCache by our names."""
     if dtype == "fp8":
         return QuantizedCache("fp8", config)

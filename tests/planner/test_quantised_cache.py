@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,13 +13,10 @@ from planner import CacheSpec, ConfigError, kv_cache_bytes
 from planner.huggingface.fields import SAME_AS
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES
-from tests.planner.quantised import held_bytes, quantised_cache, unpack_in_python
+from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq, unpack_in_python
 
 __all__ = ["unpack_in_python"]
 
-needs_hqq = pytest.mark.skipif(
-    importlib.util.find_spec("hqq") is None, reason="hqq is not installed"
-)
 COMPUTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -41,7 +36,7 @@ def small(heads: int, width: int):
 def live_bytes(config, shape, *, steps, dtype, computed, **options):
     """Bytes that the cache holds after a prefill, and after each of `steps` tokens more."""
     batch, heads, tokens, width = shape
-    cache = quantised_cache(config, dtype, **options)
+    cache = live_quantised_cache(config, dtype, **options)
     held = []
     for new in (tokens, *[1] * steps):
         k, v = (torch.randn(batch, heads, new, width, dtype=COMPUTED[computed]) for _ in "kv")
@@ -135,7 +130,7 @@ def test_defaults_are_those_of_transformers(unpack_in_python, tokens):
 def test_a_model_fills_its_cache_as_counted(unpack_in_python, name, dtype):
     live = build(TINY[name], device="cpu")
     options = {} if dtype == "fp8" else {"q_group_size": 8, "residual_tokens": 3}
-    cache = quantised_cache(live.config, dtype, **options)
+    cache = live_quantised_cache(live.config, dtype, **options)
     spec = CacheSpec(kind="quantised", **options)
     model = planner.read_config(TINY[name])
     for decoded in range(5):
@@ -163,7 +158,7 @@ def test_models_are_taken_and_refused_as_by_transformers(kind):
     config = AutoConfig.for_model(**given_config)
     model = planner.read_config(case.config)
     try:
-        quantised_cache(config, "int4")
+        live_quantised_cache(config, "int4")
         taken = model.is_decoder and not config.is_encoder_decoder
     except (ValueError, AttributeError):
         taken = False
