@@ -117,7 +117,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = runtime.pooled
-    note = runtime.peak_note(model) or _quantised_note(model)
+    note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)

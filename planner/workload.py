@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
@@ -56,6 +56,24 @@ class CacheSpec:
             value = getattr(self, field)
             if value is not None:
                 check_size(f"cache.{field}", value, minimum=-1, maximum=1)
+
+
+def cache_spec(text: str) -> CacheSpec:
+    """A CacheSpec written in one word: `quantised:backend=hqq,q_group_size=32`, or a kind alone."""
+    kind, _, rest = text.partition(":")
+    known = [field.name for field in fields(CacheSpec) if field.name != "kind"]
+    settings: dict[str, str | int] = {}
+    for part in rest.split(",") if rest else ():
+        name, _, value = part.strip().partition("=")
+        if name not in known or not value:
+            raise ConfigError(
+                f"cache={shown(text)} is not understood at {shown(part)}: KIND or "
+                f"KIND:FIELD=VALUE,… with {', '.join(known)}"
+            )
+        digits = value.removeprefix("-")
+        is_number = digits.isdecimal() and digits.isascii() and len(digits) <= 20
+        settings[name] = int(value) if is_number else value
+    return CacheSpec(kind=kind, **settings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

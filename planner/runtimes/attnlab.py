@@ -87,6 +87,10 @@ class Attnlab:
         """Nothing: the program is exact for all that attnlab runs."""
         return ""
 
+    def cache_note(self, setting: Setting) -> str:
+        """Nothing."""
+        return ""
+
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """One float32 table of rotary frequencies."""
         if not isinstance(model.positions, RoPE):

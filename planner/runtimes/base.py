@@ -67,7 +67,7 @@ class Runtime(Protocol):
 
     @property
     def kv_dtypes(self) -> tuple[str, ...]:
-        """What it can keep keys and values in, whatever they are computed in."""
+        """What it can keep keys and values in that were computed in another dtype."""
 
     def attention(self, model: Model, name: str | None) -> str:
         """The backend: `name` if this model can run it, else ConfigError; None: the default."""
@@ -93,6 +93,9 @@ class Runtime(Protocol):
 
     def peak_note(self, model: Model) -> str:
         """What has to be said of this model's activation peak; empty where it is exact."""
+
+    def cache_note(self, setting: Setting) -> str:
+        """What has to be said of the peak for its cache's sake; empty where nothing has to."""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """Tensors of the module that are not parameters."""

@@ -43,6 +43,11 @@ DEFAULT_DTYPE = "int4"
 DEFAULT_GROUP_SIZE, DEFAULT_RESIDUAL_TOKENS = 64, 128
 
 
+def backends_of(dtype: str) -> tuple[Backend, ...]:
+    """Backends with settings of their own that keep `dtype`; none for fp8 and plain dtypes."""
+    return tuple(b for b, has in BACKEND_BITS.items() if dtype in {f"int{bits}" for bits in has})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantisedCache:
     """A QuantizedCache: who quantises, and the format that comes out."""
@@ -65,13 +70,13 @@ def quantised_cache(cache: CacheSpec | None, dtype: str) -> QuantisedCache:
         tensor = TensorFormat(bits=8, scales=Scales(per="tensor"))
         form = KvFormat(name="fp8", keys=tensor, values=tensor)
         return QuantisedCache(backend="fp8", form=form)
+    able = backends_of(dtype)
+    if cache.backend not in (None, *able):
+        raise ConfigError(
+            f"cache.backend={cache.backend!r} is not allowed: {' or '.join(able)} in {dtype}"
+        )
+    backend: Backend = next(b for b in able if cache.backend in (None, b))
     bits = int(dtype.removeprefix("int"))
-    backend = next(b for b, has in BACKEND_BITS.items() if bits in has)
-    if cache.backend is not None:
-        backend = cache.backend  # type: ignore[assignment]
-    if bits not in BACKEND_BITS[backend]:
-        has = ", ".join(f"int{n}" for n in BACKEND_BITS[backend])
-        raise ConfigError(f"kv_dtype={dtype!r} is not what cache.backend={backend!r} has: {has}")
     tensors = []
     for field in ("axis_key", "axis_value"):
         axis = getattr(cache, field) or 0
@@ -108,6 +113,13 @@ def _grouped(cache: CacheSpec, backend: Backend, bits: int, axis: int) -> Tensor
             tokens=DEFAULT_RESIDUAL_TOKENS if residual is None else residual, rule="decoded"
         ),
     )
+
+
+def scratch_note(cache: QuantisedCache, *, device: str) -> str:
+    """What has to be said of the scratch in the peak; empty where it is exact."""
+    if cache.backend != "hqq" or device == "cpu":
+        return ""
+    return "approximate: what hqq allocates on a GPU, searching in float16, was not watched"
 
 
 def check_quantisable(model: Model) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.dtypes import COMPUTE_DTYPES, element_bytes
+from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, Layer, MoE, RoPE
@@ -31,6 +31,7 @@ from planner.runtimes.quantised_cache import (
     check_quantisable,
     quantised_cache,
     quantised_rows,
+    scratch_note,
 )
 from planner.runtimes.transformers_program import Pass, forward_program
 from planner.workload import CacheSpec, Inference
@@ -107,7 +108,7 @@ class Transformers:
     name = "transformers"
     pooled = False
     version = "5.23.0"
-    kv_dtypes = (*COMPUTE_DTYPES, *QUANTISED_DTYPES)
+    kv_dtypes = QUANTISED_DTYPES
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses.
@@ -194,6 +195,12 @@ class Transformers:
         if model.text_type in EXACT_PEAKS and not model.towers:
             return ""
         return f"approximate: the program of {model.model_type} was not compared with its class"
+
+    def cache_note(self, setting: Setting) -> str:
+        """Not every backend of a quantised cache was watched on a GPU."""
+        if not is_quantised(setting):
+            return ""
+        return scratch_note(quantised_cache(setting.cache, setting.kv_dtype), device=setting.device)
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """Rotary tables, gemma's embedding scale, the routers' correction bias, causal masks.
@@ -320,8 +327,7 @@ def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
         return "quantised"
     kind = check_cache_kind("transformers", cache, ("dynamic", "static", "quantised"))
     if kind == "quantised":
-        why = " in a quantised cache"
-        check_kv_dtype("transformers", dtype, QUANTISED_DTYPES, why=why)
+        check_kv_dtype("transformers", dtype, QUANTISED_DTYPES, why=" in a quantised cache")
     elif dtype in QUANTISED_DTYPES:
         raise ConfigError(
             f"kv_dtype={dtype!r} is not kept by cache.kind={kind!r}: 'quantised' does"

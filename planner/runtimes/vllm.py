@@ -116,6 +116,10 @@ class Vllm:
         beside = "; without the profile run of its encoders" if model.towers else ""
         return f"uncalibrated: written from vLLM's source, not traced{beside}"
 
+    def cache_note(self, setting: Setting) -> str:
+        """Nothing."""
+        return ""
+
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """vLLM's rotary table: cos and sin of every position, in the model's dtype."""
         if not isinstance(model.positions, RoPE):
