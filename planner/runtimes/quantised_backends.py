@@ -28,8 +28,11 @@ class _Tensor:
         width: int,
         itemsize: int,
         residual_tokens: int,
+        *,
+        on_cpu: bool,
     ) -> None:
         self.tape, self.form, self.b = tape, form, itemsize
+        self.on_cpu = on_cpu
         self.heads, self.width, r = heads, width, residual_tokens
         past = PAST if r == 0 else Symbol(f"(P − {r})", lambda d: d.context - d.tokens - r)
         self.quantised: Symbol = past
@@ -123,23 +126,10 @@ class QuantoTensor(_Tensor):
 class HqqTensor(_Tensor):
     """A search for zero points, in float32 on a CPU, in float16 on a GPU, that stops early."""
 
-    def __init__(
-        self,
-        tape: Tape,
-        form: TensorFormat,
-        heads: int,
-        width: int,
-        itemsize: int,
-        residual_tokens: int,
-        *,
-        on_cpu: bool,
-    ) -> None:
-        super().__init__(tape, form, heads, width, itemsize, residual_tokens)
-        self.search = FLOAT32 if on_cpu else FLOAT16
-
     def quantise(self, x: Buffer, tokens: Symbol) -> None:
         """optimize_weights_proximal_legacy in its second round: what it and its callers hold."""
-        tape, e, numbers, count = self.tape, self.search, self.shape(tokens), self.new[1].shape
+        tape, numbers, count = self.tape, self.shape(tokens), self.new[1].shape
+        e = FLOAT32 if self.on_cpu else FLOAT16
         held: list[Buffer] = []
         if self.b != FLOAT32:
             held.append(self.scratch(numbers, FLOAT32, x))

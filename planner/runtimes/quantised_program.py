@@ -9,13 +9,18 @@ Shapes.  B batch · H heads · d width · T tokens of this pass · P before it �
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from planner.kv_formats import cached_tensors
 from planner.layers import GQA, MLA
 from planner.program import B, Buffer, Extent, S, T, Tape
 from planner.runtimes.quantised_backends import Fp8Tensor, HqqTensor, QuantoTensor
-from planner.runtimes.quantised_cache import QuantisedCache
+from planner.runtimes.quantised_cache import Backend, QuantisedCache
 
 JOINED = "joined keys, values"
+
+Stored: TypeAlias = Fp8Tensor | HqqTensor | QuantoTensor
+KINDS: dict[Backend, type[Stored]] = {"fp8": Fp8Tensor, "hqq": HqqTensor, "quanto": QuantoTensor}
 
 
 class QuantisedLayer:
@@ -38,16 +43,12 @@ class QuantisedLayer:
         self.shapes = cached_tensors(attention)
         self.full = residual_tokens + 1 >= cache.form.residual_tokens
         forms = (cache.form.keys, cache.form.values)
-        self.tensors: list[Fp8Tensor | HqqTensor | QuantoTensor] = []
+        self.tensors: list[Stored] = []
         for form, (heads, width) in zip(forms, self.shapes, strict=True):
-            sizes = (tape, form, heads, width, itemsize, residual_tokens)
-            match cache.backend:
-                case "fp8":
-                    self.tensors.append(Fp8Tensor(*sizes))
-                case "hqq":
-                    self.tensors.append(HqqTensor(*sizes, on_cpu=on_cpu))
-                case "quanto":
-                    self.tensors.append(QuantoTensor(*sizes))
+            kind = KINDS[cache.backend]
+            self.tensors.append(
+                kind(tape, form, heads, width, itemsize, residual_tokens, on_cpu=on_cpu)
+            )
         self.old_residual = [self._residual(i, residual_tokens) for i in (0, 1)]
         self.new_residual = [self._residual(i, residual_tokens + 1) for i in (0, 1)]
 
@@ -78,8 +79,8 @@ class QuantisedLayer:
         appended = [t for t in self.tensors if isinstance(t, Fp8Tensor)]
         if appended:
             added = [t.encode(x, T) for t, x in zip(appended, new, strict=True)]
-            for tensor, codes in zip(appended, added, strict=True):
-                tensor.extend(codes)
+            for kept, codes in zip(appended, added, strict=True):
+                kept.extend(codes)
             keys, values = (t.dequantise() for t in appended)
             tape.free(*(t.old[0] for t in appended), *added)
             return keys, values

@@ -30,9 +30,9 @@ from planner.runtimes.quantised_cache import (
     check_groups,
     check_quantisable,
     quantised_cache,
-    quantised_rows,
     scratch_note,
 )
+from planner.runtimes.quantised_rows import quantised_rows
 from planner.runtimes.transformers_program import Pass, forward_program
 from planner.workload import CacheSpec, Inference
 
