@@ -13,9 +13,7 @@ from planner import CacheSpec, ConfigError, kv_cache_bytes
 from planner.huggingface.fields import SAME_AS
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES
-from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq, unpack_in_python
-
-__all__ = ["unpack_in_python"]
+from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq
 
 COMPUTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

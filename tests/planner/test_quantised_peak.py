@@ -20,10 +20,7 @@ from tests.planner.quantised import (
     QuantisedMeter,
     live_quantised_cache,
     needs_hqq,
-    unpack_in_python,
 )
-
-__all__ = ["unpack_in_python"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SETTINGS = {
