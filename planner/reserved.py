@@ -95,7 +95,7 @@ class AllocatorPlan:
         return reserved(self).stats.peak_reserved_bytes
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def reserved(
     plan: AllocatorPlan, *, settings: AllocatorSettings = DEFAULTS, max_events: int = MAX_EVENTS
 ) -> Reserved:
