@@ -1,8 +1,9 @@
 """What torch's allocator reserves for a workload: its passes, played through the simulator.
 
 Weights first, in the order of the modules, then the prompt's ids, a preallocated cache, the prefill
-and the decode steps of a greedy loop. Simulated, not measured: which kernels allocate scratch of
-their own beyond the programs and the cuBLAS workspace is not known here.
+and the decode steps of a greedy loop, launched one kernel at a time (a CUDA graph would keep a pool
+of its own). Simulated, not measured: which kernels allocate scratch of their own beyond the
+programs and the cuBLAS workspace is not known here.
 
 A decode step of a 32-layer model is about 3 000 events, and generations have thousands of them.
 Steps are alike but for what grows with the context, and the small pool shares no segment with the
