@@ -167,6 +167,7 @@ class _Decode:
         self._steady = script(phases[-1].program, continues=True)
         self._capacity = phases[-1].dims.capacity
         self._small, self._large = _Rest(), _Rest()
+        self._frees = 0
 
     def play(self, max_events: int) -> int:
         """Play steps; returns how many, those included that would only repeat others."""
@@ -199,6 +200,9 @@ class _Decode:
         large = frozenset(buffer for buffer, size in sizes.items() if size > SMALL_BYTES)
         small_requests = frozenset(pair for pair in sizes.items() if pair[0] not in large)
         large_requests = frozenset(pair for pair in sizes.items() if pair[0] in large)
+        if self._replay.device.device_frees != self._frees:  # segments went, of either pool
+            self._frees = self._replay.device.device_frees
+            self._small, self._large = _Rest(), _Rest()
         small_rests = self._small.rests(small_requests)
         large_rests = self._large.rests(large_requests)
         if small_rests and large_rests:
