@@ -119,13 +119,13 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
-    pooled = runtime.pooled
+    pooled, apart = runtime.pooled, runtime.pooled or not runtime.on_torch
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
-    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
-    overhead = list(overhead_rows(gpu, pooled=pooled))
+    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
+    overhead = list(overhead_rows(gpu, pooled=pooled, on_torch=runtime.on_torch))
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
-    memory = _memory(rows, highest, torch, gpu, pooled=pooled)
+    memory = _memory(rows, highest, torch, gpu, apart=apart)
     pool = runtime.pool(
         model,
         setting,
@@ -254,7 +254,7 @@ def _stored_rows(model: Model, dtype: str) -> tuple[Row, ...]:
 
 
 def _activation_rows(
-    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, pooled: bool
+    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, apart: bool
 ) -> Iterator[Row]:
     """What lives at the peak besides weights and cache."""
     where = f"{phase.name}, {highest.op}" + (
@@ -274,7 +274,7 @@ def _activation_rows(
             note="; ".join(part for part in (f"at the peak: {where}", note) if part),
         )
     difference = highest.cache_bytes - kv_bytes
-    if difference and not pooled:
+    if difference and not apart:
         yield Row(
             component="activations",
             item="cache at the peak, beyond or short of the finished cache",
@@ -299,13 +299,14 @@ def _torch_peaks(
 
     Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
     """
-    workspace = workspace_bytes(gpu)
+    apart = runtime.pooled or not runtime.on_torch
+    workspace = workspace_bytes(gpu) if runtime.on_torch else 0
     steps_differ = (
         work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
     )
-    if runtime.pooled or gpu.vendor not in WITH_CONTEXT or steps_differ:
-        pool = total_bytes(rows, "kv_cache") if runtime.pooled else 0
-        token_ids = INT64 * work.batch * work.prompt_tokens
+    if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
+        pool = total_bytes(rows, "kv_cache") if apart else 0
+        token_ids = INT64 * work.batch * work.prompt_tokens if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
         return Unsegmented(peak_allocated_bytes=live + token_ids + workspace)
     outside = total_bytes(rows, "overhead") - workspace
@@ -320,7 +321,7 @@ def _torch_peaks(
 
 
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, apart: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
     overhead = total_bytes(rows, "overhead")
@@ -331,7 +332,7 @@ def _memory(
         gradients_bytes=0,
         optimizer_bytes=0,
         overhead_bytes=overhead,
-        peak_live_bytes=weights + (highest.live_bytes + kv if pooled else highest.live_bytes),
+        peak_live_bytes=weights + (highest.live_bytes + kv if apart else highest.live_bytes),
         torch=torch,
-        outside_torch_bytes=overhead if pooled else overhead - workspace_bytes(gpu),
+        outside_torch_bytes=overhead if apart else overhead - workspace_bytes(gpu),
     )
