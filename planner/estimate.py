@@ -17,6 +17,7 @@ from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.on_load import quantised_on_load
+from planner.quantization.unpacked import unpacked_on
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
@@ -89,9 +90,10 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
-    model = _as_loaded(model, deploy)
-    model.check_positions(work.context_tokens)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    checkpoint = _as_loaded(model, deploy)
+    model = _as_held(checkpoint, deploy, gpu)
+    model.check_positions(work.context_tokens)
     setting = _setting(model, deploy, runtime, gpu)
     cache = deploy.cache
     if runtime.pooled:
@@ -104,7 +106,8 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
             "(kv_cache_bytes counts both)"
         )
 
-    weights = _weight_rows(model, runtime, setting.dtype)
+    unpacked = "" if model is checkpoint else _unpacked_note(checkpoint, gpu)
+    weights = _weight_rows(model, runtime, setting.dtype, note=unpacked)
     kv = runtime.cache_rows(
         model,
         batch=work.batch,
@@ -179,6 +182,20 @@ def _as_loaded(model: Model, deploy: Deployment) -> Model:
     return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
 
 
+def _as_held(model: Model, deploy: Deployment, gpu: Gpu) -> Model:
+    """The model with plain weights, where transformers dequantises them for want of kernels."""
+    quantization = model.quantization
+    if deploy.runtime != "transformers" or quantization is None:
+        return model
+    return replace(model, quantization=None) if unpacked_on(gpu, quantization.method) else model
+
+
+def _unpacked_note(checkpoint: Model, gpu: Gpu) -> str:
+    assert checkpoint.quantization is not None
+    method = checkpoint.quantization.method
+    return f"dequantised on loading: transformers 5.23 runs no {method} kernels on {gpu.label}"
+
+
 def _quantised_note(model: Model) -> str:
     """What is left out of the peak and the times of quantised weights."""
     if model.quantization is None:
@@ -208,13 +225,14 @@ def _block_tokens(deploy: Deployment) -> int:
     return paged
 
 
-def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
+def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
-    rows = _plain_rows(model, dtype) if model.quantization is None else _stored_rows(model, dtype)
+    plain = model.quantization is None
+    rows = _plain_rows(model, dtype, note=note) if plain else _stored_rows(model, dtype)
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
 
-def _plain_rows(model: Model, dtype: str) -> list[Row]:
+def _plain_rows(model: Model, dtype: str, *, note: str) -> list[Row]:
     b = element_bytes(dtype)
     return [
         Row(
@@ -224,6 +242,7 @@ def _plain_rows(model: Model, dtype: str) -> list[Row]:
             formula="parameters · b",
             values=(("parameters", elements), ("b", b)),
             size_bytes=elements * b,
+            note=note,
         )
         for group, (tensors, elements) in model.parameter_groups().items()
     ]
