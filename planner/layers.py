@@ -286,13 +286,23 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sinusoidal:
+    """Sines and cosines added to the embedding (arXiv:1706.03762): no parameters, no end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ALiBi:
-    """Linear biases on the scores (arXiv:2108.12409): no parameters, no table."""
+    """Linear biases on the scores (arXiv:2108.12409): no parameters, no table.
+
+    `scaled`: the biases are multiplied by the attention's `scaling` too (falcon).
+    """
+
+    scaled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoPositions:
-    """None, or none that is kept: recurrent models, sinusoids made on the fly, patch positions."""
+    """None, or none that is described: recurrent models, an encoder's sinusoids, patches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,4 +313,4 @@ class RelativeBias:
     """
 
 
-Positions = RoPE | LearnedPositions | ALiBi | RelativeBias | NoPositions
+Positions = RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, ALiBi, Dense, Layer, LearnedPositions, RoPE
+from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -19,9 +19,6 @@ from planner.runtimes.base import (
     unplanned_part,
 )
 from planner.workload import CacheSpec, Inference
-
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-"""Activations that kernels/attnlab/feed_forward.py has."""
 
 
 class Attnlab:
@@ -42,12 +39,10 @@ class Attnlab:
                 f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
                 "transformers or vllm"
             )
-        capped = any(
-            isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
-            for x in model.layer_kinds()
-        )
-        allowed = ("naive",) if capped else ("sdpa", "naive")
-        reason = "sdpa has no soft cap" if capped else ""
+        attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
+        naive = any(gqa.logit_softcap is not None or gqa.sinks for gqa in attentions)
+        allowed = ("naive",) if naive else ("sdpa", "naive")
+        reason = "sdpa has no soft cap and no sinks" if naive else ""
         return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
@@ -139,17 +134,8 @@ def missing_parts(model: Model) -> list[str]:
     if unplanned is not None:
         return [unplanned]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
-    positions = model.positions
     wanted = {
-        "ALiBi": isinstance(positions, ALiBi),
-        "interleaved rotary positions": isinstance(positions, RoPE) and positions.interleaved,
-        "rotary positions of their own for sliding layers": model.local_positions is not None,
-        "offset positions": isinstance(positions, LearnedPositions) and bool(positions.offset),
         "parameters outside the blocks": bool(model.extra_parameters),
-        "projections around the embedding": model.embedding_size is not None,
-        "a model without a last norm": model.final_norm is None,
-        "a scale on the logits": model.logit_scale is not None,
-        "the bias of the head": model.lm_head_bias,
         "parts beside the decoder": bool(model.towers),
         "quantised weights": model.quantization is not None,
     }
@@ -157,24 +143,15 @@ def missing_parts(model: Model) -> list[str]:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa, feed_forward, norm = layer.attention, layer.feed_forward, layer.norm
+    gqa, feed_forward = layer.attention, layer.feed_forward
     if not isinstance(gqa, GQA):
         return ["MLA"]
     if not isinstance(feed_forward, Dense):
         return ["mixtures of experts"]
     wanted = {
-        "norms on queries and keys": gqa.qk_norm is not None,
-        "attention sinks": gqa.sinks,
-        "layers without positions": not gqa.rope,
-        "chunked attention": gqa.chunked,
-        "clipped queries and keys": gqa.clip_qkv is not None,
-        "interleaved fused projections": gqa.interleaved_qkv,
-        "windows that mask and do not clip": gqa.masked_window is not None,
-        "scaled residuals": layer.residual_multiplier is not None,
-        f"{layer.placement} blocks": layer.placement not in ("pre", "sandwich"),
-        "norms without a weight": not norm.weight,
-        "LayerNorm scaled by 1 + weight": norm.kind == "layernorm" and norm.plus_one,
-        f"the activation {feed_forward.activation}": feed_forward.activation not in ACTIVATIONS,
+        "values that are keys": gqa.attention_k_eq_v,
+        "a window that clips beside one that masks": gqa.masked_window is not None
+        and gqa.sliding_window is not None,
     }
     return [part for part, there in wanted.items() if there]
 
