@@ -54,9 +54,10 @@ class Model:
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
     outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
     `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
-    `embedding_norm` stands behind the token embedding (bloom). `local_positions` are those of sliding layers where they differ (gemma-3). `mask_windows` are
-    the masks that its class makes, where they are not those of its layers. `embedding_size`: width
-    of embedding and head where it is not hidden_size; a linear leads in and another out (opt-350m).
+    `embedding_norm` stands behind the token embedding (bloom). `local_positions` are those of
+    sliding layers where they differ (gemma-3). `mask_windows` are the masks that its class makes,
+    where they are not those of its layers. `embedding_size`: width of embedding and head where it
+    is not hidden_size; a linear leads in and another out (opt-350m).
     `towers` stand beside the main stack: of a multimodal model, vision; of a sequence-to-sequence
     model, whose `layers` are the decoder's, its encoder. `text_type`: the type of the text model
     inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache.

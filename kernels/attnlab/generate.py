@@ -35,7 +35,7 @@ def prefill_logits(
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Logits [B, V] of each prompt's last token, fed in passes of at most `chunk_tokens` tokens."""
-    B, T = check_ids(ids_BT)
+    T = check_ids(ids_BT)[1]
     step = T if chunk_tokens is None else check_size("prefill_chunk_tokens", chunk_tokens)
     last: Tensor | None = None
     for start in range(0, T, step):

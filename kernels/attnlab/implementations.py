@@ -80,38 +80,27 @@ def sdpa(
     )  # fmt: skip
     if backend is None:
         return call()
-    chosen = sdpa_backend(q_BHTD, k_BGSD, v_BGSD, scaling=scaling, mask=mask, backend=backend)
-    if not chosen.startswith(_name(backend)):
+    try:
+        with sdpa_kernel(backend):
+            return call()
+    except RuntimeError as error:  # what torch raises where no allowed kernel takes the tensors
+        if "kernel" not in str(error):
+            raise
         raise ConfigError(
             f"attention=sdpa:{_name(backend)} does not run here: {q_BHTD.dtype}, head_dim="
-            f"{q_BHTD.shape[-1]}, {'a mask' if added is not None else 'no mask'} on "
+            f"{q_BHTD.shape[-1]}, {'no mask' if added is None else 'a mask'} on "
             f"{q_BHTD.device.type}"
-        )
-    with sdpa_kernel(backend):
-        return call()
+        ) from None
 
 
 def sdpa_backend(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSD: Tensor,
-    *,
-    scaling: float,
-    mask: Mask,
-    backend: SDPBackend | None = None,
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, scaling: float, mask: Mask
 ) -> str:
-    """What `sdpa` runs for these tensors: flash, flash_cpu, efficient, cudnn, math or error."""
-    with sdpa_kernel(list(SDPA_BACKENDS.values()) if backend is None else backend):
-        choice = torch._fused_sdp_choice(
-            q_BHTD,
-            k_BGSD,
-            v_BGSD,
-            mask.visible if mask.bias is None else mask.bias,
-            0.0,
-            mask.is_causal,
-            scale=scaling,
-            enable_gqa=True,
-        )
+    """What `sdpa` runs for these tensors: flash, flash_cpu, efficient, cudnn or math."""
+    added = mask.visible if mask.bias is None else mask.bias
+    choice = torch._fused_sdp_choice(
+        q_BHTD, k_BGSD, v_BGSD, added, 0.0, mask.is_causal, scale=scaling, enable_gqa=True
+    )
     name = _name(SDPBackend(choice))
     return f"{name}_cpu" if name == "flash" and q_BHTD.device.type == "cpu" else name
 
@@ -138,7 +127,7 @@ def flex(
     logit_softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """FlexAttention, compiled: cap, bias, mask and sinks inside one kernel that skips hidden blocks.
+    """FlexAttention, compiled: cap, bias and mask inside one kernel that skips hidden blocks.
 
     The blocks of a mask are found once for each mask. CUDA alone: elsewhere a ConfigError.
     """
@@ -146,8 +135,14 @@ def flex(
         raise ConfigError(f"attention=flex does not run on device={q_BHTD.device.type}: cuda")
     return flex_with(
         _compiled_flex(),
-        q_BHTD, k_BGSD, v_BGSD, scaling=scaling, mask=mask, logit_softcap=logit_softcap, sinks=sinks,
-    )  # fmt: skip
+        q_BHTD,
+        k_BGSD,
+        v_BGSD,
+        scaling=scaling,
+        mask=mask,
+        logit_softcap=logit_softcap,
+        sinks=sinks,
+    )
 
 
 def flex_with(

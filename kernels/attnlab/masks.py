@@ -74,7 +74,7 @@ def make_mask(
     [H] make ALiBi's bias.
     """
     T, S = query_positions.shape[-1], keys.positions.shape[-1]
-    held = pattern.window is None or S <= pattern.window
+    held = pattern.window is None or pattern.window >= S
     simple = keys.in_order and held and not prefix_tokens and pattern.causal and T in (1, S)
     if simple and slopes is None:
         return Mask(None, T > 1, query_positions, keys.positions)
@@ -94,7 +94,7 @@ def visibility(
 ) -> Tensor:
     """The bool table of what each query sees: [T, S], or [B, 1, T, S] if sequences differ."""
     query, key = query_positions[..., :, None], keys.positions[..., None, :]
-    visible = key <= query if pattern.causal else key >= 0
+    visible = key <= query if pattern.causal else (key >= 0) & (query >= 0)
     if prefix_tokens:
         visible = visible | (key < prefix_tokens)
     if pattern.window is not None:

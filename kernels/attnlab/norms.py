@@ -88,7 +88,7 @@ def build_norm(norm: Norm, width: int, dtype: torch.dtype) -> nn.Module:
 
 
 def build_qk_norm(qk_norm: QKNorm, heads: int, head_dim: int, dtype: torch.dtype) -> nn.Module:
-    """The norm of queries or keys: over [..., H · D] where its width is "full", else [..., H, D]."""
+    """The norm of queries or keys: over [..., H · D] if its width is "full", else [..., H, D]."""
     match qk_norm.width:
         case "head":
             return build_norm(qk_norm.norm, head_dim, dtype)

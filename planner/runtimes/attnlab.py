@@ -78,20 +78,24 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """One float32 table of rotary frequencies."""
+        """A float32 table of rotary frequencies; another where sliding layers have their own."""
         if not isinstance(model.positions, RoPE):
             return []
-        D = model.positions.rotary_dim
-        return [
-            Row(
-                component="weights",
-                item="rotary frequencies (buffer)",
-                count=1,
-                formula="d_rot · 2",
-                values=(("d_rot", D),),
-                size_bytes=2 * D,
-            )
-        ]
+        rows = []
+        for positions in (model.positions, model.local_positions):
+            if positions is not None:
+                D = positions.rotary_dim
+                rows.append(
+                    Row(
+                        component="weights",
+                        item="rotary frequencies (buffer)",
+                        count=1,
+                        formula="d_rot · 2",
+                        values=(("d_rot", D),),
+                        size_bytes=2 * D,
+                    )
+                )
+        return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """Prefill and the last decode step, both over the cache of the whole generation."""
