@@ -21,7 +21,7 @@ from planner.format import gib, percent, seconds
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference
+from planner.workload import Deployment, Inference, cache_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,14 @@ WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
 ]
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="KIND[:FIELD=VALUE,…]",
+        help="Kind of cache, else the runtime's own: quantised:backend=hqq,q_group_size=32",
+    ),
+]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -80,6 +88,7 @@ def estimate_command(
     dtype: Dtype = None,
     weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
+    cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
     traced: Traced = False,
@@ -94,6 +103,7 @@ def estimate_command(
         dtype=dtype,
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
+        cache=None if cache is None else cache_spec(cache),
         attention=attention,
     )
     result: Estimate | TracedEstimate
@@ -122,6 +132,7 @@ def fit_command(
     dtype: Dtype = None,
     weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
+    cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
     as_json: AsJson = False,
@@ -134,6 +145,7 @@ def fit_command(
         dtype=dtype,
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
+        cache=None if cache is None else cache_spec(cache),
         attention=attention,
     )
     described = load_model(model)

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.dtypes import ELEMENT_BYTES, element_bytes
+from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES, element_bytes
 from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
@@ -20,6 +20,7 @@ from planner.quantization.on_load import quantised_on_load
 from planner.result import Estimate, Memory
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
+from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
 from planner.workload import CacheSpec, Deployment, Inference
 
@@ -33,18 +34,28 @@ def kv_cache_bytes(
     runtime: str = "transformers",
     cache: CacheSpec | None = None,
     encoder_tokens: int | None = None,
+    compute_dtype: str | None = None,
+    decoded_tokens: int = 0,
 ) -> int:
     """Bytes of the KV cache of `batch` sequences of `context_tokens` tokens in a named runtime.
 
     Counts beyond the model's positions too. Raises ConfigError for sizes out of range, an unknown
-    dtype or runtime, a kind of cache that the runtime lacks.
+    dtype or runtime, a kind of cache that the runtime lacks or that does not keep the dtype.
+
+    `dtype`: what keys and values are kept in; scales are counted where the runtime has them.
+    `compute_dtype`: what they are computed in, which scales and residuals of quantised caches are
+    kept in (None: the same where it can be, else the model's). `decoded_tokens`: how many of the
+    context came one at a time after the prefill; they fill the residual of a quantised cache.
 
     `encoder_tokens`: what a sequence-to-sequence model's cross-attention sees; None: as many as
     `context_tokens`, or what the model fixes (whisper: 1 500). Encoders without a decoder: 0 bytes.
     """
     check_size("batch", batch)
     check_size("context_tokens", context_tokens, minimum=0)
-    check_choice("dtype", dtype, ELEMENT_BYTES)
+    check_choice("dtype", dtype, KV_DTYPES)
+    check_size("decoded_tokens", decoded_tokens, minimum=0, maximum=max(0, context_tokens - 1))
+    computed = compute_dtype or (dtype if dtype in COMPUTE_DTYPES else model.dtype)
+    check_choice("compute_dtype", computed, COMPUTE_DTYPES)
     rows = runtime_named(runtime).cache_rows(
         model,
         batch=batch,
@@ -52,6 +63,8 @@ def kv_cache_bytes(
         dtype=dtype,
         cache=cache,
         encoder_tokens=_encoder_tokens(model, encoder_tokens, context_tokens),
+        compute_dtype=computed,
+        decoded_tokens=decoded_tokens,
     )
     return total_bytes(rows)
 
@@ -96,13 +109,15 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         dtype=setting.kv_dtype,
         cache=cache,
         encoder_tokens=_encoder_tokens(model, work.encoder_tokens, work.prompt_tokens),
+        compute_dtype=setting.dtype,
+        decoded_tokens=work.output_tokens - 1,
     )
     phases = runtime.memory_phases(model, work, setting)
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = runtime.pooled
-    note = runtime.peak_note(model) or _quantised_note(model)
+    note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
@@ -135,15 +150,17 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
 def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
     dtype = deploy.dtype or model.dtype
     batched, sequences = batch_defaults(gpu)
+    quantised = deploy.cache is not None and deploy.cache.kind == "quantised"
     return Setting(
         attention=runtime.attention(model, deploy.attention),
         dtype=dtype,
-        kv_dtype=deploy.kv_dtype or dtype,
+        kv_dtype=deploy.kv_dtype or (DEFAULT_DTYPE if quantised else dtype),
         device="cpu" if gpu.is_cpu else "cuda",
         max_batched_tokens=deploy.max_batched_tokens or batched,
         max_sequences=deploy.max_sequences or sequences,
         multiprocessors=gpu.multiprocessors or 0,
         block_tokens=_block_tokens(deploy),
+        cache=deploy.cache,
     )
 
 

@@ -137,6 +137,7 @@ class Estimate:
             "attention": self.setting.attention,
             "dtype": self.setting.dtype,
             "kv_dtype": self.setting.kv_dtype,
+            "cache": None if self.deploy.cache is None else asdict(self.deploy.cache),
             "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
             "gpu_memory_bytes": self.gpu.memory_bytes,
             "headroom_bytes": self.headroom_bytes,

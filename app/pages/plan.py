@@ -1,6 +1,7 @@
 """Plan: will this model, in this runtime, on this GPU, hold this workload?"""
 
 import re
+from collections.abc import Callable
 
 import pandas as pd
 import streamlit as st
@@ -93,6 +94,14 @@ def card(label: str, number: str, help: str | None = None) -> None:
     st.metric(label, number, border=True, help=help)
 
 
+def answer(e: planner.Estimate, label: str, question: Callable[..., int], help: str) -> None:
+    """A limit of the plan; none where a smaller one is refused, with the reason."""
+    try:
+        card(label, limit(question(e.model, e.work, e.deploy)), help)
+    except planner.ConfigError as error:
+        card(label, limit(0), str(error))
+
+
 def peak(e: planner.Estimate) -> None:
     """What causes the peak: the op, and the tensors that live while it runs."""
     layer = "" if e.peak.layer is None else f" in layer {e.peak.layer}"
@@ -172,12 +181,12 @@ st.plotly_chart(
 peak(estimate)
 ledger(estimate)
 
-plan = (estimate.model, estimate.work, estimate.deploy)
 with longest:  # dozens of estimates: the page stands before they are done
-    card(
+    answer(
+        estimate,
         "Longest context",
-        limit(planner.max_context_tokens(*plan)),
+        planner.max_context_tokens,
         "Prompt + output − 1, in tokens, at this batch, up to the model's positions",
     )
 with largest:
-    card("Largest batch", limit(planner.max_batch(*plan)), "Sequences at once, at these lengths")
+    answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")

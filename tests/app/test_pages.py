@@ -198,6 +198,56 @@ def test_a_wrong_value_in_the_link_is_named_with_what_is_taken(key, value, taken
         assert app.get_by_key(key).value == taken
 
 
+def test_a_quantised_cache_is_set_by_widgets_and_links():
+    app = opened(runtime="transformers", kv_dtype="int4", kv_backend="hqq", kv_group="32")
+    spec = planner.CacheSpec(kind="quantised", backend="hqq", q_group_size=32, residual_tokens=128)
+    expected = planner.estimate(
+        planner.load_model("llama-3.1-8b"),
+        planner.Inference(batch=8, prompt_tokens=2048, output_tokens=256, logits="last"),
+        planner.Deployment(gpu="h200", kv_dtype="int4", cache=spec),
+    )
+    assert app.dataframe[-1].value["bytes"].sum() == expected.memory.total_bytes
+    assert app.get_by_key("kv_backend").options == ["quanto", "hqq"]
+    app.get_by_key("kv_dtype").select("int8").run()
+    assert not app.exception
+    assert app.get_by_key("kv_backend").options == ["hqq"]
+    items = list(app.dataframe[-1].value["item"])
+    for part in ("hqq int8 codes", "scales and zero points", "residual"):
+        assert f"full attention, {part}" in items
+
+
+def test_the_kv_dtypes_are_what_the_runtime_keeps():
+    app = opened(runtime="transformers", kv_dtype="int4")
+    app.get_by_key("runtime").set_value("attnlab").run()
+    assert not app.exception
+    assert len(app.error) == 0
+    assert "int4" not in app.get_by_key("kv_dtype").options
+    linked = opened(runtime="attnlab", kv_dtype="int4")
+    assert "kv_dtype='int4' in the link is not one of as the model" in linked.warning[0].value
+    assert linked.get_by_key("kv_dtype").value == "as the model"
+
+
+@pytest.mark.parametrize(
+    ("model", "query", "said"),
+    [
+        ("mistral-7b-v0.1", {}, "QuantizedCache has full attention layers only"),
+        ("llama-3.1-8b", {"kv_group": "96"}, "cache.q_group_size=96 does not divide"),
+    ],
+)
+def test_what_a_quantised_cache_does_not_take_is_one_line(model, query, said):
+    app = opened(runtime="transformers", model=model, kv_dtype="int4", **query)
+    assert len(app.error) == 1
+    assert said in app.error[0].value
+
+
+def test_limits_below_which_groups_do_not_come_out_even_are_none():
+    app = opened(runtime="transformers", kv_dtype="int4", prompt="300", output="8")
+    content = json.dumps(CONFIG).encode()  # 2 heads of 16: every second prompt makes groups of 64
+    app.file_uploader[0].set_value(("mine.json", content, "application/json")).run()
+    assert not app.exception
+    assert metrics(app)["Longest context"] == "none"
+
+
 @pytest.mark.parametrize("value", ["inf", "9" * 400])
 def test_an_infinite_number_in_the_link_is_no_traceback_and_leaves_a_working_widget(value):
     app = opened(runtime="vllm", batch=value)
