@@ -116,6 +116,16 @@ class Cache(ABC):
         return b, t, p
 
 
+def zero_padding(x_BGTD: Tensor, new_tokens: Sequence[int]) -> Tensor:
+    """Zeros behind the real tokens: a hidden key weighs nothing, and nothing times NaN is NaN.
+
+    Padding that sees no key at all is NaN in every later layer.
+    """
+    places = torch.arange(x_BGTD.shape[2], device=x_BGTD.device)
+    real = places < torch.tensor(new_tokens, device=x_BGTD.device)[:, None]  # [B, T]
+    return x_BGTD.masked_fill(~real[:, None, :, None], 0)
+
+
 def check_real_tokens(tokens: Sequence[int] | None, *, T: int, batch: int) -> list[int]:
     """How many of T tokens are real in each sequence; ConfigError for counts that cannot be."""
     if tokens is None:

@@ -11,9 +11,8 @@ from attnlab.paged import PagedCache
 from attnlab.ring import RingCache
 from planner.errors import check_choice
 from planner.model import Model
+from planner.runtimes.attnlab import CACHE_KINDS, DEFAULT_BLOCK_TOKENS
 from planner.workload import CacheSpec
-
-DEFAULT_BLOCK_TOKENS = 16
 
 
 def build_cache(
@@ -30,7 +29,7 @@ def build_cache(
     `spec.capacity_tokens` goes before `tokens`. Raises ConfigError for a kind that is not here.
     """
     spec = spec or CacheSpec(kind="static")
-    check_choice("cache.kind", spec.kind, ("static", "dynamic", "ring", "paged"))
+    check_choice("cache.kind", spec.kind, CACHE_KINDS)
     capacity = spec.capacity_tokens or tokens
     if spec.kind == "dynamic":
         return GrowingCache(model, batch=batch, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnlab.cache import Cache
+from attnlab.cache import Cache, zero_padding
 from attnlab.masks import Keys, Pattern
 from planner.model import Model
 
@@ -68,6 +68,8 @@ class GrowingCache(Cache):
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Join and keep; the first pass copies, so that nothing else is kept alive."""
         k, v = (x.detach().to(self.dtype) for x in (k_BGTD, v_BGTD))
+        if self.ragged:
+            k, v = zero_padding(k, self.new_tokens), zero_padding(v, self.new_tokens)
         held = self.layers[index]
         if held is None:
             joined = tuple(x.clone(memory_format=torch.contiguous_format) for x in (k, v))

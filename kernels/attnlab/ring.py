@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnlab.cache import zero_padding
 from attnlab.kv_cache import KVCache
 from attnlab.masks import Keys, Pattern
 from planner.layers import GQA
@@ -84,6 +85,8 @@ class RingCache(KVCache):
         k, v = k_BGTD.detach().to(layer.dtype), v_BGTD.detach().to(layer.dtype)
         if turn.source is None:
             return self._write_one(layer, k, v)
+        if self.ragged:
+            k, v = zero_padding(k, self.new_tokens), zero_padding(v, self.new_tokens)
         keys, values = k, v
         if any(self.lengths):
             keys, values = (torch.cat(pair, dim=2) for pair in zip(layer, (k, v), strict=True))

@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         B, T = check_ids(ids)
         real = check_real_tokens(tokens, T=T, batch=B)
         held = [0] * B if cache is None else cache.lengths
-        S = max(n + new for n, new in zip(held, real, strict=True))
+        S = max(n + new for n, new in zip(held, real, strict=False))  # begin compares the batches
         if isinstance(self.model.positions, LearnedPositions):
             self.model.check_positions(S)
         if cache is not None and cache.fixed_shapes and by_length(self.model):

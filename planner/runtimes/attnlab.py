@@ -1,4 +1,4 @@
-"""The `attnlab` runtime: our own transformer, whose cache is allocated once at full length."""
+"""The `attnlab` runtime: our own transformer over the cache that a CacheSpec names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from planner.runtimes.base import (
     unplanned_part,
 )
 from planner.workload import CacheSpec, Inference
+
+CACHE_KINDS = ("static", "dynamic", "ring", "paged")
+DEFAULT_BLOCK_TOKENS = 16
+"""A block of a paged cache, where none is named."""
 
 
 class Attnlab:
@@ -59,13 +63,26 @@ class Attnlab:
         compute_dtype: str,
         decoded_tokens: int,
     ) -> list[Row]:
-        """One tensor a layer, full length for sliding layers too: their window is a mask."""
+        """Keys and values of the whole capacity (dynamic: of the context), by kind of cache.
+
+        A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
+        mask and all positions are kept.
+        """
         self.attention(model, None)
-        check_cache_kind(self.name, cache, ("static",))
+        kind = check_cache_kind(self.name, cache, CACHE_KINDS)
         check_kv_dtype(self.name, dtype, self.kv_dtypes)
-        C = static_capacity(cache, context_tokens)
+        S = context_tokens
+        C = S if kind == "dynamic" else static_capacity(cache, S)
+        block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
 
         def kept(attention: GQA | MLA) -> Kept:
+            window = attention.sliding_window if isinstance(attention, GQA) else None
+            if kind == "dynamic":
+                return S, "S", (("S", S),)
+            if kind == "ring" and window is not None:
+                return min(C, window), "min(C, W)", (("C", C), ("W", window))
+            if kind == "paged":
+                return -(-C // block) * block, "⌈C / block⌉ · block", (("C", C), ("block", block))
             return C, "C", (("C", C),)
 
         return layer_rows(

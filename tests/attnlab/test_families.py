@@ -1,4 +1,4 @@
-"""Every family's logits against transformers: random weights, norms and biases that do something."""
+"""Every family's logits against transformers: random weights, norms and biases, none neutral."""
 
 from dataclasses import replace
 
