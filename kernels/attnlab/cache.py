@@ -64,6 +64,11 @@ class Cache(ABC):
         return len(set(self.lengths)) > 1 or any(n != self.T for n in self.new_tokens)
 
     @property
+    def ends(self) -> list[int]:
+        """Tokens of each sequence after the pass that is under way."""
+        return [n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)]
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the keys' and values' tensors; tables that say what lies where are not in it."""
@@ -84,9 +89,16 @@ class Cache(ABC):
                     f"capacity_tokens={self.capacity_tokens}"
                 )
         self.T, self.new_tokens = T, real
-        if not self.ragged:
-            return torch.arange(self.length, self.length + T, device=self.device)
-        return self._starts()[:, None] + torch.arange(T, device=self.device)
+        if self.ragged:
+            positions = self._starts()[:, None] + torch.arange(T, device=self.device)
+        else:
+            positions = torch.arange(self.length, self.length + T, device=self.device)
+        self._prepare()
+        return positions
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Work out what is the same in all layers of the pass; `advance` drops it."""
 
     @abstractmethod
     def keys(self, pattern: Pattern) -> Keys:
@@ -98,7 +110,7 @@ class Cache(ABC):
 
     def advance(self) -> None:
         """The pass ends: its real tokens count as held."""
-        self.lengths = [n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)]
+        self.lengths = self.ends
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -6,8 +6,6 @@ are joined, and no two passes ask the allocator for the same size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,44 +34,48 @@ class GrowingCache(Cache):
     def reset(self) -> None:
         """Forget all tokens and give the memory back."""
         super().reset()
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * len(self.attentions)
+        self.layers: list[list[Tensor]] = [[] for _ in self.attentions]
         self.positions: Tensor | None = None  # [B, S] once sequences differ
 
     @property
     def nbytes(self) -> int:
         """Σ over layers of 2 · B · G · S · D · itemsize."""
-        return sum(t.nbytes for held in self.layers if held is not None for t in held)
+        return sum(t.nbytes for held in self.layers for t in held)
 
-    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
-        """As Cache.begin; from the first ragged pass on, the position of every slot is kept."""
-        held, even = self.length, not self.ragged
-        positions = super().begin(T, batch=batch, tokens=tokens)
+    def _prepare(self) -> None:
+        """The position of every slot; kept from the first ragged pass on, where padding is −1."""
         if not self.ragged and self.positions is None:
-            return positions
+            positions = torch.arange(self.length + self.T, device=self.device)
+            self._keys: Keys | None = Keys(positions, in_order=True)
+            return
         if self.positions is None:
-            assert even
-            self.positions = torch.arange(held, device=self.device).expand(batch, held)
-        new = self._starts()[:, None] + torch.arange(T, device=self.device)
-        real = torch.tensor(self.new_tokens, device=self.device)[:, None]
-        padded = torch.where(torch.arange(T, device=self.device) < real, new, -1)
-        self.positions = torch.cat((self.positions, padded), dim=1)
-        return new
+            held = torch.arange(self.length, device=self.device)
+            self.positions = held.expand(self.batch, self.length)
+        places = torch.arange(self.T, device=self.device)
+        new = self._starts()[:, None] + places
+        real = places < torch.tensor(self.new_tokens, device=self.device)[:, None]
+        self.positions = torch.cat((self.positions, torch.where(real, new, -1)), dim=1)
+        self._keys = Keys(self.positions, in_order=False)
 
     def keys(self, pattern: Pattern) -> Keys:
         """In the order in which they came; padding is empty."""
-        if self.positions is not None:
-            return Keys(self.positions, in_order=False)
-        return Keys(torch.arange(self.length + self.T, device=self.device), in_order=True)
+        assert self._keys is not None, "begin comes first"
+        return self._keys
 
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Join and keep; the first pass copies, so that nothing else is kept alive."""
-        k, v = (x.detach().to(self.dtype) for x in (k_BGTD, v_BGTD))
-        if self.ragged:
-            k, v = zero_padding(k, self.new_tokens), zero_padding(v, self.new_tokens)
+        """Join and keep, keys first; the first pass copies, so that nothing else is kept alive."""
         held = self.layers[index]
-        if held is None:
-            joined = tuple(x.clone(memory_format=torch.contiguous_format) for x in (k, v))
-        else:
-            joined = tuple(torch.cat(pair, dim=2) for pair in zip(held, (k, v), strict=True))
-        self.layers[index] = (joined[0], joined[1])
-        return joined[0], joined[1]
+        for which, new in enumerate((k_BGTD, v_BGTD)):
+            x = new.detach().to(self.dtype)
+            if self.ragged:
+                x = zero_padding(x, self.new_tokens)
+            if len(held) <= which:
+                held.append(x.clone(memory_format=torch.contiguous_format))
+            else:
+                held[which] = torch.cat((held[which], x), dim=2)
+        return held[0], held[1]
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self._keys = None

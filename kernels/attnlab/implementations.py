@@ -159,11 +159,13 @@ def flex_with(
     """What `flex` asks of FlexAttention, through any `call` of its signature."""
     from torch.nn.attention.flex_attention import AuxRequest
 
+    bias = None if mask.bias is None else mask.bias.expand(q_BHTD.shape[0], -1, -1, -1)
+
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if logit_softcap is not None:
             score = logit_softcap * torch.tanh(score / logit_softcap)
-        if mask.bias is not None:
-            score = score + (mask.bias[b, h, i, j] if mask.bias.dim() == 4 else mask.bias[h, i, j])
+        if bias is not None:
+            score = score + bias[b, h, i, j]
         return score
 
     out, auxiliary = call(

@@ -52,26 +52,23 @@ class KVCache(Cache):
         """Σ over layers of 2 · B · G · slots · D · itemsize."""
         return sum(t.nbytes for t in self.layers)
 
-    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
-        """As Cache.begin; where sequences differ, what has to be written is listed once."""
-        positions = super().begin(T, batch=batch, tokens=tokens)
+    def _prepare(self) -> None:
+        """Slots from the front, and, where sequences differ, what has to be written.
+
+        What is empty then lies in every query's future, and is overwritten before one stands there.
+        """
         self._listed = self._real() if self.ragged else None
-        return positions
+        positions = torch.arange(max(self.ends), device=self.device)
+        self._keys: Keys | None = Keys(positions, in_order=not self.ragged)
 
     def keys(self, pattern: Pattern) -> Keys:
-        """Slots from the front: where sequences differ, what is empty lies in every query's future.
-
-        For it is overwritten before a query stands that far.
-        """
-        end = max(n + new for n, new in zip(self.lengths, self.new_tokens, strict=True))
-        return Keys(torch.arange(end, device=self.device), in_order=not self.ragged)
+        """All slots up to the longest sequence's end."""
+        assert self._keys is not None, "begin comes first"
+        return self._keys
 
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Write behind what is held; views [B, G, S, D] of all slots that are filled."""
-        return self._write(self.layers[index], k_BGTD, v_BGTD)
-
-    def _write(self, layer: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        end = max(n + new for n, new in zip(self.lengths, self.new_tokens, strict=True))
+        layer, end = self.layers[index], max(self.ends)
         for kept, new in zip(layer, (k_BGTD, v_BGTD), strict=True):
             if self._listed is None:
                 kept[:, :, self.length : end].copy_(new.detach())
@@ -79,6 +76,11 @@ class KVCache(Cache):
                 b, t, p = self._listed
                 kept[b, :, p] = new.detach()[b, :, t].to(kept.dtype)
         return layer[0, :, :, :end], layer[1, :, :, :end]
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self._keys = self._listed = None
 
 
 class FixedShapeCache(KVCache):

@@ -57,7 +57,7 @@ class Mask(NamedTuple):
     is_causal: bool
     query_positions: Tensor  # int64, [T] or [B, T]
     key_positions: Tensor  # int64, [S] or [B, S]
-    bias: Tensor | None = None  # [H, T, S] or [B, H, T, S]
+    bias: Tensor | None = None  # [1 or B, H, T, S]
 
 
 def make_mask(
@@ -84,6 +84,7 @@ def make_mask(
     if slopes is None:
         return Mask(visible, False, query_positions, keys.positions)
     bias = alibi.bias(slopes, query_positions, keys.positions)
+    bias = bias if bias.dim() == 4 else bias[None]  # no fused kernel takes three dimensions
     if visible is not None:
         bias = torch.where(visible, bias, -torch.inf)
     return Mask(None, False, query_positions, keys.positions, bias)

@@ -7,7 +7,7 @@ paged kernel reads them where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from attnlab.cache import Cache
 from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
 from planner.model import Model
+
+
+class _Where(NamedTuple):
+    """Where a pass reads and writes: N real new tokens, S positions."""
+
+    slots: Tensor  # [B, S], physical slot of every position
+    sequences: Tensor  # [N]
+    places: Tensor  # [N], among the T of the pass
+    targets: Tensor  # [N], physical slots
+    keys: Keys
 
 
 class PagedCache(Cache):
@@ -79,11 +89,9 @@ class PagedCache(Cache):
         self.free += self.table[sequence][::-1]
         self.table[sequence], self.lengths[sequence] = [], 0
 
-    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
-        """As Cache.begin; takes the blocks that the new tokens need, or none if they are short."""
-        positions = super().begin(T, batch=batch, tokens=tokens)
-        ends = [n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)]
-        wanted = [-(-end // self.block_tokens) for end in ends]
+    def _prepare(self) -> None:
+        """Take the blocks that the new tokens need; where everything lies."""
+        wanted = [-(-end // self.block_tokens) for end in self.ends]
         short = sum(max(0, n - len(t)) for n, t in zip(wanted, self.table, strict=True))
         if short > len(self.free):
             raise ConfigError(
@@ -91,23 +99,32 @@ class PagedCache(Cache):
             )
         for row, count in zip(self.table, wanted, strict=True):
             row += [self.free.pop() for _ in range(count - len(row))]
-        widest = max(wanted)
-        padded = [row + [0] * (widest - len(row)) for row in self.table]
+        padded = [row + [0] * (max(wanted) - len(row)) for row in self.table]
         starts = torch.tensor(padded, device=self.device) * self.block_tokens
         within = torch.arange(self.block_tokens, device=self.device)
-        self.slots = (starts[:, :, None] + within).flatten(1)[:, : max(ends)]  # [B, S]
-        self.sequences, self.places, at = self._real()
-        self.targets = self.slots[self.sequences, at]
-        return positions
+        slots = (starts[:, :, None] + within).flatten(1)[:, : max(self.ends)]
+        sequences, places, positions = self._real()
+        keys = Keys(torch.arange(slots.shape[1], device=self.device), in_order=not self.ragged)
+        self._pass: _Where | None = _Where(
+            slots, sequences, places, slots[sequences, positions], keys
+        )
 
     def keys(self, pattern: Pattern) -> Keys:
         """By position; what a shorter sequence lacks lies in all its queries' future."""
-        return Keys(torch.arange(self.slots.shape[1], device=self.device), in_order=not self.ragged)
+        assert self._pass is not None, "begin comes first"
+        return self._pass.keys
 
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Scatter into the blocks; gather copies [B, G, S, D] of all positions."""
+        assert self._pass is not None, "begin comes first"
+        slots, sequences, places, targets, _ = self._pass
         out = []
         for pool, new in zip(self.layers[index], (k_BGTD, v_BGTD), strict=True):
-            pool[self.targets] = new.detach()[self.sequences, :, self.places].to(pool.dtype)
-            out.append(pool[self.slots].transpose(1, 2))
+            pool[targets] = new.detach()[sequences, :, places].to(pool.dtype)
+            out.append(pool[slots].transpose(1, 2))
         return out[0], out[1]
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self._pass = None

@@ -6,7 +6,6 @@ not care, and no mask is needed. A longer pass attends to the ring and its own k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,16 +34,11 @@ class RingCache(KVCache):
         window = gqa.sliding_window if isinstance(gqa, GQA) else None
         return capacity if window is None else min(window, capacity)
 
-    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
-        """As Cache.begin; what happens to each size of ring is worked out once."""
-        positions = super().begin(T, batch=batch, tokens=tokens)
+    def _prepare(self) -> None:
+        """What happens to each size of ring; nothing special until a slot is used a second time."""
+        super()._prepare()
         sizes = {self.slots(gqa) for gqa in self.attentions if gqa.sliding_window is not None}
-        self.turns = {W: self._turn(W) for W in sizes if not self._unturned(W)}
-        return positions
-
-    def _unturned(self, W: int) -> bool:
-        """Whether the pass ends before a slot is used a second time: nothing is special then."""
-        return max(n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)) <= W
+        self.turns = {W: self._turn(W) for W in sizes if max(self.ends) > W}
 
     def keys(self, pattern: Pattern) -> Keys:
         """Of a ring: its slots, after the write of a single token or before that of several."""
@@ -59,7 +53,7 @@ class RingCache(KVCache):
 
     def _turn(self, W: int) -> _Turn:
         starts, slots = self._starts()[:, None], torch.arange(W, device=self.device)
-        ends = starts + torch.tensor(self.new_tokens, device=self.device)[:, None]
+        ends = torch.tensor(self.ends, device=self.device)[:, None]
         after = _newest(slots, ends, W)
         if self.T == 1:
             if self.ragged:
@@ -94,6 +88,11 @@ class RingCache(KVCache):
         for kept, joined in zip(layer, (keys, values), strict=True):
             kept.copy_(joined.gather(2, source))
         return keys, values
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self.turns = {}
 
     def _write_one(self, layer: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> tuple[Tensor, Tensor]:
         W = layer.shape[3]

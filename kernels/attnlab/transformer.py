@@ -140,7 +140,21 @@ class Transformer(nn.Module):
             cache.advance()
         if logits == "last":
             x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
-        return self._head(x)
+        if self.model.final_norm is not None:
+            x = self.norm(x)
+        if self.model.embedding_size is not None:
+            x = self.project_out(x)
+        tied = self.model.tie_word_embeddings
+        out = nn.functional.linear(x, self.embed_tokens.weight) if tied else self.lm_head(x)
+        del x
+        if self.model.logit_scale is not None:
+            out = out * self.model.logit_scale
+        cap = self.model.final_logit_softcapping
+        if cap is not None:
+            out = out / cap
+            out = torch.tanh(out)
+            out = out * cap
+        return out
 
     def _masks(
         self, positions: Tensor, cache: Cache | None, prefix_tokens: int
@@ -185,27 +199,6 @@ class Transformer(nn.Module):
                     local = self.rotary_local(positions, tokens, self.dtype)
                 return x, (rotation, local)
         return x, (None, None)
-
-    def _head(self, x: Tensor) -> Tensor:
-        """[B, T, h] → logits [B, T, V]."""
-        model = self.model
-        if model.final_norm is not None:
-            x = self.norm(x)
-        if model.embedding_size is not None:
-            x = self.project_out(x)
-        if model.tie_word_embeddings:
-            out = nn.functional.linear(x, self.embed_tokens.weight)
-        else:
-            out = self.lm_head(x)
-        del x
-        if model.logit_scale is not None:
-            out = out * model.logit_scale
-        cap = model.final_logit_softcapping
-        if cap is not None:
-            out = out / cap
-            out = torch.tanh(out)
-            out = out * cap
-        return out
 
 
 def _last(x_BTh: Tensor, real: Sequence[int]) -> Tensor:

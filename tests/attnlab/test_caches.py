@@ -138,7 +138,7 @@ def test_nbytes_are_those_the_planner_counts(pairs, family, kind, tokens, dtype)
     assert cache.nbytes == planner.kv_cache_bytes(
         ours.model, batch=3, context_tokens=tokens, dtype=dtype, runtime="attnlab", cache=spec
     )
-    held = [t for layer in cache.layers for t in (layer if isinstance(layer, tuple) else [layer])]
+    held = [t for layer in cache.layers for t in (layer if isinstance(layer, list) else [layer])]
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in held)
 
 
