@@ -96,8 +96,8 @@ def link_problems(asked: Mapping[str, str], *, taken: Mapping[str, object]) -> l
             why = "is not known"
         elif key in NUMBERS and not _is_size(value):
             why = f"is not a whole number from 1 to {LARGEST:,}"
-        elif key == "kv_dtype" and value not in (kept := kv_dtypes(taken)):
-            why = f"is not one of {', '.join(kept)}"
+        elif (offered := _offered(key, taken)) and value not in offered:
+            why = f"is not one of {', '.join(offered)}"
         else:
             continue
         short = value if len(value) <= 40 else f"{value[:37]}..."
@@ -109,6 +109,16 @@ def kv_dtypes(taken: Mapping[str, object]) -> tuple[str, ...]:
     """What the cache of the runtime that is taken can be kept in."""
     runtime = str(taken.get("runtime") or START["runtime"])
     return (AS_MODEL, *runtime_named(runtime).kv_dtypes)
+
+
+def _offered(key: str, taken: Mapping[str, object]) -> tuple[str, ...]:
+    """What a widget offers where that depends on the others; empty where it does not."""
+    match key:
+        case "kv_dtype":
+            return kv_dtypes(taken)
+        case "kv_backend":
+            return backends_of(str(taken.get("kv_dtype", START["kv_dtype"])))
+    return ()
 
 
 def in_words(model: planner.Model) -> str:

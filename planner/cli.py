@@ -55,7 +55,9 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; 
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
 ]
-KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="The cache's: fp8, int8, int4, …; else as --dtype.")
+]
 Cache = Annotated[
     str | None,
     typer.Option(

@@ -13,15 +13,17 @@ from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES, element_bytes
 from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
-from planner.overhead import overhead_rows, workspace_bytes
+from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.on_load import quantised_on_load
-from planner.result import Estimate, Memory
+from planner.reserved import AllocatorPlan
+from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
+from planner.runtimes.writer import INT64
 from planner.workload import CacheSpec, Deployment, Inference
 
 
@@ -121,8 +123,27 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
-    memory = _memory(rows, highest, work, gpu, pooled=pooled)
-
+    torch: TorchPeaks
+    if pooled or gpu.vendor not in WITH_CONTEXT:
+        torch = Unsegmented(
+            peak_allocated_bytes=total_bytes(weights)
+            + highest.live_bytes
+            + (kv_bytes if pooled else 0)
+            + INT64 * work.batch * work.prompt_tokens  # the token ids
+            + workspace_bytes(gpu)
+        )
+    else:
+        workspace = workspace_bytes(gpu)
+        outside = total_bytes(overhead) - workspace
+        torch = AllocatorPlan(
+            model=model,
+            work=work,
+            setting=setting,
+            runtime=runtime.name,
+            workspace_bytes=workspace,
+            capacity_bytes=max(0, gpu.memory_bytes - outside),
+        )
+    memory = _memory(rows, highest, torch, gpu, pooled=pooled)
     pool = runtime.pool(
         model,
         setting,
@@ -130,8 +151,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         held_bytes=memory.weights_bytes + memory.activations_bytes,
     )
     if pool is not None:
-        unused = max(0, pool.size_bytes - kv_bytes)
-        memory = replace(memory, device_used_bytes=memory.total_bytes + unused)
+        memory = replace(memory, unused_pool_bytes=max(0, pool.size_bytes - kv_bytes))
     return Estimate(
         model=model,
         work=work,
@@ -285,21 +305,18 @@ def _activation_rows(
 
 
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, work: Inference, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, pooled: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
-    activations, overhead = total_bytes(rows, "activations"), total_bytes(rows, "overhead")
-    live = weights + (highest.live_bytes + kv if pooled else highest.live_bytes)
-    inputs = 8 * work.batch * work.prompt_tokens  # token ids, int64
+    overhead = total_bytes(rows, "overhead")
     return Memory(
         weights_bytes=weights,
         kv_cache_bytes=kv,
-        activations_bytes=activations,
+        activations_bytes=total_bytes(rows, "activations"),
         gradients_bytes=0,
         optimizer_bytes=0,
         overhead_bytes=overhead,
-        peak_live_bytes=live,
-        peak_allocated_bytes=live + inputs + workspace_bytes(gpu),
-        peak_reserved_bytes=None,
-        device_used_bytes=weights + kv + activations + overhead,
+        peak_live_bytes=weights + (highest.live_bytes + kv if pooled else highest.live_bytes),
+        torch=torch,
+        outside_torch_bytes=overhead if pooled else overhead - workspace_bytes(gpu),
     )

@@ -40,6 +40,10 @@ def kivi(bits: int, *, group_size: int = 32, residual_tokens: int = 128) -> KvFo
     the dtype of the computation; codes in words of 32 bits (github.com/jy-yuan/KIVI,
     models/llama_kivi.py).
     """
+    if residual_tokens % group_size:
+        raise ConfigError(
+            f"residual_tokens={residual_tokens} is not a multiple of group_size={group_size}"
+        )
 
     def tensor(per: str, rule: str) -> TensorFormat:
         return TensorFormat(

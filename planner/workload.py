@@ -109,9 +109,10 @@ class Deployment:
 
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
-    transformers), in place of `dtype`. Parallel layouts are refused until they are planned. The
-    last five are vllm's: of the memory it takes `memory_utilization`, of a sequence at most
-    `max_model_tokens`.
+    transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
+    cache keeps what is computed (transformers), another dtype takes a quantised one. Parallel
+    layouts are refused until they are planned. The last five are vllm's: of the memory it takes
+    `memory_utilization`, of a sequence at most `max_model_tokens`.
     """
 
     gpu: str

@@ -58,8 +58,8 @@ def trust(e: planner.Estimate) -> str:
     )
 
 
-def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
-    """The figures people come for; returns the places of the two that take longest."""
+def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator, DeltaGenerator]:
+    """The figures people come for; returns the places of the three that take longest."""
     m = e.memory
     with st.container(horizontal=True):
         card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
@@ -85,8 +85,21 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
             "Mean time of a token after the first; none with one output token",
         )
         card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
+        reserved = st.empty()
     st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
-    return places
+    return (*places, reserved)
+
+
+def torch_card(e: planner.Estimate) -> None:
+    """What torch's allocator reserves, where it is simulated."""
+    reserved = e.memory.peak_reserved_bytes
+    if reserved is None:
+        return
+    card(
+        "Reserved by torch",
+        gib(reserved),
+        f"Peak of its segments, for {gib(e.memory.peak_allocated_bytes)} in use: {e.reserved_note}",
+    )
 
 
 def card(label: str, number: str, help: str | None = None) -> None:
@@ -109,6 +122,12 @@ def peak(e: planner.Estimate) -> None:
     st.markdown(f"**{e.peak_phase}**, at **{e.peak.op}**{layer}. Alive beside the weights:")
     if e.peak_note:
         st.caption(f"This peak is {e.peak_note}.")
+    st.plotly_chart(
+        charts.timeline(e),
+        width="stretch",
+        config={"displayModeBar": False},
+        alt=charts.timeline_in_words(e),
+    )
     held = [("KV cache at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
     buffers = [*held, *e.peak.buffers]
     most = max((size for _, _, size in buffers), default=0)
@@ -170,7 +189,7 @@ except planner.ConfigError as error:
     st.stop()
 
 head(estimate)
-longest, largest = numbers(estimate)
+longest, largest, reserved = numbers(estimate)
 st.subheader("Where the memory goes")
 st.plotly_chart(
     charts.memory_breakdown(estimate),
@@ -190,3 +209,5 @@ with longest:  # dozens of estimates: the page stands before they are done
     )
 with largest:
     answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
+with reserved:  # the allocator plays the whole generation
+    torch_card(estimate)

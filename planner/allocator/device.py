@@ -162,12 +162,16 @@ class DeviceAllocator:
             raise ConfigError(f"pool={shown(owner)} is not a private pool of this allocator")
         self._released.add(owner)
 
-    def blocks(self) -> Iterator[Block]:
-        """Every mapped free block: with the live ones, all that is reserved."""
+    def pools(self) -> Iterator[FreeBlocks]:
+        """The free blocks of every pool and stream."""
         for lists in self._pools.values():
             for pair in lists.values():
-                for pool in pair:
-                    yield from pool.blocks.values()
+                yield from pair
+
+    def free_blocks(self) -> Iterator[Block]:
+        """Every free block; with those of live storages they are all that is reserved."""
+        for pool in self.pools():
+            yield from pool.blocks.values()
 
     # --- what a new block needs -----------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def quantised_cache(cache: CacheSpec | None, dtype: str) -> QuantisedCache:
         tensors.append(_grouped(cache, backend, bits, axis))
         if (bits, backend, axis) == (3, "hqq", 1):
             raise ConfigError(
-                f"cache.{field}=1 is not allowed: 0 in int3, hqq cannot dequantise the other"
+                f"cache.{field}=1 is not allowed: 0 in int3, hqq does not give the other back"
             )
     form = KvFormat(name=f"{backend} int{bits}", keys=tensors[0], values=tensors[1])
     return QuantisedCache(backend=backend, form=form)

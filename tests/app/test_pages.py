@@ -225,6 +225,8 @@ def test_the_kv_dtypes_are_what_the_runtime_keeps():
     linked = opened(runtime="attnlab", kv_dtype="int4")
     assert "kv_dtype='int4' in the link is not one of as the model" in linked.warning[0].value
     assert linked.get_by_key("kv_dtype").value == "as the model"
+    other = opened(runtime="transformers", kv_dtype="int8", kv_backend="quanto")
+    assert "kv_backend='quanto' in the link is not one of hqq" in other.warning[0].value
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,18 +45,6 @@ def live_quantised_cache(
         return QuantizedCache("fp8", config)
     named = {k.replace("residual_tokens", "residual_length"): v for k, v in options.items()}
     return QuantizedCache(backend, config, nbits=DTYPES[dtype], **named)
-
-
-@pytest.fixture
-def unpack_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """quanto compiles its unpack kernel when it first dequantises: not in a test."""
-    cpp = pytest.importorskip("optimum.quanto.library.extensions.cpp")
-
-    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        mask = 2**bits - 1
-        return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
-
-    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 class QuantisedMeter(LiveTensorMeter):

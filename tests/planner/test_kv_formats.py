@@ -6,7 +6,7 @@ import pytest
 
 import planner
 from planner import ConfigError
-from planner.kv_format_names import KV_FORMATS, kv_format_bytes
+from planner.kv_format_names import KV_FORMATS, kivi, kv_format_bytes
 from planner.kv_formats import Residual, Scales, StoredBytes, TensorFormat, attention_bytes
 from planner.layers import GQA, MLA
 from tests.planner.every_type import CASES
@@ -104,6 +104,20 @@ def test_what_keeps_more_than_keys_and_values_is_refused():
         kv_format_bytes(planner.load_model("gpt2"), format="q9", batch=1, context_tokens=9)
 
 
+def test_scales_are_counted_where_groups_do_not_come_out_even():
+    """70 tokens of 2 sequences, 8 heads of 128, by hand."""
+    many = GQA(num_attention_heads=8, num_key_value_heads=8, head_dim=128, scaling=1.0)
+    elements = 2 * 2 * 70 * 8 * 128
+    assert stored("fp8_per_head", many, batch=2, tokens=70).scales_bytes == 2 * 8 * 4
+    per_channel = Scales(per="channel", group_size=64, dtype="fp16", zero_dtype="scale")
+    for bits in (8, 4):
+        for packed, kept in (("row", elements), ("group", elements // 70 * 128)):
+            tensor = TensorFormat(bits=bits, scales=per_channel, packed=packed)
+            parts = tensor.stored(batch=2, heads=8, tokens=70, width=128, computed="bf16") * 2
+            assert parts.scales_bytes == 2 * 2 * 8 * 128 * 2 * (2 + 2)
+            assert parts.elements_bytes == kept * bits // 8
+
+
 def test_odd_slots_are_filled_up_to_even_bytes():
     odd = GQA(num_attention_heads=1, num_key_value_heads=1, head_dim=40, scaling=1.0)
     parts = stored("turboquant_k3v4_nc", odd, batch=2, tokens=3)
@@ -133,6 +147,7 @@ def test_a_latent_cache_stores_a_latent_and_a_rotary_key():
         (lambda: Scales(per="head", group_size=8), r"scales\.group_size=8 is not allowed"),
         (lambda: Residual(tokens=-1, rule="window"), r"residual\.tokens=-1 is not allowed"),
         (lambda: TensorFormat(bits=33), "bits=33 is not allowed"),
+        (lambda: kivi(2, residual_tokens=100), "residual_tokens=100 is not a multiple of"),
         (lambda: TensorFormat(bits=4, packed="group"), "packed='group' is not allowed"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 
@@ -13,9 +13,7 @@ from planner import CacheSpec, ConfigError, kv_cache_bytes
 from planner.huggingface.fields import SAME_AS
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES
-from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq, unpack_in_python
-
-__all__ = ["unpack_in_python"]
+from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq
 
 COMPUTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -107,7 +105,23 @@ def test_quanto_holds_what_we_count_or_both_refuse(unpack_in_python, shape, **ca
     **OPTIONS,
 )
 def test_hqq_holds_what_we_count_or_both_refuse(shape, **case):
+    assume(case["dtype"] != "int3" or 1 not in (case["axis_key"], case["axis_value"]))
     same_or_both_refused(shape, backend="hqq", **case)
+
+
+@needs_hqq
+@pytest.mark.parametrize(("shape", "group"), [((1, 2, 5, 16), 8), ((2, 2, 1, 8), 4)])
+def test_hqq_does_not_give_back_what_int3_with_axis_1_took(shape, group):
+    """Quantizer.dequantize cuts rows as if there were B · H / g of them; the planner refuses it."""
+    _, config = small(shape[1], shape[3])
+    options = {"backend": "hqq", "axis_key": 1, "q_group_size": group}
+    cache, k = live_quantised_cache(config, "int3", **options), torch.randn(shape)
+    cache.update(k, k, 0)
+    try:
+        given_back = cache.layers[0]._dequantize(cache.layers[0]._quantized_keys)
+    except RuntimeError:
+        return
+    assert (given_back - k).abs().max() > (k.max() - k.min()) / 7
 
 
 @pytest.mark.parametrize("computed", COMPUTED)
