@@ -187,6 +187,7 @@ def _missing_in(layer: Layer) -> list[str]:
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:
+    spec = setting.cache or CacheSpec(kind="static")
     return forward_program(
         model,
         Pass(
@@ -195,5 +196,7 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             dtype=setting.dtype,
             kv_dtype=setting.kv_dtype,
             logits=work.logits,
+            cache=spec.kind,  # type: ignore[arg-type]
+            block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
         ),
     )
