@@ -52,8 +52,10 @@ class RingCache(KVCache):
         return min(window, super().slots(None))
 
     def _turn(self, W: int) -> _Turn:
-        starts, slots = self._starts()[:, None], torch.arange(W, device=self.device)
-        ends = torch.tensor(self.ends, device=self.device)[:, None]
+        rows = self.batch if self.ragged else 1  # one serves all where sequences are alike
+        starts = torch.tensor(self.lengths[:rows], device=self.device)[:, None]
+        ends = torch.tensor(self.ends[:rows], device=self.device)[:, None]
+        slots = torch.arange(W, device=self.device)
         after = _newest(slots, ends, W)
         if self.T == 1:
             if self.ragged:
