@@ -36,11 +36,13 @@ class QKNorm:
 
     `width` "head": one scale of head_dim for all heads (qwen3); "full": over all heads at once
     (olmo2); "per-head": a scale of its own for each head (cohere), which
-    "head-list" keeps as a tensor for each head (stablelm).
+    "head-list" keeps as a tensor for each head (stablelm). `after_rope`: they are rotated first
+    (hunyuan).
     """
 
     norm: Norm
     width: Literal["head", "full", "per-head", "head-list"]
+    after_rope: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,8 @@ class Attention(nn.Module):
         if rotation is not None:
             q = self.rotate(q, *rotation)
             k = self.rotate(k, *rotation)
+        if self.gqa.qk_norm is not None and self.gqa.qk_norm.after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(index, k, v)
@@ -84,12 +86,12 @@ class Attention(nn.Module):
         if gqa.clip_qkv is not None:
             c = gqa.clip_qkv
             q, k, v = q.clamp(-c, c), k.clamp(-c, c), v.clamp(-c, c)
-        across = gqa.qk_norm is not None and gqa.qk_norm.width == "full"
-        if across:
+        norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
+        if norm is not None and norm.width == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         heads = (-1, gqa.head_dim)
         q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        if gqa.qk_norm is not None and not across:
+        if norm is not None and norm.width != "full":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 

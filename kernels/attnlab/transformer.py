@@ -97,6 +97,9 @@ class Transformer(nn.Module):
             self.norm = build_norm(model.final_norm, h, dtype)
         if not model.tie_word_embeddings:
             self.lm_head = Linear(width or h, V, bias=model.lm_head_bias, dtype=dtype)
+        elif model.lm_head_bias:
+            self.lm_head = nn.Module()
+            self.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=dtype))
 
     def forward(
         self,
@@ -144,8 +147,11 @@ class Transformer(nn.Module):
             x = self.norm(x)
         if self.model.embedding_size is not None:
             x = self.project_out(x)
-        tied = self.model.tie_word_embeddings
-        out = nn.functional.linear(x, self.embed_tokens.weight) if tied else self.lm_head(x)
+        if self.model.tie_word_embeddings:
+            bias = self.lm_head.bias if self.model.lm_head_bias else None
+            out = nn.functional.linear(x, self.embed_tokens.weight, bias)
+        else:
+            out = self.lm_head(x)
         del x
         if self.model.logit_scale is not None:
             out = out * self.model.logit_scale

@@ -99,6 +99,8 @@ class AttentionWriter(Writer):
         shared = {q, k, v} if q is k else set()
         if isinstance(self.model.positions, RoPE) and gqa.rope:
             q, k = self._rotate(gqa, q, k, shared)
+        if gqa.qk_norm is not None and gqa.qk_norm.after_rope:
+            q, k, v = self._qk_norms(gqa, [q, k, v])
         attended = self.cache.append(gqa, k, v, (q,))
         out = self._attend(gqa, q, attended)
         projected = self.linear("o_proj", out, h, bias=gqa.o_bias)
@@ -144,7 +146,7 @@ class AttentionWriter(Writer):
             ]
             tape.free(*dict.fromkeys(parts))
             parts = clipped
-        if gqa.qk_norm is not None:
+        if gqa.qk_norm is not None and not gqa.qk_norm.after_rope:
             parts = self._qk_norms(gqa, parts)
         return parts[0], parts[1], parts[2]
 
