@@ -22,6 +22,7 @@ from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.quantised_cache import DEFAULT_DTYPE
+from planner.runtimes.transformers import is_quantised
 from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
 from planner.runtimes.writer import INT64
 from planner.workload import CacheSpec, Deployment, Inference
@@ -123,26 +124,7 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
-    torch: TorchPeaks
-    if pooled or gpu.vendor not in WITH_CONTEXT:
-        torch = Unsegmented(
-            peak_allocated_bytes=total_bytes(weights)
-            + highest.live_bytes
-            + (kv_bytes if pooled else 0)
-            + INT64 * work.batch * work.prompt_tokens  # the token ids
-            + workspace_bytes(gpu)
-        )
-    else:
-        workspace = workspace_bytes(gpu)
-        outside = total_bytes(overhead) - workspace
-        torch = AllocatorPlan(
-            model=model,
-            work=work,
-            setting=setting,
-            runtime=runtime.name,
-            workspace_bytes=workspace,
-            capacity_bytes=max(0, gpu.memory_bytes - outside),
-        )
+    torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
     memory = _memory(rows, highest, torch, gpu, pooled=pooled)
     pool = runtime.pool(
         model,
@@ -302,6 +284,39 @@ def _activation_rows(
             size_bytes=difference,
             note="old and new storages of a growing cache, whole prefills of sliding layers",
         )
+
+
+def _torch_peaks(
+    model: Model,
+    work: Inference,
+    setting: Setting,
+    runtime: Runtime,
+    gpu: Gpu,
+    rows: tuple[Row, ...],
+    highest: Peak,
+) -> TorchPeaks:
+    """The workload to be played through torch's allocator; where it is not, the sum of tensors.
+
+    Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
+    """
+    workspace = workspace_bytes(gpu)
+    steps_differ = (
+        work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
+    )
+    if runtime.pooled or gpu.vendor not in WITH_CONTEXT or steps_differ:
+        pool = total_bytes(rows, "kv_cache") if runtime.pooled else 0
+        token_ids = INT64 * work.batch * work.prompt_tokens
+        live = total_bytes(rows, "weights") + highest.live_bytes + pool
+        return Unsegmented(peak_allocated_bytes=live + token_ids + workspace)
+    outside = total_bytes(rows, "overhead") - workspace
+    return AllocatorPlan(
+        model=model,
+        work=work,
+        setting=setting,
+        runtime=runtime.name,
+        workspace_bytes=workspace,
+        capacity_bytes=max(0, gpu.memory_bytes - outside),
+    )
 
 
 def _memory(
