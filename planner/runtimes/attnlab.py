@@ -83,7 +83,11 @@ class Attnlab:
             if kind == "ring" and window is not None:
                 return min(C, window), "min(C, W)", (("C", C), ("W", window))
             if kind == "paged":
-                return -(-C // block) * block, "⌈C / block⌉ · block", (("C", C), ("block", block))
+                return (
+                    -(-C // block) * block,
+                    "-(-C // block) · block",
+                    (("C", C), ("block", block)),
+                )
             return C, "C", (("C", C),)
 
         return layer_rows(
@@ -166,6 +170,8 @@ def missing_parts(model: Model) -> list[str]:
         return [unplanned]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
+        "queries scaled by their position": isinstance(model.positions, RoPE)
+        and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
         "quantised weights": model.quantization is not None,
