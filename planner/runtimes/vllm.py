@@ -34,6 +34,9 @@ NON_TORCH_BYTES = int(0.25 * 2**30)
 published runs of one GPU, 0.24–0.26 GiB in 17 of them; llm-d-planner@d3121e059da8)."""
 
 
+SCALES = 7  # of an attention layer
+
+
 def batch_defaults(gpu: Gpu) -> tuple[int, int]:
     """(tokens a pass, sequences) that `vllm serve` takes: more from 70 GiB on, A100 apart.
 
@@ -76,7 +79,11 @@ class Vllm:
         if pool is None:
             return []
         held = held_rows(
-            pool, batch=batch, context_tokens=context_tokens, encoder_tokens=encoder_tokens
+            pool,
+            batch=batch,
+            context_tokens=context_tokens,
+            encoder_tokens=encoder_tokens,
+            note="scales are among the weights' buffers" if dtype == "fp8" else "",
         )
         return list(held)
 
@@ -94,21 +101,36 @@ class Vllm:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """vLLM's rotary table: cos and sin of every position, in the model's dtype."""
-        if not isinstance(model.positions, RoPE):
-            return []
-        rows = model.max_position_embeddings or 0
-        D, b = model.positions.rotary_dim, element_bytes(dtype)
-        return [
+        """Scales of every attention layer, and the rotary table: cos and sin of every position.
+
+        The scales (set_default_quant_scales, layers/attention/attention.py, 0.19.1) are there
+        whatever the KV dtype: float32 scalars of q, k, v and the probabilities, ranges of q, k, v.
+        The table is in the model's dtype.
+        """
+        layers = sum(isinstance(layer.attention, GQA | MLA) for layer in model.layers)
+        rows = [
             Row(
+                component="weights",
+                item="attention scales (buffers)",
+                count=layers,
+                formula="7 · 4",
+                values=(),
+                size_bytes=layers * SCALES * 4,
+            )
+        ]
+        if isinstance(model.positions, RoPE):
+            length, D = model.max_position_embeddings or 0, model.positions.rotary_dim
+            b = element_bytes(dtype)
+            table = Row(
                 component="weights",
                 item="rotary table (buffer)",
                 count=1,
                 formula="positions · d_rot · b",
-                values=(("positions", rows), ("d_rot", D), ("b", b)),
-                size_bytes=rows * D * b,
+                values=(("positions", length), ("d_rot", D), ("b", b)),
+                size_bytes=length * D * b,
             )
-        ]
+            rows.append(table)
+        return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""

@@ -11,7 +11,7 @@ VERSION = "0.19"  # read from 0.19.1, whose logs of 0.19.0 agree
 
 
 def held_rows(
-    pool: Layout, *, batch: int, context_tokens: int, encoder_tokens: int
+    pool: Layout, *, batch: int, context_tokens: int, encoder_tokens: int, note: str = ""
 ) -> Iterator[Row]:
     """Blocks of `batch` requests, each after the step that made `context_tokens` tokens.
 
@@ -35,7 +35,7 @@ def held_rows(
                 kind.page_bytes - kind.own_bytes,
             ),
         ]
-        note = f"{kind.groups} group(s) of {per_group} layers for {kind.layers}; vLLM {VERSION}"
+        groups = f"{kind.groups} group(s) of {per_group} layers for {kind.layers}; vLLM {VERSION}"
         for item, layers, page in parts:
             if layers and page:
                 yield Row(
@@ -45,7 +45,7 @@ def held_rows(
                     formula="B · blocks · page",
                     values=(("B", batch), ("blocks", held), ("page", page)),
                     size_bytes=layers * batch * held * page,
-                    note=note,
+                    note="; ".join(part for part in (groups, note) if part),
                 )
 
 

@@ -133,7 +133,7 @@ def _kind(model: Model, spec: Spec, layers: int, g: int, block: int, page: int) 
         )
     if page % (block * spec.token_bytes):
         raise ConfigError(
-            f"runtime=vllm 0.19 does not serve the layers of {model.model_type} from one pool: "
+            f"runtime=vllm does not serve the layers of {model.model_type} from one pool (0.19): "
             f"{spec.kind} takes {block * spec.token_bytes} bytes a block, no part of {page}"
         )
     return Kind(

@@ -157,6 +157,6 @@ def _latent(model: Model, attention: MLA, kv_dtype: str) -> Iterator[Spec]:
 
 def _refusal(model: Model, part: str) -> ConfigError:
     return ConfigError(
-        f"runtime=vllm 0.19 does not serve {part} of model_type={model.model_type}: "
+        f"runtime=vllm does not serve {part} of model_type={model.model_type} (0.19): "
         "runtime=transformers has their cache"
     )
