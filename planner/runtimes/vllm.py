@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
-from planner.layers import RoPE
+from planner.layers import GQA, MLA, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
