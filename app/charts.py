@@ -143,6 +143,8 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
     """Cache and activations, op by op, through the pass in which the peak lies; the peak marked."""
     moments = estimate.moments()
     where = _peak_index(moments)
+    top = moments[where].live_bytes
+    scale, unit = (GIB, "GiB") if top >= GIB else (2**20, "MiB")
     figure = go.Figure()
     hover = [_escaped(f"{m.op}{'' if m.layer is None else f', layer {m.layer}'}") for m in moments]
     for name, sizes in (
@@ -153,19 +155,18 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
             name=name,
             mode="lines",
             x=list(range(len(moments))),
-            y=[size / GIB for size in sizes],
+            y=[size / scale for size in sizes],
             stackgroup="live",
             line={"shape": "hv", "width": 1, "color": COLOURS[name]},
             fillpattern={"shape": "/" if name == "KV cache" else "", "size": 6},
             text=[f"{op}<br>{name} {gib(size)}" for op, size in zip(hover, sizes, strict=True)],
             hovertemplate="%{text}<extra></extra>",
         )
-    top = moments[where].live_bytes
     figure.add_scatter(
         name="Peak",
         mode="markers+text",
         x=[where],
-        y=[top / GIB],
+        y=[top / scale],
         marker={"color": OVER, "symbol": "diamond", "size": 12},
         text=[f"{hover[where]}: {gib(top)}"],
         textposition=f"top {'left' if where > len(moments) / 2 else 'right'}",
@@ -181,7 +182,11 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
         fixedrange=True,
     )
     figure.update_yaxes(
-        range=[0, 1.15 * top / GIB or 1], ticksuffix=" GiB", nticks=6, title=None, fixedrange=True
+        range=[0, 1.15 * top / scale or 1],
+        ticksuffix=f" {unit}",
+        nticks=6,
+        title=None,
+        fixedrange=True,
     )
     return figure
 

@@ -17,11 +17,13 @@ from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.on_load import quantised_on_load
+from planner.quantization.unpacked import unpacked_on
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.quantised_cache import DEFAULT_DTYPE
+from planner.runtimes.transformers import is_quantised
 from planner.runtimes.vllm import batch_defaults
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.runtimes.writer import INT64
@@ -94,9 +96,10 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
-    model = _as_loaded(model, deploy)
-    model.check_positions(work.context_tokens)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    checkpoint = _as_loaded(model, deploy)
+    model = _as_held(checkpoint, deploy, gpu)
+    model.check_positions(work.context_tokens)
     setting = _setting(model, deploy, runtime, gpu)
     cache = deploy.cache
     if runtime.pooled:
@@ -109,7 +112,8 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
             "(kv_cache_bytes counts both)"
         )
 
-    weights = _weight_rows(model, runtime, setting.dtype)
+    unpacked = "" if model is checkpoint else _unpacked_note(checkpoint, gpu)
+    weights = _weight_rows(model, runtime, setting.dtype, note=unpacked)
     kv = runtime.cache_rows(
         model,
         batch=work.batch,
@@ -124,32 +128,13 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
-    pooled = runtime.pooled
+    pooled, apart = runtime.pooled, runtime.pooled or not runtime.on_torch
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
-    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
-    overhead = list(overhead_rows(gpu, pooled=pooled))
+    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
+    overhead = list(overhead_rows(gpu, pooled=pooled, on_torch=runtime.on_torch))
     rows = (*weights, *kv, *activations, *overhead)
-    torch: TorchPeaks
-    if pooled or gpu.vendor not in WITH_CONTEXT:
-        torch = Unsegmented(
-            peak_allocated_bytes=total_bytes(weights)
-            + highest.live_bytes
-            + (kv_bytes if pooled else 0)
-            + INT64 * work.batch * work.prompt_tokens  # the token ids
-            + workspace_bytes(gpu)
-        )
-    else:
-        workspace = workspace_bytes(gpu)
-        outside = total_bytes(overhead) - workspace
-        torch = AllocatorPlan(
-            model=model,
-            work=work,
-            setting=setting,
-            runtime=runtime.name,
-            workspace_bytes=workspace,
-            capacity_bytes=max(0, gpu.memory_bytes - outside),
-        )
-    memory = _memory(rows, highest, torch, gpu, pooled=pooled)
+    torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
+    memory = _memory(rows, highest, torch, gpu, apart=apart)
     pool = runtime.pool(
         model,
         setting,
@@ -203,6 +188,20 @@ def _as_loaded(model: Model, deploy: Deployment) -> Model:
     return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
 
 
+def _as_held(model: Model, deploy: Deployment, gpu: Gpu) -> Model:
+    """The model with plain weights, where transformers dequantises them for want of kernels."""
+    quantization = model.quantization
+    if deploy.runtime != "transformers" or quantization is None:
+        return model
+    return replace(model, quantization=None) if unpacked_on(gpu, quantization.method) else model
+
+
+def _unpacked_note(checkpoint: Model, gpu: Gpu) -> str:
+    assert checkpoint.quantization is not None
+    method = checkpoint.quantization.method
+    return f"dequantised on loading: transformers 5.23 runs no {method} kernels on {gpu.label}"
+
+
 def _quantised_note(model: Model) -> str:
     """What is left out of the peak and the times of quantised weights."""
     if model.quantization is None:
@@ -232,13 +231,14 @@ def _block_tokens(deploy: Deployment) -> int:
     return paged
 
 
-def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
+def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
-    rows = _plain_rows(model, dtype) if model.quantization is None else _stored_rows(model, dtype)
+    plain = model.quantization is None
+    rows = _plain_rows(model, dtype, note=note) if plain else _stored_rows(model, dtype)
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
 
-def _plain_rows(model: Model, dtype: str) -> list[Row]:
+def _plain_rows(model: Model, dtype: str, *, note: str) -> list[Row]:
     b = element_bytes(dtype)
     return [
         Row(
@@ -248,6 +248,7 @@ def _plain_rows(model: Model, dtype: str) -> list[Row]:
             formula="parameters · b",
             values=(("parameters", elements), ("b", b)),
             size_bytes=elements * b,
+            note=note,
         )
         for group, (tensors, elements) in model.parameter_groups().items()
     ]
@@ -278,7 +279,7 @@ def _stored_rows(model: Model, dtype: str) -> tuple[Row, ...]:
 
 
 def _activation_rows(
-    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, pooled: bool
+    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, apart: bool
 ) -> Iterator[Row]:
     """What lives at the peak besides weights and cache."""
     where = f"{phase.name}, {highest.op}" + (
@@ -298,7 +299,7 @@ def _activation_rows(
             note="; ".join(part for part in (f"at the peak: {where}", note) if part),
         )
     difference = highest.cache_bytes - kv_bytes
-    if difference and not pooled:
+    if difference and not apart:
         yield Row(
             component="activations",
             item="cache at the peak, beyond or short of the finished cache",
@@ -310,8 +311,42 @@ def _activation_rows(
         )
 
 
+def _torch_peaks(
+    model: Model,
+    work: Inference,
+    setting: Setting,
+    runtime: Runtime,
+    gpu: Gpu,
+    rows: tuple[Row, ...],
+    highest: Peak,
+) -> TorchPeaks:
+    """The workload to be played through torch's allocator; where it is not, the sum of tensors.
+
+    Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
+    """
+    apart = runtime.pooled or not runtime.on_torch
+    workspace = workspace_bytes(gpu) if runtime.on_torch else 0
+    steps_differ = (
+        work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
+    )
+    if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
+        pool = total_bytes(rows, "kv_cache") if apart else 0
+        token_ids = INT64 * work.batch * work.prompt_tokens if runtime.on_torch else 0
+        live = total_bytes(rows, "weights") + highest.live_bytes + pool
+        return Unsegmented(peak_allocated_bytes=live + token_ids + workspace)
+    outside = total_bytes(rows, "overhead") - workspace
+    return AllocatorPlan(
+        model=model,
+        work=work,
+        setting=setting,
+        runtime=runtime.name,
+        workspace_bytes=workspace,
+        capacity_bytes=max(0, gpu.memory_bytes - outside),
+    )
+
+
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, apart: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
     overhead = total_bytes(rows, "overhead")
@@ -322,7 +357,7 @@ def _memory(
         gradients_bytes=0,
         optimizer_bytes=0,
         overhead_bytes=overhead,
-        peak_live_bytes=weights + (highest.live_bytes + kv if pooled else highest.live_bytes),
+        peak_live_bytes=weights + (highest.live_bytes + kv if apart else highest.live_bytes),
         torch=torch,
-        outside_torch_bytes=overhead if pooled else overhead - workspace_bytes(gpu),
+        outside_torch_bytes=overhead if apart else overhead - workspace_bytes(gpu),
     )

@@ -24,12 +24,13 @@ OPENING = "cache of "
 class PassScript:
     """The allocations of a program in order, every instance of a buffer a slot of its own.
 
-    `steps` are slots: made where they come first, freed where they come again. `found` are the
-    slots that the pass before left; `caches` those that live on, in order; `left` what is dropped.
-    `first_gemm` is the step behind which the first matrix product has run.
+    `buffers` are what the slots hold, `distinct` each of them once. `steps` are (made, slot) or
+    (freed, slot). `found` are the slots that the pass before left; `caches` those that live on, in
+    order; `left` what is dropped. Before step `first_gemm` the first matrix product has run.
     """
 
     buffers: tuple[Buffer, ...]
+    distinct: frozenset[Buffer]
     steps: tuple[tuple[bool, int], ...]
     found: tuple[int, ...]
     caches: tuple[int, ...]
@@ -38,7 +39,7 @@ class PassScript:
 
     def sizes(self, dims: Dims) -> dict[Buffer, int]:
         """Bytes of every buffer."""
-        return {buffer: buffer.nbytes(dims) for buffer in set(self.buffers)}
+        return {buffer: buffer.nbytes(dims) for buffer in self.distinct}
 
 
 def script(program: Program, *, continues: bool) -> PassScript:
@@ -71,6 +72,7 @@ def script(program: Program, *, continues: bool) -> PassScript:
     opened = _opened(program)
     return PassScript(
         buffers=tuple(buffers),
+        distinct=frozenset(buffers),
         steps=tuple(steps),
         found=tuple(found),
         caches=tuple(slot for slot in living if slot in kept or buffers[slot] in opened),

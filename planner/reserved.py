@@ -1,8 +1,9 @@
 """What torch's allocator reserves for a workload: its passes, played through the simulator.
 
 Weights first, in the order of the modules, then the prompt's ids, a preallocated cache, the prefill
-and the decode steps of a greedy loop. Simulated, not measured: which kernels allocate scratch of
-their own beyond the programs and the cuBLAS workspace is not known here.
+and the decode steps of a greedy loop, launched one kernel at a time (a CUDA graph would keep a pool
+of its own). Simulated, not measured: which kernels allocate scratch of their own beyond the
+programs and the cuBLAS workspace is not known here.
 
 A decode step of a 32-layer model is about 3 000 events, and generations have thousands of them.
 Steps are alike but for what grows with the context, and the small pool shares no segment with the
@@ -95,7 +96,7 @@ class AllocatorPlan:
         return reserved(self).stats.peak_reserved_bytes
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def reserved(
     plan: AllocatorPlan, *, settings: AllocatorSettings = DEFAULTS, max_events: int = MAX_EVENTS
 ) -> Reserved:
@@ -166,6 +167,7 @@ class _Decode:
         self._steady = script(phases[-1].program, continues=True)
         self._capacity = phases[-1].dims.capacity
         self._small, self._large = _Rest(), _Rest()
+        self._frees = 0
 
     def play(self, max_events: int) -> int:
         """Play steps; returns how many, those included that would only repeat others."""
@@ -198,6 +200,9 @@ class _Decode:
         large = frozenset(buffer for buffer, size in sizes.items() if size > SMALL_BYTES)
         small_requests = frozenset(pair for pair in sizes.items() if pair[0] not in large)
         large_requests = frozenset(pair for pair in sizes.items() if pair[0] in large)
+        if self._replay.device.device_frees != self._frees:  # segments went, of either pool
+            self._frees = self._replay.device.device_frees
+            self._small, self._large = _Rest(), _Rest()
         small_rests = self._small.rests(small_requests)
         large_rests = self._large.rests(large_requests)
         if small_rests and large_rests:

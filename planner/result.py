@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,7 +62,7 @@ class Memory:
     optimizer_bytes: int
     overhead_bytes: int
     peak_live_bytes: int
-    torch: TorchPeaks
+    torch: TorchPeaks = field(repr=False, compare=False)
     outside_torch_bytes: int
     unused_pool_bytes: int = 0
 
@@ -75,6 +75,11 @@ class Memory:
     def peak_reserved_bytes(self) -> int | None:
         """Segments that torch holds; None where it is not simulated (CPUs, vllm)."""
         return self.torch.peak_reserved_bytes
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the peaks of torch's allocator are there, at the cost of a simulation."""
+        return isinstance(self.torch, AllocatorPlan)
 
     @property
     def device_used_bytes(self) -> int:

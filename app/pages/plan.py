@@ -58,8 +58,8 @@ def trust(e: planner.Estimate) -> str:
     )
 
 
-def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator, DeltaGenerator]:
-    """The figures people come for; returns the places of the three that take longest."""
+def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
+    """The figures people come for; returns the places of those that take longest."""
     m = e.memory
     with st.container(horizontal=True):
         card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
@@ -86,20 +86,28 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator, DeltaG
         )
         card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
         reserved = st.empty()
+        if e.memory.simulated:
+            with reserved:
+                card("Reserved by torch", "…")
     st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
-    return (*places, reserved)
+    return (*places, reserved, st.empty())
 
 
-def torch_card(e: planner.Estimate) -> None:
-    """What torch's allocator reserves, where it is simulated."""
-    reserved = e.memory.peak_reserved_bytes
-    if reserved is None:
+def torch_holds(e: planner.Estimate, place: DeltaGenerator, below: DeltaGenerator) -> None:
+    """What torch's allocator reserves, and what it has to do for that, where it is simulated."""
+    played = e.allocator()
+    if played is None:
         return
-    card(
-        "Reserved by torch",
-        gib(reserved),
-        f"Peak of its segments, for {gib(e.memory.peak_allocated_bytes)} in use: {e.reserved_note}",
-    )
+    with place:
+        card(
+            "Reserved by torch",
+            gib(played.stats.peak_reserved_bytes),
+            f"Peak of its segments, for {gib(played.stats.peak_allocated_bytes)} in use",
+        )
+    if played.oom is not None and e.fits:
+        below.warning(f"The parts fit, torch's segments may not: {played.note}.")
+    else:
+        below.caption(f"Reserved by torch: {played.note}.")
 
 
 def card(label: str, number: str, help: str | None = None) -> None:
@@ -189,7 +197,7 @@ except planner.ConfigError as error:
     st.stop()
 
 head(estimate)
-longest, largest, reserved = numbers(estimate)
+longest, largest, reserved, below = numbers(estimate)
 st.subheader("Where the memory goes")
 st.plotly_chart(
     charts.memory_breakdown(estimate),
@@ -209,5 +217,4 @@ with longest:  # dozens of estimates: the page stands before they are done
     )
 with largest:
     answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
-with reserved:  # the allocator plays the whole generation
-    torch_card(estimate)
+torch_holds(estimate, reserved, below)  # plays the whole generation

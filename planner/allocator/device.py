@@ -6,8 +6,8 @@ alloc_block, should_split, free_block, release_cached_blocks), in its order:
 1. round the request to 512 bytes; at most 1 MiB comes from the small pool, more from the large one;
 2. the smallest free block that is large enough, the lowest address among equals;
 3. none: a new segment, 2 MiB (small), 20 MiB (below 10 MiB) or the size up to a multiple of 2 MiB;
-4. split off the rest: in the small pool from 512 bytes on, in the large one when *more* than 1 MiB
-   is left, so that 33.7 MiB in a segment of 34 MiB own all of it;
+4. split off the rest: in the small pool from 512 bytes on (in both with expandable segments), in
+   the large one when *more* than 1 MiB is left: 33.7 MiB in a segment of 34 MiB own all of it;
 5. no room: return every segment without a live block to the device and try once more.
 
 Segments lie at rising addresses: which address cudaMalloc returns is the driver's business, and it

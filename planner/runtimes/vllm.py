@@ -51,6 +51,7 @@ class Vllm:
 
     name = "vllm"
     pooled = True
+    on_torch = True
     version = VERSION
     kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
 

@@ -100,10 +100,10 @@ def _layer(model: Model, layer: Layer, kv_dtype: str, compute_dtype: str) -> Ite
                 size = 2 * G * D * element_bytes(kv_dtype)
                 yield Spec(kind="full attention", keeps="all", token_bytes=size)
             case Mixer():
-                size = state_bytes(model, mixer, compute_dtype)
-                if size is None:
+                state = state_bytes(model, mixer, compute_dtype)
+                if state is None:
                     raise _refusal(model, f"{mixer.kind} layers")
-                yield Spec(kind=mixer.kind, keeps="state", state_bytes=size)
+                yield Spec(kind=mixer.kind, keeps="state", state_bytes=state)
     if layer.cross_attention is not None:
         if model.text_type != "whisper":
             raise _refusal(model, "cross-attention")

@@ -8,6 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import controls, measurements
+from planner.format import gib
 from profiles import records
 from profiles.compare import estimate_of
 from profiles.records import Environment
@@ -126,6 +127,23 @@ def test_limits_are_the_planners():
     assert metrics(app)["Longest context"] == f"{planner.max_context_tokens(*plan):,}"
     assert metrics(app)["Largest batch"] == f"{planner.max_batch(*plan):,}"
     assert "dtype=float32" in captions(app)  # config.json is silent on it
+
+
+def test_what_torch_reserves_is_shown_as_simulated():
+    app = opened(model="gpt2", gpu="h200", batch="2", prompt="100", output="20")
+    work = planner.Inference(batch=2, prompt_tokens=100, output_tokens=20, logits="last")
+    e = planner.estimate(planner.load_model("gpt2"), work, planner.Deployment(gpu="h200"))
+    assert metrics(app)["Reserved by torch"] == gib(e.memory.peak_reserved_bytes)
+    assert "Reserved by torch: simulated, not measured." in [text.value for text in app.caption]
+
+
+def test_fragments_that_do_not_fit_are_a_warning():
+    """The parts of a plan close to the limit add up to less than the memory, segments do not."""
+    app = opened(model="llama-3.1-8b", gpu="rtx-4090", batch="22", prompt="1500", output="60")
+    assert len(app.success) == 1
+    (warning,) = app.warning
+    assert "torch's segments may not" in warning.value
+    assert "out of memory at a request of" in warning.value
 
 
 def test_choosing_by_widget_changes_the_plan_and_the_link():

@@ -183,3 +183,14 @@ def test_every_stored_tensor_of_quantised_weights_is_allocated():
     work = Inference(batch=1, prompt_tokens=8)
     e = planner.estimate(model, work, Deployment(gpu="h200", weight_dtype="nf4"))
     assert weights_bytes(e.memory.torch) == e.memory.weights_bytes
+
+
+def test_of_quantised_caches_only_the_prefill_is_played():
+    model = planner.load_model("llama-3.1-8b")
+    deploy = Deployment(gpu="h200", kv_dtype="int4")
+    prefill = planner.estimate(model, Inference(batch=1, prompt_tokens=400), deploy)
+    assert prefill.memory.peak_reserved_bytes > prefill.memory.peak_live_bytes
+    whole = Inference(batch=1, prompt_tokens=400, output_tokens=9)
+    memory = planner.estimate(model, whole, deploy).memory
+    assert memory.peak_reserved_bytes is None
+    assert memory.peak_allocated_bytes > memory.peak_live_bytes
