@@ -18,6 +18,7 @@ from planner.runtimes.base import (
     choose_attention,
     static_capacity,
     unplanned_part,
+    whole,
 )
 from planner.workload import CacheSpec, Inference
 
@@ -99,6 +100,10 @@ class Attnlab:
             encoder_tokens=encoder_tokens,
             static=True,
         )
+
+    def rank(self, model: Model, tensor_parallel: int) -> Model:
+        """All of it: one GPU."""
+        return whole(self.name, model, tensor_parallel)
 
     def peak_note(self, model: Model) -> str:
         """Nothing: the program is exact for all that attnlab runs."""
