@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.capacity import max_batch, max_context_tokens
+from planner.cli_trace import trace_command
 from planner.errors import ConfigError
 from planner.estimate import estimate
 from planner.format import gib, percent, seconds
@@ -39,6 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command("trace")(trace_command)
 
 ModelName = Annotated[
     str,

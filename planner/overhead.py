@@ -45,6 +45,11 @@ def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool) -> Iterator[Row]:
         )
 
 
+def context_bytes(gpu: Gpu) -> int:
+    """The device context, where anything is known of it."""
+    return CONTEXT_BYTES if gpu.vendor in WITH_CONTEXT else 0
+
+
 def workspace_bytes(gpu: Gpu) -> int:
     """The cuBLAS workspace that torch allocates at the first matrix product; none on a CPU."""
     if gpu.vendor not in WITH_CONTEXT:
