@@ -1,0 +1,323 @@
+"""Training steps of attnlab (kernels/attnlab/training.py) as programs: forward, backward, optimizer.
+
+The forward is written as attnlab's own, line by line and `del` by `del`, on tensors without
+contents (`planner/autograd`); the backward follows from what it recorded. The first layer of each
+kind is written apart from those like it: it comes last on the way back, and frees what they share
+(rotary tables, masks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from planner.autograd.aten import ONE
+from planner.autograd.step import StepWriter
+from planner.autograd.tensors import Dims as Sizes
+from planner.autograd.tensors import Tensor
+from planner.dtypes import element_bytes
+from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm, RoPE
+from planner.model import Model
+from planner.program import B, Dims, Program, Shape, T, visible_pairs
+from planner.runtimes.writer import BOOL, FLOAT32, INT64
+
+SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
+"""Primes that stand for any size above 1 where strides are compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regime:
+    """What of the sizes decides which copies are made: whether they are 1, and the masks.
+
+    `masked` are the windows shorter than the sequence.
+    """
+
+    several_batches: bool
+    several_tokens: bool
+    masked: frozenset[int]
+
+    @staticmethod
+    def of(model: Model, dims: Dims) -> Regime:
+        """The regime of one point."""
+        windows = {_gqa(layer).sliding_window for layer in model.layer_kinds()}
+        return Regime(
+            several_batches=dims.batch > 1,
+            several_tokens=dims.tokens > 1,
+            masked=frozenset(w for w in windows if w is not None and w < dims.tokens),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Which training step."""
+
+    attention: Literal["sdpa", "naive"]
+    dtype: str
+    device: str
+
+
+@lru_cache(maxsize=128)
+def step_program(model: Model, step: Step, regime: Regime) -> Program:
+    """Forward and backward of [B, T] ids and labels, in one regime of sizes."""
+    return _Training(model, step, regime).write("attnlab training step")
+
+
+class _Training(StepWriter):
+    """Runs attnlab's training_step."""
+
+    def __init__(self, model: Model, step: Step, regime: Regime) -> None:
+        numbers = {
+            B: SOME_BATCH if regime.several_batches else 1,
+            T: SOME_TOKENS if regime.several_tokens else 1,
+        }
+        super().__init__(model, element_bytes(step.dtype), numbers)
+        self.step, self.regime = step, regime
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.masks: dict[int | None, Tensor | None] = {}
+
+    # Transformer.forward
+
+    def embed(self) -> Tensor:
+        """Token embeddings, positions, rotary tables and masks."""
+        model, f = self.model, self.f
+        self.table = self.weight("embed_tokens", model.vocab_size, model.hidden_size)
+        scaled, learned = model.embedding_scale, isinstance(model.positions, LearnedPositions)
+        positions = self._fresh("positions", ((T,),), INT64)
+        name = "hidden states" if scaled is None and not learned else "input embeddings"
+        x = f.embedding(self.table, ((B,), (T,)), name)
+        if scaled is not None:
+            x = f.scale(x, "input embeddings" if learned else "hidden states")
+        if learned:
+            rows = model.max_position_embeddings or 0
+            table = self.weight("embed_positions", rows, model.hidden_size)
+            places = f.embedding(table, ((T,),), "position embeddings")
+            x = f.add(x, places, "hidden states")
+            del places
+        if isinstance(model.positions, RoPE):
+            self.rotation = self._rotary_tables(positions, model.positions.rotary_dim)
+        del positions
+        for layer in model.layer_kinds():
+            window = _gqa(layer).sliding_window
+            if window not in self.masks:
+                masked = window in self.regime.masked
+                self.masks[window] = self._visible(window) if masked else None
+        return x
+
+    def _rotary_tables(self, positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
+        wide = self._fresh("rotary tables", ((T,), ONE), FLOAT32)
+        freqs = self._fresh("rotary tables", ((T,), (D // 2,)), FLOAT32)
+        del wide
+        angles = self._fresh("rotary tables", ((T,), ONE, (D,)), FLOAT32)
+        cos, sin = (
+            self.aten.cast(
+                self.aten.elementwise(kernel, "rotary tables", angles), self.b, "rotary tables"
+            )
+            for kernel in ("cos", "sin")
+        )
+        del freqs
+        return cos, sin
+
+    def _visible(self, window: int | None) -> Tensor:
+        """attention._visible: a [T, T] bool."""
+        square: Sizes = ((T,), (T,))
+        query, key = (self._fresh("mask", ((T,),), INT64) for _ in range(2))
+        if window is None:
+            return self._fresh("mask", square, BOOL)
+        causal = self._fresh("mask", square, BOOL)
+        lowest = self._fresh("mask", ((T,),), INT64)
+        near = self._fresh("mask", square, BOOL)
+        del lowest
+        return self._fresh("mask", square, BOOL)
+
+    def _fresh(self, name: str, dims: Sizes, itemsize: int) -> Tensor:
+        return self.aten.new("", name, dims, itemsize)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Last norm, head, caps, cross-entropy in float32."""
+        model, f = self.model, self.f
+        self.rotation, self.masks = None, {}
+        assert model.final_norm is not None  # refused by Attnlab.attention
+        h, V = model.hidden_size, model.vocab_size
+        normed = self._norm(model.final_norm, x, "final norm", "norm")
+        del x
+        head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, h)
+        logits = f.linear(normed, head, None, "logits")
+        del normed
+        if model.final_logit_softcapping is not None:
+            logits = f.scale(logits, "logits", kernel="div.Tensor")
+            logits = f.pointwise(logits, "logits", "tanh", saves="result")
+            logits = f.scale(logits, "logits")
+        wide = f.view(f.cast(logits, FLOAT32, "float32 logits"), ((B, T), (V,)))
+        del logits
+        return f.nll_loss(f.softmax(wide, "log-probabilities", kernel="_log_softmax"))
+
+    # Block.forward
+
+    def block(self, layer: Layer, x: Tensor) -> Tensor:
+        """One block: each x + f(norm(x)), or x + norm(f(norm(x)))."""
+        f, norm = self.f, layer.norm
+        assert isinstance(layer.feed_forward, Dense)
+        sandwich = layer.placement == "sandwich"
+        out = self._attention(
+            _gqa(layer), self._norm(norm, x, "attention norm", "input_layernorm")
+        )
+        if sandwich:
+            out = self._norm(norm, out, "post norm", "post_attention_layernorm")
+        x = f.add(x, out, "residual")
+        del out
+        before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+        out = self._feed_forward(
+            layer.feed_forward, self._norm(norm, x, "feed-forward norm", before)
+        )
+        if sandwich:
+            out = self._norm(norm, out, "post norm", "post_feedforward_layernorm")
+        return f.add(x, out, "hidden states")
+
+    def _norm(self, norm: Norm, x: Tensor, name: str, module: str) -> Tensor:
+        """norms.RMSNorm.forward, op by op, or nn.LayerNorm."""
+        f, b = self.f, self.b
+        (h,) = x.sizes[-1:]
+        weight = self.weight(f"{module}.weight", h)
+        if norm.kind == "layernorm":
+            weights = (weight, self.weight(f"{module}.bias", h)) if norm.bias else (weight,)
+            wide = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
+            return f.layer_norm(x, weights, name, statistics_bytes=wide)
+        wide = f.cast(x, FLOAT32, f"{name}, float32")
+        squares = f.mean(f.power(wide, f"{name}, squares"), f"{name}, mean square")
+        inverse = f.rsqrt(f.shift(squares, f"{name}, mean square"), f"{name}, 1 / rms")
+        del squares
+        wide = f.mul(wide, inverse, f"{name}, normalised")
+        del inverse
+        if norm.plus_one:
+            scale = f.shift(f.cast(weight, FLOAT32), f"{name}, 1 + weight")
+            return f.cast(f.mul(wide, scale, f"{name}, scaled"), b, name)
+        return f.mul(weight, f.cast(wide, b, f"{name}, normalised"), name)
+
+    def _linear(self, x: Tensor, name: str, out: int, *, bias: bool) -> Tensor:
+        weight = self.weight(f"{name}.weight", out, x.sizes[-1])
+        return self.f.linear(x, weight, self.weight(f"{name}.bias", out) if bias else None, name)
+
+    # Attention.forward
+
+    def _attention(self, gqa: GQA, x: Tensor) -> Tensor:
+        f, h = self.f, self.model.hidden_size
+        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
+        if gqa.fused_qkv:
+            qkv = self._linear(x, "qkv_proj", (H + 2 * G) * D, bias=gqa.qkv_bias)
+            q, k, v = f.split(qkv, (H * D, G * D, G * D))
+            del qkv
+        else:
+            q, k, v = (
+                self._linear(x, name, heads * D, bias=gqa.qkv_bias)
+                for name, heads in (("q_proj", H), ("k_proj", G), ("v_proj", G))
+            )
+        q, k, v = (
+            f.view(part, ((B,), (T,), (heads,), (D,)))
+            for part, heads in ((q, H), (k, G), (v, G))
+        )
+        if self.rotation is not None:
+            q = self._rotate(q, "query")
+            k = self._rotate(k, "key")
+        q, k, v = f.transpose(q, 1, 2), f.transpose(k, 1, 2), f.transpose(v, 1, 2)
+        attend = self._naive if self.step.attention == "naive" else self._sdpa
+        out = attend(gqa, q, k, v)
+        del q, k, v
+        out = f.view(f.transpose(out, 1, 2), ((B,), (T,), (H * D,)))
+        return self._linear(out, "o_proj", h, bias=gqa.o_bias)
+
+    def _rotate(self, x_BTHD: Tensor, name: str) -> Tensor:
+        """positions.rotate."""
+        f = self.f
+        assert self.rotation is not None
+        cos, sin = self.rotation
+        R, D = cos.sizes[-1], x_BTHD.sizes[-1]
+        x = f.narrow(x_BTHD, R)
+        x1, x2 = f.split(x, (R // 2, R // 2))
+        straight = f.mul(x, cos, f"{name} · cos")
+        halves = f.cat((f.scale(x2, f"{name}, negated", kernel="neg"), x1), x.dims, f"{name} turned")
+        turned = f.add(straight, f.mul(halves, sin, f"{name} turned · sin"), f"rotated {name}")
+        if R == D:
+            return turned
+        rest = f.narrow(x_BTHD, D - R)
+        return f.cat((turned, rest), x_BTHD.dims, f"rotated {name}")
+
+    def _naive(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """attention.naive: float32 throughout, scores [B, G, H/G·T, T] kept in full."""
+        f, window = self.f, gqa.sliding_window
+        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
+        visible = self.masks[window]
+        if visible is None and self.regime.several_tokens:
+            visible = self._visible(None)
+        wide = f.scale(f.cast(q, FLOAT32, "float32 query"), "float32 query")
+        rows: Shape = (H // G, T)
+        folded = f.view(wide, ((B,), (G,), rows, (D,)))
+        del wide
+        keys = f.transpose(f.cast(k, FLOAT32, "float32 keys"), -2, -1)
+        scores = self._pairs(folded, keys, "scores")
+        del folded, keys
+        if gqa.logit_softcap is not None:
+            scores = f.pointwise(scores, "softcap", "tanh", saves="result")
+            scores = f.scale(scores, "softcap")
+        if visible is not None:
+            seen = f.view(scores, ((B,), (H,), (T,), (T,)))
+            scores = f.where(visible, seen, "masked scores")
+            del seen
+        scores = f.softmax(f.view(scores, ((B,), (G,), rows, (T,))), "softmax")
+        out = self._pairs(scores, f.cast(v, FLOAT32, "float32 values"), "attention")
+        out = f.view(out, ((B,), (H,), (T,), (D,)))
+        return f.cast(out, self.b, "attention")
+
+    def _pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """a @ b of [B, G, …] tensors: one product for each of B · G (torch.matmul)."""
+        f, pairs = self.f, (*a.dims[0], *a.dims[1])
+        flat_a = f.view(a, (pairs, *a.dims[2:]))
+        flat_b = f.view(b, (pairs, *b.dims[2:]))
+        out = f.matmul(flat_a, flat_b, name, kernel="bmm")
+        return f.view(out, (*a.dims[:-1], b.dims[-1]))
+
+    def _sdpa(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """scaled_dot_product_attention, flash where it is allowed to."""
+        window = gqa.sliding_window
+        visible, additive = self.masks[window], None
+        if visible is not None:  # aten turns a bool mask into one of q's dtype
+            numbers = (((1,), self.b), ((1,), self.b))
+            additive = self.aten.new("where.self", "mask", visible.dims, self.b, beside=numbers)
+        pairs = visible_pairs(window)
+        return self.f.flash_attention(q, k, v, additive, "attention", pairs=pairs)
+
+    # FeedForward.forward
+
+    def _feed_forward(self, dense: Dense, x: Tensor) -> Tensor:
+        f, i, h = self.f, dense.intermediate_size, self.model.hidden_size
+        act, bias = dense.activation, dense.bias
+        if dense.fused_gate_up:
+            gate, up = f.split(self._linear(x, "gate_up_proj", 2 * i, bias=bias), (i, i))
+            product = f.mul(self._activate(act, gate), up, "gate · up")
+            del gate, up
+        elif dense.gated:
+            active = self._activate(act, self._linear(x, "gate_proj", i, bias=bias))
+            product = f.mul(active, self._linear(x, "up_proj", i, bias=bias), "gate · up")
+            del active
+        else:
+            product = self._activate(act, self._linear(x, "up_proj", i, bias=bias))
+        return self._linear(product, "down_proj", h, bias=bias)
+
+    def _activate(self, activation: str, x: Tensor) -> Tensor:
+        """feed_forward.ACTIVATIONS; gelu_new op by op."""
+        f, name = self.f, "activation"
+        if activation != "gelu_new":
+            kernel = activation.split("_")[0]
+            saves = "result" if kernel == "relu" else "input"
+            return f.pointwise(x, name, kernel, saves=saves)
+        cubic = f.add(x, f.scale(f.power(x, "gelu_new"), "gelu_new"), "gelu_new")
+        inner = f.scale(cubic, "gelu_new")
+        del cubic
+        half = f.scale(x, "gelu_new, half")
+        tanh = f.pointwise(inner, "gelu_new, tanh", "tanh", saves="result")
+        return f.mul(half, f.shift(tanh, "gelu_new, 1 + tanh"), name)
+
+
+def _gqa(layer: Layer) -> GQA:
+    assert isinstance(layer.attention, GQA)
+    return layer.attention
