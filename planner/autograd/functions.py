@@ -364,8 +364,8 @@ class Functions:
 
     # Tables and the loss
 
-    def embedding(self, table: Tensor, ids: Dims, name: str) -> Tensor:
-        """A row of the table for each id; the gradient is a whole table."""
+    def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:
+        """A row of the table for each id, which are saved; the gradient is a whole table."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             like = node.inputs[0]
@@ -377,8 +377,8 @@ class Functions:
                 )
             ]
 
-        out = self.aten.new("embedding", name, (*ids, table.dims[1]), table.itemsize)
-        return self._record(backward, (table,), out)
+        out = self.aten.new("embedding", name, (*ids.dims, table.dims[1]), table.itemsize)
+        return self._record(backward, (table,), out, (ids,))
 
     def nll_loss(self, log_probabilities: Tensor) -> Tensor:
         """Mean of the labels' negative log-likelihoods [N, V] → []; saves them and the count."""

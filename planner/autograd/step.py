@@ -13,7 +13,7 @@ from planner.autograd.aten import Aten
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import FLOAT32, Functions
 from planner.autograd.layouts import contiguous
-from planner.autograd.tensors import Gradients, Leaf, Like, Node, Storage, Tensor
+from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
 from planner.model import Model
 from planner.program import Buffer, Program, Symbol, Tape
@@ -49,12 +49,17 @@ class StepWriter:
 
     def weight(self, name: str, *shape: int) -> Tensor:
         """A trained tensor."""
-        dims = tuple((n,) for n in shape)
-        like = Like(dims, shape, contiguous(shape), self.b, name)
-        leaf = Leaf(like)
+        made = self.given(name, tuple((n,) for n in shape), self.b)
+        leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
         self.leaves.append(leaf)
-        there = Storage(Buffer(name=name, shape=shape, itemsize=self.b), None)
-        return Tensor(there, dims, shape, like.strides, self.b, name, leaf)
+        return replace(made, node=leaf)
+
+    def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
+        """A tensor that was there before the step: token ids."""
+        shape = tuple(extent for dim in dims for extent in dim)
+        there = Storage(Buffer(name=name, shape=shape, itemsize=itemsize), None)
+        sizes = self.aten.sizes(dims)
+        return Tensor(there, dims, sizes, contiguous(sizes), itemsize, name)
 
     def write(self, name: str) -> Program:
         """Forward, then backward; the gradients stay."""

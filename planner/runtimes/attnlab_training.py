@@ -83,15 +83,15 @@ class _Training(StepWriter):
         model, f = self.model, self.f
         self.table = self.weight("embed_tokens", model.vocab_size, model.hidden_size)
         scaled, learned = model.embedding_scale, isinstance(model.positions, LearnedPositions)
-        positions = self._fresh("positions", ((T,),), INT64)
+        positions = self.aten.new("arange.start", "positions", ((T,),), INT64)
         name = "hidden states" if scaled is None and not learned else "input embeddings"
-        x = f.embedding(self.table, ((B,), (T,)), name)
+        x = f.embedding(self.table, self.given("token ids", ((B,), (T,)), INT64), name)
         if scaled is not None:
             x = f.scale(x, "input embeddings" if learned else "hidden states")
         if learned:
             rows = model.max_position_embeddings or 0
             table = self.weight("embed_positions", rows, model.hidden_size)
-            places = f.embedding(table, ((T,),), "position embeddings")
+            places = f.embedding(table, positions, "position embeddings")
             x = f.add(x, places, "hidden states")
             del places
         if isinstance(model.positions, RoPE):
@@ -105,33 +105,32 @@ class _Training(StepWriter):
         return x
 
     def _rotary_tables(self, positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
-        wide = self._fresh("rotary tables", ((T,), ONE), FLOAT32)
-        freqs = self._fresh("rotary tables", ((T,), (D // 2,)), FLOAT32)
+        """positions.RotaryTables.forward: cos and sin, each [T, 1, D]."""
+        aten, name = self.aten, "rotary tables"
+        wide = aten.new("_to_copy", name, ((T,), ONE), FLOAT32, reads=(positions,))
+        freqs = aten.new("mul.Tensor", name, ((T,), (D // 2,)), FLOAT32, reads=(wide,))
         del wide
-        angles = self._fresh("rotary tables", ((T,), ONE, (D,)), FLOAT32)
+        angles = aten.new("cat", name, ((T,), ONE, (D,)), FLOAT32, reads=(freqs,))
         cos, sin = (
-            self.aten.cast(
-                self.aten.elementwise(kernel, "rotary tables", angles), self.b, "rotary tables"
-            )
+            aten.cast(aten.elementwise(kernel, name, angles), self.b, name)
             for kernel in ("cos", "sin")
         )
         del freqs
         return cos, sin
 
     def _visible(self, window: int | None) -> Tensor:
-        """attention._visible: a [T, T] bool."""
-        square: Sizes = ((T,), (T,))
-        query, key = (self._fresh("mask", ((T,),), INT64) for _ in range(2))
+        """attention._visible: a bool for each pair of a query and a key."""
+        query, key = (self.aten.new("arange", "mask", ((T,),), INT64) for _ in range(2))
+        causal = self._compare("le.Tensor", key, query)
         if window is None:
-            return self._fresh("mask", square, BOOL)
-        causal = self._fresh("mask", square, BOOL)
-        lowest = self._fresh("mask", ((T,),), INT64)
-        near = self._fresh("mask", square, BOOL)
+            return causal
+        lowest = self.aten.elementwise("sub.Tensor", "mask", query)
+        near = self._compare("gt.Tensor", key, lowest)
         del lowest
-        return self._fresh("mask", square, BOOL)
+        return self._compare("bitwise_and.Tensor", causal, near)
 
-    def _fresh(self, name: str, dims: Sizes, itemsize: int) -> Tensor:
-        return self.aten.new("", name, dims, itemsize)
+    def _compare(self, kernel: str, *given: Tensor) -> Tensor:
+        return self.aten.new(kernel, "mask", ((T,), (T,)), BOOL, reads=given)
 
     def loss(self, x: Tensor) -> Tensor:
         """Last norm, head, caps, cross-entropy in float32."""
