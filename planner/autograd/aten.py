@@ -48,9 +48,8 @@ class Aten:
         strides: Ints | None = None,
         reads: Sequence[Tensor] = (),
         flops: Shape | None = None,
-        beside: Sequence[tuple[Shape, int]] = (),
     ) -> Tensor:
-        """What an op allocates. `beside`: (shape, itemsize) of scratch that goes at once."""
+        """What an op allocates."""
         moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
         weights = (x for x in reads if x.storage.tape is None)
         shape = tuple(extent for dim in dims for extent in dim)
@@ -61,7 +60,6 @@ class Aten:
             flops=flops,
             moved=moved,
             weight_bytes=sum(prod(x.sizes) * x.itemsize for x in weights),
-            scratch=tuple(beside),
             called=name,
             kernel=kernel,
         )
@@ -83,6 +81,15 @@ class Aten:
         strides = elementwise(self.sizes(dims), [(x.sizes, x.strides) for x in operands])
         width = itemsize or max(x.itemsize for x in operands)
         return self.new(kernel, name, dims, width, strides=strides, reads=operands)
+
+    def number(self, name: str, itemsize: int) -> Tensor:
+        """A number made a tensor."""
+        return self.new("scalar_tensor", name, (), itemsize)
+
+    def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
+        """x where the mask lets through, a number elsewhere."""
+        reads = (mask, x, self.number(name, x.itemsize))
+        return self.new("where.self", name, x.dims, x.itemsize, reads=reads)
 
     def cast(self, x: Tensor, itemsize: int, name: str) -> Tensor:
         """x.to(dtype): x itself where it is of that dtype."""

@@ -196,26 +196,12 @@ class Functions:
 
     def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
         """x where the mask lets through, a number elsewhere: the mask is saved."""
-        number = (((1,), x.itemsize),)
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            (mask,), like = node.saved, node.inputs[0]
-            called, gradient = f"gradient of {like.name}", only(flowed)
-            return [
-                self.aten.new(
-                    "where.self",
-                    called,
-                    like.dims,
-                    like.itemsize,
-                    reads=(mask, gradient),
-                    beside=number,
-                )
-            ]
+            (mask,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            return [self.aten.where(mask, only(flowed), called)]
 
-        out = self.aten.new(
-            "where.self", name, x.dims, x.itemsize, reads=(mask, x), beside=number
-        )
-        return self._record(backward, (x,), out, (mask,))
+        return self._record(backward, (x,), self.aten.where(mask, x, name), (mask,))
 
     # Reductions and norms
 

@@ -43,8 +43,8 @@ class StepWriter:
         """One layer."""
         raise NotImplementedError
 
-    def loss(self, x: Tensor) -> Tensor:
-        """The last hidden states to the loss. What layers share is no longer needed."""
+    def loss(self, hidden: list[Tensor]) -> Tensor:
+        """The loss; it empties the list of the last hidden states when it is done with them."""
         raise NotImplementedError
 
     def weight(self, name: str, *shape: int) -> Tensor:
@@ -108,8 +108,12 @@ class StepWriter:
         else:
             x = carried.pop()
             assert x is not None
-            x = replace(x, node=graph.nodes[0], output=0)
-            out = self.loss(x) if part.layer_kind is None else self.block(part.layer_kind, x)
+            entered = [replace(x, node=graph.nodes[0], output=0)]
+            del x
+            if part.layer_kind is None:
+                out = self.loss(entered)
+            else:
+                out = self.block(part.layer_kind, entered[0])
         carried.append(out.detach())
         return graph
 

@@ -120,7 +120,9 @@ class _Training(StepWriter):
 
     def _visible(self, window: int | None) -> Tensor:
         """attention._visible: a bool for each pair of a query and a key."""
-        query, key = (self.aten.new("arange", "mask", ((T,),), INT64) for _ in range(2))
+        query, key = (
+            self.aten.new(kernel, "mask", ((T,),), INT64) for kernel in ("arange.start", "arange")
+        )
         causal = self._compare("le.Tensor", key, query)
         if window is None:
             return causal
@@ -132,14 +134,14 @@ class _Training(StepWriter):
     def _compare(self, kernel: str, *given: Tensor) -> Tensor:
         return self.aten.new(kernel, "mask", ((T,), (T,)), BOOL, reads=given)
 
-    def loss(self, x: Tensor) -> Tensor:
+    def loss(self, hidden: list[Tensor]) -> Tensor:
         """Last norm, head, caps, cross-entropy in float32."""
         model, f = self.model, self.f
         self.rotation, self.masks = None, {}
         assert model.final_norm is not None  # refused by Attnlab.attention
         h, V = model.hidden_size, model.vocab_size
-        normed = self._norm(model.final_norm, x, "final norm", "norm")
-        del x
+        normed = self._norm(model.final_norm, hidden[0], "final norm", "norm")
+        hidden.clear()
         head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, h)
         logits = f.linear(normed, head, None, "logits")
         del normed
@@ -183,15 +185,17 @@ class _Training(StepWriter):
             wide = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
             return f.layer_norm(x, weights, name, statistics_bytes=wide)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
-        squares = f.mean(f.power(wide, f"{name}, squares"), f"{name}, mean square")
-        inverse = f.rsqrt(f.shift(squares, f"{name}, mean square"), f"{name}, 1 / rms")
-        del squares
-        wide = f.mul(wide, inverse, f"{name}, normalised")
-        del inverse
+        wide = f.mul(wide, self._inverse_rms(wide, name), f"{name}, normalised")
         if norm.plus_one:
             scale = f.shift(f.cast(weight, FLOAT32), f"{name}, 1 + weight")
             return f.cast(f.mul(wide, scale, f"{name}, scaled"), b, name)
         return f.mul(weight, f.cast(wide, b, f"{name}, normalised"), name)
+
+    def _inverse_rms(self, wide: Tensor, name: str) -> Tensor:
+        f, column = self.f, f"{name}, mean square"
+        mean = f.mean(f.power(wide, f"{name}, squares"), column)
+        mean = f.shift(mean, column)
+        return f.rsqrt(mean, f"{name}, 1 / rms")
 
     def _linear(self, x: Tensor, name: str, out: int, *, bias: bool) -> Tensor:
         weight = self.weight(f"{name}.weight", out, x.sizes[-1])
@@ -233,13 +237,20 @@ class _Training(StepWriter):
         R, D = cos.sizes[-1], x_BTHD.sizes[-1]
         x = f.narrow(x_BTHD, R)
         x1, x2 = f.split(x, (R // 2, R // 2))
-        straight = f.mul(x, cos, f"{name} · cos")
-        halves = f.cat((f.scale(x2, f"{name}, negated", kernel="neg"), x1), x.dims, f"{name} turned")
-        turned = f.add(straight, f.mul(halves, sin, f"{name} turned · sin"), f"rotated {name}")
+        turned = f.add(
+            f.mul(x, cos, f"{name} · cos"), self._turned(x1, x2, sin, name), f"rotated {name}"
+        )
         if R == D:
             return turned
         rest = f.narrow(x_BTHD, D - R)
         return f.cat((turned, rest), x_BTHD.dims, f"rotated {name}")
+
+    def _turned(self, x1: Tensor, x2: Tensor, sin: Tensor, name: str) -> Tensor:
+        f, R = self.f, sin.dims[-1]
+        halves = (f.scale(x2, f"{name}, negated", kernel="neg"), x1)
+        whole = f.cat(halves, (*x1.dims[:-1], R), f"{name} turned")
+        del halves
+        return f.mul(whole, sin, f"{name} turned · sin")
 
     def _naive(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attention.naive: float32 throughout, scores [B, G, H/G·T, T] kept in full."""
@@ -280,8 +291,9 @@ class _Training(StepWriter):
         window = gqa.sliding_window
         visible, additive = self.masks[window], None
         if visible is not None:  # aten turns a bool mask into one of q's dtype
-            numbers = (((1,), self.b), ((1,), self.b))
-            additive = self.aten.new("where.self", "mask", visible.dims, self.b, beside=numbers)
+            reads = (visible, *(self.aten.number("mask", self.b) for _ in ("0", "-inf")))
+            additive = self.aten.new("where.self", "mask", visible.dims, self.b, reads=reads)
+            del reads
         pairs = visible_pairs(window)
         return self.f.flash_attention(q, k, v, additive, "attention", pairs=pairs)
 
