@@ -3,14 +3,13 @@
 What moves through HBM, per layer and pass: q and the output, 2·B·H·T·D elements, and K and V,
 2·B·G·S·D; in a decode step (T = 1) K and V are nearly all. `naive` also writes and reads B·H·T·S
 float32 scores in each op on them; `sdpa` keeps them on chip where its kernel is flash or efficient.
-A mask is T·S bytes, made once a forward; `sdpa` converts it to q's dtype in every layer.
+A mask is made once a forward; `sdpa` converts it to q's dtype in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnlab.kv_cache import KVCache
 from attnlab.linear import Linear
+from attnlab.masks import Mask, causal
 from attnlab.positions import rotate
 from attnlab.supported import grouped_query
 from planner.errors import ConfigError, check_choice
 from planner.layers import GQA, Layer
 
 # Shapes.  B batch · H query heads · G kv heads · T new tokens · S cached + new tokens · D head dim
-
-
-class Mask(NamedTuple):
-    """What the last T of S positions see: `visible` [T, S] (None: all), or plain causal."""
-
-    visible: Tensor | None
-    is_causal: bool
-
-
-def make_mask(T: int, S: int, window: int | None, device: torch.device) -> Mask:
-    """No tensor where none is needed: a prefill from nothing or a single token, in the window."""
-    if (window is None or window >= S) and T in (1, S):
-        return Mask(None, is_causal=T > 1)
-    return Mask(_visible(T, S, window, device), is_causal=False)
-
-
-def _visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
-    query, key = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
-    if window is None:
-        return key <= query
-    return (key <= query) & (key > query - window)
 
 
 def naive(
@@ -60,7 +39,9 @@ def naive(
     """softmax(cap(scaling · q·kᵀ) + mask) · v, the obvious way, in float32: the specification."""
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
-    visible = _visible(T, S, None, q_BHTD.device) if mask.is_causal else mask.visible
+    visible = mask.visible
+    if mask.is_causal:
+        visible = causal(mask.query_positions, mask.key_positions)
     cap = logit_softcap or 1.0
     q = (q_BHTD.float() * (scaling / cap)).reshape(B, G, H // G * T, D)  # K and V stay G heads
     scores = q @ k_BGSD.float().transpose(-2, -1)  # [B, G, H/G·T, S]

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnlab.attention import Attention, Mask, choose, make_mask, sdpa_backend
+from attnlab.attention import Attention, choose, sdpa_backend
 from attnlab.feed_forward import FeedForward
 from attnlab.kv_cache import KVCache
 from attnlab.linear import Embedding, Linear
+from attnlab.masks import Mask, make_mask
 from attnlab.norms import build_norm
 from attnlab.positions import RotaryTables
 from attnlab.supported import check_model, grouped_query
@@ -118,8 +119,11 @@ class Transformer(nn.Module):
         S = past + T
         if isinstance(self.model.positions, LearnedPositions):
             self.model.check_positions(S)
-        x, rotation = self._embed(ids, torch.arange(past, S, device=ids.device))
-        masks = {w: make_mask(T, S, w, ids.device) for w in {b.window for b in self.layers}}
+        positions, keys = (torch.arange(n, S, device=ids.device) for n in (past, 0))
+        x, rotation = self._embed(ids, positions)
+        windows = {block.window for block in self.layers}
+        masks = {window: make_mask(positions, keys, window=window) for window in windows}
+        del positions, keys
         for index, block in enumerate(self.layers):
             x = block(x, rotation, masks[block.window], cache, index)
         del rotation, masks
@@ -167,11 +171,11 @@ def backend_name(
         return transformer.attention
     if device.type == "meta":
         raise ConfigError("device=meta runs no attention: a device that computes")
-    names = set()
+    names, positions = set(), torch.arange(S, device=device)
     for gqa in {grouped_query(layer.attention) for layer in transformer.model.layers}:
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
         q = torch.empty(batch, T, H, D, dtype=transformer.dtype, device=device).transpose(1, 2)
         k = torch.empty(batch, G, S, D, dtype=transformer.dtype, device=device)
-        mask = make_mask(T, S, gqa.sliding_window, device)
+        mask = make_mask(positions[S - T :], positions, window=gqa.sliding_window)
         names.add(sdpa_backend(q, k, k, scaling=gqa.scaling, mask=mask))
     return "sdpa:" + "+".join(sorted(names))

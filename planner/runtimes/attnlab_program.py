@@ -87,7 +87,7 @@ class _Forward(Writer):
     def _embed(self) -> None:
         model, tape, b = self.model, self.tape, self.b
         shape, rows = self.hidden.shape, ((*self.hidden.shape, b),)
-        positions = tape.new("positions", (T,), INT64)
+        self.positions = tape.new("positions", (T,), INT64), tape.new("positions", (S,), INT64)
         self.rotary: tuple[Buffer, ...] = ()
         learned = isinstance(model.positions, LearnedPositions)
         if model.embedding_scale is not None or learned:
@@ -101,7 +101,6 @@ class _Forward(Writer):
             tape.new("hidden states", shape, b, moved=rows, into=self.hidden)
         if isinstance(model.positions, RoPE):
             self._rotary_tables(model.positions.rotary_dim)
-        tape.free(positions)
         for layer in model.layer_kinds():
             window = _gqa(layer).sliding_window
             if window not in self.masks:
@@ -130,18 +129,17 @@ class _Forward(Writer):
         tape = self.tape
         masked = _if_beyond(window)
         shape: Shape = (masked, T, S)
-        query, key = tape.new("mask", (masked, T), INT64), tape.new("mask", (masked, S), INT64)
         causal = tape.new("mask", shape, BOOL)
         lowest = tape.new("mask", (masked, T), INT64)
         near = tape.new("mask", shape, BOOL)
         tape.free(lowest)
         visible = tape.new("mask", shape, BOOL)
-        tape.free(causal, near, query, key)
+        tape.free(causal, near)
         return visible
 
     def _head(self) -> None:
         model, tape, b = self.model, self.tape, self.b
-        tape.free(*self.rotary, *self.masks.values())
+        tape.free(*self.rotary, *self.positions, *self.masks.values())
         rows: Extent = T if self.what.logits == "all" else 1
         h, V = model.hidden_size, model.vocab_size
         kept = Buffer(name="hidden states", shape=(B, rows, h), itemsize=b)
@@ -268,9 +266,7 @@ class _Forward(Writer):
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
         window = gqa.sliding_window
         plain = _plain_causal(window)
-        index = [tape.new("mask", (plain, n), INT64) for n in (T, S)]
         causal = tape.new("mask", (plain, T, S), BOOL)
-        tape.free(*index)
         shape_q: Shape = (B, H, T, D)
         wide = tape.new("float32 query", shape_q, FLOAT32, reads=(q,)) if b != FLOAT32 else None
         scaled = tape.new("float32 query", shape_q, FLOAT32, reads=(q,))
