@@ -75,6 +75,7 @@ class _Training(StepWriter):
         self.step, self.regime = step, regime
         self.rotation: tuple[Tensor, Tensor] | None = None
         self.masks: dict[int | None, Tensor | None] = {}
+        self.positions: list[Tensor] = []  # of queries and of keys
 
     # Transformer.forward
 
@@ -83,7 +84,11 @@ class _Training(StepWriter):
         model, f = self.model, self.f
         self.table = self.weight("embed_tokens", model.vocab_size, model.hidden_size)
         scaled, learned = model.embedding_scale, isinstance(model.positions, LearnedPositions)
-        positions = self.aten.new("arange.start", "positions", ((T,),), INT64)
+        positions, keys = (
+            self.aten.new(kernel, "positions", ((T,),), INT64)
+            for kernel in ("arange.start", "arange.start")
+        )
+        self.positions = [positions, keys]
         name = "hidden states" if scaled is None and not learned else "input embeddings"
         x = f.embedding(self.table, self.given("token ids", ((B,), (T,)), INT64), name)
         if scaled is not None:
@@ -96,7 +101,6 @@ class _Training(StepWriter):
             del places
         if isinstance(model.positions, RoPE):
             self.rotation = self._rotary_tables(positions, model.positions.rotary_dim)
-        del positions
         for layer in model.layer_kinds():
             window = _gqa(layer).sliding_window
             if window not in self.masks:
@@ -119,10 +123,8 @@ class _Training(StepWriter):
         return cos, sin
 
     def _visible(self, window: int | None) -> Tensor:
-        """attention._visible: a bool for each pair of a query and a key."""
-        query, key = (
-            self.aten.new(kernel, "mask", ((T,),), INT64) for kernel in ("arange.start", "arange")
-        )
+        """masks.causal: a bool for each pair of a query and a key."""
+        query, key = self.positions
         causal = self._compare("le.Tensor", key, query)
         if window is None:
             return causal
@@ -137,7 +139,7 @@ class _Training(StepWriter):
     def loss(self, hidden: list[Tensor]) -> Tensor:
         """Last norm, head, caps, cross-entropy in float32."""
         model, f = self.model, self.f
-        self.rotation, self.masks = None, {}
+        self.rotation, self.masks, self.positions = None, {}, []
         assert model.final_norm is not None  # refused by Attnlab.attention
         h, V = model.hidden_size, model.vocab_size
         normed = self._norm(model.final_norm, hidden[0], "final norm", "norm")
