@@ -219,7 +219,7 @@ class Tape:
         )
         return out
 
-    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str = "") -> None:
+    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str) -> None:
         """An op that works in place: it allocates nothing."""
         self._ops.append(Op(name=op, moved=moved, kernel=kernel))
 
@@ -261,7 +261,7 @@ class Tape:
         self._by_label[label] = written
         self._segments.append(written)
 
-    def again(self, label: str, *, count: int, first_layer: int) -> bool:
+    def again(self, label: str, *, count: int, first_layer: int | None) -> bool:
         """Repeat the segment that carries this label; False if there is none yet."""
         if label not in self._by_label:
             return False

@@ -6,7 +6,7 @@ frees what they share (rotary tables, masks). All others of the kind are one seg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from planner.autograd.aten import Aten
@@ -16,8 +16,12 @@ from planner.autograd.layouts import contiguous
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
 from planner.model import Model
+from planner.optimizers import OptimizerWriter
+from planner.optimizers import Part as TrainedPart
+from planner.parameters import layer_parameters
 from planner.program import Buffer, Program, Symbol, Tape
 from planner.runtimes.writer import layer_label
+from planner.tensors import Parameter
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -33,7 +37,7 @@ class StepWriter:
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
-        self.leaves: list[Leaf] = []
+        self.leaves: dict[str, list[Leaf]] = {}  # of each part
 
     def embed(self) -> Tensor:
         """Token ids to hidden states, and what all layers share."""
@@ -51,7 +55,7 @@ class StepWriter:
         """A trained tensor."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
         leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
-        self.leaves.append(leaf)
+        self.leaves[self.walking].append(leaf)
         return replace(made, node=leaf)
 
     def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
@@ -61,8 +65,8 @@ class StepWriter:
         sizes = self.aten.sizes(dims)
         return Tensor(there, dims, sizes, contiguous(sizes), itemsize, name)
 
-    def write(self, name: str) -> Program:
-        """Forward, then backward; the gradients stay."""
+    def write(self, name: str, optimizer: str | None, impl: str) -> Program:
+        """Forward and backward; with an optimizer its step, which uses the gradients up."""
         tape, graphs = self.tape, dict[str, Graph]()
         carried: Gradients = []  # the hidden states, later their gradient: no other reference
         tape.phase = "forward"
@@ -82,9 +86,43 @@ class StepWriter:
                         carried[0] = self.aten.new("ones_like", "gradient of the loss", (), FLOAT32)
                         root = carried[0]
                     run_back(self.aten, graphs[part.label], carried)
+        with tape.segment("end of the backward"):
+            del root
+        tape.phase = "optimizer step"
+        if optimizer is not None:
+            OptimizerWriter(tape, optimizer, impl, self.b).write(self._trained())
+            self._zero_gradients()
         with tape.segment("end"):
-            del root, loss
+            del loss
         return tape.program(name)
+
+    def _trained(self) -> list[TrainedPart]:
+        """The parameters of each part, in the order of the module's."""
+        h = self.model.hidden_size
+        outer = [p for p in self.model.parameters() if p.layer is None]
+        trained = []
+        for part in self._parts():
+            if part.layer_kind is not None:
+                own: Iterable[Parameter] = layer_parameters(part.layer_kind, h)
+            else:
+                embeds = part.label == EMBEDDING
+                own = (p for p in outer if p.name.startswith("embed") == embeds)
+            sizes = tuple(p.count for p in own)
+            trained.append(
+                TrainedPart(
+                    label=part.label, sizes=sizes, count=part.count, first_layer=part.layer
+                )
+            )
+        return trained
+
+    def _zero_gradients(self) -> None:
+        """Set all gradients to None."""
+        for part in self._parts():
+            label = f"zero_grad of {part.label}"
+            if not self.tape.again(label, count=part.count, first_layer=part.layer):
+                with self.tape.segment(label, count=part.count, first_layer=part.layer):
+                    for leaf in self.leaves[part.label]:
+                        leaf.grad = None
 
     def _parts(self) -> Iterator[_Part]:
         """Embedding, runs of equal layers with the first of each kind apart, head."""
@@ -102,6 +140,7 @@ class StepWriter:
 
     def _walk(self, part: _Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
+        self.walking, self.leaves[part.label] = part.label, []
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         if part.label == EMBEDDING:
             out = self.embed()

@@ -55,12 +55,16 @@ class Step:
     attention: Literal["sdpa", "naive"]
     dtype: str
     device: str
+    optimizer: str | None = None
+    optimizer_impl: str = "foreach"
 
 
 @lru_cache(maxsize=128)
 def step_program(model: Model, step: Step, regime: Regime) -> Program:
     """Forward and backward of [B, T] ids and labels, in one regime of sizes."""
-    return _Training(model, step, regime).write("attnlab training step")
+    return _Training(model, step, regime).write(
+        "attnlab training step", step.optimizer, step.optimizer_impl
+    )
 
 
 class _Training(StepWriter):
