@@ -13,6 +13,7 @@ from planner.dtypes import ELEMENT_BYTES, element_bytes
 from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
+from planner.optimizers import optimizer_rows
 from planner.overhead import overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
@@ -21,7 +22,8 @@ from planner.result import Estimate, Memory
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
-from planner.workload import CacheSpec, Deployment, Inference
+from planner.training import gradient_rows, training_phase, unfinished_row
+from planner.workload import CacheSpec, Deployment, Inference, Training
 
 
 def kv_cache_bytes(
@@ -67,13 +69,15 @@ def _encoder_tokens(model: Model, given: int | None, context_tokens: int) -> int
     return check_size("encoder_tokens", given, maximum=model.encoder_tokens or MAX_SIZE)
 
 
-def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
+def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Estimate:
     """Memory and latency of a workload. Something that does not fit is an answer, not an error.
 
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
     model = _as_loaded(model, deploy)
+    if isinstance(work, Training):
+        return _of_training(model, work, deploy)
     model.check_positions(work.context_tokens)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = _setting(model, deploy, runtime, gpu)
@@ -129,6 +133,37 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         rows=rows,
         pool=pool,
         peak_note=note,
+    )
+
+
+def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
+    """One training step. Gradients count whole; what they lack at the peak is activations' own."""
+    runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    setting = _setting(model, deploy, runtime, gpu)
+    phase = training_phase(model, work, deploy, setting)
+    highest = peak(phase.program, phase.dims)
+    weights = _weight_rows(model, runtime, setting.dtype)
+    gradients = gradient_rows(weights)
+    rows = (
+        *weights,
+        *gradients,
+        *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
+        *_activation_rows(highest, phase, 0, note=phase.note, pooled=False),
+        *unfinished_row(highest, gradients),
+        *overhead_rows(gpu, pooled=False),
+    )
+    return Estimate(
+        model=model,
+        work=work,
+        deploy=deploy,
+        setting=setting,
+        gpu=gpu,
+        memory=_memory(rows, highest, work, gpu, pooled=False),
+        peak=highest,
+        peak_phase=highest.phase,
+        rows=rows,
+        pool=None,
+        peak_note=phase.note,
     )
 
 
@@ -268,21 +303,21 @@ def _activation_rows(
 
 
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, work: Inference, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, work: Inference | Training, gpu: Gpu, *, pooled: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
     activations, overhead = total_bytes(rows, "activations"), total_bytes(rows, "overhead")
-    live = weights + (highest.live_bytes + kv if pooled else highest.live_bytes)
-    inputs = 8 * work.batch * work.prompt_tokens  # token ids, int64
+    gradients, optimizer = total_bytes(rows, "gradients"), total_bytes(rows, "optimizer")
+    live = weights + optimizer + (highest.live_bytes + kv if pooled else highest.live_bytes)
     return Memory(
         weights_bytes=weights,
         kv_cache_bytes=kv,
         activations_bytes=activations,
-        gradients_bytes=0,
-        optimizer_bytes=0,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer,
         overhead_bytes=overhead,
         peak_live_bytes=live,
-        peak_allocated_bytes=live + inputs + workspace_bytes(gpu),
+        peak_allocated_bytes=live + work.inputs_bytes + workspace_bytes(gpu),
         peak_reserved_bytes=None,
-        device_used_bytes=weights + kv + activations + overhead,
+        device_used_bytes=total_bytes(rows),
     )

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from planner.activations import Peak
 from planner.catalog.gpus import Gpu
 from planner.format import gib, seconds
-from planner.latency import Latency, latency
+from planner.latency import Latency, latency, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.report import write_csv
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Pool, Setting
-from planner.workload import Deployment, Inference
+from planner.workload import Deployment, Inference, Training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Estimate:
     """
 
     model: Model
-    work: Inference
+    work: Inference | Training
     deploy: Deployment
     setting: Setting
     gpu: Gpu
@@ -86,7 +86,9 @@ class Estimate:
 
     @property
     def latency(self) -> Latency:
-        """TTFT, TPOT and throughput, computed when asked for."""
+        """Times and throughput, computed when asked for."""
+        if isinstance(self.work, Training):
+            return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
         return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
 
     @property
@@ -162,6 +164,26 @@ class Estimate:
         }
 
 
+def speed(latency: Latency) -> str:
+    """What is known of the times, in one line."""
+    known = [
+        f"{name} {seconds(time_s)}"
+        for name, time_s in (
+            ("TTFT", latency.ttft_s),
+            ("TPOT", latency.tpot_s),
+            ("step", latency.step_s),
+        )
+        if time_s is not None or (name == "TPOT" and latency.step_s is None)
+    ]
+    for what, per_s in (
+        ("output", latency.output_tokens_per_s),
+        ("trained", latency.trained_tokens_per_s),
+    ):
+        if per_s is not None:
+            known.append(f"{per_s:,.0f} {what} tokens/s")
+    return f"{', '.join(known)} ({latency.basis})"
+
+
 def verdict(estimate: Estimate) -> str:
     """Fits or not, and by how much, in one sentence."""
     where = estimate.gpu.label if estimate.pool is None else "the KV pool"
@@ -180,15 +202,17 @@ def explain(estimate: Estimate) -> str:
     """The parts, each with its largest items and what causes the peak."""
     e, m = estimate, estimate.memory
     lines = [
-        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: batch {e.work.batch}, "
-        f"{e.work.prompt_tokens} prompt + {e.work.output_tokens} output tokens, {e.setting.dtype}, "
-        f"{e.setting.attention} attention, {e.work.logits} logits",
+        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: {e.work.in_words}, "
+        f"{e.setting.dtype}, {e.setting.attention} attention"
+        + (f", {e.work.logits} logits" if isinstance(e.work, Inference) else ""),
         verdict(e),
         f"  total        {gib(m.total_bytes):>12}  of {gib(e.gpu.memory_bytes)}",
     ]
     for component, size in (
         ("weights", m.weights_bytes),
-        ("kv_cache", m.kv_cache_bytes),
+        *((("kv_cache", m.kv_cache_bytes),) if isinstance(e.work, Inference) else ()),
+        *((("gradients", m.gradients_bytes),) if isinstance(e.work, Training) else ()),
+        *((("optimizer", m.optimizer_bytes),) if m.optimizer_bytes else ()),
         ("activations", m.activations_bytes),
         ("overhead", m.overhead_bytes),
     ):
@@ -202,10 +226,7 @@ def explain(estimate: Estimate) -> str:
     lines.append(f"  peak: {e.peak.op}{layer}, {e.peak_phase}{note}")
     if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
         lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
-    lines.append(
-        f"  TTFT {seconds(e.latency.ttft_s)}, TPOT {seconds(e.latency.tpot_s)}, "
-        f"{e.latency.output_tokens_per_s:,.0f} output tokens/s ({e.latency.basis})"
-    )
+    lines.append(f"  {speed(e.latency)}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")
     return "\n".join(lines)

@@ -59,6 +59,16 @@ class Inference:
         """KV length when the last output token has been produced."""
         return self.prompt_tokens + self.output_tokens - 1
 
+    @property
+    def inputs_bytes(self) -> int:
+        """The token ids of the prompts, int64."""
+        return 8 * self.batch * self.prompt_tokens
+
+    @property
+    def in_words(self) -> str:
+        """What is run, for people."""
+        return f"batch {self.batch}, {self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+
 
 OPTIMIZERS = ("adamw", "sgd")
 """torch's, with the arguments that they have by default: sgd has no momentum."""
@@ -92,6 +102,21 @@ class Training:
         check_choice("checkpointing", self.checkpointing, ("none", "full"))
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Token ids and labels, int64."""
+        return 16 * self.batch * self.sequence_tokens
+
+    @property
+    def in_words(self) -> str:
+        """What is run, for people."""
+        optimizer = "no optimizer"
+        if self.optimizer is not None:
+            optimizer = f"{self.optimizer} ({self.optimizer_impl})"
+        return (
+            f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {optimizer}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,8 +48,9 @@ class Aten:
         strides: Ints | None = None,
         reads: Sequence[Tensor] = (),
         flops: Shape | None = None,
+        scratch: Sequence[tuple[Shape, int]] = (),
     ) -> Tensor:
-        """What an op allocates."""
+        """What an op allocates; `scratch` (shape, itemsize) goes when it ends."""
         moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
         weights = (x for x in reads if x.storage.tape is None)
         shape = tuple(extent for dim in dims for extent in dim)
@@ -60,6 +61,7 @@ class Aten:
             flops=flops,
             moved=moved,
             weight_bytes=sum(prod(x.sizes) * x.itemsize for x in weights),
+            scratch=tuple(scratch),
             called=name,
             kernel=kernel,
         )

@@ -14,7 +14,7 @@ from planner.autograd.aten import ONE, Aten
 from planner.autograd.engine import Graph
 from planner.autograd.layouts import contiguous
 from planner.autograd.tensors import Backward, Dims, Gradients, Like, Node, Tensor
-from planner.program import Extent, Shape
+from planner.program import Extent, Shape, Symbol
 
 FLOAT32 = 4
 
@@ -323,28 +323,44 @@ class Functions:
         name: str,
         *,
         pairs: Extent,
+        cuda: bool,
     ) -> Tensor:
-        """Fused attention on a CPU: saves q, k, v, mask, output and log-sum-exp.
+        """Fused attention: saves q, k, v, mask, output and log-sum-exp.
 
         q [B, H, T, D], k and v [B, G, T, D]; outputs and gradients lie as [B, T, heads, D]. `pairs`
         of query and key are computed, twice forward and five times on the way back (the scores are
-        made again).
+        made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp, mha_bwd): a float32
+        gradient of q, row sums, and gradients of k and v for every query head.
         """
-        (B, H, T, D), kernel = q.dims, "_scaled_dot_product_flash_attention_for_cpu"
-
-        def lying(like: Tensor | Like, name: str, flops: Shape | None, kernel: str) -> Tensor:
-            B, H, T, D = like.dims
-            made = self.aten.new(kernel, name, (B, T, H, D), like.itemsize, flops=flops)
-            return self.aten.transpose(made, 1, 2)
+        kernel = "_scaled_dot_product_flash_attention"
+        if not cuda:
+            kernel += "_for_cpu"
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            flops = (10, *B, *H, *D, pairs)
-            return [
-                lying(like, f"gradient of {like.name}", flops if i == 0 else None, f"{kernel}_backward")
-                for i, like in enumerate(node.inputs)
-            ]
+            made: Gradients = [None, None, None]
+            reads = (only(flowed), *(x for x in node.saved if x is not None))
+            for index in (2, 1, 0):  # all three beside the scratch
+                like = node.inputs[index]
+                B, H, T, D = like.dims
+                first = index == 0
+                lying = self.aten.new(
+                    f"{kernel}_backward",
+                    f"gradient of {like.name}",
+                    (B, T, H, D),
+                    like.itemsize,
+                    flops=(10, *B, *H, *D, pairs) if first else None,
+                    reads=reads if first else (),
+                    scratch=_flash_scratch(node.inputs) if first and cuda else (),
+                )
+                made[index] = self.aten.transpose(lying, 1, 2)
+            return made
 
-        out = lying(q, name, (4, *B, *H, *D, pairs), kernel)
+        B, H, T, D = q.dims
+        flops = (4, *B, *H, *D, pairs)
+        lying = self.aten.new(
+            kernel, name, (B, T, H, D), q.itemsize, flops=flops, reads=(q, k, v)
+        )
+        out = self.aten.transpose(lying, 1, 2)
         lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
         return self._record(backward, (q, k, v), out, (q, k, v, mask, out, lse))
 
@@ -376,3 +392,14 @@ class Functions:
         loss = self.aten.new("nll_loss_forward", "loss", (), FLOAT32, reads=(log_probabilities,))
         count = self.aten.new("nll_loss_forward", "count of labels", (), FLOAT32)
         return self._record(backward, (log_probabilities,), loss, (log_probabilities, count))
+
+
+def _flash_scratch(inputs: Sequence[Like]) -> list[tuple[Shape, int]]:
+    """What mha_bwd of CUDA's flash attention allocates inside: (shape, itemsize)."""
+    B, H, T, (D,) = inputs[0].dims
+    assert isinstance(D, int)
+    rows = (*B, *H, Symbol("ceil128(T)", lambda d: -(-d.tokens // 128) * 128))
+    scratch: list[tuple[Shape, int]] = [(rows, FLOAT32), ((*rows, D + -D % 32), FLOAT32)]
+    if inputs[1].dims[1] != H:
+        scratch += [((*B, *T, *H, D), inputs[0].itemsize)] * 2
+    return scratch

@@ -17,10 +17,13 @@ from planner.autograd.step import StepWriter
 from planner.autograd.tensors import Dims as Sizes
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
+from planner.errors import ConfigError
 from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm, RoPE
 from planner.model import Model
 from planner.program import B, Dims, Program, Shape, T, visible_pairs
+from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
+from planner.workload import Training
 
 SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
 """Primes that stand for any size above 1 where strides are compared."""
@@ -57,6 +60,48 @@ class Step:
     device: str
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
+
+
+NOTE = "approximate: written from the source of torch and its flash attention, not measured on a GPU"
+
+
+def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
+    """One step's program and sizes; ConfigError for what is not planned."""
+    for field, planned in (("method", "full"), ("checkpointing", "none"), ("precision", "pure")):
+        if getattr(work, field) != planned:
+            raise ConfigError(
+                f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: {planned}"
+            )
+    tokens = work.sequence_tokens
+    dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
+    regime = Regime.of(model, dims)
+    if setting.device == "cuda" and setting.attention == "sdpa":
+        _check_flash(model, setting.dtype, regime)
+    step = Step(
+        attention=setting.attention,  # type: ignore[arg-type]
+        dtype=setting.dtype,
+        device=setting.device,
+        optimizer=work.optimizer,
+        optimizer_impl=work.optimizer_impl,
+    )
+    note = NOTE if setting.device == "cuda" else ""
+    program = step_program(model, step, regime)
+    return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def _check_flash(model: Model, dtype: str, regime: Regime) -> None:
+    """ConfigError where CUDA's flash attention does not run: what torch takes instead is unknown."""
+    widths = {_gqa(layer).head_dim for layer in model.layer_kinds()}
+    why = {
+        "in fp32": dtype == "fp32",
+        f"over a window of {max(regime.masked, default=0)} tokens": bool(regime.masked),
+        f"of head_dim={max(widths)}": any(D % 8 or D > 256 for D in widths),
+    }
+    for part, refused in why.items():
+        if refused:
+            raise ConfigError(
+                f"attention=sdpa {part} is not planned for training on a GPU yet: naive"
+            )
 
 
 @lru_cache(maxsize=128)
@@ -301,7 +346,8 @@ class _Training(StepWriter):
             additive = self.aten.new("where.self", "mask", visible.dims, self.b, reads=reads)
             del reads
         pairs = visible_pairs(window)
-        return self.f.flash_attention(q, k, v, additive, "attention", pairs=pairs)
+        cuda = self.step.device == "cuda"
+        return self.f.flash_attention(q, k, v, additive, "attention", pairs=pairs, cuda=cuda)
 
     # FeedForward.forward
 
