@@ -337,12 +337,11 @@ class Functions:
             kernel += "_for_cpu"
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            made: Gradients = [None, None, None]
+            made: Gradients = []
             reads = (only(flowed), *(x for x in node.saved if x is not None))
-            for index in (2, 1, 0):  # all three beside the scratch
-                like = node.inputs[index]
+            for index, like in enumerate(node.inputs):
                 B, H, T, D = like.dims
-                first = index == 0
+                first, last = index == 0, index == 2
                 lying = self.aten.new(
                     f"{kernel}_backward",
                     f"gradient of {like.name}",
@@ -350,9 +349,9 @@ class Functions:
                     like.itemsize,
                     flops=(10, *B, *H, *D, pairs) if first else None,
                     reads=reads if first else (),
-                    scratch=_flash_scratch(node.inputs) if first and cuda else (),
+                    scratch=_flash_scratch(node.inputs) if last and cuda else (),
                 )
-                made[index] = self.aten.transpose(lying, 1, 2)
+                made.append(self.aten.transpose(lying, 1, 2))
             return made
 
         B, H, T, D = q.dims
