@@ -58,13 +58,13 @@ WeightDtype = Annotated[
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
 Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
-SequenceTokens = Annotated[int, typer.Option("--sequence", help="Tokens of a sequence in training.")]
+SequenceTokens = Annotated[
+    int, typer.Option("--sequence", help="Tokens of a sequence in training.")
+]
 OptimizerName = Annotated[
     str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
 ]
-OptimizerImpl = Annotated[
-    str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")
-]
+OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
 Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,10 +1,10 @@
 """What an optimizer keeps, and one step of it as ops: torch.optim of torch 2.13.
 
-AdamW (arXiv:1711.05101) keeps two moments of each parameter in its dtype, and the number of steps as
-a float32. Its step makes the square root of the second moment: for all parameters at once
-("foreach": torch/optim/adam.py, _multi_tensor_adam), for one after the other while the last one's is
-still there ("for-loop": _single_tensor_adam), or inside a kernel ("fused"). SGD without momentum
-keeps nothing and works in place.
+AdamW (arXiv:1711.05101) keeps two moments of each parameter in its dtype, and the number of steps
+as a float32. Its step makes the root of the second moment: for all parameters at once ("foreach":
+torch/optim/adam.py, _multi_tensor_adam), for one after the other while the last one's is still
+there ("for-loop": _single_tensor_adam), or inside a kernel ("fused"). SGD without momentum keeps
+nothing and works in place.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ class Inference:
     @property
     def in_words(self) -> str:
         """What is run, for people."""
-        return f"batch {self.batch}, {self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+        return (
+            f"batch {self.batch}, {self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+        )
 
 
 OPTIMIZERS = ("adamw", "sgd")

@@ -172,9 +172,7 @@ class Aten:
         """The gradient of something that was repeated: summed to its size (at::sum_to)."""
         lead = len(x.sizes) - len(like.sizes)
         repeated = [
-            i
-            for i, n in enumerate(x.sizes)
-            if i < lead or (like.sizes[i - lead] == 1 and n != 1)
+            i for i, n in enumerate(x.sizes) if i < lead or (like.sizes[i - lead] == 1 and n != 1)
         ]
         if not repeated:
             return x

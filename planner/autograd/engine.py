@@ -17,8 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from planner.autograd.aten import Aten
-from planner.autograd.layouts import contiguous
-from planner.autograd.tensors import Gradients, Leaf, Node, Tensor
+from planner.autograd.tensors import Gradients, Leaf, Node
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from planner.autograd.aten import ONE, Aten
 from planner.autograd.engine import Graph
-from planner.autograd.layouts import contiguous
 from planner.autograd.tensors import Backward, Dims, Gradients, Like, Node, Tensor
 from planner.program import Extent, Shape, Symbol
 
@@ -37,7 +36,7 @@ class Functions:
         backward: Backward,
         inputs: Sequence[Tensor],
         out: Tensor,
-        saved: Sequence[Tensor | None] = (),
+        saved: Sequence[Tensor] = (),
     ) -> Tensor:
         if any(x.node is not None for x in inputs):
             out.node = Node(out.name, backward, inputs, saved)
@@ -146,16 +145,16 @@ class Functions:
         """a · b: each is saved where the other wants a gradient."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient = only(flowed)
+            gradient, kept = only(flowed), iter(node.saved)
             made: Gradients = [None, None]
             for index in (1, 0):
-                factor = node.saved[1 - index]
-                if factor is not None:
+                if node.wants[index]:
                     called = f"gradient of {node.inputs[index].name}"
+                    factor = next(kept)
                     made[index] = self.aten.elementwise("mul.Tensor", called, gradient, factor)
             return made
 
-        saved = (a if b.node else None, b if a.node else None)
+        saved = [x for x, other in ((a, b), (b, a)) if other.node is not None]
         out = self.aten.elementwise("mul.Tensor", name, a, b)
         return self._record(backward, (a, b), out, saved)
 
@@ -338,7 +337,7 @@ class Functions:
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             made: Gradients = []
-            reads = (only(flowed), *(x for x in node.saved if x is not None))
+            reads = (only(flowed), *node.saved)
             for index, like in enumerate(node.inputs):
                 B, H, T, D = like.dims
                 first, last = index == 0, index == 2
@@ -356,12 +355,11 @@ class Functions:
 
         B, H, T, D = q.dims
         flops = (4, *B, *H, *D, pairs)
-        lying = self.aten.new(
-            kernel, name, (B, T, H, D), q.itemsize, flops=flops, reads=(q, k, v)
-        )
+        lying = self.aten.new(kernel, name, (B, T, H, D), q.itemsize, flops=flops, reads=(q, k, v))
         out = self.aten.transpose(lying, 1, 2)
         lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
-        return self._record(backward, (q, k, v), out, (q, k, v, mask, out, lse))
+        saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)
+        return self._record(backward, (q, k, v), out, saved)
 
     # Tables and the loss
 

@@ -109,9 +109,7 @@ class StepWriter:
                 own = (p for p in outer if p.name.startswith("embed") == embeds)
             sizes = tuple(p.count for p in own)
             trained.append(
-                TrainedPart(
-                    label=part.label, sizes=sizes, count=part.count, first_layer=part.layer
-                )
+                TrainedPart(label=part.label, sizes=sizes, count=part.count, first_layer=part.layer)
             )
         return trained
 

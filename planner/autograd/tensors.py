@@ -90,14 +90,14 @@ class Node:
         name: str,
         backward: Backward,
         inputs: Sequence[Tensor],
-        saved: Sequence[Tensor | None],
+        saved: Sequence[Tensor],
         outputs: int = 1,
     ) -> None:
         self.name, self.backward, self.outputs = name, backward, outputs
         self.edges = [(x.node, x.output) for x in inputs]
         self.wants = [x.node is not None for x in inputs]
         self.inputs = [Like(x.dims, x.sizes, x.strides, x.itemsize, x.name) for x in inputs]
-        self.saved = [None if x is None else x.detach() for x in saved]
+        self.saved = [x.detach() for x in saved]
         self.waiting: dict[int, Tensor] = {}
         for x in inputs:
             if isinstance(x.node, Leaf):

@@ -1,4 +1,4 @@
-"""Training steps of attnlab (kernels/attnlab/training.py) as programs: forward, backward, optimizer.
+"""Training steps of attnlab (kernels/attnlab/training.py) as programs.
 
 The forward is written as attnlab's own, line by line and `del` by `del`, on tensors without
 contents (`planner/autograd`); the backward follows from what it recorded. The first layer of each
@@ -14,7 +14,6 @@ from typing import Literal
 
 from planner.autograd.aten import ONE
 from planner.autograd.step import StepWriter
-from planner.autograd.tensors import Dims as Sizes
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
@@ -62,7 +61,9 @@ class Step:
     optimizer_impl: str = "foreach"
 
 
-NOTE = "approximate: written from the source of torch and its flash attention, not measured on a GPU"
+NOTE = (
+    "approximate: written from the source of torch and its flash attention, not measured on a GPU"
+)
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -70,7 +71,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     for field, planned in (("method", "full"), ("checkpointing", "none"), ("precision", "pure")):
         if getattr(work, field) != planned:
             raise ConfigError(
-                f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: {planned}"
+                f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: "
+                f"{planned}"
             )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
@@ -90,7 +92,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
 
 
 def _check_flash(model: Model, dtype: str, regime: Regime) -> None:
-    """ConfigError where CUDA's flash attention does not run: what torch takes instead is unknown."""
+    """ConfigError where CUDA's flash attention does not run: torch's choice then is unknown."""
     widths = {_gqa(layer).head_dim for layer in model.layer_kinds()}
     why = {
         "in fp32": dtype == "fp32",
@@ -211,9 +213,7 @@ class _Training(StepWriter):
         f, norm = self.f, layer.norm
         assert isinstance(layer.feed_forward, Dense)
         sandwich = layer.placement == "sandwich"
-        out = self._attention(
-            _gqa(layer), self._norm(norm, x, "attention norm", "input_layernorm")
-        )
+        out = self._attention(_gqa(layer), self._norm(norm, x, "attention norm", "input_layernorm"))
         if sandwich:
             out = self._norm(norm, out, "post norm", "post_attention_layernorm")
         x = f.add(x, out, "residual")
@@ -233,8 +233,8 @@ class _Training(StepWriter):
         weight = self.weight(f"{module}.weight", h)
         if norm.kind == "layernorm":
             weights = (weight, self.weight(f"{module}.bias", h)) if norm.bias else (weight,)
-            wide = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
-            return f.layer_norm(x, weights, name, statistics_bytes=wide)
+            kept = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
+            return f.layer_norm(x, weights, name, statistics_bytes=kept)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
         wide = f.mul(wide, self._inverse_rms(wide, name), f"{name}, normalised")
         if norm.plus_one:
@@ -267,8 +267,7 @@ class _Training(StepWriter):
                 for name, heads in (("q_proj", H), ("k_proj", G), ("v_proj", G))
             )
         q, k, v = (
-            f.view(part, ((B,), (T,), (heads,), (D,)))
-            for part, heads in ((q, H), (k, G), (v, G))
+            f.view(part, ((B,), (T,), (heads,), (D,))) for part, heads in ((q, H), (k, G), (v, G))
         )
         if self.rotation is not None:
             q = self._rotate(q, "query")

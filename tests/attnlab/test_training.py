@@ -29,7 +29,9 @@ def test_loss_and_gradients_equal_those_of_transformers(trained, ids):
     torch.testing.assert_close(training_step(ours, ids, shifted(ids)), expected.detach(), **CLOSE)
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
     made = {name: p.grad for name, p in ours.named_parameters()}
-    for here, there in zip(ours.model.parameters(), ours.model.checkpoint_parameters(), strict=True):
+    for here, there in zip(
+        ours.model.parameters(), ours.model.checkpoint_parameters(), strict=True
+    ):
         gradient = wanted[there.name].T if there.transposed else wanted[there.name]
         torch.testing.assert_close(made[here.name], gradient, **CLOSE)
 

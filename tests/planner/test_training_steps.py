@@ -120,9 +120,7 @@ def test_a_step_of_adamw_is_exact_and_leaves_the_weights_and_its_states(name, im
     deploy = planner.Deployment(gpu="cpu", runtime="attnlab", dtype="bf16")
     work = planner.Training(batch=batch, sequence_tokens=tokens, optimizer_impl=impl)
     memory = planner.estimate(model, work, deploy).memory
-    states = sum(
-        value.nbytes for state in adamw.state.values() for value in state.values()
-    )
+    states = sum(value.nbytes for state in adamw.state.values() for value in state.values())
     assert memory.optimizer_bytes == states
     assert memory.gradients_bytes == sum(p.nbytes for p in live.parameters())
     assert memory.peak_live_bytes == module_bytes(live) + states + meter.peak_bytes
