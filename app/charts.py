@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 import planner
 from planner.format import gib, percent, seconds
+from planner.timeline import Moment
 from profiles.compare import QUANTITIES, Row
 
 GIB = 2**30
@@ -46,7 +47,7 @@ def memory_parts(estimate: planner.Estimate) -> list[tuple[str, int]]:
         ("Overhead", m.overhead_bytes),
     ]
     if estimate.kv_pool_bytes is not None:
-        parts.append(("Unused pool", m.device_used_bytes - m.total_bytes))
+        parts.append(("Unused pool", m.unused_pool_bytes))
     return parts
 
 
@@ -136,6 +137,86 @@ def memory_in_words(estimate: planner.Estimate) -> str:
         f"Memory of {estimate.model.name}: {parts}; "
         f"{estimate.gpu.label} has {gib(estimate.gpu.memory_bytes)}."
     )
+
+
+def timeline(estimate: planner.Estimate) -> go.Figure:
+    """Cache and activations, op by op, through the pass in which the peak lies; the peak marked."""
+    moments = estimate.moments()
+    where = _peak_index(moments)
+    top = moments[where].live_bytes
+    scale, unit = (GIB, "GiB") if top >= GIB else (2**20, "MiB")
+    figure = go.Figure()
+    hover = [_escaped(f"{m.op}{'' if m.layer is None else f', layer {m.layer}'}") for m in moments]
+    for name, sizes in (
+        ("KV cache", [m.cache_bytes for m in moments]),
+        ("Activations", [m.activation_bytes for m in moments]),
+    ):
+        figure.add_scatter(
+            name=name,
+            mode="lines",
+            x=list(range(len(moments))),
+            y=[size / scale for size in sizes],
+            stackgroup="live",
+            line={"shape": "hv", "width": 1, "color": COLOURS[name]},
+            fillpattern={"shape": "/" if name == "KV cache" else "", "size": 6},
+            text=[f"{op}<br>{name} {gib(size)}" for op, size in zip(hover, sizes, strict=True)],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.add_scatter(
+        name="Peak",
+        mode="markers+text",
+        x=[where],
+        y=[top / scale],
+        marker={"color": OVER, "symbol": "diamond", "size": 12},
+        text=[f"{hover[where]}: {gib(top)}"],
+        textposition=f"top {'left' if where > len(moments) / 2 else 'right'}",
+        hovertemplate="%{text}<extra></extra>",
+    )
+    starts = _layer_starts(moments)
+    figure.update_layout(**_LAYOUT, height=320)
+    figure.update_xaxes(
+        tickvals=[index for index, _ in starts],
+        ticktext=[f"layer {layer}" for _, layer in starts],
+        showgrid=False,
+        title=None,
+        fixedrange=True,
+    )
+    figure.update_yaxes(
+        range=[0, 1.15 * top / scale or 1],
+        ticksuffix=f" {unit}",
+        nticks=6,
+        title=None,
+        fixedrange=True,
+    )
+    return figure
+
+
+def timeline_in_words(estimate: planner.Estimate) -> str:
+    """The same figure for who cannot see it."""
+    moments = estimate.moments()
+    top = moments[_peak_index(moments)]
+    layer = "" if top.layer is None else f" of layer {top.layer}"
+    return (
+        f"Memory beside the weights through {len(moments):,} ops of the {estimate.peak_phase}: it "
+        f"peaks at {top.op}{layer} with {gib(top.cache_bytes)} of KV cache and "
+        f"{gib(top.activation_bytes)} of activations."
+    )
+
+
+def _peak_index(moments: Sequence[Moment]) -> int:
+    return max(range(len(moments)), key=lambda index: moments[index].live_bytes)
+
+
+def _layer_starts(moments: Sequence[Moment]) -> list[tuple[int, int]]:
+    """(index, layer) of the first op of some layers, evenly: at most nine ticks."""
+    made = [op for op, moment in enumerate(moments) if moment.layer is None]
+    first = made[0] if made else 0  # before it: caches that the pass finds
+    starts: dict[int, int] = {}
+    for index, moment in enumerate(moments):
+        if moment.layer is not None and index >= first:
+            starts.setdefault(moment.layer, index)
+    every = -(-len(starts) // 9) or 1
+    return [(index, layer) for layer, index in sorted(starts.items()) if layer % every == 0]
 
 
 def errors(rows: Iterable[Row]) -> go.Figure:

@@ -14,23 +14,35 @@ from typing import Literal
 import streamlit as st
 
 import planner
-from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
+from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE
 from planner.format import count, gib
 from planner.loading import read_json
-from planner.runtimes import RUNTIMES
+from planner.runtimes import RUNTIMES, runtime_named
+from planner.runtimes.quantised_cache import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_RESIDUAL_TOKENS,
+    backends_of,
+)
+from planner.workload import CACHE_BACKENDS
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
 
 LARGEST = MAX_SIZE - 1
 
+KV_HELP = (
+    "What keys and values are kept in. transformers quantises with a QuantizedCache, of full "
+    "attention only."
+)
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model": tuple(planner.catalogue()),
     "gpu": tuple(planner.gpus()),
     "runtime": tuple(RUNTIMES),
     "dtype": (AS_MODEL, *COMPUTE_DTYPES),
-    "kv_dtype": (AS_MODEL, *ELEMENT_BYTES),
+    "kv_dtype": (AS_MODEL, *KV_DTYPES),
+    "kv_backend": CACHE_BACKENDS,
     "logits": ("last", "all"),
 }
 """What a word in the URL may be."""
@@ -41,13 +53,16 @@ START = {
     "runtime": "transformers",
     "dtype": AS_MODEL,
     "kv_dtype": AS_MODEL,
+    "kv_backend": CACHE_BACKENDS[0],
+    "kv_group": DEFAULT_GROUP_SIZE,
+    "kv_residual": DEFAULT_RESIDUAL_TOKENS,
     "logits": "last",
     "batch": 8,
     "prompt": 2048,
     "output": 256,
 }
 
-NUMBERS = ("batch", "prompt", "output")
+NUMBERS = ("batch", "prompt", "output", "kv_group", "kv_residual")
 
 
 def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
@@ -81,11 +96,29 @@ def link_problems(asked: Mapping[str, str], *, taken: Mapping[str, object]) -> l
             why = "is not known"
         elif key in NUMBERS and not _is_size(value):
             why = f"is not a whole number from 1 to {LARGEST:,}"
+        elif (offered := _offered(key, taken)) and value not in offered:
+            why = f"is not one of {', '.join(offered)}"
         else:
             continue
         short = value if len(value) <= 40 else f"{value[:37]}..."
         problems.append(f"{key}={short!r} in the link {why}: {taken.get(key, START[key])} is taken")
     return problems
+
+
+def kv_dtypes(taken: Mapping[str, object]) -> tuple[str, ...]:
+    """What the cache of the runtime that is taken can be kept in."""
+    runtime = str(taken.get("runtime") or START["runtime"])
+    return (AS_MODEL, *runtime_named(runtime).kv_dtypes)
+
+
+def _offered(key: str, taken: Mapping[str, object]) -> tuple[str, ...]:
+    """What a widget offers where that depends on the others; empty where it does not."""
+    match key:
+        case "kv_dtype":
+            return kv_dtypes(taken)
+        case "kv_backend":
+            return backends_of(str(taken.get("kv_dtype", START["kv_dtype"])))
+    return ()
 
 
 def in_words(model: planner.Model) -> str:
@@ -123,13 +156,36 @@ def _deployment() -> planner.Deployment:
     left, right = st.columns(2)
     with left:
         dtype = _select("dtype", "dtype")
+    named = runtime or str(START["runtime"])
     with right:
-        kv_dtype = _select("KV dtype", "kv_dtype")
+        kept = kv_dtypes({"runtime": named})
+        kv_dtype = _select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
     return planner.Deployment(
         gpu=gpu.name,
-        runtime=runtime or str(START["runtime"]),
+        runtime=named,
         dtype=None if dtype == AS_MODEL else dtype,
         kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
+        cache=_cache(kv_dtype) if named == "transformers" else None,
+    )
+
+
+def _cache(kv_dtype: str) -> planner.CacheSpec | None:
+    """The settings of a quantised cache, where the dtype has any."""
+    backends = backends_of(kv_dtype)
+    if not backends:
+        return None
+    backend = _select("Quantised by", "kv_backend", options=backends)
+    left, right = st.columns(2)
+    with left:
+        group = _number("KV group size", "kv_group", help="Elements that share a scale.")
+    with right:
+        residual = _number(
+            "KV residual tokens",
+            "kv_residual",
+            help="Decoded tokens kept unquantised until so many are there.",
+        )
+    return planner.CacheSpec(
+        kind="quantised", backend=backend, q_group_size=group, residual_tokens=residual
     )
 
 
@@ -160,12 +216,15 @@ def _workload(*, torch: bool) -> planner.Inference:
     )
 
 
-def _select(label: str, key: str, help: str | None = None) -> str:
-    options = CHOICES[key]
+def _select(
+    label: str, key: str, help: str | None = None, options: tuple[str, ...] | None = None
+) -> str:
+    options = options or CHOICES[key]
+    start = str(START[key])
     chosen = st.selectbox(
         label,
         options,
-        index=options.index(str(START[key])),
+        index=options.index(start) if start in options else 0,
         key=key,
         bind="query-params",
         help=help,

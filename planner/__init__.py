@@ -12,6 +12,11 @@ from planner.estimate import estimate as estimate
 from planner.estimate import kv_cache_bytes as kv_cache_bytes
 from planner.findings import Finding as Finding
 from planner.huggingface import read_config as read_config
+from planner.kv_format_names import KV_FORMATS as KV_FORMATS
+from planner.kv_format_names import kv_format_bytes as kv_format_bytes
+from planner.kv_formats import KvFormat as KvFormat
+from planner.kv_formats import StoredBytes as StoredBytes
+from planner.kv_formats import TensorFormat as TensorFormat
 from planner.latency import Latency as Latency
 from planner.loading import catalogue as catalogue
 from planner.loading import load_model as load_model

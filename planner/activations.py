@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
@@ -52,21 +52,30 @@ def peak_bytes(program: Program, dims: Dims) -> Number:
     A segment that repeats is walked once: its net growth is the same at each repetition, so the
     peak lies in the last (growth ≥ 0) or the first one.
     """
+    return _highest(_walks(program, dims), dims)
+
+
+def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) -> Number:
+    larger = max if dims.is_point else maximum
     highest: Number = 0
-    for _, start, walk, count in _walks(program, dims):
+    for _, start, walk, count in walks:
         last = start + walk.net * (count - 1)
-        highest = maximum(highest, maximum(start, last) + walk.top)
+        highest = larger(highest, larger(start, last) + walk.top)
     return highest
 
 
 def _walks(program: Program, dims: Dims) -> Iterator[tuple[Segment, Number, _Walk, int]]:
     """Every segment with the live bytes before it and what one repetition does."""
     walked: dict[int, _Walk] = {}
+    sizes: dict[Buffer, int] | None = {} if dims.is_point else None
     live: Number = 0
     for segment in program.segments:
         key = id(segment.ops)
         if key not in walked:
-            walked[key] = _walk(segment.ops, dims)
+            if sizes is None:
+                walked[key] = _walk(segment.ops, dims)
+            else:
+                walked[key] = _walk_point(segment.ops, dims, sizes)
         walk = walked[key]
         yield segment, live, walk, segment.count
         live = live + walk.net * segment.count
@@ -85,15 +94,39 @@ def _walk(ops: tuple[Op, ...], dims: Dims) -> _Walk:
     return _Walk(live, top)
 
 
+def _walk_point(ops: tuple[Op, ...], dims: Dims, sizes: dict[Buffer, int]) -> _Walk:
+    """The same at one point, where sizes may be kept (those of a grid would fill the memory)."""
+    live = top = 0
+    for op in ops:
+        for buffer in op.allocates:
+            size = sizes.get(buffer)
+            if size is None:
+                size = sizes[buffer] = buffer.nbytes(dims)
+            live += size
+        if live > top:
+            top = live
+        for buffer in op.frees:
+            size = sizes.get(buffer)
+            if size is None:
+                size = sizes[buffer] = buffer.nbytes(dims)
+            live -= size
+    return _Walk(live, top)
+
+
 def peak(program: Program, dims: Dims) -> Peak:
     """The peak at one point, with the op that causes it and everything that lives there."""
-    highest = peak_bytes(program, dims)
+    walks = list(_walks(program, dims))
+    highest = _highest(walks, dims)
     alive: Counter[Buffer] = Counter()
-    for segment, start, walk, count in _walks(program, dims):
+    nets: dict[int, Counter[Buffer]] = {}
+    for segment, start, walk, count in walks:
+        key = id(segment.ops)
+        if key not in nets:
+            nets[key] = _net_buffers(segment.ops)
         in_first = start + walk.top == highest
         before = 0 if in_first else count - 1  # repetitions that have ended
         if in_first or start + walk.net * before + walk.top == highest:
-            for buffer, change in _net_buffers(segment.ops).items():
+            for buffer, change in nets[key].items():
                 alive[buffer] += change * before
             op = _until_top(segment.ops, walk.top, alive, dims)
             first = segment.first_layer
@@ -101,18 +134,16 @@ def peak(program: Program, dims: Dims) -> Peak:
             return replace(
                 _snapshot(alive, highest, dims, op, layer), kernel=op.kernel, phase=segment.phase
             )
-        for buffer, change in _net_buffers(segment.ops).items():
+        for buffer, change in nets[key].items():
             alive[buffer] += change * count
     return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, live=())
 
 
 def _net_buffers(ops: tuple[Op, ...]) -> Counter[Buffer]:
     """How many of each buffer one repetition leaves behind; negative: takes away."""
-    change: Counter[Buffer] = Counter()
-    for op in ops:
-        change.update(op.allocates)
-        change.subtract(op.frees)
-    return change
+    change: Counter[Buffer] = Counter(buffer for op in ops for buffer in op.allocates)
+    change.subtract(buffer for op in ops for buffer in op.frees)
+    return Counter({buffer: number for buffer, number in change.items() if number})
 
 
 def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims) -> Op:

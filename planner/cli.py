@@ -21,7 +21,7 @@ from planner.format import gib, percent, seconds
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference, Training
+from planner.workload import Deployment, Inference, Training, cache_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,17 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; 
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
 ]
-KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="The cache's; else as --dtype.")]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="The cache's: fp8, int8, int4, …; else as --dtype.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="KIND[:FIELD=VALUE,…]",
+        help="Kind of cache, else the runtime's own: quantised:backend=hqq,q_group_size=32",
+    ),
+]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
 Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
 SequenceTokens = Annotated[
@@ -89,6 +99,7 @@ def estimate_command(
     dtype: Dtype = None,
     weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
+    cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
     train: Train = False,
@@ -118,6 +129,7 @@ def estimate_command(
         dtype=dtype,
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
+        cache=None if cache is None else cache_spec(cache),
         attention=attention,
     )
     result: Estimate | TracedEstimate
@@ -148,6 +160,7 @@ def fit_command(
     dtype: Dtype = None,
     weight_dtype: WeightDtype = None,
     kv_dtype: KvDtype = None,
+    cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
     as_json: AsJson = False,
@@ -160,6 +173,7 @@ def fit_command(
         dtype=dtype,
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
+        cache=None if cache is None else cache_spec(cache),
         attention=attention,
     )
     described = load_model(model)

@@ -12,6 +12,9 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 COMPUTE_DTYPES = ("fp32", "bf16", "fp16")
 """What a model's weights and activations can be kept in without quantisation."""
 
+KV_DTYPES = (*ELEMENT_BYTES, "int4", "int3", "int2", "int1")
+"""What some runtime keeps keys and values in; how, in `planner.kv_formats`."""
+
 _ALIASES = {
     "float32": "fp32",
     "float": "fp32",

@@ -9,18 +9,21 @@ from functools import lru_cache
 
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.dtypes import ELEMENT_BYTES, element_bytes
+from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES, element_bytes
 from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
-from planner.overhead import overhead_rows, workspace_bytes
+from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.on_load import quantised_on_load
-from planner.result import Estimate, Memory
+from planner.reserved import AllocatorPlan
+from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
+from planner.runtimes.quantised_cache import DEFAULT_DTYPE
+from planner.runtimes.transformers import is_quantised
 from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
 from planner.training import gradient_rows, training_phase, unfinished_row
 from planner.workload import CacheSpec, Deployment, Inference, Training
@@ -35,18 +38,28 @@ def kv_cache_bytes(
     runtime: str = "transformers",
     cache: CacheSpec | None = None,
     encoder_tokens: int | None = None,
+    compute_dtype: str | None = None,
+    decoded_tokens: int = 0,
 ) -> int:
     """Bytes of the KV cache of `batch` sequences of `context_tokens` tokens in a named runtime.
 
     Counts beyond the model's positions too. Raises ConfigError for sizes out of range, an unknown
-    dtype or runtime, a kind of cache that the runtime lacks.
+    dtype or runtime, a kind of cache that the runtime lacks or that does not keep the dtype.
+
+    `dtype`: what keys and values are kept in; scales are counted where the runtime has them.
+    `compute_dtype`: what they are computed in, which scales and residuals of quantised caches are
+    kept in (None: the same where it can be, else the model's). `decoded_tokens`: how many of the
+    context came one at a time after the prefill; they fill the residual of a quantised cache.
 
     `encoder_tokens`: what a sequence-to-sequence model's cross-attention sees; None: as many as
     `context_tokens`, or what the model fixes (whisper: 1 500). Encoders without a decoder: 0 bytes.
     """
     check_size("batch", batch)
     check_size("context_tokens", context_tokens, minimum=0)
-    check_choice("dtype", dtype, ELEMENT_BYTES)
+    check_choice("dtype", dtype, KV_DTYPES)
+    check_size("decoded_tokens", decoded_tokens, minimum=0, maximum=max(0, context_tokens - 1))
+    computed = compute_dtype or (dtype if dtype in COMPUTE_DTYPES else model.dtype)
+    check_choice("compute_dtype", computed, COMPUTE_DTYPES)
     rows = runtime_named(runtime).cache_rows(
         model,
         batch=batch,
@@ -54,6 +67,8 @@ def kv_cache_bytes(
         dtype=dtype,
         cache=cache,
         encoder_tokens=_encoder_tokens(model, encoder_tokens, context_tokens),
+        compute_dtype=computed,
+        decoded_tokens=decoded_tokens,
     )
     return total_bytes(rows)
 
@@ -100,18 +115,20 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         dtype=setting.kv_dtype,
         cache=cache,
         encoder_tokens=_encoder_tokens(model, work.encoder_tokens, work.prompt_tokens),
+        compute_dtype=setting.dtype,
+        decoded_tokens=work.output_tokens - 1,
     )
     phases = runtime.memory_phases(model, work, setting)
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
     pooled = runtime.pooled
-    note = runtime.peak_note(model) or _quantised_note(model)
+    note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
     overhead = list(overhead_rows(gpu, pooled=pooled))
     rows = (*weights, *kv, *activations, *overhead)
-    memory = _memory(rows, highest, work, gpu, pooled=pooled)
-
+    torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
+    memory = _memory(rows, highest, torch, gpu, pooled=pooled)
     pool = runtime.pool(
         model,
         setting,
@@ -119,8 +136,7 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         held_bytes=memory.weights_bytes + memory.activations_bytes,
     )
     if pool is not None:
-        unused = max(0, pool.size_bytes - kv_bytes)
-        memory = replace(memory, device_used_bytes=memory.total_bytes + unused)
+        memory = replace(memory, unused_pool_bytes=max(0, pool.size_bytes - kv_bytes))
     return Estimate(
         model=model,
         work=work,
@@ -152,13 +168,15 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *unfinished_row(highest, gradients),
         *overhead_rows(gpu, pooled=False),
     )
+    held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
+    torch = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes + workspace_bytes(gpu))
     return Estimate(
         model=model,
         work=work,
         deploy=deploy,
         setting=setting,
         gpu=gpu,
-        memory=_memory(rows, highest, work, gpu, pooled=False),
+        memory=_memory(rows, highest, torch, gpu, pooled=False),
         peak=highest,
         peak_phase=highest.phase,
         rows=rows,
@@ -170,15 +188,17 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
 def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
     dtype = deploy.dtype or model.dtype
     batched, sequences = batch_defaults(gpu)
+    quantised = deploy.cache is not None and deploy.cache.kind == "quantised"
     return Setting(
         attention=runtime.attention(model, deploy.attention),
         dtype=dtype,
-        kv_dtype=deploy.kv_dtype or dtype,
+        kv_dtype=deploy.kv_dtype or (DEFAULT_DTYPE if quantised else dtype),
         device="cpu" if gpu.is_cpu else "cuda",
         max_batched_tokens=deploy.max_batched_tokens or batched,
         max_sequences=deploy.max_sequences or sequences,
         multiprocessors=gpu.multiprocessors or 0,
         block_tokens=_block_tokens(deploy),
+        cache=deploy.cache,
     )
 
 
@@ -302,22 +322,52 @@ def _activation_rows(
         )
 
 
+def _torch_peaks(
+    model: Model,
+    work: Inference,
+    setting: Setting,
+    runtime: Runtime,
+    gpu: Gpu,
+    rows: tuple[Row, ...],
+    highest: Peak,
+) -> TorchPeaks:
+    """The workload to be played through torch's allocator; where it is not, the sum of tensors.
+
+    Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
+    """
+    workspace = workspace_bytes(gpu)
+    steps_differ = (
+        work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
+    )
+    if runtime.pooled or gpu.vendor not in WITH_CONTEXT or steps_differ:
+        pool = total_bytes(rows, "kv_cache") if runtime.pooled else 0
+        live = total_bytes(rows, "weights") + highest.live_bytes + pool
+        return Unsegmented(peak_allocated_bytes=live + work.inputs_bytes + workspace)
+    outside = total_bytes(rows, "overhead") - workspace
+    return AllocatorPlan(
+        model=model,
+        work=work,
+        setting=setting,
+        runtime=runtime.name,
+        workspace_bytes=workspace,
+        capacity_bytes=max(0, gpu.memory_bytes - outside),
+    )
+
+
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, work: Inference | Training, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, pooled: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
-    activations, overhead = total_bytes(rows, "activations"), total_bytes(rows, "overhead")
-    gradients, optimizer = total_bytes(rows, "gradients"), total_bytes(rows, "optimizer")
-    live = weights + optimizer + (highest.live_bytes + kv if pooled else highest.live_bytes)
+    overhead, optimizer = total_bytes(rows, "overhead"), total_bytes(rows, "optimizer")
+    live = highest.live_bytes + kv if pooled else highest.live_bytes
     return Memory(
         weights_bytes=weights,
         kv_cache_bytes=kv,
-        activations_bytes=activations,
-        gradients_bytes=gradients,
+        activations_bytes=total_bytes(rows, "activations"),
+        gradients_bytes=total_bytes(rows, "gradients"),
         optimizer_bytes=optimizer,
         overhead_bytes=overhead,
-        peak_live_bytes=live,
-        peak_allocated_bytes=live + work.inputs_bytes + workspace_bytes(gpu),
-        peak_reserved_bytes=None,
-        device_used_bytes=total_bytes(rows),
+        peak_live_bytes=weights + optimizer + live,
+        torch=torch,
+        outside_torch_bytes=overhead if pooled else overhead - workspace_bytes(gpu),
     )

@@ -95,8 +95,7 @@ def _attention_row(attention: GQA | MLA, kept: Kept, *, batch: int, dtype: str) 
         formula=formula,
         values=(("B", batch), *values, *numbers, ("b", b)),
         size_bytes=batch * attention_cache_elements(attention, tokens=tokens) * b,
-        # the plain caches of both torch runtimes keep the model's dtype
-        note="elements only: a quantised cache, its scales apart" if b == 1 else "",
+        note="cast, without scales" if b == 1 else "",
     )
 
 

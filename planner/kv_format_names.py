@@ -5,7 +5,18 @@ Names are those of whoever made them: vLLM's `--kv-cache-dtype`, llama.cpp's `--
 
 from __future__ import annotations
 
-from planner.kv_formats import KvFormat, Residual, Scales, TensorFormat
+from planner.dtypes import COMPUTE_DTYPES
+from planner.errors import ConfigError, check_choice, check_size
+from planner.kv_formats import (
+    KvFormat,
+    Residual,
+    Scales,
+    StoredBytes,
+    TensorFormat,
+    attention_bytes,
+)
+from planner.layers import GQA, MLA
+from planner.model import Model
 
 
 def both(name: str, tensor: TensorFormat, *, slot_multiple_bytes: int = 1) -> KvFormat:
@@ -29,6 +40,10 @@ def kivi(bits: int, *, group_size: int = 32, residual_tokens: int = 128) -> KvFo
     the dtype of the computation; codes in words of 32 bits (github.com/jy-yuan/KIVI,
     models/llama_kivi.py).
     """
+    if residual_tokens % group_size:
+        raise ConfigError(
+            f"residual_tokens={residual_tokens} is not a multiple of group_size={group_size}"
+        )
 
     def tensor(per: str, rule: str) -> TensorFormat:
         return TensorFormat(
@@ -97,3 +112,47 @@ KV_FORMATS: dict[str, KvFormat] = {
     )
 }
 """Name → format. Scales are float32 where nothing else is said."""
+
+
+def kv_format_bytes(
+    model: Model,
+    *,
+    format: str | KvFormat,
+    batch: int,
+    context_tokens: int,
+    compute_dtype: str | None = None,
+) -> StoredBytes:
+    """What a model's keys and values take in a format, whichever runtime would run it.
+
+    Elements, scales with zero points, residual and padding apart; their sum is `total_bytes`.
+    `format`: a name of KV_FORMATS or a KvFormat of one's own. Sliding layers keep their window.
+    `compute_dtype` (None: the model's) is what residuals and some scales are kept in. What a
+    runtime holds, its blocks, capacities and clipping included, is `kv_cache_bytes`.
+
+    Raises ConfigError for an unknown format and for what keeps more than keys and values: recurrent
+    states, an indexer, an encoder's.
+    """
+    check_size("batch", batch)
+    check_size("context_tokens", context_tokens, minimum=0)
+    if not isinstance(format, KvFormat):
+        format = KV_FORMATS[check_choice("format", format, KV_FORMATS)]
+    computed = check_choice("compute_dtype", compute_dtype or model.dtype, COMPUTE_DTYPES)
+    total = StoredBytes()
+    for layer, count in model.layer_kinds().items() if model.is_decoder else ():
+        attention, tokens = layer.attention, context_tokens
+        match attention:
+            case GQA(shares_cache=True) | None:
+                continue
+            case GQA(sliding_window=window):
+                tokens = tokens if window is None else min(tokens, window)
+            case MLA(indexer=None, shares_cache=False):
+                pass
+            case _:
+                attention = None
+        if attention is None or layer.beside or layer.cross_attention:
+            raise ConfigError(
+                f"format={format.name!r} is of keys and values, {model.model_type} keeps more"
+            )
+        one = attention_bytes(format, attention, batch=batch, tokens=tokens, computed=computed)
+        total += one * count
+    return total

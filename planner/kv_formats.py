@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from planner.dtypes import ELEMENT_BYTES
 from planner.errors import ConfigError, check_choice, check_size, shown
 from planner.layers import GQA, MLA
+from planner.program import Number
 
 Sharing = Literal["tensor", "head", "token-head", "channel", "flat"]
 Packing = Literal["row", "group", "groups"]
@@ -37,13 +38,15 @@ class Scales:
 
     `group_size` None: the whole row (token-head) or column (channel); flat needs one, tensor and
     head have none. `dtype` None: that of the computation; `zero_dtype` None: no zero point, else
-    its dtype ("scale": the scale's).
+    its dtype ("scale": the scale's). `lone_per_element`: a tensor that is one single group gets a
+    scale for each element (what optimum-quanto 0.2.7 makes of it).
     """
 
     per: Sharing
     group_size: int | None = None
     dtype: str | None = "fp32"
     zero_dtype: str | None = None
+    lone_per_element: bool = False
 
     def __post_init__(self) -> None:
         check_choice("scales.per", self.per, get_args(Sharing))
@@ -84,8 +87,14 @@ class Scales:
                     )
                 return B * H * S * d // g
 
-    def bytes_per_group(self, computed: str) -> int:
-        """Bytes of a group's scale and zero point; `computed`: the dtype of the computation."""
+    def count(self, groups: Number) -> Number:
+        """Scales of so many groups: one each."""
+        if self.lone_per_element and self.group_size is not None:
+            return groups + (groups == 1) * (self.group_size - 1)
+        return groups
+
+    def bytes_of_one(self, computed: str) -> int:
+        """Bytes of a scale and its zero point; `computed`: the dtype of the computation."""
         scale = ELEMENT_BYTES[self.dtype or computed]
         match self.zero_dtype:
             case None:
@@ -182,7 +191,7 @@ class TensorFormat:
             return
         if self.scales is None or self.scales.group_size is None:
             raise ConfigError(f"packed={self.packed!r} is not allowed: row for elements ungrouped")
-        if self.bits > 8 * self.word_bytes:
+        if self.bits > self._word_bits:
             raise ConfigError(f"bits={self.bits} do not fit into word_bytes={self.word_bytes}")
 
     def stored(
@@ -200,29 +209,37 @@ class TensorFormat:
         if self.residual is not None:
             r = self.residual.of(tokens, decoded_tokens=decoded_tokens)
         B, H, S, d = batch, heads, tokens - r, width
-        word_bits = 8 * self.word_bytes
         groups = scales_bytes = 0
         if self.scales is not None:
             groups = self.scales.groups(batch=B, heads=H, tokens=S, width=d)
-            scales_bytes = groups * self.scales.bytes_per_group(computed)
-        match self.packed:
-            case "row":
-                words = B * H * S * -(-d * self.bits // word_bits)
-            case "group":
-                words = groups * -(-self._group_size // (word_bits // self.bits))
-            case "groups":
-                words = -(-groups // (word_bits // self.bits)) * self._group_size
+            scales_bytes = self.scales.count(groups) * self.scales.bytes_of_one(computed)
+        if self.packed == "row":
+            elements_bytes = B * H * S * self.word_bytes * -(-d * self.bits // self._word_bits)
+        else:
+            elements_bytes = self.packed_bytes(groups)
         return StoredBytes(
-            elements_bytes=words * self.word_bytes,
+            elements_bytes=elements_bytes,
             scales_bytes=scales_bytes,
             residual_bytes=B * H * r * d * ELEMENT_BYTES[computed],
         )
 
     @property
-    def _group_size(self) -> int:
+    def codes_per_word(self) -> int:
+        """Whole codes that a word takes."""
+        return self._word_bits // self.bits
+
+    def packed_bytes(self, groups: Number) -> Number:
+        """Bytes of so many groups that are not packed row by row."""
         assert self.scales is not None
         assert self.scales.group_size is not None
-        return self.scales.group_size
+        g, codes = self.scales.group_size, self.codes_per_word
+        if self.packed == "group":
+            return groups * -(-g // codes) * self.word_bytes
+        return -(-groups // codes) * g * self.word_bytes
+
+    @property
+    def _word_bits(self) -> int:
+        return 8 * self.word_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

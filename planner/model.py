@@ -104,6 +104,8 @@ class Model:
         element_bytes(self.dtype)
         if not self.text_type:
             object.__setattr__(self, "text_type", self.model_type)
+        one: dict[Layer, Layer] = {}
+        object.__setattr__(self, "layers", tuple(one.setdefault(x, x) for x in self.layers))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -120,10 +122,11 @@ class Model:
 
     def layer_kinds(self) -> dict[Layer, int]:
         """How many blocks of each kind there are, wherever they stand."""
-        kinds: dict[Layer, int] = {}
-        for _, count, layer in self.layer_groups():
-            kinds[layer] = kinds.get(layer, 0) + count
-        return kinds
+        alike: dict[int, tuple[Layer, int]] = {}  # equal blocks are one object: no comparing here
+        for layer in self.layers:
+            _, count = alike.get(id(layer), (layer, 0))
+            alike[id(layer)] = layer, count + 1
+        return dict(alike.values())
 
     def _outer_parameters(self) -> Iterator[Parameter]:
         """Embeddings, last norm and head: what stands outside the blocks, tied weights once."""

@@ -31,6 +31,12 @@ class Dims:
     context: Number
     capacity: Number | None = None
 
+    @property
+    def is_point(self) -> bool:
+        """Whether these are numbers, not arrays of them."""
+        sizes = (self.batch, self.tokens, self.context, self.capacity)
+        return not any(isinstance(size, np.ndarray) for size in sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class Symbol:

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from planner.activations import Peak
+from planner.allocator import AllocatorSettings
+from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.format import gib, seconds
 from planner.latency import Latency, latency, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.report import write_csv
+from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Pool, Setting
+from planner.runtimes.base import Phase, Pool, Setting
+from planner.timeline import Moment, moments, timeline_table
+from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class TorchPeaks(Protocol):
+    """The peaks of torch's allocator: an AllocatorPlan, AllocatorStats, or known numbers."""
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Blocks in use."""
+
+    @property
+    def peak_reserved_bytes(self) -> int | None:
+        """Segments held; None where they are not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unsegmented:
+    """Peaks where no allocator with segments is simulated: a CPU, vllm's pool."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +51,9 @@ class Memory:
     """Bytes of one GPU. The five parts are what the total is made of.
 
     `activations_bytes` is what the peak adds to weights and the finished cache; `peak_live_bytes`
-    weights plus storages the passes create, `peak_allocated_bytes` that plus inputs and workspace.
-    `peak_reserved_bytes` needs the allocator's simulation and is None until it exists.
+    weights plus storages the passes create. `torch` has the peaks of torch's allocator, simulated
+    (not measured) when they are first asked for. `outside_torch_bytes` of `overhead_bytes` are not
+    the allocator's; `unused_pool_bytes` is what a pool holds beyond this workload.
     """
 
     weights_bytes: int
@@ -37,9 +63,32 @@ class Memory:
     optimizer_bytes: int
     overhead_bytes: int
     peak_live_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int | None
-    device_used_bytes: int
+    torch: TorchPeaks = field(repr=False, compare=False)
+    outside_torch_bytes: int
+    unused_pool_bytes: int = 0
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Blocks that torch has in use: live tensors, inputs and workspace, rounded as it does."""
+        return self.torch.peak_allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int | None:
+        """Segments that torch holds; None where it is not simulated (CPUs, vllm)."""
+        return self.torch.peak_reserved_bytes
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the peaks of torch's allocator are there, at the cost of a simulation."""
+        return isinstance(self.torch, AllocatorPlan)
+
+    @property
+    def device_used_bytes(self) -> int:
+        """What the driver reports: the context and all that torch reserves, or the pool."""
+        reserved = self.peak_reserved_bytes
+        if reserved is None:
+            return self.total_bytes + self.unused_pool_bytes
+        return self.outside_torch_bytes + reserved
 
     @property
     def total_bytes(self) -> int:
@@ -52,6 +101,12 @@ class Memory:
             + self.optimizer_bytes
             + self.overhead_bytes
         )
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Every number by its name."""
+        parts = [f.name for f in fields(self) if f.type == "int"]
+        peaks = ["peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "total_bytes"]
+        return {name: getattr(self, name) for name in (*parts, *peaks)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,9 +166,36 @@ class Estimate:
         """Whether some sequences would have to wait for others to end."""
         return self.pool is not None and self.work.batch > self.setting.max_sequences
 
+    def allocator(self, settings: AllocatorSettings = DEFAULTS) -> Reserved | None:
+        """The workload played through torch's allocator; None on CPUs and in vllm."""
+        plan = self.memory.torch
+        return reserved(plan, settings=settings) if isinstance(plan, AllocatorPlan) else None
+
+    @property
+    def reserved_note(self) -> str:
+        """How far peak_reserved_bytes can be trusted; empty where there is none."""
+        played = self.allocator()
+        return "" if played is None else played.note
+
     def table(self) -> pd.DataFrame:
         """The ledger: component, item, count, formula, substituted, bytes, note; parts sum up."""
         return ledger_table(self.rows)
+
+    def moments(self) -> list[Moment]:
+        """What lives at every op of the pass in which the peak lies."""
+        phases = self._phases()
+        return list(moments(next((p for p in phases if p.name == self.peak_phase), phases[0])))
+
+    def timeline(self) -> pd.DataFrame:
+        """A row for every op of the passes among which the peak lies (timeline.timeline_table)."""
+        held = self.memory.weights_bytes + self.memory.optimizer_bytes
+        return timeline_table(self._phases(), weights_bytes=held)
+
+    def _phases(self) -> list[Phase]:
+        if isinstance(self.work, Training):
+            return [training_phase(self.model, self.work, self.deploy, self.setting)]
+        runtime = runtime_named(self.deploy.runtime)
+        return runtime.memory_phases(self.model, self.work, self.setting)
 
     @property
     def verdict(self) -> str:
@@ -139,7 +221,8 @@ class Estimate:
             "attention": self.setting.attention,
             "dtype": self.setting.dtype,
             "kv_dtype": self.setting.kv_dtype,
-            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
+            "cache": None if self.deploy.cache is None else asdict(self.deploy.cache),
+            "memory": {**self.memory.to_dict(), "peak_reserved_note": self.reserved_note},
             "gpu_memory_bytes": self.gpu.memory_bytes,
             "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
@@ -224,6 +307,11 @@ def explain(estimate: Estimate) -> str:
     layer = "" if e.peak.layer is None else f" of layer {e.peak.layer}"
     note = f" ({e.peak_note})" if e.peak_note else ""
     lines.append(f"  peak: {e.peak.op}{layer}, {e.peak_phase}{note}")
+    if m.peak_reserved_bytes is not None:
+        lines.append(
+            f"  torch reserves {gib(m.peak_reserved_bytes)} for {gib(m.peak_allocated_bytes)} "
+            f"({e.reserved_note})"
+        )
     if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
         lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
     lines.append(f"  {speed(e.latency)}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from planner.dtypes import COMPUTE_DTYPES, ELEMENT_BYTES
+from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import ConfigError, check_choice, check_size, shown
 
-CACHE_KINDS = ("dynamic", "static", "paged")
+CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
+CACHE_BACKENDS = ("quanto", "hqq")
+QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
 LOADED_DTYPES = ("fp8", "int8", "nf4")
 """What some runtime quantises plain weights to while it loads them."""
 
@@ -18,19 +20,60 @@ class CacheSpec:
     """How a runtime keeps its cache. A kind that the runtime lacks is refused by the runtime.
 
     `capacity_tokens` is what a static cache is allocated for (None: what the workload needs);
-    `block_tokens` the page of a paged one.
+    `block_tokens` the page of a paged one. The rest sets a quantised one, by the names of
+    transformers' QuantizedCache: `backend` quanto or hqq (None: the one that has the dtype, quanto
+    first), `axis_key` and `axis_value` (None: 0), `q_group_size` (None: 64 elements share a scale)
+    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype.
     """
 
     kind: str
     block_tokens: int | None = None
     capacity_tokens: int | None = None
+    residual_tokens: int | None = None
+    backend: str | None = None
+    axis_key: int | None = None
+    axis_value: int | None = None
+    q_group_size: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("cache.kind", self.kind, CACHE_KINDS)
-        for field in ("block_tokens", "capacity_tokens"):
+        for field in QUANTISED_FIELDS if self.kind != "quantised" else ():
+            value = getattr(self, field)
+            if value is not None:
+                raise ConfigError(
+                    f"cache.{field}={shown(value)} is not allowed: None for cache.kind="
+                    f"{self.kind!r}"
+                )
+        for field in ("block_tokens", "capacity_tokens", "q_group_size"):
             value = getattr(self, field)
             if value is not None:
                 check_size(f"cache.{field}", value)
+        if self.residual_tokens is not None:
+            check_size("cache.residual_tokens", self.residual_tokens, minimum=0)
+        if self.backend is not None:
+            check_choice("cache.backend", self.backend, CACHE_BACKENDS)
+        for field in ("axis_key", "axis_value"):
+            value = getattr(self, field)
+            if value is not None:
+                check_size(f"cache.{field}", value, minimum=-1, maximum=1)
+
+
+def cache_spec(text: str) -> CacheSpec:
+    """A CacheSpec written in one word: `quantised:backend=hqq,q_group_size=32`, or a kind alone."""
+    kind, _, rest = text.partition(":")
+    known = [field.name for field in fields(CacheSpec) if field.name != "kind"]
+    settings: dict[str, str | int] = {}
+    for part in rest.split(",") if rest else ():
+        name, _, value = part.strip().partition("=")
+        if name not in known or not value:
+            raise ConfigError(
+                f"cache={shown(text)} is not understood at {shown(part)}: KIND or "
+                f"KIND:FIELD=VALUE,… with {', '.join(known)}"
+            )
+        digits = value.removeprefix("-")
+        is_number = digits.isdecimal() and digits.isascii() and len(digits) <= 20
+        settings[name] = int(value) if is_number else value
+    return CacheSpec(kind=kind, **settings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,9 +170,10 @@ class Deployment:
 
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
-    transformers), in place of `dtype`. Parallel layouts are refused until they are planned. The
-    last five are vllm's: of the memory it takes `memory_utilization`, of a sequence at most
-    `max_model_tokens`.
+    transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
+    cache keeps what is computed (transformers), another dtype takes a quantised one. Parallel
+    layouts are refused until they are planned. The last five are vllm's: of the memory it takes
+    `memory_utilization`, of a sequence at most `max_model_tokens`.
     """
 
     gpu: str
@@ -153,7 +197,7 @@ class Deployment:
         if self.dtype is not None:
             check_choice("dtype", self.dtype, COMPUTE_DTYPES)
         if self.kv_dtype is not None:
-            check_choice("kv_dtype", self.kv_dtype, ELEMENT_BYTES)
+            check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
         check_choice("mode", self.mode, ("graph", "eager"))

@@ -14,7 +14,7 @@ from planner.format import gib
 from planner.ledger import Component, Row, ledger_table, total_bytes
 from planner.overhead import overhead_rows, workspace_bytes
 from planner.report import write_csv
-from planner.result import Memory
+from planner.result import Memory, Unsegmented
 from profiles.trace import TracedModel
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TracedEstimate:
             "workload": asdict(self.work),
             "gpu": self.gpu.name,
             "dtype": self.dtype,
-            "memory": {**asdict(self.memory), "total_bytes": self.memory.total_bytes},
+            "memory": self.memory.to_dict(),
             "gpu_memory_bytes": self.gpu.memory_bytes,
             "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
@@ -133,9 +133,10 @@ def traced_estimate(model: TracedModel, work: Inference, deploy: Deployment) -> 
         optimizer_bytes=0,
         overhead_bytes=overhead,
         peak_live_bytes=live,
-        peak_allocated_bytes=live + 8 * work.batch * work.prompt_tokens + workspace_bytes(gpu),
-        peak_reserved_bytes=None,
-        device_used_bytes=live + overhead,
+        torch=Unsegmented(
+            peak_allocated_bytes=live + 8 * work.batch * work.prompt_tokens + workspace_bytes(gpu)
+        ),
+        outside_torch_bytes=overhead - workspace_bytes(gpu),
     )
     return TracedEstimate(model=model, work=work, gpu=gpu, dtype=dtype, memory=memory, rows=rows)
 

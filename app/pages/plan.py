@@ -1,6 +1,7 @@
 """Plan: will this model, in this runtime, on this GPU, hold this workload?"""
 
 import re
+from collections.abc import Callable
 
 import pandas as pd
 import streamlit as st
@@ -57,8 +58,8 @@ def trust(e: planner.Estimate) -> str:
     )
 
 
-def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
-    """The figures people come for; returns the places of the two that take longest."""
+def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
+    """The figures people come for; returns the places of those that take longest."""
     m = e.memory
     with st.container(horizontal=True):
         card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
@@ -84,13 +85,42 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, DeltaGenerator]:
             "Mean time of a token after the first; none with one output token",
         )
         card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
+        reserved = st.empty()
+        if e.memory.simulated:
+            with reserved:
+                card("Reserved by torch", "…")
     st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
-    return places
+    return (*places, reserved, st.empty())
+
+
+def torch_holds(e: planner.Estimate, place: DeltaGenerator, below: DeltaGenerator) -> None:
+    """What torch's allocator reserves, and what it has to do for that, where it is simulated."""
+    played = e.allocator()
+    if played is None:
+        return
+    with place:
+        card(
+            "Reserved by torch",
+            gib(played.stats.peak_reserved_bytes),
+            f"Peak of its segments, for {gib(played.stats.peak_allocated_bytes)} in use",
+        )
+    if played.oom is not None and e.fits:
+        below.warning(f"The parts fit, torch's segments may not: {played.note}.")
+    else:
+        below.caption(f"Reserved by torch: {played.note}.")
 
 
 def card(label: str, number: str, help: str | None = None) -> None:
     """One figure."""
     st.metric(label, number, border=True, help=help)
+
+
+def answer(e: planner.Estimate, label: str, question: Callable[..., int], help: str) -> None:
+    """A limit of the plan; none where a smaller one is refused, with the reason."""
+    try:
+        card(label, limit(question(e.model, e.work, e.deploy)), help)
+    except planner.ConfigError as error:
+        card(label, limit(0), str(error))
 
 
 def peak(e: planner.Estimate) -> None:
@@ -100,6 +130,12 @@ def peak(e: planner.Estimate) -> None:
     st.markdown(f"**{e.peak_phase}**, at **{e.peak.op}**{layer}. Alive beside the weights:")
     if e.peak_note:
         st.caption(f"This peak is {e.peak_note}.")
+    st.plotly_chart(
+        charts.timeline(e),
+        width="stretch",
+        config={"displayModeBar": False},
+        alt=charts.timeline_in_words(e),
+    )
     held = [("KV cache at that moment", 1, e.peak.cache_bytes)] if e.peak.cache_bytes else []
     buffers = [*held, *e.peak.buffers]
     most = max((size for _, _, size in buffers), default=0)
@@ -161,7 +197,7 @@ except planner.ConfigError as error:
     st.stop()
 
 head(estimate)
-longest, largest = numbers(estimate)
+longest, largest, reserved, below = numbers(estimate)
 st.subheader("Where the memory goes")
 st.plotly_chart(
     charts.memory_breakdown(estimate),
@@ -172,12 +208,13 @@ st.plotly_chart(
 peak(estimate)
 ledger(estimate)
 
-plan = (estimate.model, estimate.work, estimate.deploy)
 with longest:  # dozens of estimates: the page stands before they are done
-    card(
+    answer(
+        estimate,
         "Longest context",
-        limit(planner.max_context_tokens(*plan)),
+        planner.max_context_tokens,
         "Prompt + output − 1, in tokens, at this batch, up to the model's positions",
     )
 with largest:
-    card("Largest batch", limit(planner.max_batch(*plan)), "Sequences at once, at these lengths")
+    answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
+torch_holds(estimate, reserved, below)  # plays the whole generation

@@ -6,8 +6,8 @@ alloc_block, should_split, free_block, release_cached_blocks), in its order:
 1. round the request to 512 bytes; at most 1 MiB comes from the small pool, more from the large one;
 2. the smallest free block that is large enough, the lowest address among equals;
 3. none: a new segment, 2 MiB (small), 20 MiB (below 10 MiB) or the size up to a multiple of 2 MiB;
-4. split off the rest: in the small pool from 512 bytes on, in the large one when *more* than 1 MiB
-   is left, so that 33.7 MiB in a segment of 34 MiB own all of it;
+4. split off the rest: in the small pool from 512 bytes on (in both with expandable segments), in
+   the large one when *more* than 1 MiB is left: 33.7 MiB in a segment of 34 MiB own all of it;
 5. no room: return every segment without a live block to the device and try once more.
 
 Segments lie at rising addresses: which address cudaMalloc returns is the driver's business, and it
@@ -162,12 +162,16 @@ class DeviceAllocator:
             raise ConfigError(f"pool={shown(owner)} is not a private pool of this allocator")
         self._released.add(owner)
 
-    def blocks(self) -> Iterator[Block]:
-        """Every mapped free block: with the live ones, all that is reserved."""
+    def pools(self) -> Iterator[FreeBlocks]:
+        """The free blocks of every pool and stream."""
         for lists in self._pools.values():
             for pair in lists.values():
-                for pool in pair:
-                    yield from pool.blocks.values()
+                yield from pair
+
+    def free_blocks(self) -> Iterator[Block]:
+        """Every free block; with those of live storages they are all that is reserved."""
+        for pool in self.pools():
+            yield from pool.blocks.values()
 
     # --- what a new block needs -----------------------------------------------------------------
 

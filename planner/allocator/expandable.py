@@ -72,10 +72,8 @@ class ExpandableSegments:
         block.mapped = False
         self._device.give_back(block.size)
         self._merge(block)
-        if block.is_split:
+        if block.is_split:  # else nothing of the range is left
             pool.unmapped[block.address] = block
-        else:
-            self._device.segments[pool.is_small] -= 1
 
     def _lowest(self, pool: FreeBlocks, size: int) -> Block:
         """The lowest address from which free and unmapped neighbours have room for `size`."""
@@ -102,7 +100,6 @@ class ExpandableSegments:
         block = Block(address, size, pool, address)
         block.mapped = False
         pool.unmapped[address] = block
-        self._device.segments[pool.is_small] += 1
         return block
 
     def _map(self, block: Block, size: int) -> bool:

@@ -18,7 +18,7 @@ class Usage:
 
     `allocated_bytes`: blocks of live storages (`torch.cuda.memory_allocated`); `requested_bytes`
     what was asked for, without rounding; `reserved_bytes` all segments. `small_segments` and
-    `large_segments` count cudaMallocs that are held: with expandable segments, ranges of addresses.
+    `large_segments` count cudaMallocs that are held: none with expandable segments, as in torch.
     """
 
     allocated_bytes: int
@@ -37,9 +37,10 @@ class Usage:
 class OutOfMemory:
     """The request that could not be served, and what was there.
 
-    `id` and `event` (an index) name it. `tried_bytes` is the segment asked of the device, what
-    torch's message calls "Tried to allocate"; `free_bytes` what the device had left, and
-    `largest_cached_bytes` the largest free block of the same pool and stream.
+    `id` and `event` (an index) name it. `tried_bytes` is what torch's message calls
+    "Tried to allocate", the segment (with expandable segments more may have been asked for: whole
+    pages); `free_bytes` what the device had left, and `largest_cached_bytes` the largest free block
+    of the same pool and stream.
     """
 
     id: Hashable

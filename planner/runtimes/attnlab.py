@@ -14,6 +14,7 @@ from planner.runtimes.base import (
     Pool,
     Setting,
     check_cache_kind,
+    check_kv_dtype,
     choose_attention,
     static_capacity,
     unplanned_part,
@@ -30,6 +31,7 @@ class Attnlab:
     name = "attnlab"
     pooled = False
     version = "0.1.0"
+    kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or naive for models with a soft cap on the scores.
@@ -59,10 +61,13 @@ class Attnlab:
         dtype: str,
         cache: CacheSpec | None,
         encoder_tokens: int,
+        compute_dtype: str,
+        decoded_tokens: int,
     ) -> list[Row]:
         """One tensor a layer, full length for sliding layers too: their window is a mask."""
         self.attention(model, None)
         check_cache_kind(self.name, cache, ("static",))
+        check_kv_dtype(self.name, dtype, self.kv_dtypes)
         C = static_capacity(cache, context_tokens)
 
         def kept(attention: GQA | MLA) -> Kept:
@@ -80,6 +85,10 @@ class Attnlab:
 
     def peak_note(self, model: Model) -> str:
         """Nothing: the program is exact for all that attnlab runs."""
+        return ""
+
+    def cache_note(self, setting: Setting) -> str:
+        """Nothing."""
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:

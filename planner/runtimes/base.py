@@ -26,6 +26,7 @@ class Setting:
     max_sequences: int
     multiprocessors: int
     block_tokens: int
+    cache: CacheSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,10 @@ class Runtime(Protocol):
     def version(self) -> str:
         """The version whose source says so."""
 
+    @property
+    def kv_dtypes(self) -> tuple[str, ...]:
+        """What it can keep keys and values in that were computed in another dtype."""
+
     def attention(self, model: Model, name: str | None) -> str:
         """The backend: `name` if this model can run it, else ConfigError; None: the default."""
 
@@ -77,14 +82,21 @@ class Runtime(Protocol):
         dtype: str,
         cache: CacheSpec | None,
         encoder_tokens: int,
+        compute_dtype: str,
+        decoded_tokens: int,
     ) -> list[Row]:
         """The cache after `context_tokens` tokens of each of `batch` sequences.
 
-        `encoder_tokens`: what cross-attention sees, where a model has it.
+        `dtype`: what keys and values are kept in, `compute_dtype`: what they are computed in.
+        `encoder_tokens`: what cross-attention sees, where a model has it. `decoded_tokens`: how
+        many of the context came one at a time, after the prefill.
         """
 
     def peak_note(self, model: Model) -> str:
         """What has to be said of this model's activation peak; empty where it is exact."""
+
+    def cache_note(self, setting: Setting) -> str:
+        """What has to be said of the peak for its cache's sake; empty where nothing has to."""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """Tensors of the module that are not parameters."""
@@ -151,6 +163,14 @@ def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ..
             f"cache.kind={cache.kind!r} is not in runtime={runtime}: one of {', '.join(kinds)}"
         )
     return cache.kind
+
+
+def check_kv_dtype(runtime: str, dtype: str, kept: tuple[str, ...], *, why: str = "") -> None:
+    """ConfigError for a dtype that the runtime's cache is not kept in."""
+    if dtype not in kept:
+        raise ConfigError(
+            f"kv_dtype={dtype!r} is not kept by runtime={runtime}{why}: one of {', '.join(kept)}"
+        )
 
 
 def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:

@@ -20,10 +20,19 @@ from planner.runtimes.base import (
     Pool,
     Setting,
     check_cache_kind,
+    check_kv_dtype,
     check_planned,
     choose_attention,
     static_capacity,
 )
+from planner.runtimes.quantised_cache import (
+    QUANTISED_DTYPES,
+    check_groups,
+    check_quantisable,
+    quantised_cache,
+    scratch_note,
+)
+from planner.runtimes.quantised_rows import quantised_rows
 from planner.runtimes.transformers_program import Pass, forward_program
 from planner.workload import CacheSpec, Inference
 
@@ -99,6 +108,7 @@ class Transformers:
     name = "transformers"
     pooled = False
     version = "5.23.0"
+    kv_dtypes = QUANTISED_DTYPES
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or eager for models with a soft cap on the scores, which sdpa refuses.
@@ -132,10 +142,33 @@ class Transformers:
         dtype: str,
         cache: CacheSpec | None,
         encoder_tokens: int,
+        compute_dtype: str,
+        decoded_tokens: int,
     ) -> list[Row]:
-        """numel · itemsize of the cache's tensors after a prefill of `context_tokens`."""
-        kind = check_cache_kind(self.name, cache, ("dynamic", "static"))
+        """numel · itemsize of the cache's tensors after a prefill of `context_tokens`.
+
+        A quantised dtype is kept by a QuantizedCache, which then depends on `decoded_tokens` too.
+        """
+        kind = cache_kind(cache, dtype, compute_dtype)
         S = context_tokens
+        if kind == "quantised":
+            quantised = quantised_cache(cache, dtype)
+            check_quantisable(model)
+            check_groups(
+                quantised,
+                model,
+                batch=batch,
+                prompt_tokens=S - decoded_tokens,
+                decoded_tokens=decoded_tokens,
+            )
+            return quantised_rows(
+                quantised.form,
+                model,
+                batch=batch,
+                context_tokens=S,
+                decoded_tokens=decoded_tokens,
+                computed=compute_dtype,
+            )
         if kind == "static":
             S = static_capacity(cache, context_tokens)
 
@@ -162,6 +195,12 @@ class Transformers:
         if model.text_type in EXACT_PEAKS and not model.towers:
             return ""
         return f"approximate: the program of {model.model_type} was not compared with its class"
+
+    def cache_note(self, setting: Setting) -> str:
+        """Not every backend of a quantised cache was watched on a GPU."""
+        if not is_quantised(setting):
+            return ""
+        return scratch_note(quantised_cache(setting.cache, setting.kv_dtype), device=setting.device)
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """Rotary tables, gemma's embedding scale, the routers' correction bias, causal masks.
@@ -203,8 +242,13 @@ class Transformers:
         return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
-        """Prefill, the first decode step (sliding layers still whole), the last decode step."""
+        """Prefill, the first decode step (sliding layers still whole), the last decode step.
+
+        Of a quantised cache: prefill, the last step that quantises all of it, the last step.
+        """
         B, prompt = work.batch, work.prompt_tokens
+        if is_quantised(setting):
+            return self._quantised_phases(model, work, setting)
         phases = [
             Phase(
                 name="prefill",
@@ -231,6 +275,34 @@ class Transformers:
             )
         return phases
 
+    def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        B, prompt, steps = work.batch, work.prompt_tokens, work.output_tokens - 1
+        window = max(1, quantised_cache(setting.cache, setting.kv_dtype).form.residual_tokens)
+
+        def phase(name: str, step: int) -> Phase:
+            """`step` 0 is the prefill; before step i, i − 1 tokens came one at a time."""
+            program = _program(
+                model,
+                work,
+                setting,
+                kind="decode" if step else "prefill",
+                residual_tokens=max(0, step - 1) % window,
+            )
+            tokens = 1 if step else prompt
+            return Phase(
+                name=name,
+                program=program,
+                dims=Dims(batch=B, tokens=tokens, context=prompt + step),
+            )
+
+        phases = [phase("prefill", 0)]
+        full = steps - steps % window
+        if full:
+            phases.append(phase("last step that quantises anew", full))
+        if steps > full:
+            phases.append(phase("last decode step", steps))
+        return phases
+
     def pool(
         self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
@@ -242,8 +314,35 @@ class Transformers:
         return _program(model, work, setting, kind="prefill")
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
-        """One token for every sequence over a DynamicCache."""
+        """One token for every sequence; over a quantised cache, the step after it was filled."""
         return _program(model, work, setting, kind="decode")
+
+
+def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
+    """The kind of cache: what was asked for, else the one that keeps `dtype`.
+
+    Raises ConfigError where it does not: plain caches keep what was computed.
+    """
+    if cache is None and dtype in QUANTISED_DTYPES:
+        return "quantised"
+    kind = check_cache_kind("transformers", cache, ("dynamic", "static", "quantised"))
+    if kind == "quantised":
+        check_kv_dtype("transformers", dtype, QUANTISED_DTYPES, why=" in a quantised cache")
+    elif dtype in QUANTISED_DTYPES:
+        raise ConfigError(
+            f"kv_dtype={dtype!r} is not kept by cache.kind={kind!r}: 'quantised' does"
+        )
+    elif dtype != compute_dtype:
+        raise ConfigError(
+            f"kv_dtype={dtype!r} is not kept by cache.kind={kind!r}: it keeps what is computed, "
+            f"{compute_dtype}"
+        )
+    return kind
+
+
+def is_quantised(setting: Setting) -> bool:
+    """Whether a deployment's cache is quantised."""
+    return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "quantised"
 
 
 def _as_cached(model: Model) -> Model:
@@ -262,7 +361,13 @@ def _as_cached(model: Model) -> Model:
 
 
 def _program(
-    model: Model, work: Inference, setting: Setting, *, kind: str, held_whole: bool = False
+    model: Model,
+    work: Inference,
+    setting: Setting,
+    *,
+    kind: str,
+    held_whole: bool = False,
+    residual_tokens: int = 0,
 ) -> Program:
     return forward_program(
         model,
@@ -274,6 +379,10 @@ def _program(
             logits=work.logits,
             held_whole=held_whole,
             equal_widths_only=setting.device == "cpu",
+            quantised=quantised_cache(setting.cache, setting.kv_dtype)
+            if is_quantised(setting)
+            else None,
+            residual_tokens=residual_tokens,
         ),
     )
 

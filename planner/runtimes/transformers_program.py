@@ -35,7 +35,12 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
+from planner.runtimes.quantised_cache import QuantisedCache
+from planner.runtimes.quantised_program import QuantisedLayer
 from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer, layer_label
+
+COPIED_VIEW = Symbol("(B · T > 1)", lambda d: (d.batch * d.tokens > 1) * 1)
+"""1 where a slice of a wider [B, T, …] tensor, seen as [B, H, T, D], is not contiguous."""
 
 
 def kept_tokens(window: int | None, tokens: Symbol) -> Extent:
@@ -73,6 +78,8 @@ class Pass:
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
     `equal_widths_only`: no fused kernel takes keys and values of different widths (the CPU).
+    `quantised`: a QuantizedCache, None for a DynamicCache; `residual_tokens` of it are unquantised
+    before the pass.
     """
 
     kind: Literal["prefill", "decode"]
@@ -82,6 +89,8 @@ class Pass:
     logits: Literal["all", "last"]
     held_whole: bool = False
     equal_widths_only: bool = False
+    quantised: QuantisedCache | None = None
+    residual_tokens: int = 0
 
 
 @lru_cache(maxsize=128)
@@ -98,8 +107,23 @@ class _Forward(Writer):
         self.what = what
         self.masks: dict[int | None, Buffer] = {}
         self.held: list[Buffer] = []  # by the model's forward until it returns
-        self.old_cache = {layer: self._cache(layer, old=True) for layer in model.layer_kinds()}
-        self.new_cache = {layer: self._cache(layer, old=False) for layer in model.layer_kinds()}
+        self.old_cache: dict[Layer, tuple[Buffer, Buffer]] = {}
+        self.new_cache: dict[Layer, tuple[Buffer, Buffer]] = {}
+        self.quantised: dict[Layer, QuantisedLayer] = {}
+        for layer in model.layer_kinds():
+            if what.quantised is None:
+                self.old_cache[layer] = self._cache(layer, old=True)
+                self.new_cache[layer] = self._cache(layer, old=False)
+            else:
+                assert isinstance(layer.attention, GQA | MLA), "refused by check_quantisable"
+                self.quantised[layer] = QuantisedLayer(
+                    self.tape,
+                    what.quantised,
+                    layer.attention,
+                    itemsize=self.b,
+                    residual_tokens=what.residual_tokens,
+                    on_cpu=what.equal_widths_only,
+                )
 
     # -- the model's forward -------------------------------------------------------------------
 
@@ -159,7 +183,11 @@ class _Forward(Writer):
                 with self.tape.segment(label, count=count, first_layer=start):
                     if _window(layer) is not None:
                         self.tape.new("window size", (1,), INT64)
-                    for old in self.old_cache[layer] if self.what.kind == "decode" else ():
+                    if self.what.kind == "prefill":
+                        continue
+                    if layer in self.quantised:
+                        self.quantised[layer].open()
+                    for old in self.old_cache.get(layer, ()):
                         self.tape.new(old.name, old.shape, old.itemsize, into=old)
 
     def _logits(self, last: Buffer) -> None:
@@ -373,16 +401,19 @@ class _Forward(Writer):
             tape.free(q, k)
             q, k = normed_q, normed_k
         fresh = [b for b in (k, v) if b not in held]
+        turned = COPIED_VIEW if held else SEVERAL_TOKENS if G > 1 else 0
+        copies: tuple[Extent, Extent] = (turned, turned)
         if isinstance(self.model.positions, RoPE):
             rotary = min(self.model.positions.rotary_dim, D)
+            copies = (SEVERAL_TOKENS if G > 1 and rotary == D else 0, turned)
             turned_q = self.rotate(q, (B, H, T), D, rotary)
             turned_k = self.rotate(k, (B, G, T), D, rotary)
             tape.free(*(b for b in (q, k) if b not in held))
             q, k = turned_q, turned_k
             fresh = [b for b in (k, v) if b not in held]
-        keys, values = self._append(layer, k, v)
-        tape.free(*fresh)
-        held += [q] if q not in held else []
+        keys, values = self._append(layer, k, v, copies)
+        tape.free(*(b for b in fresh if b not in (keys, values)))
+        held += [b for b in dict.fromkeys((q, keys, values)) if not b.cache and b not in held]
         out, weights = self._attend(
             q, keys, values, heads=(H, G), widths=(D, D), attention=attention
         )
@@ -402,8 +433,18 @@ class _Forward(Writer):
         tape.free(*parts)
         return out
 
-    def _append(self, layer: Layer, k: Buffer, v: Buffer) -> tuple[Buffer, Buffer]:
-        """DynamicCache.update: torch.cat of old and new. A sliding layer drops the old late."""
+    def _append(
+        self, layer: Layer, k: Buffer, v: Buffer, copies: tuple[Extent, Extent]
+    ) -> tuple[Buffer, Buffer]:
+        """DynamicCache.update: torch.cat of old and new. A sliding layer drops the old late.
+
+        A quantised one gives attention tensors that are no part of it. `copies`: 1 where the new
+        keys and values are not contiguous.
+        """
+        if layer in self.quantised:
+            if self.what.kind == "prefill":
+                return self.quantised[layer].prefill(k, v, copies=copies)
+            return self.quantised[layer].decode(k, v)
         tape, old = self.tape, self.old_cache[layer]
         new_k, new_v = self.new_cache[layer]
         filled = self.what.kind == "decode"
@@ -550,8 +591,12 @@ class _Forward(Writer):
         # and so does one kv head that is expanded to all
         copies = [tape.new("query copy", (FOLDED, B, H, T, D), b, reads=(q,))]
         one_head = 1 == G < H
+        # a quantised prefill attends to keys and values as projected, in the layout of q
+        as_projected = G == H and not keys.cache and self.what.kind == "prefill"
         if one_head:
             copies.append(tape.new("keys copy", (SEVERAL_BATCHES, B, H, seen, D), b))
+        if as_projected and not sliced_values:
+            copies.append(tape.new("keys copy", (FOLDED, B, H, seen, D), b, reads=(keys,)))
         shape: Shape = (B, H, T, seen)
         scores = tape.new("scores", shape, b, flops=flops, reads=(q, keys))
         tape.free(*copies)
@@ -569,6 +614,8 @@ class _Forward(Writer):
         # and values that are a transposed slice of a wider tensor (MLA) as well
         shape_v: Shape = (SEVERAL_BATCHES, B, H, seen, D_v)
         copied = sliced_values or one_head
+        if as_projected and not sliced_values:
+            shape_v, copied = (FOLDED, *shape_v[1:]), True
         sliced = tape.new("values copy", shape_v, b, reads=(values,)) if copied else None
         out = tape.new("attention", (B, T, H * D_v), b, reads=(weights, values))
         tape.free(sliced)
@@ -600,8 +647,9 @@ class _Forward(Writer):
         else:
             turned_q = self.rotate(q, rows_q, D_rope, D_rope)
             turned_k = self.rotate(compressed, rows_k, D_rope, D_rope)
-        cached_latent, _ = self._append(layer, latent, turned_k)
-        tape.free(latent, turned_k)
+        latents, rotary_keys = self._append(layer, latent, turned_k, (0, 0))
+        tape.free(*(b for b in (latent, turned_k) if b not in (latents, rotary_keys)))
+        held = [b for b in (latents, rotary_keys) if not b.cache]
         query = tape.new("query", (B, H, T, D), b, reads=(q, turned_q))
         into = attention.qk_nope_head_dim + D_v
         expanded = tape.new(
@@ -609,7 +657,7 @@ class _Forward(Writer):
             (B, S, H, into),
             b,
             flops=(2, B, S, d_c, H, into),
-            reads=(cached_latent,),
+            reads=(latents,),
             weight_bytes=b * d_c * H * into,
         )
         keys = tape.new("expanded keys", (B, H, S, D), b, reads=(expanded,))
@@ -617,7 +665,7 @@ class _Forward(Writer):
             query, keys, expanded, heads=(H, H), widths=(D, D_v), attention=attention
         )
         projected = self.linear("o_proj", out, self.model.hidden_size, bias=bias)
-        tape.free(out, query, turned_q, compressed, q, keys, expanded)
+        tape.free(out, query, turned_q, compressed, q, keys, expanded, *held)
         return projected, weights
 
     # -- feed-forward --------------------------------------------------------------------------

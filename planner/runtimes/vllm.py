@@ -37,6 +37,7 @@ from planner.runtimes.base import (
     Pool,
     Setting,
     check_cache_kind,
+    check_kv_dtype,
     check_planned,
     choose_attention,
 )
@@ -65,6 +66,7 @@ class Vllm:
     name = "vllm"
     pooled = True
     version = "0.19"
+    kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
 
     def attention(self, model: Model, name: str | None) -> str:
         """Its own fused kernels; which one it picks does not change what it holds."""
@@ -80,10 +82,13 @@ class Vllm:
         dtype: str,
         cache: CacheSpec | None,
         encoder_tokens: int,
+        compute_dtype: str,
+        decoded_tokens: int,
     ) -> list[Row]:
         """Blocks that `batch` requests hold, each after the step that made `context_tokens`."""
         check_planned(self.name, model)
         check_cache_kind(self.name, cache, ("paged",))
+        check_kv_dtype(self.name, dtype, self.kv_dtypes)
         block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
         b = element_bytes(dtype)
         kinds = _kinds(model)
@@ -110,6 +115,10 @@ class Vllm:
         """Written from the source, not traced."""
         beside = "; without the profile run of its encoders" if model.towers else ""
         return f"uncalibrated: written from vLLM's source, not traced{beside}"
+
+    def cache_note(self, setting: Setting) -> str:
+        """Nothing."""
+        return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
         """vLLM's rotary table: cos and sin of every position, in the model's dtype."""

@@ -77,6 +77,29 @@ def test_what_is_beyond_the_capacity_is_shaded_only_where_something_is(estimates
     assert len(shaded("too large")) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_timeline_peaks_where_the_estimate_does(estimates, kind):
+    e = estimates[kind]
+    figure = charts.timeline(e)
+    cache, activations, peak = figure.data
+    heights = [c + a for c, a in zip(cache.y, activations.y, strict=True)]
+    scale = {" GiB": 2**30, " MiB": 2**20}[figure.layout.yaxis.ticksuffix]
+    assert max(heights) * scale == pytest.approx(e.peak.live_bytes, abs=1)
+    assert heights[peak.x[0]] == peak.y[0] == max(heights)
+    layer = "" if e.peak.layer is None else f", layer {e.peak.layer}"
+    assert peak.text[0].startswith(f"{e.peak.op}{layer}: ")
+    assert figure.layout.yaxis.range[1] > peak.y[0]
+    assert f"peaks at {e.peak.op}" in charts.timeline_in_words(e)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_timeline_has_a_tick_for_at_most_nine_layers_in_order(estimates, kind):
+    axis = charts.timeline(estimates[kind]).layout.xaxis
+    assert 0 < len(axis.tickvals) <= 9
+    assert list(axis.tickvals) == sorted(axis.tickvals)
+    assert axis.ticktext[0] == "layer 0"
+
+
 def test_every_part_has_its_size_written_on_its_row(estimates):
     figure = charts.memory_breakdown(estimates["fits"])
     assert "Weights  <b>14.96 GiB</b>" in figure.layout.yaxis.categoryarray

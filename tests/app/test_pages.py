@@ -8,6 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import controls, measurements
+from planner.format import gib
 from profiles import records
 from profiles.compare import estimate_of
 from profiles.records import Environment
@@ -128,6 +129,23 @@ def test_limits_are_the_planners():
     assert "dtype=float32" in captions(app)  # config.json is silent on it
 
 
+def test_what_torch_reserves_is_shown_as_simulated():
+    app = opened(model="gpt2", gpu="h200", batch="2", prompt="100", output="20")
+    work = planner.Inference(batch=2, prompt_tokens=100, output_tokens=20, logits="last")
+    e = planner.estimate(planner.load_model("gpt2"), work, planner.Deployment(gpu="h200"))
+    assert metrics(app)["Reserved by torch"] == gib(e.memory.peak_reserved_bytes)
+    assert "Reserved by torch: simulated, not measured." in [text.value for text in app.caption]
+
+
+def test_fragments_that_do_not_fit_are_a_warning():
+    """The parts of a plan close to the limit add up to less than the memory, segments do not."""
+    app = opened(model="llama-3.1-8b", gpu="rtx-4090", batch="22", prompt="1500", output="60")
+    assert len(app.success) == 1
+    (warning,) = app.warning
+    assert "torch's segments may not" in warning.value
+    assert "out of memory at a request of" in warning.value
+
+
 def test_choosing_by_widget_changes_the_plan_and_the_link():
     app = opened(runtime="vllm")
     app.get_by_key("model").select("qwen2.5-7b")
@@ -196,6 +214,58 @@ def test_a_wrong_value_in_the_link_is_named_with_what_is_taken(key, value, taken
     assert f"{key}={value!r}" in app.warning[0].value
     if key != "runtime":
         assert app.get_by_key(key).value == taken
+
+
+def test_a_quantised_cache_is_set_by_widgets_and_links():
+    app = opened(runtime="transformers", kv_dtype="int4", kv_backend="hqq", kv_group="32")
+    spec = planner.CacheSpec(kind="quantised", backend="hqq", q_group_size=32, residual_tokens=128)
+    expected = planner.estimate(
+        planner.load_model("llama-3.1-8b"),
+        planner.Inference(batch=8, prompt_tokens=2048, output_tokens=256, logits="last"),
+        planner.Deployment(gpu="h200", kv_dtype="int4", cache=spec),
+    )
+    assert app.dataframe[-1].value["bytes"].sum() == expected.memory.total_bytes
+    assert app.get_by_key("kv_backend").options == ["quanto", "hqq"]
+    app.get_by_key("kv_dtype").select("int8").run()
+    assert not app.exception
+    assert app.get_by_key("kv_backend").options == ["hqq"]
+    items = list(app.dataframe[-1].value["item"])
+    for part in ("hqq int8 codes", "scales and zero points", "residual"):
+        assert f"full attention, {part}" in items
+
+
+def test_the_kv_dtypes_are_what_the_runtime_keeps():
+    app = opened(runtime="transformers", kv_dtype="int4")
+    app.get_by_key("runtime").set_value("attnlab").run()
+    assert not app.exception
+    assert len(app.error) == 0
+    assert "int4" not in app.get_by_key("kv_dtype").options
+    linked = opened(runtime="attnlab", kv_dtype="int4")
+    assert "kv_dtype='int4' in the link is not one of as the model" in linked.warning[0].value
+    assert linked.get_by_key("kv_dtype").value == "as the model"
+    other = opened(runtime="transformers", kv_dtype="int8", kv_backend="quanto")
+    assert "kv_backend='quanto' in the link is not one of hqq" in other.warning[0].value
+
+
+@pytest.mark.parametrize(
+    ("model", "query", "said"),
+    [
+        ("mistral-7b-v0.1", {}, "QuantizedCache has full attention layers only"),
+        ("llama-3.1-8b", {"kv_group": "96"}, "cache.q_group_size=96 does not divide"),
+    ],
+)
+def test_what_a_quantised_cache_does_not_take_is_one_line(model, query, said):
+    app = opened(runtime="transformers", model=model, kv_dtype="int4", **query)
+    assert len(app.error) == 1
+    assert said in app.error[0].value
+
+
+def test_limits_below_which_groups_do_not_come_out_even_are_none():
+    app = opened(runtime="transformers", kv_dtype="int4", prompt="300", output="8")
+    content = json.dumps(CONFIG).encode()  # 2 heads of 16: every second prompt makes groups of 64
+    app.file_uploader[0].set_value(("mine.json", content, "application/json")).run()
+    assert not app.exception
+    assert metrics(app)["Longest context"] == "none"
 
 
 @pytest.mark.parametrize("value", ["inf", "9" * 400])

@@ -139,3 +139,34 @@ def test_without_measurements_compare_says_so(run, tmp_path):
     empty = tmp_path / "none.jsonl"
     empty.write_text("")
     assert "No measurements yet" in run("compare", str(empty))[1]
+
+
+def test_a_quantised_cache_is_set_in_one_word(run):
+    arguments = ("estimate", "llama-3.1-8b", "--gpu", "h200", "--kv-dtype", "int4")
+    cache = "quantised:backend=hqq,q_group_size=32,residual_tokens=16"
+    code, out, err = run(*arguments, "--cache", cache, "--json")
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert answer["kv_dtype"] == "int4"
+    assert answer["cache"]["backend"] == "hqq"
+    assert answer["cache"]["q_group_size"] == 32
+    assert "hqq int4 codes" in run(*arguments, "--cache", cache)[1]
+    assert run("fit", *arguments[1:], "--cache", "quantised")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        ("ring", "cache.kind='ring' is not in runtime=transformers"),
+        ("heap", "cache.kind='heap' is not allowed: one of dynamic"),
+        ("quantised:nbits=4", "is not understood at 'nbits=4'"),
+        ("quantised:backend", "is not understood at 'backend'"),
+        ("quantised:q_group_size=none", "cache.q_group_size='none' is not allowed"),
+        ("dynamic:backend=hqq", "cache.backend='hqq' is not allowed: None for"),
+    ],
+)
+def test_a_cache_that_is_not_understood_is_named(run, cache, said):
+    code, _, err = run("estimate", "gpt2", "--gpu", "t4", "--cache", cache)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1

@@ -87,7 +87,26 @@ def test_the_seed_figure_holds_to_the_byte():
     model = planner.load_model("llama-2-7b")
     assert kv_cache_bytes(model, batch=1, context_tokens=1, dtype="fp16") == 524_288
     assert kv_cache_bytes(model, batch=1, context_tokens=4_096, dtype="fp16") == 2 * 2**30
-    assert kv_cache_bytes(model, batch=1, context_tokens=4_096, dtype="int8") == 2**30
+    codes, scales = 2**30, 32 * 2 * 4  # fp8: half of it, and a float32 scale for each tensor
+    assert kv_cache_bytes(model, batch=1, context_tokens=4_096, dtype="fp8") == codes + scales
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8", "cache": CacheSpec(kind="dynamic")}, "'dynamic': 'quantised' does"),
+        ({"dtype": "int4", "cache": CacheSpec(kind="static")}, "'static': 'quantised' does"),
+        ({"dtype": "bf16", "cache": CacheSpec(kind="quantised")}, "one of fp8, int8, int4"),
+        ({"dtype": "fp16", "compute_dtype": "bf16"}, "it keeps what is computed, bf16"),
+        ({"dtype": "int8", "runtime": "attnlab"}, "'int8' is not kept by runtime=attnlab"),
+        ({"dtype": "int4", "runtime": "vllm"}, "'int4' is not kept by runtime=vllm"),
+        ({"decoded_tokens": 9}, "decoded_tokens=9 is not allowed: a whole number from 0 to 8"),
+    ],
+)
+def test_a_dtype_that_a_cache_does_not_keep_is_refused(arguments, message):
+    model = planner.load_model("llama-2-7b")
+    with pytest.raises(ConfigError, match=message):
+        kv_cache_bytes(model, batch=1, context_tokens=9, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,14 @@ def test_the_command_line_plans_a_step(capsys):
         main([*arguments, "--sequence", "131072", "--batch", "64", "--optimizer", "none"])
     assert ended.value.code == 1
     assert "Does not fit" in capsys.readouterr().out
+
+
+def test_the_timeline_of_a_step_reaches_its_peak_in_the_same_layer():
+    estimate = of(planner.read_config(TINY["llama"]), gpu="cpu", sequence_tokens=64, batch=3)
+    table = estimate.timeline()
+    highest = table[table["peak"]].iloc[0]
+    assert highest["live_bytes"] == estimate.memory.peak_live_bytes
+    assert (highest["phase"], highest["op"]) == (estimate.peak_phase, estimate.peak.op)
+    assert highest["layer"] == estimate.peak.layer == 2  # the last one goes back first
+    assert list(table["phase"].unique()) == ["forward", "backward", "optimizer step"]
+    assert len(estimate.moments()) == len(table)

@@ -1,0 +1,156 @@
+"""Programs as traces: what one pass after another asks of the allocator.
+
+A program says which buffers live when; here every one of them gets an identity, the caches of one
+pass are those of the next, and what a pass leaves behind (the logits) is dropped once the next
+token's ids are made, as a greedy loop does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import chain
+
+from planner.allocator import Alloc, Event, Free
+from planner.program import Buffer, Dims, Program
+from planner.runtimes.writer import INT64
+
+OPENING = "cache of "
+"""How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassScript:
+    """The allocations of a program in order, every instance of a buffer a slot of its own.
+
+    `buffers` are what the slots hold, `distinct` each of them once. `steps` are (made, slot) or
+    (freed, slot). `found` are the slots that the pass before left; `caches` those that live on, in
+    order; `left` what is dropped. Before step `first_gemm` the first matrix product has run.
+    """
+
+    buffers: tuple[Buffer, ...]
+    distinct: frozenset[Buffer]
+    steps: tuple[tuple[bool, int], ...]
+    found: tuple[int, ...]
+    caches: tuple[int, ...]
+    left: tuple[int, ...]
+    first_gemm: int | None
+
+    def sizes(self, dims: Dims) -> dict[Buffer, int]:
+        """Bytes of every buffer."""
+        return {buffer: buffer.nbytes(dims) for buffer in self.distinct}
+
+
+def script(program: Program, *, continues: bool) -> PassScript:
+    """Write a program down for repeated playing; `continues`: a pass before it left the caches.
+
+    Of several instances of one buffer the oldest is freed first: a layer's input, the cache of the
+    first layer that still has its old one.
+    """
+    buffers: list[Buffer] = []
+    steps: list[tuple[bool, int]] = []
+    found: list[int] = []
+    alive: dict[Buffer, deque[int]] = defaultdict(deque)
+    first_gemm = None
+    for segment in program.segments:
+        opening = continues and segment.label.startswith(OPENING)
+        for op in chain.from_iterable([segment.ops] * segment.count):
+            for buffer in op.allocates:
+                slot = len(buffers)
+                buffers.append(buffer)
+                alive[buffer].append(slot)
+                if opening:
+                    found.append(slot)
+                else:
+                    steps.append((True, slot))
+            if op.flops is not None and first_gemm is None:
+                first_gemm = len(steps)
+            steps += [(False, alive[buffer].popleft()) for buffer in op.frees]
+    living = sorted(slot for slots in alive.values() for slot in slots)
+    kept = {slot for slot in living if buffers[slot].cache} | set(found)
+    opened = _opened(program)
+    return PassScript(
+        buffers=tuple(buffers),
+        distinct=frozenset(buffers),
+        steps=tuple(steps),
+        found=tuple(found),
+        caches=tuple(slot for slot in living if slot in kept or buffers[slot] in opened),
+        left=tuple(slot for slot in living if slot not in kept and buffers[slot] not in opened),
+        first_gemm=first_gemm,
+    )
+
+
+def _opened(program: Program) -> set[Buffer]:
+    """Buffers that belong to a cache without being its keys or values (a layer's window size)."""
+    return {
+        buffer
+        for segment in program.segments
+        if segment.label.startswith(OPENING)
+        for op in segment.ops
+        for buffer in op.allocates
+    }
+
+
+class PassWriter:
+    """Turns scripts into events, one pass after another."""
+
+    def __init__(self, *, batch: int, prompt_tokens: int, workspace_bytes: int) -> None:
+        self._batch = batch
+        self._workspace_bytes = workspace_bytes
+        self._caches: list[tuple[bool, Hashable]] = []
+        self._made = 0
+        self.token: Hashable = None  # the id of the last token's ids
+        self.opening: list[Event] = [Alloc("prompt", INT64 * batch * prompt_tokens)]
+
+    def write(self, script: PassScript, dims: Dims) -> list[Event]:
+        """The pass, its greedy token, the end of what it left."""
+        sizes = script.sizes(dims)
+        names = self._named(script)
+        events: list[Event] = []
+        gemm = script.first_gemm if self._workspace_bytes else None
+        for index, (makes, slot) in enumerate(script.steps):
+            if index == gemm:
+                events.append(Alloc("cuBLAS workspace", self._workspace_bytes))
+                self._workspace_bytes = 0
+            if makes:
+                events.append(Alloc(names[slot], sizes[script.buffers[slot]]))
+            else:
+                events.append(Free(names[slot]))
+        token = ("token", self._made)
+        events.append(Alloc(token, INT64 * self._batch))
+        events += [Free(names[slot]) for slot in script.left]
+        if self.token is not None:
+            events.append(Free(self.token))
+        self.token = token
+        return events
+
+    def write_only(self, script: PassScript, dims: Dims, only: frozenset[Buffer]) -> list[Event]:
+        """What some buffers do in a pass: those of one pool, where the other one is at rest."""
+        sizes = script.sizes(dims)
+        names = self._named(script)
+        buffers = script.buffers
+        events: list[Event] = [
+            Alloc(names[slot], sizes[buffers[slot]]) if makes else Free(names[slot])
+            for makes, slot in script.steps
+            if buffers[slot] in only
+        ]
+        return events + [Free(names[slot]) for slot in script.left if buffers[slot] in only]
+
+    @property
+    def cache_names(self) -> list[Hashable]:
+        """The ids of what the last pass left for the next one."""
+        return [name for _, name in self._caches]
+
+    def _named(self, script: PassScript) -> list[Hashable]:
+        """An id for every slot: what it was called where it was found, else a new number."""
+        start = self._made
+        self._made += len(script.buffers)
+        names: list[Hashable] = list(range(start, self._made))
+        for cache in (True, False):
+            slots = [slot for slot in script.found if script.buffers[slot].cache == cache]
+            before = [name for is_cache, name in self._caches if is_cache == cache]
+            for slot, name in zip(slots, before, strict=True):
+                names[slot] = name
+        self._caches = [(script.buffers[slot].cache, names[slot]) for slot in script.caches]
+        return names

@@ -1,0 +1,274 @@
+"""What torch's allocator reserves for a workload: its passes, played through the simulator.
+
+Weights first, in the order of the modules, then the prompt's ids, a preallocated cache, the prefill
+and the decode steps of a greedy loop, launched one kernel at a time (a CUDA graph would keep a pool
+of its own). Simulated, not measured: which kernels allocate scratch of their own beyond the
+programs and the cuBLAS workspace is not known here.
+
+A decode step of a 32-layer model is about 3 000 events, and generations have thousands of them.
+Steps are alike but for what grows with the context, and the small pool shares no segment with the
+large one. So a pool whose requests are those of the step before, and whose free blocks and caches
+lie as they once did since then, is at rest: it can only repeat itself. Only the other one is played
+then, and nothing where both are at rest; the last step is played in full again. Where that is still
+more than MAX_EVENTS, steps are left out evenly, and `steps_played` says how many were not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner.allocator import (
+    Alloc,
+    AllocatorSettings,
+    AllocatorStats,
+    DeviceAllocator,
+    Event,
+    OutOfMemory,
+)
+from planner.allocator.settings import DEFAULTS, MIN_BLOCK_BYTES, SMALL_BYTES, rounded
+from planner.allocator.simulate import Replay
+from planner.dtypes import element_bytes
+from planner.format import gib
+from planner.model import Model
+from planner.pass_events import PassWriter, script
+from planner.program import Dims
+from planner.runtimes import runtime_named
+from planner.runtimes.base import Phase, Setting
+from planner.workload import Inference
+
+MAX_EVENTS = 100_000
+"""Events of decode steps that are played at most: a few tenths of a second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reserved:
+    """The allocator's numbers for a workload, and how many of its decode steps were played.
+
+    `oom`: what could not be served on the device; `stats` are then those of a device without an
+    end, what would be needed.
+    """
+
+    stats: AllocatorStats
+    oom: OutOfMemory | None
+    steps: int
+    steps_played: int
+
+    @property
+    def note(self) -> str:
+        """How far the numbers can be trusted, and what torch has to do for them."""
+        parts = ["simulated, not measured"]
+        if self.steps_played != self.steps:
+            parts.append(f"{self.steps_played:,} of {self.steps:,} decode steps played")
+        if self.oom is not None:
+            parts.append(
+                f"out of memory at a request of {gib(self.oom.requested_bytes)} with "
+                f"{gib(self.oom.reserved_bytes - self.oom.allocated_bytes)} reserved and unused"
+            )
+        elif self.stats.retries:
+            parts.append(f"torch has to empty its cache {self.stats.retries:,} ×")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllocatorPlan:
+    """A workload to be played when its numbers are asked for; the same plan is played once.
+
+    `capacity_bytes`: what the device can give torch, its memory less what lies outside torch.
+    """
+
+    model: Model
+    work: Inference
+    setting: Setting
+    runtime: str
+    workspace_bytes: int
+    capacity_bytes: int
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Blocks in use at the highest moment."""
+        return reserved(self).stats.peak_allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """Segments held at the highest moment."""
+        return reserved(self).stats.peak_reserved_bytes
+
+
+@lru_cache(maxsize=1024)
+def reserved(
+    plan: AllocatorPlan, *, settings: AllocatorSettings = DEFAULTS, max_events: int = MAX_EVENTS
+) -> Reserved:
+    """Play a workload on its device; where it does not fit, on one without an end."""
+    stats, played = _play(
+        plan, DeviceAllocator(settings, capacity_bytes=plan.capacity_bytes), max_events
+    )
+    oom = stats.oom
+    if oom is not None:
+        stats, played = _play(plan, DeviceAllocator(settings), max_events)
+    return Reserved(stats=stats, oom=oom, steps=plan.work.output_tokens - 1, steps_played=played)
+
+
+def _play(
+    plan: AllocatorPlan, device: DeviceAllocator, max_events: int
+) -> tuple[AllocatorStats, int]:
+    """Weights, prompt, prefill, decode steps; with how many of the last."""
+    work = plan.work
+    replay = Replay(device)
+    replay.feed(weight_events(plan))
+    writer = PassWriter(
+        batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
+    )
+    replay.feed(writer.opening)
+    phases = runtime_named(plan.runtime).memory_phases(plan.model, work, plan.setting)
+    prefill = phases[0]
+    replay.feed(writer.write(script(prefill.program, continues=False), prefill.dims))
+    played = _Decode(replay, writer, phases, work).play(max_events) if len(phases) > 1 else 0
+    return replay.stats(), played
+
+
+def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
+    """One allocation a stored tensor, embedding first, then the layers, then the rest; buffers."""
+    model, dtype = plan.model, plan.setting.dtype
+    if model.quantization is None:
+        b = element_bytes(dtype)
+        sizes = [(p, p.count * b, 1) for p in model.parameters()]
+    else:
+        sizes = [
+            (p, stored.size_bytes // stored.copies, stored.copies)
+            for p, stored in model.stored_tensors(dtype)
+        ]
+    sizes.sort(key=lambda entry: _place(entry[0].group, entry[0].layer))
+    number = 0
+    for _, size, copies in sizes:
+        for _ in range(copies):
+            yield Alloc(("weight", number), size)
+            number += 1
+    for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
+        for index in range(row.count):
+            yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
+
+
+def _place(group: str, layer: int | None) -> tuple[int, int]:
+    if layer is not None:
+        return 1, layer
+    return (0, 0) if group == "embedding" else (2, 0)
+
+
+class _Decode:
+    """The decode steps of a generation, as many of them as can be afforded."""
+
+    def __init__(
+        self, replay: Replay, writer: PassWriter, phases: list[Phase], work: Inference
+    ) -> None:
+        self._replay, self._writer, self._work = replay, writer, work
+        self._first = script(phases[1].program, continues=True)
+        self._steady = script(phases[-1].program, continues=True)
+        self._capacity = phases[-1].dims.capacity
+        self._small, self._large = _Rest(), _Rest()
+        self._frees = 0
+
+    def play(self, max_events: int) -> int:
+        """Play steps; returns how many, those included that would only repeat others."""
+        contexts = range(self._work.prompt_tokens + 1, self._work.context_tokens + 1)
+        self._feed(self._writer.write(self._first, self._dims(contexts[0])))
+        played = self._middle(contexts[1:-1], max_events)
+        if len(contexts) > 1:
+            self._feed(self._writer.write(self._steady, self._dims(contexts[-1])))
+        return played + min(2, len(contexts))
+
+    def _middle(self, contexts: range, max_events: int) -> int:
+        """The steps between the first and the last: all of them, or evenly some."""
+        if not contexts:
+            return 0
+        start, played = self._replay.events, 0
+        stride = self._stride(contexts, max_events)
+        while contexts and self._replay.oom is None:
+            self._step(self._dims(contexts[0]))
+            played += 1
+            used = self._replay.events - start
+            if used > max_events / 2:  # pools found less rest than was hoped for
+                expected = len(contexts) * used // played
+                stride = max(stride, -(-expected // max(1, max_events - used)))
+            contexts = contexts[stride:]
+        return played
+
+    def _step(self, dims: Dims) -> None:
+        """One step: both pools, the large one alone, or nothing at all."""
+        sizes = {buffer: rounded(size) for buffer, size in self._steady.sizes(dims).items()}
+        large = frozenset(buffer for buffer, size in sizes.items() if size > SMALL_BYTES)
+        small_requests = frozenset(pair for pair in sizes.items() if pair[0] not in large)
+        large_requests = frozenset(pair for pair in sizes.items() if pair[0] in large)
+        if self._replay.device.device_frees != self._frees:  # segments went, of either pool
+            self._frees = self._replay.device.device_frees
+            self._small, self._large = _Rest(), _Rest()
+        small_rests = self._small.rests(small_requests)
+        large_rests = self._large.rests(large_requests)
+        if small_rests and large_rests:
+            return
+        if small_rests:
+            self._feed(self._writer.write_only(self._steady, dims, large))
+        else:
+            self._feed(self._writer.write(self._steady, dims))
+            self._small.note(small_requests, self._state(is_small=True))
+        self._large.note(large_requests, self._state(is_small=False))
+
+    def _stride(self, contexts: range, max_events: int) -> int:
+        """One step in so many is played, so that all of them stay below `max_events`.
+
+        A step is full where a small request changes its rounded size, and twice more until the pool
+        is at rest again.
+        """
+        first = self._steady.sizes(self._dims(contexts[0]))
+        last = self._steady.sizes(self._dims(contexts[-1]))
+        changes = sum(
+            (rounded(last[buffer]) - rounded(first[buffer])) // MIN_BLOCK_BYTES
+            for buffer in first
+            if rounded(first[buffer]) <= SMALL_BYTES
+        )
+        buffers, steps = self._steady.buffers, self._steady.steps
+        full_cost = len(steps)
+        light_cost = sum(first[buffers[slot]] > SMALL_BYTES for _, slot in steps)
+        stride = 1
+        while True:
+            played = -(-len(contexts) // stride)
+            full = min(played, 3 * (changes + 1))
+            if played == 1 or full * full_cost + (played - full) * light_cost <= max_events:
+                return stride
+            stride += 1 + stride // 8
+
+    def _feed(self, events: list[Event]) -> None:
+        self._replay.feed(events)
+
+    def _state(self, *, is_small: bool) -> Hashable:
+        """How the free blocks of one pool lie, and the storages that live on after a step."""
+        live = self._replay.live
+        kept = [live.get(name) for name in (self._writer.token, *self._writer.cache_names)]
+        return (
+            *(tuple(p.keys) for p in self._replay.device.pools() if p.is_small == is_small),
+            *(b.address for b in kept if b is not None and b.pool.is_small == is_small),
+        )
+
+    def _dims(self, context: int) -> Dims:
+        return Dims(batch=self._work.batch, tokens=1, context=context, capacity=self._capacity)
+
+
+class _Rest:
+    """Whether a pool can only repeat itself: the same requests, a state that it had before."""
+
+    def __init__(self) -> None:
+        self._requests: Hashable = None
+        self._seen: set[Hashable] = set()
+        self._repeats = False
+
+    def rests(self, requests: Hashable) -> bool:
+        """Whether a step with these requests changes nothing that was not there before."""
+        return self._repeats and requests == self._requests
+
+    def note(self, requests: Hashable, state: Hashable) -> None:
+        """The state after a step with these requests."""
+        if requests != self._requests:
+            self._requests, self._seen = requests, set()
+        self._repeats = state in self._seen
+        self._seen.add(state)
