@@ -106,7 +106,7 @@ def test_the_command_line_plans_a_step(capsys):
 
 
 def test_the_timeline_of_a_step_reaches_its_peak_in_the_same_layer():
-    estimate = of(planner.read_config(TINY["llama"]), gpu="cpu", sequence_tokens=64, batch=3)
+    estimate = of(planner.read_config(TINY["llama"]), gpu="cpu", dtype="fp32", sequence_tokens=64)
     table = estimate.timeline()
     highest = table[table["peak"]].iloc[0]
     assert highest["live_bytes"] == estimate.memory.peak_live_bytes
