@@ -36,11 +36,13 @@ class QKNorm:
 
     `width` "head": one scale of head_dim for all heads (qwen3); "full": over all heads at once
     (olmo2); "per-head": a scale of its own for each head (cohere), which
-    "head-list" keeps as a tensor for each head (stablelm).
+    "head-list" keeps as a tensor for each head (stablelm). `after_rope`: they are rotated first
+    (hunyuan).
     """
 
     norm: Norm
     width: Literal["head", "full", "per-head", "head-list"]
+    after_rope: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,13 +288,23 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sinusoidal:
+    """Sines and cosines added to the embedding (arXiv:1706.03762): no parameters, no end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ALiBi:
-    """Linear biases on the scores (arXiv:2108.12409): no parameters, no table."""
+    """Linear biases on the scores (arXiv:2108.12409): no parameters, no table.
+
+    `scaled`: the biases are multiplied by the attention's `scaling` too (falcon).
+    """
+
+    scaled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoPositions:
-    """None, or none that is kept: recurrent models, sinusoids made on the fly, patch positions."""
+    """None, or none that is described: recurrent models, an encoder's sinusoids, patches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,4 +315,4 @@ class RelativeBias:
     """
 
 
-Positions = RoPE | LearnedPositions | ALiBi | RelativeBias | NoPositions
+Positions = RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions

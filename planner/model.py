@@ -54,9 +54,10 @@ class Model:
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
     outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
     `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
-    `local_positions` are those of sliding layers where they differ (gemma-3). `mask_windows` are
-    the masks that its class makes, where they are not those of its layers. `embedding_size`: width
-    of embedding and head where it is not hidden_size; a linear leads in and another out (opt-350m).
+    `embedding_norm` stands behind the token embedding (bloom). `local_positions` are those of
+    sliding layers where they differ (gemma-3). `mask_windows` are the masks that its class makes,
+    where they are not those of its layers. `embedding_size`: width of embedding and head where it
+    is not hidden_size; a linear leads in and another out (opt-350m).
     `towers` stand beside the main stack: of a multimodal model, vision; of a sequence-to-sequence
     model, whose `layers` are the decoder's, its encoder. `text_type`: the type of the text model
     inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache.
@@ -79,6 +80,7 @@ class Model:
     lm_head: bool = True
     lm_head_bias: bool = False
     extra_parameters: tuple[Parameter, ...] = ()
+    embedding_norm: Norm | None = None
     embedding_scale: float | None = None
     logit_scale: float | None = None
     final_logit_softcapping: float | None = None
@@ -134,6 +136,8 @@ class Model:
         width = self.embedding_size or h
         if V:
             yield tensor("embed_tokens.weight", V, width, group="embedding")
+        if self.embedding_norm is not None:
+            yield from norm_parameters(self.embedding_norm, "embed_norm", width)
         if isinstance(self.positions, LearnedPositions) and self.max_position_embeddings:
             rows = self.max_position_embeddings + self.positions.offset
             yield tensor("embed_positions.weight", rows, h, group="embedding")

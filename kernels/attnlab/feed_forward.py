@@ -21,12 +21,30 @@ def gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
+def gelu_fast(x: Tensor) -> Tensor:
+    """The same with √(2/π) as 0.7978845608: 0.5·x·(1 + tanh(0.7978845608·x·(1 + 0.044715·x²)))."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 · x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (arXiv:2109.08668)."""
+    return relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
     "gelu_new": gelu_new,
     "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+    "gelu_fast": gelu_fast,
+    "quick_gelu": quick_gelu,
     "relu": relu,
+    "relu2": relu2,
 }
 
 

@@ -1,20 +1,23 @@
-"""The KV cache: one preallocated tensor a layer, filled from the front."""
+"""The static cache: one preallocated tensor a layer, filled from the front."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from attnlab.supported import grouped_query
+from attnlab.cache import Cache
+from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
 from planner.model import Model
 
 
-class KVCache:
-    """Keys and values of up to `capacity_tokens` tokens, every layer [2, B, G, capacity, D].
+class KVCache(Cache):
+    """Every layer one tensor [2, B, G, capacity, D]; position p lies in slot p.
 
-    Sliding layers hold all positions too: a mask enforces their window. The dtype is the cache's
-    own; attention converts what it reads. `length` is the number of tokens held.
+    Sliding layers hold all positions too: a mask enforces their window. Slots start as zeros: a
+    hidden one weighs nothing, and nothing times NaN would be NaN.
     """
 
     def __init__(
@@ -26,45 +29,121 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.batch = check_size("batch", batch)
-        self.capacity_tokens = check_size("capacity_tokens", capacity_tokens)
-        self.length = 0
-        self.layers: list[Tensor] = []
-        for layer in model.layers:
-            gqa = grouped_query(layer.attention)
-            shape = (2, batch, gqa.num_key_value_heads, capacity_tokens, gqa.head_dim)
-            self.layers.append(torch.empty(shape, dtype=dtype, device=device))
+        check_size("capacity_tokens", capacity_tokens)
+        super().__init__(
+            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+        )
+        self.layers = [
+            torch.zeros(
+                (2, batch, gqa.num_key_value_heads, self.slots(gqa), gqa.head_dim),
+                dtype=dtype,
+                device=device,
+            )
+            for gqa in self.attentions
+        ]
+
+    def slots(self, gqa: object) -> int:
+        """How many slots a layer has."""
+        assert self.capacity_tokens is not None
+        return self.capacity_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors: Σ over layers of 2 · B · G · capacity · D · itemsize."""
+        """Σ over layers of 2 · B · G · slots · D · itemsize."""
         return sum(t.nbytes for t in self.layers)
 
-    def check_room(self, tokens: int, *, batch: int) -> None:
-        """ConfigError unless `tokens` more tokens of `batch` sequences fit."""
-        if batch != self.batch:
-            raise ConfigError(f"ids have batch={batch}, the cache has batch={self.batch}")
-        if self.length + tokens > self.capacity_tokens:
-            raise ConfigError(
-                f"{self.length} cached + {tokens} new tokens = {self.length + tokens} do not fit "
-                f"capacity_tokens={self.capacity_tokens}"
-            )
+    def _prepare(self) -> None:
+        """Slots from the front, and, where sequences differ, what has to be written.
+
+        What is empty then lies in every query's future, and is overwritten before one stands there.
+        """
+        self._listed = self._real() if self.ragged else None
+        positions = torch.arange(max(self.ends), device=self.device)
+        self._keys: Keys | None = Keys(positions, in_order=not self.ragged)
+
+    def keys(self, pattern: Pattern) -> Keys:
+        """All slots up to the longest sequence's end."""
+        assert self._keys is not None, "begin comes first"
+        return self._keys
 
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T tokens behind `length` in layer `index`; views [B, G, length + T, D] of K and V.
+        """Write behind what is held; views [B, G, S, D] of all slots that are filled."""
+        layer, end = self.layers[index], max(self.ends)
+        for kept, new in zip(layer, (k_BGTD, v_BGTD), strict=True):
+            if self._listed is None:
+                kept[:, :, self.length : end].copy_(new.detach())
+            else:
+                b, t, p = self._listed
+                kept[b, :, p] = new.detach()[b, :, t].to(kept.dtype)
+        return layer[0, :, :, :end], layer[1, :, :, :end]
 
-        `length` moves by `advance`, after the last layer. No gradient flows through a cache.
-        """
-        end = self.length + k_BGTD.shape[2]
-        keys, values = self.layers[index]
-        keys[:, :, self.length : end].copy_(k_BGTD.detach())
-        values[:, :, self.length : end].copy_(v_BGTD.detach())
-        return keys[:, :, :end], values[:, :, :end]
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self._keys = self._listed = None
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` that every layer has appended."""
-        self.length += tokens
+
+class FixedShapeCache(KVCache):
+    """A static cache whose passes of one length are alike to the last shape and address.
+
+    What differs between steps, the lengths, is a tensor on the device: a step can be captured as a
+    CUDA graph or compiled once. Every pass attends to all slots, behind a mask. The caller sees to
+    it that the tokens fit: nothing is read back to check.
+    """
+
+    fixed_shapes = True
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch: int,
+        capacity_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(
+            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+        )
+        self.starts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
+
+    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
+        """The positions [B, T] of the queries."""
+        if batch != self.batch:
+            raise ConfigError(f"ids have batch={batch}, the cache has batch={self.batch}")
+        if tokens is not None:
+            raise ConfigError("tokens are not allowed with fixed shapes: None (all are real)")
+        self.T = T
+        return self.starts[:, None] + torch.arange(T, device=self.device)
+
+    def keys(self, pattern: Pattern) -> Keys:
+        """All slots; the empty ones lie in every query's future."""
+        return Keys(torch.arange(self.slots(None), device=self.device), in_order=False)
+
+    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write behind what is held; all slots [B, G, capacity, D]."""
+        layer = self.layers[index]
+        places = self.starts[:, None] + torch.arange(self.T, device=self.device)
+        for kept, new in zip(layer, (k_BGTD, v_BGTD), strict=True):
+            kept[self.rows, :, places] = new.detach().transpose(1, 2).to(kept.dtype)
+        return layer[0], layer[1]
+
+    def advance(self) -> None:
+        """Count the pass's tokens, on the device."""
+        self.starts.add_(self.T)
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self.length = 0
+        self.starts.zero_()
+
+    def take(self, other: KVCache) -> None:
+        """Everything that a static cache of the same model holds, after a prefill say."""
+        if other.batch != self.batch or other.length > self.slots(None):
+            raise ConfigError(
+                f"a cache of batch={other.batch}, length={other.length} does not fit one of "
+                f"batch={self.batch}, capacity_tokens={self.capacity_tokens}"
+            )
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine[:, :, :, : other.length].copy_(theirs[:, :, :, : other.length])
+        self.starts.copy_(torch.tensor(other.lengths))

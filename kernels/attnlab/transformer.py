@@ -1,70 +1,42 @@
 """A decoder-only transformer built from a `planner.Model`: its layers, names, shapes and order.
 
-Every op allocates its output, and a name goes as soon as it is not needed, so that live memory can
-be followed op by op. A module's input lives until the module returns.
+Token ids → embedding (+ positions) → blocks → norm → head. Every op allocates its output, and a
+name goes as soon as it is not needed, so that live memory can be followed op by op. A module's
+input lives until the module returns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from attnlab.attention import Attention, choose, sdpa_backend
-from attnlab.feed_forward import FeedForward
-from attnlab.kv_cache import KVCache
+from attnlab import alibi
+from attnlab.block import Block
+from attnlab.cache import Cache, check_real_tokens
+from attnlab.implementations import choose, sdpa_backend
 from attnlab.linear import Embedding, Linear
-from attnlab.masks import Mask, make_mask
+from attnlab.masks import Keys, Mask, Pattern, make_mask, pattern_of
 from attnlab.norms import build_norm
-from attnlab.positions import RotaryTables
+from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
 from attnlab.supported import check_model, grouped_query
-from planner.errors import ConfigError, check_choice
-from planner.layers import Layer, LearnedPositions
+from planner.errors import ConfigError, check_choice, check_size
+from planner.layers import ALiBi, LearnedPositions, RoPE, Sinusoidal
 from planner.model import Model
 
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
 
-
-class Block(nn.Module):
-    """Attention, then feed-forward: each x + f(norm(x)), or (sandwich) x + norm(f(norm(x)))."""
-
-    def __init__(self, layer: Layer, h: int, dtype: torch.dtype, *, implementation: str) -> None:
-        super().__init__()
-        gqa = grouped_query(layer.attention)
-        self.window = gqa.sliding_window
-        self.self_attn = Attention(gqa, h, dtype, implementation=implementation)
-        self.mlp = FeedForward(layer.feed_forward, h, dtype)
-        self.input_layernorm = build_norm(layer.norm, h, dtype)
-        self.post_attention_layernorm = build_norm(layer.norm, h, dtype)
-        self.sandwich = layer.placement == "sandwich"
-        if self.sandwich:
-            self.pre_feedforward_layernorm = build_norm(layer.norm, h, dtype)
-            self.post_feedforward_layernorm = build_norm(layer.norm, h, dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
-        cache: KVCache | None,
-        index: int,
-    ) -> Tensor:
-        """[B, T, h] → [B, T, h]."""
-        seen = (rotation, mask, cache, index)
-        if self.sandwich:
-            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *seen))
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + self.self_attn(self.input_layernorm(x), *seen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+Rotation = tuple[Tensor, Tensor]
 
 
 class Transformer(nn.Module):
     """The model on `device` in `dtype` with random weights; no parameter is made elsewhere first.
 
-    Parameters are named and shaped as in `model.parameters()`. `attention` is naive or sdpa; None:
-    sdpa, or naive where a layer has a soft cap. Raises ConfigError for what attnlab does not run:
-    MLA, mixtures of experts, no language-model head, other rope types, sdpa with a soft cap.
+    Parameters are named and shaped as in `model.parameters()`. `attention` is naive, sdpa (also
+    with its kernel pinned, "sdpa:flash") or flex; None: sdpa, or naive where a layer has what sdpa
+    lacks. Raises ConfigError for what attnlab does not run, first of it named.
     """
 
     def __init__(
@@ -79,60 +51,110 @@ class Transformer(nn.Module):
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         self.attention = choose(attention, model.layers)
+        if self.attention == "flex" and self.device.type not in ("cuda", "meta"):
+            raise ConfigError(f"attention=flex does not run on device={self.device.type}: cuda")
         self.embedding_scale = model.embedding_scale
         if model.embedding_scale is not None:  # rounded to the weights' dtype, as in transformers
             scale = torch.tensor(model.embedding_scale, dtype=dtype, device="cpu")
             self.embedding_scale = scale.item()
-        h, V = model.hidden_size, model.vocab_size
         with self.device:
-            self.embed_tokens = Embedding(V, h, dtype=dtype)
-            if isinstance(model.positions, LearnedPositions):
-                self.embed_positions = Embedding(model.max_position_embeddings or 0, h, dtype=dtype)
-            else:
-                self.rotary = RotaryTables(model.positions, self.device)
+            self._build_ends()
+            positions = model.positions
             self.layers = nn.ModuleList(
-                Block(layer, h, dtype, implementation=self.attention) for layer in model.layers
+                Block(
+                    layer,
+                    model.hidden_size,
+                    dtype,
+                    attention=self.attention,
+                    interleaved=isinstance(positions, RoPE) and positions.interleaved,
+                )
+                for layer in model.layers
             )
+
+    def _build_ends(self) -> None:
+        """Embedding and positions before the blocks, norm and head behind them."""
+        model, dtype = self.model, self.dtype
+        h, V, width = model.hidden_size, model.vocab_size, model.embedding_size
+        self.embed_tokens = Embedding(V, width or h, dtype=dtype)
+        if model.embedding_norm is not None:
+            self.embed_norm = build_norm(model.embedding_norm, width or h, dtype)
+        if width is not None:
+            self.project_in = Linear(width, h, bias=False, dtype=dtype)
+            self.project_out = Linear(h, width, bias=False, dtype=dtype)
+        trained = model.max_position_embeddings or 0
+        match model.positions:
+            case LearnedPositions(offset=offset):
+                self.embed_positions = Embedding(trained + offset, h, dtype=dtype)
+            case RoPE() as rope:
+                self.rotary = RotaryTables(rope, trained, self.device)
+                if model.local_positions is not None:
+                    self.rotary_local = RotaryTables(model.local_positions, trained, self.device)
+        if model.final_norm is not None:
             self.norm = build_norm(model.final_norm, h, dtype)
-            if not model.tie_word_embeddings:
-                self.lm_head = Linear(h, V, bias=False, dtype=dtype)
+        if not model.tie_word_embeddings:
+            self.lm_head = Linear(width or h, V, bias=model.lm_head_bias, dtype=dtype)
+        elif model.lm_head_bias:
+            self.lm_head = nn.Module()
+            self.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=dtype))
 
     def forward(
         self,
         ids: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         logits: Literal["all", "last"] = "all",
+        tokens: Sequence[int] | None = None,
+        prefix_tokens: int = 0,
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; with "last" those of the last token, [B, 1, V].
 
-        With a cache the ids follow the tokens in it and are appended. Raises ConfigError when they
-        do not fit the cache or a learned table of positions.
+        With a cache the ids follow the tokens in it and are appended. `tokens`: how many of the T
+        are real in each sequence, from the left; the logits behind them mean nothing. The first
+        `prefix_tokens` positions see one another in both directions (prefix-LM). Raises ConfigError
+        when ids do not fit the cache or a learned table of positions; nothing is changed then.
         """
         check_choice("logits", logits, ("all", "last"))
-        (B, T), past = check_ids(ids), 0
-        if cache is not None:
-            cache.check_room(T, batch=B)
-            past = cache.length
-        S = past + T
+        check_size("prefix_tokens", prefix_tokens, minimum=0)
+        B, T = check_ids(ids)
+        real = check_real_tokens(tokens, T=T, batch=B)
+        held = [0] * B if cache is None else cache.lengths
+        S = max(n + new for n, new in zip(held, real, strict=False))  # begin compares the batches
         if isinstance(self.model.positions, LearnedPositions):
             self.model.check_positions(S)
-        positions, keys = (torch.arange(n, S, device=ids.device) for n in (past, 0))
-        x, rotation = self._embed(ids, positions)
-        windows = {block.window for block in self.layers}
-        masks = {window: make_mask(positions, keys, window=window) for window in windows}
-        del positions, keys
-        for index, block in enumerate(self.layers):
-            x = block(x, rotation, masks[block.window], cache, index)
-        del rotation, masks
+        if cache is not None and cache.fixed_shapes and by_length(self.model):
+            raise ConfigError("rope_type dynamic or longrope is not allowed with fixed shapes")
         if cache is not None:
-            cache.advance(T)
-        x = self.norm(x[:, -1:] if logits == "last" else x)
-        head = self.embed_tokens if self.model.tie_word_embeddings else self.lm_head
-        out = nn.functional.linear(x, head.weight)
+            positions = cache.begin(T, batch=B, tokens=tokens)
+        else:
+            positions = torch.arange(T, device=ids.device)
+        x, rotations = self._embed(ids, positions, S)
+        masks = self._masks(positions, cache, prefix_tokens)
+        del positions
+        for index, block in enumerate(self.layers):
+            rotation = rotations[block.slides] if block.rope else None
+            x = block(x, rotation, masks[block.pattern], cache, index)
+            del rotation
+        del rotations, masks
+        if cache is not None:
+            cache.advance()
+        if logits == "last":
+            x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
+        if self.model.final_norm is not None:
+            x = self.norm(x)
+        if self.model.embedding_size is not None:
+            x = self.project_out(x)
+        if self.model.tie_word_embeddings:
+            bias = self.lm_head.bias if self.model.lm_head_bias else None
+            out = nn.functional.linear(x, self.embed_tokens.weight, bias)
+        else:
+            out = self.lm_head(x)
         del x
+        if self.model.logit_scale is not None:
+            out = out * self.model.logit_scale
         cap = self.model.final_logit_softcapping
         if cap is not None:
             out = out / cap
@@ -140,13 +162,56 @@ class Transformer(nn.Module):
             out = out * cap
         return out
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _masks(
+        self, positions: Tensor, cache: Cache | None, prefix_tokens: int
+    ) -> dict[Pattern, Mask]:
+        """A mask for each pattern of layers."""
+        slopes = None
+        if isinstance(self.model.positions, ALiBi):
+            gqa = grouped_query(self.model.layers[0].attention)
+            scale = gqa.scaling if self.model.positions.scaled else 1.0
+            dtype = torch.float32 if self.attention == "naive" else self.dtype
+            slopes = alibi.slope_tensor(gqa.num_attention_heads, dtype, self.device, scale=scale)
+        masks = {}
+        for pattern in dict.fromkeys(block.pattern for block in self.layers):
+            keys = Keys(positions, in_order=True) if cache is None else cache.keys(pattern)
+            masks[pattern] = make_mask(
+                positions, keys, pattern, prefix_tokens=prefix_tokens, slopes=slopes
+            )
+        return masks
+
+    def _embed(
+        self, ids: Tensor, positions: Tensor, tokens: int
+    ) -> tuple[Tensor, tuple[Rotation | None, Rotation | None]]:
+        """Hidden states [B, T, h]; the rotations of full and of sliding layers."""
+        model = self.model
         x = self.embed_tokens(ids)
+        if model.embedding_norm is not None:
+            x = self.embed_norm(x)
+        if model.embedding_size is not None:
+            x = self.project_in(x)
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
-        if isinstance(self.model.positions, LearnedPositions):
-            return x + self.embed_positions(positions), None
-        return x, self.rotary(positions, self.dtype)
+        match model.positions:
+            case LearnedPositions(offset=offset):
+                rows = positions + offset if offset else positions
+                return x + self.embed_positions(rows), (None, None)
+            case Sinusoidal():
+                return x + sinusoids(positions, model.hidden_size, x.dtype), (None, None)
+            case RoPE():
+                rotation = self.rotary(positions, tokens, self.dtype)
+                local = rotation
+                if model.local_positions is not None:
+                    local = self.rotary_local(positions, tokens, self.dtype)
+                return x, (rotation, local)
+        return x, (None, None)
+
+
+def _last(x_BTh: Tensor, real: Sequence[int]) -> Tensor:
+    """The last real token of each sequence, [B, 1, h]."""
+    rows = torch.arange(len(real), device=x_BTh.device)
+    places = torch.tensor([max(n - 1, 0) for n in real], device=x_BTh.device)
+    return x_BTh[rows, places][:, None]
 
 
 def check_ids(ids: Tensor) -> tuple[int, int]:
@@ -171,11 +236,23 @@ def backend_name(
         return transformer.attention
     if device.type == "meta":
         raise ConfigError("device=meta runs no attention: a device that computes")
-    names, positions = set(), torch.arange(S, device=device)
+    queries, keys = (torch.arange(n, S, device=device) for n in (S - T, 0))
+    names = set()
     for gqa in {grouped_query(layer.attention) for layer in transformer.model.layers}:
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
         q = torch.empty(batch, T, H, D, dtype=transformer.dtype, device=device).transpose(1, 2)
         k = torch.empty(batch, G, S, D, dtype=transformer.dtype, device=device)
-        mask = make_mask(positions[S - T :], positions, window=gqa.sliding_window)
+        slopes = None
+        if isinstance(transformer.model.positions, ALiBi):
+            slopes = torch.ones(H, dtype=transformer.dtype, device=device)
+        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(gqa), slopes=slopes)
         names.add(sdpa_backend(q, k, k, scaling=gqa.scaling, mask=mask))
     return "sdpa:" + "+".join(sorted(names))
+
+
+def by_length(model: Model) -> bool:
+    """Whether rotary frequencies change with the length of the sequence."""
+    return any(
+        isinstance(positions, RoPE) and positions.rope_type in BY_LENGTH
+        for positions in (model.positions, model.local_positions)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,15 @@ from torch import Tensor
 from attnlab.transformer import Transformer
 from planner.errors import ConfigError
 
-BUFFERS = ("inv_freq", "attn.bias", "attn.masked_bias", "embed_scale")
+BUFFERS = (
+    "inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.bias",
+    "attention.masked_bias",
+    "embed_scale",
+    "embed_positions",
+)
 """Endings of tensors that checkpoints may hold and no parameter is made from."""
 
 
@@ -41,6 +50,28 @@ def load_state_dict(transformer: Transformer, state: Mapping[str, Tensor]) -> No
         tensor = state[name]
         swap = model.transposed_linears and p.layer is not None and tensor.dim() == 2
         parameters[p.name].copy_(tensor.T if swap else tensor)
+
+
+def load_safetensors(transformer: Transformer, path: Path | str) -> None:
+    """Weights of a .safetensors file, or of all in a folder, into the transformer.
+
+    Files are mapped, not read into memory. Raises ConfigError where there is none, for a file that
+    is no safetensors file, and as `load_state_dict`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ConfigError(f"{path} has no weights: a .safetensors file, or a folder of them")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{file} is not a safetensors file: {error}") from None
+    load_state_dict(transformer, state)
 
 
 def _is_buffer(name: str) -> bool:

@@ -14,11 +14,10 @@ from planner.huggingface.fields import Fields, check_positive
 from planner.huggingface.gpt_like import head_width
 from planner.layers import GQA, ALiBi, Dense, Placement
 from planner.model import Model
-from planner.tensors import Parameter
 
 FALCON_NAMES = (
     ("embed_tokens", "transformer.word_embeddings"),
-    ("word_embeddings_layernorm", "transformer.word_embeddings_layernorm"),
+    ("embed_norm", "transformer.word_embeddings_layernorm"),
     ("norm", "transformer.ln_f"),
     ("layers", "transformer.h"),
     ("self_attn.qkv_proj", "self_attention.query_key_value"),
@@ -70,7 +69,7 @@ def read_falcon(fields: Fields) -> Model:
         ),
         norm=layernorm(fields, "layer_norm_epsilon"),
         placement=placement,
-        positions=ALiBi() if fields.flag("alibi") else rope(fields, head_dim=D),
+        positions=ALiBi(scaled=True) if fields.flag("alibi") else rope(fields, head_dim=D),
         names=(*FALCON_NAMES, *(FALCON_TWO_NORMS if placement == "parallel-two" else ())),
     )
 
@@ -111,7 +110,7 @@ def read_bloom(fields: Fields) -> Model:
     """BLOOM: biases everywhere, a norm behind the embedding; no table ends its positions."""
     _spell_hidden_size(fields)
     H, D = head_width(fields)
-    h = fields.size("hidden_size")
+    h, norm = fields.size("hidden_size"), layernorm(fields, "layer_norm_epsilon")
     if fields.flag("apply_residual_connection_post_layernorm"):
         raise ConfigError("apply_residual_connection_post_layernorm=True is not read yet: false")
     return gqa_decoder(
@@ -129,16 +128,11 @@ def read_bloom(fields: Fields) -> Model:
         ),
         windows=stray_windows(fields),
         feed_forward=Dense(intermediate_size=4 * h, activation="gelu_new", gated=False, bias=True),
-        norm=layernorm(fields, "layer_norm_epsilon"),
+        norm=norm,
+        embedding_norm=norm,
         positions=ALiBi(),
         max_position_embeddings=MAX_SIZE,
         names=FALCON_NAMES,
-        extra_parameters=tuple(
-            Parameter(
-                name=f"word_embeddings_layernorm.{part}", group="norm", layer=None, shape=(h,)
-            )
-            for part in ("weight", "bias")
-        ),
     )
 
 

@@ -239,7 +239,7 @@ def hunyuan_attention(fields: Fields) -> GQA:
         (H, G, D),
         qkv_bias=bias,
         o_bias=bias,
-        qk_norm=QKNorm(norm=rmsnorm(fields), width="head"),
+        qk_norm=QKNorm(norm=rmsnorm(fields), width="head", after_rope=True),
     )
 
 

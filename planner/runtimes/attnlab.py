@@ -1,10 +1,10 @@
-"""The `attnlab` runtime: our own transformer, whose cache is allocated once at full length."""
+"""The `attnlab` runtime: our own transformer over the cache that a CacheSpec names."""
 
 from __future__ import annotations
 
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, ALiBi, Dense, Layer, LearnedPositions, RoPE
+from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.program import Dims, Program
@@ -21,8 +21,9 @@ from planner.runtimes.base import (
 )
 from planner.workload import CacheSpec, Inference
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-"""Activations that kernels/attnlab/feed_forward.py has."""
+CACHE_KINDS = ("static", "dynamic", "ring", "paged")
+DEFAULT_BLOCK_TOKENS = 16
+"""A block of a paged cache, where none is named."""
 
 
 class Attnlab:
@@ -44,12 +45,10 @@ class Attnlab:
                 f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
                 "transformers or vllm"
             )
-        capped = any(
-            isinstance(x.attention, GQA) and x.attention.logit_softcap is not None
-            for x in model.layer_kinds()
-        )
-        allowed = ("naive",) if capped else ("sdpa", "naive")
-        reason = "sdpa has no soft cap" if capped else ""
+        attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
+        naive = any(gqa.logit_softcap is not None or gqa.sinks for gqa in attentions)
+        allowed = ("naive",) if naive else ("sdpa", "naive")
+        reason = "sdpa has no soft cap and no sinks" if naive else ""
         return choose_attention(self.name, model, name, allowed, reason=reason)
 
     def cache_rows(
@@ -64,13 +63,26 @@ class Attnlab:
         compute_dtype: str,
         decoded_tokens: int,
     ) -> list[Row]:
-        """One tensor a layer, full length for sliding layers too: their window is a mask."""
+        """Keys and values of the whole capacity (dynamic: of the context), by kind of cache.
+
+        A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
+        mask and all positions are kept.
+        """
         self.attention(model, None)
-        check_cache_kind(self.name, cache, ("static",))
+        kind = check_cache_kind(self.name, cache, CACHE_KINDS)
         check_kv_dtype(self.name, dtype, self.kv_dtypes)
-        C = static_capacity(cache, context_tokens)
+        S = context_tokens
+        C = S if kind == "dynamic" else static_capacity(cache, S)
+        block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
 
         def kept(attention: GQA | MLA) -> Kept:
+            window = attention.sliding_window if isinstance(attention, GQA) else None
+            if kind == "dynamic":
+                return S, "S", (("S", S),)
+            if kind == "ring" and window is not None:
+                return min(C, window), "min(C, W)", (("C", C), ("W", window))
+            if kind == "paged":
+                return -(-C // block) * block, "⌈C / block⌉ · block", (("C", C), ("block", block))
             return C, "C", (("C", C),)
 
         return layer_rows(
@@ -92,20 +104,24 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """One float32 table of rotary frequencies."""
+        """A float32 table of rotary frequencies; another where sliding layers have their own."""
         if not isinstance(model.positions, RoPE):
             return []
-        D = model.positions.rotary_dim
-        return [
-            Row(
-                component="weights",
-                item="rotary frequencies (buffer)",
-                count=1,
-                formula="d_rot · 2",
-                values=(("d_rot", D),),
-                size_bytes=2 * D,
-            )
-        ]
+        rows = []
+        for positions in (model.positions, model.local_positions):
+            if positions is not None:
+                D = positions.rotary_dim
+                rows.append(
+                    Row(
+                        component="weights",
+                        item="rotary frequencies (buffer)",
+                        count=1,
+                        formula="d_rot · 2",
+                        values=(("d_rot", D),),
+                        size_bytes=2 * D,
+                    )
+                )
+        return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """Prefill and the last decode step, both over the cache of the whole generation."""
@@ -148,17 +164,8 @@ def missing_parts(model: Model) -> list[str]:
     if unplanned is not None:
         return [unplanned]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
-    positions = model.positions
     wanted = {
-        "ALiBi": isinstance(positions, ALiBi),
-        "interleaved rotary positions": isinstance(positions, RoPE) and positions.interleaved,
-        "rotary positions of their own for sliding layers": model.local_positions is not None,
-        "offset positions": isinstance(positions, LearnedPositions) and bool(positions.offset),
         "parameters outside the blocks": bool(model.extra_parameters),
-        "projections around the embedding": model.embedding_size is not None,
-        "a model without a last norm": model.final_norm is None,
-        "a scale on the logits": model.logit_scale is not None,
-        "the bias of the head": model.lm_head_bias,
         "parts beside the decoder": bool(model.towers),
         "quantised weights": model.quantization is not None,
     }
@@ -166,29 +173,21 @@ def missing_parts(model: Model) -> list[str]:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa, feed_forward, norm = layer.attention, layer.feed_forward, layer.norm
+    gqa, feed_forward = layer.attention, layer.feed_forward
     if not isinstance(gqa, GQA):
         return ["MLA"]
     if not isinstance(feed_forward, Dense):
         return ["mixtures of experts"]
     wanted = {
-        "norms on queries and keys": gqa.qk_norm is not None,
-        "attention sinks": gqa.sinks,
-        "layers without positions": not gqa.rope,
-        "chunked attention": gqa.chunked,
-        "clipped queries and keys": gqa.clip_qkv is not None,
-        "interleaved fused projections": gqa.interleaved_qkv,
-        "windows that mask and do not clip": gqa.masked_window is not None,
-        "scaled residuals": layer.residual_multiplier is not None,
-        f"{layer.placement} blocks": layer.placement not in ("pre", "sandwich"),
-        "norms without a weight": not norm.weight,
-        "LayerNorm scaled by 1 + weight": norm.kind == "layernorm" and norm.plus_one,
-        f"the activation {feed_forward.activation}": feed_forward.activation not in ACTIVATIONS,
+        "values that are keys": gqa.attention_k_eq_v,
+        "a window that clips beside one that masks": gqa.masked_window is not None
+        and gqa.sliding_window is not None,
     }
     return [part for part, there in wanted.items() if there]
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:
+    spec = setting.cache or CacheSpec(kind="static")
     return forward_program(
         model,
         Pass(
@@ -197,5 +196,7 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             dtype=setting.dtype,
             kv_dtype=setting.kv_dtype,
             logits=work.logits,
+            cache=spec.kind,  # type: ignore[arg-type]
+            block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
         ),
     )

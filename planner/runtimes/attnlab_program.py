@@ -1,7 +1,8 @@
 """Forward passes of attnlab (kernels/attnlab/transformer.py) as programs, op by op.
 
-The cache is preallocated before the pass. A module's input lives until the module returns, a
-block's input until the model's loop takes its output.
+The cache is opened before the pass. A module's input lives until the module returns, a block's
+input until the model's loop takes its output. Attention is in attnlab_attention.py, what a cache
+holds and makes in attnlab_cache_program.py.
 """
 
 from __future__ import annotations
@@ -11,60 +12,58 @@ from functools import lru_cache
 from typing import Literal
 
 from planner.dtypes import element_bytes
-from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm, RoPE
+from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm, RoPE, Sinusoidal
 from planner.model import Model
-from planner.program import (
-    FOLDED,
-    SEVERAL_TOKENS,
-    B,
-    Buffer,
-    C,
-    Extent,
-    Program,
-    S,
-    Shape,
-    Symbol,
-    T,
-    maximum,
-    visible_pairs,
-)
-from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer, layer_label
+from planner.program import B, Buffer, Extent, Program, Shape, T
+from planner.runtimes.attnlab_attention import AttentionWriter
+from planner.runtimes.attnlab_cache_program import CacheKind, CacheProgram
+from planner.runtimes.writer import FLOAT32, INT64, layer_label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """Which pass: prefill into an empty cache or decode, and how."""
+    """Which pass: a prefill (whole, or a chunk of one) or decode, over which cache, and how."""
 
     kind: Literal["prefill", "decode"]
     attention: Literal["sdpa", "naive"]
     dtype: str
     kv_dtype: str
     logits: Literal["all", "last"]
+    cache: CacheKind = "static"
+    block_tokens: int = 16
 
 
 @lru_cache(maxsize=128)
 def forward_program(model: Model, what: Pass) -> Program:
-    """One forward pass over a preallocated cache, from token ids to logits.
+    """One forward pass over a cache, from token ids to logits.
 
     `model` has grouped-query attention and dense feed-forwards only.
     """
     return _Forward(model, what).write()
 
 
-class _Forward(Writer):
+class _Forward(AttentionWriter):
     """Walks through Transformer.forward and writes the tape."""
 
     def __init__(self, model: Model, what: Pass) -> None:
         super().__init__(model, what.dtype)
-        self.what = what
-        self.masks: dict[int | None, Buffer | None] = {}
+        self.what, self.attention, self.norm = what, what.attention, self._norm
+        self.cache = CacheProgram(
+            self.tape,
+            what.cache,
+            b=self.b,
+            kv_b=element_bytes(what.kv_dtype),
+            block_tokens=what.block_tokens,
+        )
 
     def write(self) -> Program:
         """The whole pass."""
         model, tape = self.model, self.tape
-        self._cache()
+        self.cache.open(model)
         with tape.segment("embedding"):
+            self.cache.prepare(model)
             self._embed()
+            self.make_masks()
         for start, count, layer in model.layer_groups():
             label = layer_label(layer)
             if not tape.again(label, count=count, first_layer=start):
@@ -74,40 +73,64 @@ class _Forward(Writer):
             self._head()
         return tape.program(f"attnlab {self.what.kind}")
 
-    def _cache(self) -> None:
-        element = element_bytes(self.what.kv_dtype)
-        for start, count, layer in self.model.layer_groups():
-            label = f"cache of {layer_label(layer)}"
-            if not self.tape.again(label, count=count, first_layer=start):
-                gqa = _gqa(layer)
-                shape: Shape = (2, B, gqa.num_key_value_heads, C, gqa.head_dim)
-                with self.tape.segment(label, count=count, first_layer=start):
-                    self.tape.new("keys and values", shape, element, cache=True)
-
     def _embed(self) -> None:
-        model, tape, b = self.model, self.tape, self.b
-        shape, rows = self.hidden.shape, ((*self.hidden.shape, b),)
-        self.positions = tape.new("positions", (T,), INT64), tape.new("positions", (S,), INT64)
+        model, tape, b, h = self.model, self.tape, self.b, self.model.hidden_size
+        width = model.embedding_size or h
+        rows = ((B, T, width, b),)
+        added = isinstance(model.positions, LearnedPositions | Sinusoidal)
+        steps = [
+            model.embedding_norm is not None,
+            model.embedding_size is not None,
+            model.embedding_scale is not None,
+            added,
+        ]
         self.rotary: tuple[Buffer, ...] = ()
-        learned = isinstance(model.positions, LearnedPositions)
-        if model.embedding_scale is not None or learned:
-            tokens = tape.new("input embeddings", shape, b, moved=rows)
-            table = None
-            if learned:
-                table = tape.new("position embeddings", shape[1:], b, moved=((*shape[1:], b),))
-            tape.new("hidden states", shape, b, reads=(tokens,), into=self.hidden)
-            tape.free(table, tokens)
+        if not any(steps):
+            tape.new("hidden states", (B, T, h), b, moved=rows, into=self.hidden)
         else:
-            tape.new("hidden states", shape, b, moved=rows, into=self.hidden)
+            x = tape.new("input embeddings", (B, T, width), b, moved=rows)
+            if model.embedding_norm is not None:
+                last = not any(steps[1:])
+                x = self.replaced(self._norm(model.embedding_norm, x, "embedding norm"), x)
+                if last:
+                    self._become_hidden(x)
+            if model.embedding_size is not None:
+                x = self.replaced(self.linear("project_in", x, h), x)
+            if model.embedding_scale is not None:
+                scaled = None if added else self.hidden
+                x = self.replaced(
+                    tape.new("hidden states", (B, T, h), b, reads=(x,), into=scaled), x
+                )
+            if added:
+                self._add_positions(x)
         if isinstance(model.positions, RoPE):
-            self._rotary_tables(model.positions.rotary_dim)
-        for layer in model.layer_kinds():
-            window = _gqa(layer).sliding_window
-            if window not in self.masks:
-                self.masks[window] = self._mask(window)
+            for rope in (model.positions, model.local_positions):
+                if rope is not None:
+                    self._rotary_tables(rope)
 
-    def _rotary_tables(self, D: int) -> None:
-        tape, b = self.tape, self.b
+    def _become_hidden(self, x: Buffer) -> None:
+        """The same storage under the name that blocks know."""
+        self.tape.free(x)
+        self.tape.new("hidden states", self.hidden.shape, self.b, into=self.hidden)
+
+    def _add_positions(self, x: Buffer) -> None:
+        tape, b, h, positions = self.tape, self.b, self.model.hidden_size, self.model.positions
+        rows, made = None, []
+        if isinstance(positions, LearnedPositions):
+            if positions.offset:
+                rows = tape.new("positions", (T,), INT64)
+            table = tape.new("position embeddings", (T, h), b, moved=((T, h, b),))
+        else:
+            made = [tape.new("sinusoids", (T, h // 2), FLOAT32) for _ in range(3)]
+            table = tape.new("sinusoids", (T, h), FLOAT32)
+            tape.free(*made)
+            if b != FLOAT32:
+                table = self.replaced(tape.new("sinusoids", (T, h), b), table)
+        tape.new("hidden states", (B, T, h), b, reads=(x, table), into=self.hidden)
+        tape.free(table, x, rows)
+
+    def _rotary_tables(self, rope: RoPE) -> None:
+        tape, b, D = self.tape, self.b, rope.rotary_dim
         wide = tape.new("rotary tables", (T,), FLOAT32)
         angles = tape.new("rotary tables", (T, D // 2), FLOAT32)
         tape.free(wide)
@@ -115,43 +138,43 @@ class _Forward(Writer):
         tables = []
         for _ in ("cos", "sin"):
             table = tape.new("rotary tables", (T, D), FLOAT32, reads=(double,))
+            if rope.rope_type in SCALED_TABLES:
+                table = self.replaced(tape.new("rotary tables", (T, D), FLOAT32), table)
             if b != FLOAT32:
                 narrow = tape.new("rotary tables", (T, D), b, reads=(table,))
                 table = self.replaced(narrow, table)
             tables.append(table)
         tape.free(double, angles)
-        self.rotary = tuple(tables)
-
-    def _mask(self, window: int | None) -> Buffer | None:
-        """make_mask: a [T, S] bool where is_causal does not say it all."""
-        if window is None:
-            return None
-        tape = self.tape
-        masked = _if_beyond(window)
-        shape: Shape = (masked, T, S)
-        causal = tape.new("mask", shape, BOOL)
-        lowest = tape.new("mask", (masked, T), INT64)
-        near = tape.new("mask", shape, BOOL)
-        tape.free(lowest)
-        visible = tape.new("mask", shape, BOOL)
-        tape.free(causal, near)
-        return visible
+        self.rotary += tuple(tables)
 
     def _head(self) -> None:
         model, tape, b = self.model, self.tape, self.b
-        tape.free(*self.rotary, *self.positions, *self.masks.values())
+        tape.free(*self.rotary)
+        self.free_masks()
+        self.cache.close()
         rows: Extent = T if self.what.logits == "all" else 1
         h, V = model.hidden_size, model.vocab_size
-        kept = Buffer(name="hidden states", shape=(B, rows, h), itemsize=b)
-        assert model.final_norm is not None  # refused by Attnlab.attention
-        last = self._norm(model.final_norm, kept, "final norm")
-        tape.free(self.hidden)
+        last = self.hidden
+        if model.final_norm is not None:
+            kept = Buffer(name="hidden states", shape=(B, rows, h), itemsize=b)
+            last = self._norm(model.final_norm, kept, "final norm")
+            tape.free(self.hidden)
+        if model.embedding_size is not None:
+            kept = Buffer(name="hidden states", shape=(B, rows, h), itemsize=b)
+            last = self.replaced(self.linear("project_out", kept, model.embedding_size), last)
         shape: Shape = (B, rows, V)
+        width = model.embedding_size or h
         logits = tape.new(
-            "logits", shape, b, flops=(2, B, rows, h, V), reads=(last,), weight_bytes=h * V * b
+            "logits",
+            shape,
+            b,
+            flops=(2, B, rows, width, V),
+            reads=(last,),
+            weight_bytes=width * V * b,
         )
         tape.free(last)
-        for _ in range(3 if model.final_logit_softcapping is not None else 0):
+        steps = (model.logit_scale is not None) + 3 * (model.final_logit_softcapping is not None)
+        for _ in range(steps):
             logits = self.replaced(tape.new("logits", shape, b, reads=(logits,)), logits)
 
     def _norm(self, norm: Norm, x: Buffer, name: str) -> Buffer:
@@ -161,7 +184,10 @@ class _Forward(Writer):
         column = (*shape[:-1], 1)
         if norm.kind == "layernorm":
             statistics = ((column, b), (column, b))
-            return tape.new(name, shape, b, reads=(x,), weight_bytes=2 * h * b, scratch=statistics)
+            factor = tape.new(name, (h,), b) if norm.plus_one else None
+            out = tape.new(name, shape, b, reads=(x,), weight_bytes=2 * h * b, scratch=statistics)
+            tape.free(factor)
+            return out
         wide = x if b == FLOAT32 else tape.new(name, shape, FLOAT32, reads=(x,))
         square = tape.new(name, shape, FLOAT32, reads=(wide,))
         mean = self.replaced(tape.new(name, column, FLOAT32, reads=(square,)), square)
@@ -169,6 +195,10 @@ class _Forward(Writer):
         inverse = self.replaced(tape.new(name, column, FLOAT32), shifted)
         scaled = tape.new(name, shape, FLOAT32, reads=(wide,))
         tape.free(inverse, *self.copy_of(wide, x))
+        if not norm.weight:
+            narrow = scaled if b == FLOAT32 else tape.new(name, shape, b, reads=(scaled,))
+            tape.free(*self.copy_of(scaled, narrow))
+            return narrow
         if norm.plus_one:
             weight = tape.new(name, (h,), FLOAT32, weight_bytes=h * b) if b != FLOAT32 else None
             factor = tape.new(name, (h,), FLOAT32)
@@ -185,119 +215,80 @@ class _Forward(Writer):
         return out
 
     def _block(self, layer: Layer) -> None:
-        tape, b, shape = self.tape, self.b, self.hidden.shape
-        sandwich = layer.placement == "sandwich"
-        normed = self._norm(layer.norm, self.hidden, "attention norm")
-        out = self._attention(_gqa(layer), normed)
-        tape.free(normed)
-        post = self._norm(layer.norm, out, "post norm") if sandwich else out
-        middle = tape.new("residual", shape, b, reads=(self.hidden, post))
-        tape.free(*{post, out})
-        normed = self._norm(layer.norm, middle, "feed-forward norm")
+        """Block.forward, by where the norms stand."""
         assert isinstance(layer.feed_forward, Dense)
-        out = self._feed_forward(layer.feed_forward, normed)
-        tape.free(normed)
-        post = self._norm(layer.norm, out, "post norm") if sandwich else out
-        tape.new("residual", shape, b, reads=(middle, post), into=self.hidden)
-        tape.free(*{post, out}, middle, self.hidden)
+        gqa, dense, x = _gqa(layer), layer.feed_forward, self.hidden
+        match layer.placement:
+            case "pre" | "sandwich":
+                after = layer.placement == "sandwich"
+                middle = self._part(layer, x, gqa, before=True, after=after)
+                self._part(layer, middle, dense, before=True, after=after, into=x)
+                self.tape.free(middle, x)
+            case "post":
+                middle = self._part(layer, x, gqa, before=False, after=True)
+                self._part(layer, middle, dense, before=False, after=True, into=x)
+                self.tape.free(middle, x)
+            case "post-sum":
+                total = self._part(layer, x, gqa, before=False, after=False)
+                middle = self.replaced(self._norm(layer.norm, total, "attention norm"), total)
+                total = self._part(layer, middle, dense, before=False, after=False)
+                last = self._norm(layer.norm, total, "feed-forward norm")
+                self.tape.free(total, middle, x, last)
+                self.tape.new("residual", x.shape, self.b, into=x)
+            case _:
+                self._parallel(layer, gqa, dense)
 
-    def _attention(self, gqa: GQA, x: Buffer) -> Buffer:
-        tape, h = self.tape, self.model.hidden_size
-        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        shared: tuple[Buffer, ...] = ()
-        if gqa.fused_qkv:
-            q = k = v = self.linear("qkv_proj", x, (H + 2 * G) * D, bias=gqa.qkv_bias)
-            shared = (q,)  # one storage, until the last view of it goes
-        else:
-            q = self.linear("q_proj", x, H * D, bias=gqa.qkv_bias)
-            k = self.linear("k_proj", x, G * D, bias=gqa.qkv_bias)
-            v = self.linear("v_proj", x, G * D, bias=gqa.qkv_bias)
-        if isinstance(self.model.positions, RoPE):
-            rotary = min(self.model.positions.rotary_dim, D)
-            turned = self.rotate(q, (B, T, H), D, rotary)
-            tape.free(*({q} - set(shared)))
-            q = turned
-            turned = self.rotate(k, (B, T, G), D, rotary)
-            tape.free(*({k} - set(shared)))
-            k = turned
-        # append copies k and v into the cache; only q goes on
-        tape.free(*({k, v, *shared} - {q}))
-        out = self._attend(gqa, q)
-        projected = self.linear("o_proj", out, h, bias=gqa.o_bias)
-        tape.free(out)
-        return projected
-
-    def _attend(self, gqa: GQA, q: Buffer) -> Buffer:
-        tape, b, kv = self.tape, self.b, element_bytes(self.what.kv_dtype)
-        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        read: Shape = (2, B, G, S, D, kv)
-        casts: tuple[Buffer, ...] = ()
-        if self.what.kv_dtype != self.what.dtype:
-            casts = tuple(tape.new("cast keys, values", (B, G, S, D), b) for _ in range(2))
-        flops: Shape = (4 * D, B, H, visible_pairs(gqa.sliding_window))
-        mask = self.masks[gqa.sliding_window]
-        if self.what.attention == "naive":
-            return self._naive(gqa, q, casts, flops, read)
-        additive = None
-        if mask is not None:  # aten turns a bool mask into one of q's dtype
-            additive = tape.new("mask", mask.shape, b, reads=(mask,))
-        out = tape.new(
-            "attention",
-            (B, T, H * D),
-            b,
-            flops=flops,
-            reads=(q,),
-            moved=(read,),
-            scratch=(((B, H, T), FLOAT32),),  # log-sum-exp
-        )
-        tape.free(additive, *casts, q)
-        return out
-
-    def _naive(
+    def _part(
         self,
-        gqa: GQA,
-        q: Buffer,
-        casts: tuple[Buffer, ...],
-        flops: Shape,
-        read: Shape,
+        layer: Layer,
+        x: Buffer,
+        part: GQA | Dense,
+        *,
+        before: bool,
+        after: bool,
+        into: Buffer | None = None,
     ) -> Buffer:
-        """attention.naive: float32 throughout, scores [B, G, H/G·T, S] kept in full."""
-        tape, b = self.tape, self.b
-        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        window = gqa.sliding_window
-        plain = _plain_causal(window)
-        causal = tape.new("mask", (plain, T, S), BOOL)
-        shape_q: Shape = (B, H, T, D)
-        wide = tape.new("float32 query", shape_q, FLOAT32, reads=(q,)) if b != FLOAT32 else None
-        scaled = tape.new("float32 query", shape_q, FLOAT32, reads=(q,))
-        tape.free(wide)
-        if H != G:  # reshape to [B, G, H/G·T, D]; the transposed layout allows no view
-            copy = tape.new("float32 query", (SEVERAL_TOKENS, *shape_q), FLOAT32)
-            tape.free(copy)
-        keys = tape.new("float32 keys", (B, G, S, D), FLOAT32) if b != FLOAT32 else None
-        if H == G:
-            folded = tape.new("float32 query", (FOLDED, *shape_q), FLOAT32)
-        table: Shape = (B, H, T, S)
-        scores = tape.new("scores", table, FLOAT32, flops=flops, reads=(scaled,), moved=(read,))
-        tape.free(keys, scaled, folded if H == G else None)
-        for _ in range(2 if gqa.logit_softcap is not None else 0):
-            scores = self.replaced(tape.new("softcap", table, FLOAT32, reads=(scores,)), scores)
-        # where there is a mask the scores exist twice for a moment
-        masked: Shape = (_masked(window), *table)
-        minus_infinity = (((_masked(window),), FLOAT32),)
-        copy = tape.new("masked scores", masked, FLOAT32, reads=(scores,), scratch=minus_infinity)
-        tape.free(copy)
-        scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)
-        values = tape.new("float32 values", (B, G, S, D), FLOAT32) if b != FLOAT32 else None
-        out = tape.new("attention", (B, T, H * D), FLOAT32, reads=(scores,))
-        tape.free(values)
-        if b != FLOAT32:
-            narrow = tape.new("attention", (B, T, H * D), b, reads=(out,))
-            out = self.replaced(narrow, out)
-        tape.free(scores, causal, *casts, q)
-        copy = tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,))  # flatten(2)
-        tape.free(copy)
-        return out
+        """x + multiplier · norm(f(norm(x))), with the norms that there are."""
+        tape = self.tape
+        name = "attention" if isinstance(part, GQA) else "feed-forward"
+        normed = self._norm(layer.norm, x, f"{name} norm") if before else None
+        out = self._run(part, normed or x)
+        tape.free(normed)
+        if after:
+            out = self.replaced(self._norm(layer.norm, out, "post norm"), out)
+        out = self._scaled(layer, out)
+        total = tape.new("residual", x.shape, self.b, reads=(x, out), into=into)
+        tape.free(out)
+        return total
+
+    def _run(self, part: GQA | Dense, x: Buffer) -> Buffer:
+        return (
+            self.attention_block(part, x) if isinstance(part, GQA) else self._feed_forward(part, x)
+        )
+
+    def _scaled(self, layer: Layer, out: Buffer) -> Buffer:
+        if layer.residual_multiplier is None:
+            return out
+        return self.replaced(self.tape.new("scaled", out.shape, self.b, reads=(out,)), out)
+
+    def _parallel(self, layer: Layer, gqa: GQA, dense: Dense) -> None:
+        """Attention and feed-forward on one norm's output, or on a norm's each."""
+        tape, x, b = self.tape, self.hidden, self.b
+        one = layer.placement == "parallel"
+        normed = self._norm(layer.norm, x, "norm")
+        out = self._scaled(layer, self.attention_block(gqa, normed))
+        if not one:
+            tape.free(normed)
+        middle = tape.new("residual", x.shape, b, reads=(x, out))
+        tape.free(out)
+        if not one:
+            normed = self._norm(layer.norm, x, "feed-forward norm")
+        fed = self._feed_forward(dense, normed)
+        if not one:
+            tape.free(normed)
+        fed = self._scaled(layer, fed)
+        tape.new("residual", x.shape, b, reads=(middle, fed), into=x)
+        tape.free(fed, middle, x, *([normed] if one else []))
 
     def _feed_forward(self, dense: Dense, x: Buffer) -> Buffer:
         tape, b, i, h = self.tape, self.b, dense.intermediate_size, self.model.hidden_size
@@ -321,44 +312,50 @@ class _Forward(Writer):
         return out
 
     def _activate(self, activation: str, x: Buffer) -> Buffer:
-        """The activation of x, which it consumes; gelu_new op by op."""
+        """The activation of x, which it consumes; those that torch does not fuse op by op."""
         tape, b, shape = self.tape, self.b, x.shape
-        if activation != "gelu_new":
-            return self.replaced(tape.new("activation", shape, b, reads=(x,)), x)
-        inner = tape.new("gelu_new", shape, b, reads=(x,))
-        for _ in ("0.044715 ·", "x +", "√(2/π) ·"):
-            inner = self.replaced(tape.new("gelu_new", shape, b, reads=(inner,)), inner)
-        half = tape.new("gelu_new", shape, b, reads=(x,))
-        tanh = tape.new("gelu_new", shape, b, reads=(inner,))
-        plus = self.replaced(tape.new("gelu_new", shape, b, reads=(tanh,)), tanh)
-        out = tape.new("activation", shape, b, reads=(half, plus))
-        tape.free(half, plus, inner, x)
+
+        def step(*reads: Buffer) -> Buffer:
+            return tape.new(activation, shape, b, reads=reads)
+
+        match activation:
+            case "gelu_new":  # 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the inner sum is named
+                inner = step(x)
+                for _ in ("0.044715 ·", "x +", "√(2/π) ·"):
+                    inner = self.replaced(step(inner), inner)
+                half, tanh = step(x), step(inner)
+                plus = self.replaced(step(tanh), tanh)
+                out = tape.new("activation", shape, b, reads=(half, plus))
+                tape.free(half, plus, inner, x)
+            case "gelu_fast":  # 0.5·x·(1 + tanh(0.79…·x·(1 + 0.044715·x·x)))
+                half, slope = step(x), step(x)
+                cube = step(x)
+                for _ in ("· x", "1 +"):
+                    cube = self.replaced(step(cube), cube)
+                inner = step(slope, cube)
+                tape.free(slope, cube)
+                for _ in ("tanh", "1 +"):
+                    inner = self.replaced(step(inner), inner)
+                out = tape.new("activation", shape, b, reads=(half, inner))
+                tape.free(half, inner, x)
+            case "quick_gelu":
+                scaled = step(x)
+                gate = self.replaced(step(scaled), scaled)
+                out = tape.new("activation", shape, b, reads=(x, gate))
+                tape.free(gate, x)
+            case "relu2":
+                kept = step(x)
+                out = tape.new("activation", shape, b, reads=(kept,))
+                tape.free(kept, x)
+            case _:
+                out = self.replaced(tape.new("activation", shape, b, reads=(x,)), x)
         return out
+
+
+SCALED_TABLES = ("yarn", "longrope", "su")
+"""Rotary types whose tables are multiplied by an attention factor, but for a factor of 1."""
 
 
 def _gqa(layer: Layer) -> GQA:
     assert isinstance(layer.attention, GQA)
     return layer.attention
-
-
-def _if_beyond(window: int) -> Symbol:
-    """1 where make_mask makes a tensor: the window is shorter than the context."""
-    return Symbol(f"(S > {window})", lambda d: (d.context > window) * 1)
-
-
-def _plain_causal(window: int | None) -> Symbol:
-    """1 where naive makes the causal mask of a layer itself."""
-    if window is None:
-        return SEVERAL_TOKENS
-    return Symbol(
-        f"(T > 1) · (S <= {window})", lambda d: (d.tokens > 1) * 1 * (d.context <= window)
-    )
-
-
-def _masked(window: int | None) -> Symbol:
-    """1 where naive has any mask to apply."""
-    if window is None:
-        return SEVERAL_TOKENS
-    return Symbol(
-        f"max(T > 1, S > {window})", lambda d: maximum((d.tokens > 1) * 1, (d.context > window) * 1)
-    )

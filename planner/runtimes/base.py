@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from planner.errors import ConfigError, shown
-from planner.layers import GQA, MLA, ALiBi, LearnedPositions, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.model import Model
@@ -139,7 +139,7 @@ def unplanned_part(model: Model) -> str | None:
             return "sparse attention to the picks of an indexer"
         if isinstance(layer.attention, GQA) and layer.attention.v_norm:
             return "normalised values"
-    if not isinstance(model.positions, RoPE | LearnedPositions | ALiBi):
+    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
         return type(model.positions).__name__
     return None
 

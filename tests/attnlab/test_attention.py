@@ -1,16 +1,17 @@
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnlab.attention import naive, sdpa, sdpa_backend
-from attnlab.masks import make_mask
+from attnlab.implementations import flex, flex_with, implementation, naive, sdpa, sdpa_backend
+from attnlab.masks import Keys, Pattern, make_mask
 from attnlab.transformer import Transformer, backend_name
 from planner import ConfigError
 
 
-def mask_of(T, S, window):
-    positions = torch.arange(S)
-    return make_mask(positions[S - T :], positions, window=window)
+def mask_of(T, S, window, slopes=None):
+    keys = Keys(torch.arange(S), in_order=True)
+    return make_mask(keys.positions[S - T :], keys, Pattern(window=window), slopes=slopes)
 
 
 def random_qkv(*, T, S, H=6, G=2, D=8, dtype=torch.float32):
@@ -73,7 +74,10 @@ def test_the_backend_named_is_the_one_that_runs(T, S, window, allowed):
 
 def test_a_transformer_names_its_backend(pairs):
     assert backend_name(pairs("llama")[1]) == "sdpa:flash_cpu"
-    assert backend_name(pairs("qwen2-hybrid")[1], tokens=4, context_tokens=9) == "sdpa:flash_cpu"
+    assert (
+        backend_name(pairs("qwen2 sliding from layer 1")[1], tokens=4, context_tokens=9)
+        == "sdpa:flash_cpu"
+    )
     assert backend_name(pairs("gemma2")[1]) == "naive"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert backend_name(pairs("llama")[1]) == "sdpa:math"
@@ -85,7 +89,61 @@ def test_a_meta_transformer_has_no_backend(pairs):
         backend_name(meta)
 
 
-def test_sdpa_refuses_a_soft_cap():
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.05, 0.02, 0.01])
+
+
+@pytest.mark.parametrize(("T", "S", "window"), [(9, 9, None), (4, 9, 3), (1, 9, None)])
+def test_alibi_equals_a_bias_of_slope_times_distance(T, S, window):
+    q, k, v = random_qkv(T=T, S=S)
+    biased = mask_of(T, S, window, slopes=SLOPES)
+    query, key = torch.arange(S - T, S)[:, None], torch.arange(S)
+    hidden = (key > query) | (key <= query - (window or S))
+    bias = (SLOPES[:, None, None] * (key - query)).masked_fill(hidden, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias, scale=0.3
+    )
+    for attend in (naive, sdpa):
+        torch.testing.assert_close(attend(q, k, v, scaling=0.3, mask=biased), expected)
+
+
+def test_sinks_equal_those_of_gpt_oss():
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    q, k, v = random_qkv(T=9, S=9)
+    module = torch.nn.Module()
+    module.sinks, module.num_key_value_groups = torch.randn(6), 3
+    mask = torch.zeros(9, 9).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
+    expected, _ = eager_attention_forward(module.eval(), q, k, v, mask, scaling=0.3)
+    out = naive(q, k, v, scaling=0.3, mask=mask_of(9, 9, None), sinks=module.sinks)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("slopes", [None, SLOPES])
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 1, 6)])
+@pytest.mark.parametrize(("T", "S", "window"), [(9, 9, None), (4, 9, 3), (1, 9, None)])
+def test_what_flex_asks_for_equals_naive(T, S, window, sinks, slopes, softcap):
+    """Uncompiled, as FlexAttention itself defines it; compiled it needs a GPU."""
+    qkv, mask = random_qkv(T=T, S=S), mask_of(T, S, window, slopes=slopes)
+    settings = dict(scaling=0.3, mask=mask, logit_softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(flex_with(flex_attention, *qkv, **settings), naive(*qkv, **settings))
+
+
+def test_flex_is_refused_without_cuda(pairs):
     mask = mask_of(1, 1, None)
-    with pytest.raises(ConfigError, match=r"logit_softcap=30\.0"):
-        sdpa(*random_qkv(T=1, S=1), scaling=1.0, mask=mask, logit_softcap=30.0)
+    with pytest.raises(ConfigError, match="attention=flex does not run on device=cpu: cuda"):
+        flex(*random_qkv(T=1, S=1), scaling=1.0, mask=mask)
+    with pytest.raises(ConfigError, match="attention=flex does not run on device=cpu: cuda"):
+        Transformer(pairs("llama")[1].model, attention="flex", dtype=torch.float32, device="cpu")
+
+
+def test_a_pinned_kernel_runs_or_is_refused():
+    qkv, mask = random_qkv(T=9, S=9), mask_of(9, 9, None)
+    for name, ran in (("sdpa:flash", True), ("sdpa:math", False)):
+        with Seen() as seen:
+            out = implementation(name)(*qkv, scaling=0.3, mask=mask)
+        assert bool(seen.names) == ran
+        torch.testing.assert_close(out, naive(*qkv, scaling=0.3, mask=mask))
+    with pytest.raises(ConfigError, match="attention=sdpa:efficient does not run here"):
+        implementation("sdpa:efficient")(*qkv, scaling=0.3, mask=mask)

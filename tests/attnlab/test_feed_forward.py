@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
+from attnlab.feed_forward import ACTIVATIONS as OURS
 from attnlab.feed_forward import FeedForward
-from planner.layers import Dense
-from planner.runtimes.attnlab import ACTIVATIONS
+from planner.layers import ACTIVATIONS, Dense
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,3 +26,7 @@ def test_fused_gate_up_equals_two_matrices():
     split.load_state_dict(state)
     x = torch.randn(2, 3, 4)
     torch.testing.assert_close(split(x), fused(x))
+
+
+def test_every_activation_that_a_model_can_have_is_here():
+    assert set(OURS) == set(ACTIVATIONS)

@@ -21,12 +21,13 @@ def test_append_returns_all_tokens_so_far(llama_pair):
     cache = KVCache(model, batch=2, capacity_tokens=5, dtype=torch.float32, device="cpu")
     k, v = torch.randn(2, 2, 2, 5, 16)
     for start, end in ((0, 3), (3, 5)):
+        cache.begin(end - start, batch=2)
         for index in range(2):
             keys, values = cache.append(index, k[:, :, start:end], v[:, :, start:end])
             assert torch.equal(keys, k[:, :, :end])
             assert torch.equal(values, v[:, :, :end])
             assert keys.data_ptr() == cache.layers[index].data_ptr()
-        cache.advance(end - start)
+        cache.advance()
     assert cache.length == 5
 
 

@@ -275,16 +275,6 @@ def _gqa(layer) -> GQA:
     return layer.attention
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_attnlab_refuses_what_it_does_not_run(kind):
-    model = planner.read_config(tiny(kind))
-    if kind == "ministral":
-        assert kv_cache_bytes(model, batch=1, context_tokens=4, runtime="attnlab")
-        return
-    with pytest.raises(ConfigError, match="runtime=attnlab does not run"):
-        kv_cache_bytes(model, batch=1, context_tokens=4, runtime="attnlab")
-
-
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [

@@ -6,13 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planner
-from attnlab.transformer import Transformer
-from attnlab.weights import load_state_dict
 from planner import ConfigError, kv_cache_bytes
 from planner.layers import GQA, MoE
 from planner.runtimes.transformers import Transformers
@@ -306,22 +303,6 @@ def test_weight_bytes_are_those_of_the_class(name):
     held = (*live.parameters(), *live.buffers())  # routers that stay float32 among them
     expected = sum(t.numel() * t.element_size() for t in held)
     assert 2 * model.parameter_count + sum(row.size_bytes for row in rows) == expected
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_attnlab_computes_what_the_class_does_or_refuses(name):
-    model = planner.read_config(config_of(name))
-    runs = name.startswith(("gemma ", "seed_oss", "smollm3 with")) or name == "gemma"
-    if not runs:
-        with pytest.raises(ConfigError, match="attnlab"):
-            Transformer(model, dtype=torch.float32, device="cpu")
-        return
-    ours = Transformer(model, dtype=torch.float32, device="cpu")
-    live = build(config_of(name), device="cpu", dtype=torch.float32)
-    load_state_dict(ours, live.state_dict())
-    ids = torch.randint(0, 99, (2, 13))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), live(ids).logits)
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if "moe" in n and "without" not in n])

@@ -1,0 +1,79 @@
+"""One block: attention and feed-forward, and where the norms stand around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attnlab.attention import Attention
+from attnlab.cache import Cache
+from attnlab.feed_forward import FeedForward
+from attnlab.masks import Mask, pattern_of
+from attnlab.norms import build_norm
+from attnlab.supported import grouped_query
+from planner.layers import Layer
+from planner.parameters import NORMS
+
+
+class Block(nn.Module):
+    """x is the residual stream; each part reads it through a norm, or its sum is normed.
+
+    pre          x + f(norm(x))                  stable at any depth: the stream is never normed
+    post         x + norm(f(x))                  olmo2
+    post-sum     norm(x + f(x))                  the first transformer; diverges with depth
+    sandwich     x + norm(f(norm(x)))            gemma2
+    parallel     x + attention(n) + mlp(n), n = norm(x); parallel-two: a norm for each
+    """
+
+    def __init__(
+        self, layer: Layer, h: int, dtype: torch.dtype, *, attention: str, interleaved: bool
+    ) -> None:
+        super().__init__()
+        gqa = grouped_query(layer.attention)
+        self.pattern, self.rope, self.placement = pattern_of(gqa), gqa.rope, layer.placement
+        self.slides = gqa.sliding_window is not None
+        self.multiplier = layer.residual_multiplier
+        self.self_attn = Attention(gqa, h, dtype, attention=attention, interleaved=interleaved)
+        self.mlp = FeedForward(layer.feed_forward, h, dtype)
+        for name in NORMS[layer.placement]:
+            setattr(self, name, build_norm(layer.norm, h, dtype))
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        cache: Cache | None,
+        index: int,
+    ) -> Tensor:
+        """[B, T, h] → [B, T, h]."""
+        seen = (rotation, mask, cache, index)
+        match self.placement:
+            case "pre":
+                x = x + self._scaled(self.self_attn(self.input_layernorm(x), *seen))
+                return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+            case "post":
+                x = x + self._scaled(self.post_attention_layernorm(self.self_attn(x, *seen)))
+                return x + self._scaled(self.post_feedforward_layernorm(self.mlp(x)))
+            case "post-sum":
+                x = self.post_attention_layernorm(x + self._scaled(self.self_attn(x, *seen)))
+                return self.post_feedforward_layernorm(x + self._scaled(self.mlp(x)))
+            case "sandwich":
+                attended = self.post_attention_layernorm(
+                    self.self_attn(self.input_layernorm(x), *seen)
+                )
+                x = x + self._scaled(attended)
+                del attended
+                fed = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+                return x + self._scaled(fed)
+            case "parallel":
+                normed = self.input_layernorm(x)
+                out = x + self._scaled(self.self_attn(normed, *seen))
+                return out + self._scaled(self.mlp(normed))
+            case _:  # parallel-two
+                out = x + self._scaled(self.self_attn(self.input_layernorm(x), *seen))
+                return out + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+
+    def _scaled(self, part: Tensor) -> Tensor:
+        """What a part adds to the stream (granite scales it)."""
+        return part if self.multiplier is None else part * self.multiplier

@@ -1,0 +1,151 @@
+"""What every KV cache is: keys and values of each layer, appended to, and where each key stands.
+
+A pass is `begin` (how many tokens come, of which sequences), an `append` in every layer, `advance`.
+Sequences of a batch may differ in length: then a pass brings T tokens of each, of which only the
+first `tokens[b]` are real. The rest is padding behind them, which causality hides from the real
+ones; no cache lets a later query see it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnlab.masks import Keys, Pattern
+from attnlab.supported import grouped_query
+from planner.errors import ConfigError, check_size
+from planner.layers import GQA
+from planner.model import Model
+
+# Shapes.  B batch · G kv heads · T new tokens · S keys · D head dim
+
+
+class Cache(ABC):
+    """Keys and values of up to `capacity_tokens` tokens a sequence (None: no limit).
+
+    The dtype is the cache's own; attention converts what it reads. `lengths` are the tokens held
+    of each sequence. No gradient flows through a cache.
+    """
+
+    fixed_shapes = False
+    """Whether lengths are known to the device alone."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch: int,
+        capacity_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.batch = check_size("batch", batch)
+        if capacity_tokens is not None:
+            check_size("capacity_tokens", capacity_tokens)
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype} is not allowed for a cache: a floating-point dtype")
+        self.capacity_tokens, self.dtype, self.device = capacity_tokens, dtype, torch.device(device)
+        self.attentions: list[GQA] = [grouped_query(layer.attention) for layer in model.layers]
+        self.lengths = [0] * batch
+        self.new_tokens = [0] * batch  # real tokens of the pass that is under way
+        self.T = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens held of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether sequences differ in length, before or after the pass that is under way."""
+        return len(set(self.lengths)) > 1 or any(n != self.T for n in self.new_tokens)
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens of each sequence after the pass that is under way."""
+        return [n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)]
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the keys' and values' tensors; tables that say what lies where are not in it."""
+
+    def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
+        """A pass of T tokens begins; the positions of its queries, [T] or, if ragged, [B, T].
+
+        `tokens`: how many of the T are real in each sequence; None: all. Raises ConfigError when
+        they do not fit; nothing is changed then.
+        """
+        if batch != self.batch:
+            raise ConfigError(f"ids have batch={batch}, the cache has batch={self.batch}")
+        real = check_real_tokens(tokens, T=T, batch=batch)
+        for held, new in zip(self.lengths, real, strict=True):
+            if self.capacity_tokens is not None and held + new > self.capacity_tokens:
+                raise ConfigError(
+                    f"{held} cached + {new} new tokens = {held + new} do not fit "
+                    f"capacity_tokens={self.capacity_tokens}"
+                )
+        self.T, self.new_tokens = T, real
+        if self.ragged:
+            positions = self._starts()[:, None] + torch.arange(T, device=self.device)
+        else:
+            positions = torch.arange(self.length, self.length + T, device=self.device)
+        self._prepare()
+        return positions
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Work out what is the same in all layers of the pass; `advance` drops it."""
+
+    @abstractmethod
+    def keys(self, pattern: Pattern) -> Keys:
+        """Where the keys stand that `append` returns in a layer of this pattern."""
+
+    @abstractmethod
+    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the pass's keys and values in layer `index`; all to attend to, [B, G, S, D] each."""
+
+    def advance(self) -> None:
+        """The pass ends: its real tokens count as held."""
+        self.lengths = self.ends
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.lengths = [0] * self.batch
+
+    def _starts(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.device)
+
+    def _real(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sequence, place among the T, position) of each real token of the pass."""
+        sequences = [b for b, n in enumerate(self.new_tokens) for _ in range(n)]
+        places = [t for n in self.new_tokens for t in range(n)]
+        positions = [self.lengths[b] + t for b, t in zip(sequences, places, strict=True)]
+        b, t, p = torch.tensor([sequences, places, positions], device=self.device)
+        return b, t, p
+
+
+def zero_padding(x_BGTD: Tensor, new_tokens: Sequence[int]) -> Tensor:
+    """Zeros behind the real tokens: a hidden key weighs nothing, and nothing times NaN is NaN.
+
+    Padding that sees no key at all is NaN in every later layer.
+    """
+    places = torch.arange(x_BGTD.shape[2], device=x_BGTD.device)
+    real = places < torch.tensor(new_tokens, device=x_BGTD.device)[:, None]  # [B, T]
+    return x_BGTD.masked_fill(~real[:, None, :, None], 0)
+
+
+def check_real_tokens(tokens: Sequence[int] | None, *, T: int, batch: int) -> list[int]:
+    """How many of T tokens are real in each sequence; ConfigError for counts that cannot be."""
+    if tokens is None:
+        return [T] * batch
+    real = [int(n) for n in tokens]
+    if len(real) != batch or not all(0 <= n <= T for n in real) or not any(real):
+        raise ConfigError(
+            f"tokens={real} are not allowed: for each of batch={batch} a count from 0 to {T}, one "
+            "at least above 0"
+        )
+    return real

@@ -1,0 +1,81 @@
+"""The growing cache: each pass joins its keys and values to what is held, in a new tensor.
+
+The plainest of all, and what transformers' DynamicCache does. Old and new exist together while they
+are joined, and no two passes ask the allocator for the same size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnlab.cache import Cache, zero_padding
+from attnlab.masks import Keys, Pattern
+from planner.model import Model
+
+
+class GrowingCache(Cache):
+    """Every layer two tensors [B, G, S, D]. Padding of ragged passes stays as dead slots."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        capacity_tokens: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens and give the memory back."""
+        super().reset()
+        self.layers: list[list[Tensor]] = [[] for _ in self.attentions]
+        self.positions: Tensor | None = None  # [B, S] once sequences differ
+
+    @property
+    def nbytes(self) -> int:
+        """Σ over layers of 2 · B · G · S · D · itemsize."""
+        return sum(t.nbytes for held in self.layers for t in held)
+
+    def _prepare(self) -> None:
+        """The position of every slot; kept from the first ragged pass on, where padding is −1."""
+        if not self.ragged and self.positions is None:
+            positions = torch.arange(self.length + self.T, device=self.device)
+            self._keys: Keys | None = Keys(positions, in_order=True)
+            return
+        if self.positions is None:
+            held = torch.arange(self.length, device=self.device)
+            self.positions = held.expand(self.batch, self.length)
+        places = torch.arange(self.T, device=self.device)
+        new = self._starts()[:, None] + places
+        real = places < torch.tensor(self.new_tokens, device=self.device)[:, None]
+        self.positions = torch.cat((self.positions, torch.where(real, new, -1)), dim=1)
+        self._keys = Keys(self.positions, in_order=False)
+
+    def keys(self, pattern: Pattern) -> Keys:
+        """In the order in which they came; padding is empty."""
+        assert self._keys is not None, "begin comes first"
+        return self._keys
+
+    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Join and keep, keys first; the first pass copies, so that nothing else is kept alive."""
+        held = self.layers[index]
+        for which, new in enumerate((k_BGTD, v_BGTD)):
+            x = new.detach().to(self.dtype)
+            if self.ragged:
+                x = zero_padding(x, self.new_tokens)
+            if len(held) <= which:
+                held.append(x.clone(memory_format=torch.contiguous_format))
+            else:
+                held[which] = torch.cat((held[which], x), dim=2)
+        return held[0], held[1]
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self._keys = None

@@ -1,0 +1,114 @@
+"""The ring cache: a sliding layer keeps the newest W positions, position p in slot p mod W.
+
+A decode step writes over the oldest and attends to all slots, whatever their order: softmax does
+not care, and no mask is needed. A longer pass attends to the ring and its own keys, side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnlab.cache import zero_padding
+from attnlab.kv_cache import KVCache
+from attnlab.masks import Keys, Pattern
+from planner.layers import GQA
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a pass does to rings of one size: where keys stand, and which of them stay."""
+
+    keys: Keys
+    source: Tensor | None  # [B, W]: which of the joined keys goes into each slot
+
+
+class RingCache(KVCache):
+    """Sliding layers [2, B, G, min(W, capacity), D]; the others as in the static cache."""
+
+    def slots(self, gqa: object) -> int:
+        """The window's positions, where there is one."""
+        capacity = super().slots(gqa)
+        window = gqa.sliding_window if isinstance(gqa, GQA) else None
+        return capacity if window is None else min(window, capacity)
+
+    def _prepare(self) -> None:
+        """What happens to each size of ring; nothing special until a slot is used a second time."""
+        super()._prepare()
+        sizes = {self.slots(gqa) for gqa in self.attentions if gqa.sliding_window is not None}
+        self.turns = {W: self._turn(W) for W in sizes if max(self.ends) > W}
+
+    def keys(self, pattern: Pattern) -> Keys:
+        """Of a ring: its slots, after the write of a single token or before that of several."""
+        turn = None if pattern.window is None else self.turns.get(self._size(pattern.window))
+        if turn is None:
+            return super().keys(pattern)
+        # a full ring is the window of the newest query, not its chunk
+        return turn.keys._replace(in_order=turn.keys.in_order and not pattern.chunked)
+
+    def _size(self, window: int) -> int:
+        return min(window, super().slots(None))
+
+    def _turn(self, W: int) -> _Turn:
+        rows = self.batch if self.ragged else 1  # one serves all where sequences are alike
+        starts = torch.tensor(self.lengths[:rows], device=self.device)[:, None]
+        ends = torch.tensor(self.ends[:rows], device=self.device)[:, None]
+        slots = torch.arange(W, device=self.device)
+        after = _newest(slots, ends, W)
+        if self.T == 1:
+            if self.ragged:
+                return _Turn(Keys(after, in_order=False), None)
+            return _Turn(Keys(after[0], in_order=True), None)
+        places = torch.arange(self.T, device=self.device)
+        if not any(self.lengths):  # nothing is held: the pass attends to itself
+            return _Turn(Keys(places, in_order=not self.ragged), after.clamp(min=0))
+        new = torch.where(starts + places < ends, starts + places, -1)  # [B, T]
+        positions = torch.cat((_newest(slots, starts, W), new), dim=1)
+        source = torch.where(after >= starts, W + after - starts, slots)
+        return _Turn(
+            Keys(positions if self.ragged else positions[0], in_order=False),
+            source,
+        )
+
+    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the newest W positions; the keys and values that `keys` describes."""
+        layer, gqa = self.layers[index], self.attentions[index]
+        turn = None if gqa.sliding_window is None else self.turns.get(layer.shape[3])
+        if turn is None:
+            return super().append(index, k_BGTD, v_BGTD)
+        k, v = k_BGTD.detach().to(layer.dtype), v_BGTD.detach().to(layer.dtype)
+        if turn.source is None:
+            return self._write_one(layer, k, v)
+        if self.ragged:
+            k, v = zero_padding(k, self.new_tokens), zero_padding(v, self.new_tokens)
+        keys, values = k, v
+        if any(self.lengths):
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(layer, (k, v), strict=True))
+        source = turn.source[:, None, :, None].expand(layer.shape[1:])
+        for kept, joined in zip(layer, (keys, values), strict=True):
+            kept.copy_(joined.gather(2, source))
+        return keys, values
+
+    def advance(self) -> None:
+        """As Cache.advance."""
+        super().advance()
+        self.turns = {}
+
+    def _write_one(self, layer: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> tuple[Tensor, Tensor]:
+        W = layer.shape[3]
+        for kept, new in zip(layer, (k_BG1D, v_BG1D), strict=True):
+            if self._listed is None:
+                kept[:, :, self.length % W].copy_(new[:, :, 0])
+            else:
+                b, t, p = self._listed
+                kept[b, :, p % W] = new[b, :, t]
+        return layer[0], layer[1]
+
+
+def _newest(slots: Tensor, lengths: Tensor, W: int) -> Tensor:
+    """The newest position below each length [B, 1] that lies in each slot [W]; −1: none yet."""
+    last = lengths - 1
+    newest = last - (last - slots) % W
+    return torch.where(newest >= 0, newest, -1)

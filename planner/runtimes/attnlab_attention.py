@@ -1,0 +1,288 @@
+"""Attention of one block of attnlab, op by op: attention.py and implementations.py there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.layers import GQA, ALiBi, Norm, RoPE
+from planner.model import Model
+from planner.program import (
+    FOLDED,
+    SEVERAL_BATCHES,
+    SEVERAL_TOKENS,
+    B,
+    Buffer,
+    Shape,
+    Symbol,
+    T,
+    visible_pairs,
+)
+from planner.runtimes.attnlab_cache_program import Attended, CacheProgram
+from planner.runtimes.attnlab_masks import Pattern
+from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskBuffers:
+    """The mask of a pattern: a bool table, or ALiBi's bias [1, H, T, S]."""
+
+    table: Buffer | None = None
+    bias: Buffer | None = None
+
+
+class AttentionWriter(Writer):
+    """Writes masks and attention; `norm` writes one norm."""
+
+    attention: str
+    cache: CacheProgram
+    norm: Callable[[Norm, Buffer, str], Buffer]
+
+    def __init__(self, model: Model, dtype: str) -> None:
+        super().__init__(model, dtype)
+        self.masks: dict[Pattern, MaskBuffers] = {}
+
+    def make_masks(self) -> None:
+        """One for each pattern of layers."""
+        for layer in self.model.layer_kinds():
+            gqa = layer.attention
+            assert isinstance(gqa, GQA)
+            pattern = self.cache.pattern(gqa)
+            if pattern not in self.masks:
+                biased = isinstance(self.model.positions, ALiBi)
+                self.masks[pattern] = self._bias(gqa, pattern) if biased else self._mask(pattern)
+
+    def _table(self, pattern: Pattern, made: Symbol) -> Buffer:
+        """visibility(): [T, keys], each condition a table of its own for a moment."""
+        tape = self.tape
+        shape: Shape = (made, T, pattern.keys)
+        visible = tape.new("mask", shape, BOOL)
+        if pattern.window is not None:
+            lowest = tape.new("mask", (made, T), INT64)
+            near = tape.new("mask", shape, BOOL)
+            tape.free(lowest)
+            both = tape.new("mask", shape, BOOL)
+            tape.free(visible, near)
+            visible = both
+        if pattern.ring:
+            filled = tape.new("mask", (pattern.unordered, pattern.keys), BOOL)
+            both = tape.new("mask", (pattern.unordered, T, pattern.keys), BOOL)
+            tape.free(filled, both)  # of the same size as what it replaces
+        return visible
+
+    def _mask(self, pattern: Pattern) -> MaskBuffers:
+        return MaskBuffers(table=self._table(pattern, pattern.tabled))
+
+    def _bias(self, gqa: GQA, pattern: Pattern) -> MaskBuffers:
+        """ALiBi: distances, then slopes times them, then −inf where nothing is seen."""
+        tape, H = self.tape, gqa.num_attention_heads
+        item = FLOAT32 if self.attention == "naive" else self.b
+        slopes = [tape.new("slopes", (H,), item) for _ in range(2)]
+        shown = pattern.several_or_tabled
+        visible = self._table(pattern, shown)
+        distance = tape.new("bias", (T, pattern.keys), INT64)
+        cast = tape.new("bias", (T, pattern.keys), item)
+        bias = tape.new("bias", (H, T, pattern.keys), item)
+        tape.free(distance, cast)
+        masked = tape.new("bias", (shown, H, T, pattern.keys), item, scratch=(((shown,), FLOAT32),))
+        tape.free(masked, visible, *slopes)
+        return MaskBuffers(bias=bias)
+
+    def free_masks(self) -> None:
+        """`del masks`."""
+        self.tape.free(*(buffer for m in self.masks.values() for buffer in (m.table, m.bias)))
+
+    def attention_block(self, gqa: GQA, x: Buffer) -> Buffer:
+        """Projections, norms, rotation, cache, attention, output projection."""
+        tape, h = self.tape, self.model.hidden_size
+        q, k, v = self._project(gqa, x)
+        shared = {q, k, v} if q is k else set()
+        if isinstance(self.model.positions, RoPE) and gqa.rope:
+            q, k = self._rotate(gqa, q, k, shared)
+        if gqa.qk_norm is not None and gqa.qk_norm.after_rope:
+            q, k, v = self._qk_norms(gqa, [q, k, v])
+        attended = self.cache.append(gqa, k, v, (q,))
+        out = self._attend(gqa, q, attended)
+        projected = self.linear("o_proj", out, h, bias=gqa.o_bias)
+        tape.free(out)
+        return projected
+
+    def _rotate(self, gqa: GQA, q: Buffer, k: Buffer, shared: set[Buffer]) -> tuple[Buffer, Buffer]:
+        """Each turned in a new storage; one that q, k and v share goes with the last of them."""
+        assert isinstance(self.model.positions, RoPE)
+        D = gqa.head_dim
+        rotary = min(self.model.positions.rotary_dim, D)
+        turned = []
+        for x, heads in ((q, gqa.num_attention_heads), (k, gqa.num_key_value_heads)):
+            turned.append(self.rotate(x, (B, T, heads), D, rotary))
+            self.tape.free(*({x} - shared))
+        return turned[0], turned[1]
+
+    def _project(self, gqa: GQA, x: Buffer) -> tuple[Buffer, Buffer, Buffer]:
+        tape, b = self.tape, self.b
+        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
+        widths = (H * D, G * D, G * D)
+        if gqa.fused_qkv:
+            whole = self.linear("qkv_proj", x, (H + 2 * G) * D, bias=gqa.qkv_bias)
+            if not gqa.interleaved_qkv:
+                parts = [whole] * 3
+            else:
+                parts = [
+                    tape.new(f"{letter} of qkv", (B, T, width), b, reads=(whole,))
+                    for letter, width in zip("qkv", widths, strict=True)
+                ]
+                tape.free(whole)
+        else:
+            parts = [
+                self.linear(
+                    f"{letter}_proj", x, width, bias=gqa.qkv_bias and letter not in gqa.unbiased
+                )
+                for letter, width in zip("qkv", widths, strict=True)
+            ]
+        if gqa.clip_qkv is not None:
+            clipped = [
+                tape.new("clipped", (B, T, width), b, reads=(part,))
+                for part, width in zip(parts, widths, strict=True)
+            ]
+            tape.free(*dict.fromkeys(parts))
+            parts = clipped
+        if gqa.qk_norm is not None and not gqa.qk_norm.after_rope:
+            parts = self._qk_norms(gqa, parts)
+        return parts[0], parts[1], parts[2]
+
+    def _qk_norms(self, gqa: GQA, parts: list[Buffer]) -> list[Buffer]:
+        """Both normed before either projection goes."""
+        assert gqa.qk_norm is not None
+        D, norm, width = gqa.head_dim, gqa.qk_norm.norm, gqa.qk_norm.width
+        normed = []
+        for heads, name in ((gqa.num_attention_heads, "q"), (gqa.num_key_value_heads, "k")):
+            shape: Shape = (B, T, heads * D) if width == "full" else (B, T, heads, D)
+            x = Buffer(name=name, shape=shape, itemsize=self.b)
+            if width in ("head", "full"):
+                normed.append(self.norm(norm, x, f"{name} norm"))
+            elif width == "per-head":
+                normed.append(self._headwise(norm, x, f"{name} norm"))
+            else:
+                normed.append(self._norm_of_each_head(norm, x, heads, f"{name} norm"))
+        self.tape.free(*dict.fromkeys(p for p in parts[:2] if p is not parts[2]))
+        return [*normed, parts[2]]
+
+    def _headwise(self, norm: Norm, x: Buffer, name: str) -> Buffer:
+        """HeadwiseNorm.forward: float32 throughout."""
+        tape, b, shape = self.tape, self.b, x.shape
+        column = (*shape[:-1], 1)
+        wide = x if b == FLOAT32 else tape.new(name, shape, FLOAT32, reads=(x,))
+        if norm.kind == "layernorm":
+            mean = tape.new(name, column, FLOAT32, reads=(wide,))
+            centred = tape.new(name, shape, FLOAT32, reads=(wide,))
+            tape.free(mean, *self.copy_of(wide, x))
+            wide = centred
+        square = tape.new(name, shape, FLOAT32, reads=(wide,))
+        mean = self.replaced(tape.new(name, column, FLOAT32), square)
+        shifted = self.replaced(tape.new(name, column, FLOAT32), mean)
+        inverse = self.replaced(tape.new(name, column, FLOAT32), shifted)
+        scaled = tape.new(name, shape, FLOAT32, reads=(wide,))
+        tape.free(inverse, *self.copy_of(wide, x))
+        weight = tape.new(name, shape[-2:], FLOAT32) if b != FLOAT32 else None
+        out = tape.new(name, shape, FLOAT32, reads=(scaled,))
+        tape.free(weight)
+        if b != FLOAT32:
+            out = self.replaced(tape.new(name, shape, b, reads=(out,)), out)
+        tape.free(scaled)
+        return out
+
+    def _norm_of_each_head(self, norm: Norm, x: Buffer, heads: int, name: str) -> Buffer:
+        """NormOfEachHead.forward: a norm for each head, then one tensor of them."""
+        D = x.shape[-1]
+        each = [
+            self.norm(norm, Buffer(name=name, shape=(B, T, D), itemsize=self.b), name)
+            for _ in range(heads)
+        ]
+        out = self.tape.new(name, x.shape, self.b)
+        self.tape.free(*each)
+        return out
+
+    def _attend(self, gqa: GQA, q: Buffer, attended: Attended) -> Buffer:
+        tape, b = self.tape, self.b
+        G, D, H = gqa.num_key_value_heads, gqa.head_dim, gqa.num_attention_heads
+        read: Shape = (2, B, G, attended.keys, D, self.cache.kv_b)
+        pattern = self.cache.pattern(gqa)
+        flops: Shape = (4 * D, B, H, visible_pairs(pattern.window))
+        mask = self.masks[pattern]
+        if self.attention == "naive":
+            return self._naive(gqa, q, attended, flops, read)
+        additive = None
+        if mask.table is not None:  # aten turns a bool mask into one of q's dtype
+            additive = tape.new("mask", mask.table.shape, b, reads=(mask.table,))
+        out = tape.new(
+            "attention",
+            (B, T, H * D),
+            b,
+            flops=flops,
+            reads=(q,),
+            moved=(read,),
+            scratch=(((B, H, T), FLOAT32),),  # log-sum-exp
+        )
+        tape.free(additive, *attended.held, q)
+        return out
+
+    def _naive(self, gqa: GQA, q: Buffer, attended: Attended, flops: Shape, read: Shape) -> Buffer:
+        """implementations.naive: float32 throughout, scores [B, G, H/G·T, keys] kept in full."""
+        tape, b = self.tape, self.b
+        H, G, D, keys = (
+            gqa.num_attention_heads,
+            gqa.num_key_value_heads,
+            gqa.head_dim,
+            attended.keys,
+        )
+        pattern = self.cache.pattern(gqa)
+        mask = self.masks[pattern]
+        causal = None
+        if mask.bias is None:
+            causal = tape.new("mask", (pattern.plain_causal, T, keys), BOOL)
+        shape_q: Shape = (B, H, T, D)
+        wide = tape.new("float32 query", shape_q, FLOAT32, reads=(q,)) if b != FLOAT32 else None
+        scaled = tape.new("float32 query", shape_q, FLOAT32, reads=(q,))
+        tape.free(wide)
+        folded = None
+        if H != G:  # reshape to [B, G, H/G·T, D]; the transposed layout allows no view
+            copy = tape.new("float32 query", (SEVERAL_TOKENS, *shape_q), FLOAT32)
+            tape.free(copy)
+        kv: Shape = (B, G, keys, D)
+        k = tape.new("float32 keys", kv, FLOAT32) if b != FLOAT32 else None
+        if H == G:
+            folded = tape.new("float32 query", (FOLDED, *shape_q), FLOAT32)
+        # keys and values that lie token by token cannot be folded to [B·G, keys, D] in place
+        copied: tuple[Symbol, ...] = ()
+        if attended.strided is not None:
+            copied = (attended.strided, SEVERAL_BATCHES)
+        straight = tape.new("float32 keys", (*copied, *kv), FLOAT32) if copied else None
+        table: Shape = (B, H, T, keys)
+        scores = tape.new("scores", table, FLOAT32, flops=flops, reads=(scaled,), moved=(read,))
+        tape.free(straight, k, scaled, folded)
+        for _ in range(2 if gqa.logit_softcap is not None else 0):
+            scores = self.replaced(tape.new("softcap", table, FLOAT32, reads=(scores,)), scores)
+        if mask.bias is not None:
+            scores = self.replaced(tape.new("biased scores", table, FLOAT32), scores)
+        else:  # where there is a mask the scores exist twice for a moment
+            shown = pattern.several_or_tabled
+            copy = tape.new(
+                "masked scores",
+                (shown, *table),
+                FLOAT32,
+                reads=(scores,),
+                scratch=(((shown,), FLOAT32),),  # −inf
+            )
+            tape.free(copy)
+        scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)
+        v = tape.new("float32 values", kv, FLOAT32) if b != FLOAT32 else None
+        straight = tape.new("float32 values", (*copied, *kv), FLOAT32) if copied else None
+        out = tape.new("attention", (B, T, H * D), FLOAT32, reads=(scores,))
+        tape.free(straight, v)
+        if b != FLOAT32:
+            narrow = tape.new("attention", (B, T, H * D), b, reads=(out,))
+            out = self.replaced(narrow, out)
+        tape.free(scores, causal, *attended.held, q)
+        copy = tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,))  # flatten(2)
+        tape.free(copy)
+        return out

@@ -1,0 +1,156 @@
+"""Tiny configs of every family that attnlab runs, as transformers writes them."""
+
+import transformers as hf
+
+V = 97
+LLAMA = dict(
+    vocab_size=V,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+MHA = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+GPT2 = dict(
+    vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+OPT = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+    max_position_embeddings=64, pad_token_id=1, dropout=0.0,
+)  # fmt: skip
+FALCON = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True,
+    max_position_embeddings=64, ffn_hidden_size=48, pad_token_id=None, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+SLIDING = ["sliding_attention", "full_attention"]
+
+
+def rope(kind, **more):
+    return dict(rope_type=kind, rope_theta=10_000.0, **more)
+
+
+ROPES = {
+    "linear": rope("linear", factor=4.0),
+    "dynamic": rope("dynamic", factor=3.0),
+    "yarn": rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "yarn with betas": rope(
+        "yarn", factor=8.0, original_max_position_embeddings=8, beta_fast=20, beta_slow=2,
+        mscale=0.7, mscale_all_dim=0.9,
+    ),
+    "yarn, given factor": rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8
+    ),
+    "llama3": rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+    "longrope": rope(
+        "longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        long_factor=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        original_max_position_embeddings=10,
+    ),
+}  # fmt: skip
+
+FAMILIES = {
+    "llama": lambda: hf.LlamaConfig(**LLAMA, head_dim=16),
+    "llama with biases": lambda: hf.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    **{
+        f"llama, {name} rope": lambda r=r: hf.LlamaConfig(**LLAMA, head_dim=16, rope_parameters=r)
+        for name, r in ROPES.items()
+    },
+    "mistral": lambda: hf.MistralConfig(**LLAMA, sliding_window=5),
+    "qwen2": lambda: hf.Qwen2Config(**LLAMA),
+    "qwen2 sliding from layer 1": lambda: hf.Qwen2Config(
+        **LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": lambda: hf.Qwen3Config(**LLAMA, head_dim=16, attention_bias=True),
+    "gemma": lambda: hf.GemmaConfig(**{**LLAMA, "tie_word_embeddings": True}, head_dim=16),
+    "gemma2": lambda: hf.Gemma2Config(
+        **{**LLAMA, "tie_word_embeddings": True},
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **{**LLAMA, "tie_word_embeddings": True},
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=5,
+        layer_types=SLIDING,
+        rope_parameters={
+            "full_attention": rope("linear", factor=8.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=100.0),
+        },
+    ),
+    "gpt2": lambda: hf.GPT2Config(**GPT2),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**GPT2),
+    "gpt_bigcode, all heads": lambda: hf.GPTBigCodeConfig(**GPT2, multi_query=False),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], window_size=5, bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**MHA, attention_bias=True),
+    "gpt_neox in sequence": lambda: hf.GPTNeoXConfig(**MHA, use_parallel_residual=False),
+    "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4),
+    "bloom": lambda: hf.BloomConfig(
+        vocab_size=V, hidden_size=36, n_layer=2, n_head=6, bos_token_id=None, eos_token_id=None
+    ),
+    "mpt": lambda: hf.MptConfig(vocab_size=V, d_model=36, n_layers=2, n_heads=6, max_seq_len=64),
+    "mpt, clipped": lambda: hf.MptConfig(
+        vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=64,
+        attn_config={"clip_qkv": 0.3, "softmax_scale": 0.4},
+    ),
+    "opt": lambda: hf.OPTConfig(**OPT, word_embed_proj_dim=32),
+    "opt-350m": lambda: hf.OPTConfig(**OPT, word_embed_proj_dim=24, do_layer_norm_before=False),
+    "falcon-7b": lambda: hf.FalconConfig(**FALCON, multi_query=True, parallel_attn=True),
+    "falcon-40b": lambda: hf.FalconConfig(
+        **FALCON, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "falcon-rw": lambda: hf.FalconConfig(
+        **FALCON, alibi=True, multi_query=False, parallel_attn=False
+    ),
+    "phi": lambda: hf.PhiConfig(**LLAMA, partial_rotary_factor=0.5),
+    "phi with norms": lambda: hf.PhiConfig(**LLAMA, qk_layernorm=True),
+    "phi3": lambda: hf.Phi3Config(
+        **LLAMA, rope_parameters=dict(partial_rotary_factor=0.5, rope_theta=10_000.0)
+    ),
+    "phi3, longrope": lambda: hf.Phi3Config(
+        **LLAMA,
+        original_max_position_embeddings=10,
+        rope_parameters=rope(
+            "longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0]
+        ),
+    ),
+    "olmo": lambda: hf.OlmoConfig(**LLAMA, clip_qkv=0.5),
+    "olmo2": lambda: hf.Olmo2Config(**LLAMA),
+    "olmo3": lambda: hf.Olmo3Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
+    "cohere": lambda: hf.CohereConfig(**LLAMA, logit_scale=0.3, use_qk_norm=True),
+    "cohere2": lambda: hf.Cohere2Config(
+        **LLAMA, logit_scale=0.3, sliding_window=5, layer_types=SLIDING
+    ),
+    "stablelm": lambda: hf.StableLmConfig(**LLAMA, qk_layernorm=True, use_qkv_bias=True),
+    "stablelm, parallel": lambda: hf.StableLmConfig(**LLAMA, use_parallel_residual=True),
+    "starcoder2": lambda: hf.Starcoder2Config(**LLAMA, sliding_window=5),
+    "smollm3": lambda: hf.SmolLM3Config(**{**LLAMA, "num_hidden_layers": 4}),
+    "granite": lambda: hf.GraniteConfig(
+        **LLAMA, embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2,
+        logits_scaling=2.0,
+    ),
+    "glm": lambda: hf.GlmConfig(**LLAMA, head_dim=16),
+    "glm4": lambda: hf.Glm4Config(**LLAMA, head_dim=16),
+    "nemotron": lambda: hf.NemotronConfig(**LLAMA, head_dim=16),
+    "exaone4": lambda: hf.Exaone4Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
+    "seed_oss": lambda: hf.SeedOssConfig(**LLAMA, head_dim=16),
+    "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA, head_dim=16),
+}  # fmt: skip
