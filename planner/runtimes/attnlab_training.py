@@ -42,7 +42,7 @@ class Regime:
     @staticmethod
     def of(model: Model, dims: Dims) -> Regime:
         """The regime of one point."""
-        windows = {_gqa(layer).sliding_window for layer in model.layer_kinds()}
+        windows = {_window(_gqa(layer)) for layer in model.layer_kinds()}
         return Regime(
             several_batches=dims.batch > 1,
             several_tokens=dims.tokens > 1,
@@ -124,45 +124,54 @@ class _Training(StepWriter):
         }
         super().__init__(model, element_bytes(step.dtype), numbers)
         self.step, self.regime = step, regime
-        self.rotation: tuple[Tensor, Tensor] | None = None
-        self.masks: dict[int | None, Tensor | None] = {}
-        self.positions: list[Tensor] = []  # of queries and of keys
+        self.rotations: dict[bool, tuple[Tensor, Tensor]] = {}  # of full and of sliding layers
+        self.masks: dict[tuple[int | None, bool], Tensor | None] = {}
+        self.positions: Tensor | None = None
 
     # Transformer.forward
 
     def embed(self) -> Tensor:
         """Token embeddings, positions, rotary tables and masks."""
-        model, f = self.model, self.f
-        self.table = self.weight("embed_tokens", model.vocab_size, model.hidden_size)
-        scaled, learned = model.embedding_scale, isinstance(model.positions, LearnedPositions)
-        positions, keys = (
-            self.aten.new(kernel, "positions", ((T,),), INT64)
-            for kernel in ("arange.start", "arange.start")
-        )
-        self.positions = [positions, keys]
-        name = "hidden states" if scaled is None and not learned else "input embeddings"
-        x = f.embedding(self.table, self.given("token ids", ((B,), (T,)), INT64), name)
-        if scaled is not None:
-            x = f.scale(x, "input embeddings" if learned else "hidden states")
-        if learned:
-            rows = model.max_position_embeddings or 0
-            table = self.weight("embed_positions", rows, model.hidden_size)
-            places = f.embedding(table, positions, "position embeddings")
-            x = f.add(x, places, "hidden states")
-            del places
-        if isinstance(model.positions, RoPE):
-            self.rotation = self._rotary_tables(positions, model.positions.rotary_dim)
+        model, f, h = self.model, self.f, self.model.hidden_size
+        width, learned = model.embedding_size or h, isinstance(model.positions, LearnedPositions)
+        self.table = self.weight("embed_tokens", model.vocab_size, width)
+        self.positions = self.aten.new("arange", "positions", ((T,),), INT64)
+        x = f.embedding(self.table, self.given("token ids", ((B,), (T,)), INT64), "hidden states")
+        if model.embedding_norm is not None:
+            x = self._norm(model.embedding_norm, x, "hidden states", "embed_norm")
+        if model.embedding_size is not None:
+            x = self._linear(x, "project_in", h, bias=False, name="hidden states")
+        if model.embedding_scale is not None:
+            x = f.scale(x, "hidden states")
+        if isinstance(model.positions, LearnedPositions):
+            x = self._learned_positions(x, model.positions)
+        for sliding, positions in ((False, model.positions), (True, model.local_positions)):
+            if isinstance(positions, RoPE):
+                self.rotations[sliding] = self._rotary_tables(positions.rotary_dim)
         for layer in model.layer_kinds():
-            window = _gqa(layer).sliding_window
-            if window not in self.masks:
+            gqa = _gqa(layer)
+            window = _window(gqa)
+            if (window, gqa.chunked) not in self.masks:
                 masked = window in self.regime.masked
-                self.masks[window] = self._visible(window) if masked else None
+                self.masks[window, gqa.chunked] = (
+                    self._visible(window, chunked=gqa.chunked) if masked else None
+                )
         return x
 
-    def _rotary_tables(self, positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    def _learned_positions(self, x: Tensor, learned: LearnedPositions) -> Tensor:
+        assert self.positions is not None
+        rows = self.positions
+        if learned.offset:
+            rows = self.aten.elementwise("add.Tensor", "positions", rows)
+        limit = (self.model.max_position_embeddings or 0) + learned.offset
+        table = self.weight("embed_positions", limit, self.model.hidden_size)
+        return self.f.add(x, self.f.embedding(table, rows, "position embeddings"), "hidden states")
+
+    def _rotary_tables(self, D: int) -> tuple[Tensor, Tensor]:
         """positions.RotaryTables.forward: cos and sin, each [T, 1, D]."""
         aten, name = self.aten, "rotary tables"
-        wide = aten.new("_to_copy", name, ((T,), ONE), FLOAT32, reads=(positions,))
+        assert self.positions is not None
+        wide = aten.new("_to_copy", name, ((T,), ONE), FLOAT32, reads=(self.positions,))
         freqs = aten.new("mul.Tensor", name, ((T,), (D // 2,)), FLOAT32, reads=(wide,))
         del wide
         angles = aten.new("cat", name, ((T,), ONE, (D,)), FLOAT32, reads=(freqs,))
@@ -173,15 +182,19 @@ class _Training(StepWriter):
         del freqs
         return cos, sin
 
-    def _visible(self, window: int | None) -> Tensor:
-        """masks.causal: a bool for each pair of a query and a key."""
-        query, key = self.positions
-        causal = self._compare("le.Tensor", key, query)
+    def _visible(self, window: int | None, *, chunked: bool = False) -> Tensor:
+        """masks.visibility: a bool for each pair of a query and a key."""
+        positions = self.positions
+        assert positions is not None
+        causal = self._compare("le.Tensor", positions)
         if window is None:
             return causal
-        lowest = self.aten.elementwise("sub.Tensor", "mask", query)
-        near = self._compare("gt.Tensor", key, lowest)
-        del lowest
+        first = positions
+        if chunked:
+            first = self.aten.elementwise("remainder.Scalar", "mask", positions)
+        first = self.aten.elementwise("sub.Tensor", "mask", first)
+        near = self._compare("ge.Tensor", first)
+        del first
         return self._compare("bitwise_and.Tensor", causal, near)
 
     def _compare(self, kernel: str, *given: Tensor) -> Tensor:
@@ -190,14 +203,18 @@ class _Training(StepWriter):
     def loss(self, hidden: list[Tensor]) -> Tensor:
         """Last norm, head, caps, cross-entropy in float32."""
         model, f = self.model, self.f
-        self.rotation, self.masks, self.positions = None, {}, []
-        assert model.final_norm is not None  # refused by Attnlab.attention
-        h, V = model.hidden_size, model.vocab_size
-        normed = self._norm(model.final_norm, hidden[0], "final norm", "norm")
-        hidden.clear()
-        head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, h)
-        logits = f.linear(normed, head, None, "logits")
-        del normed
+        self.rotations, self.masks, self.positions = {}, {}, None
+        x, V = hidden.pop(), model.vocab_size
+        if model.final_norm is not None:
+            x = self._norm(model.final_norm, x, "final norm", "norm")
+        if model.embedding_size is not None:
+            x = self._linear(x, "project_out", model.embedding_size, bias=False)
+        head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, x.sizes[-1])
+        bias = self.weight("lm_head.bias", V) if model.lm_head_bias else None
+        logits = f.linear(x, head, bias, "logits")
+        del x
+        if model.logit_scale is not None:
+            logits = f.scale(logits, "logits")
         if model.final_logit_softcapping is not None:
             logits = f.scale(logits, "logits", kernel="div.Tensor")
             logits = f.pointwise(logits, "logits", "tanh", saves="result")
@@ -209,38 +226,73 @@ class _Training(StepWriter):
     # Block.forward
 
     def block(self, layer: Layer, x: Tensor) -> Tensor:
-        """One block: each x + f(norm(x)), or x + norm(f(norm(x)))."""
-        f, norm = self.f, layer.norm
+        """block.Block.forward, by where its norms stand."""
+        f = self.f
         assert isinstance(layer.feed_forward, Dense)
-        sandwich = layer.placement == "sandwich"
-        out = self._attention(_gqa(layer), self._norm(norm, x, "attention norm", "input_layernorm"))
-        if sandwich:
-            out = self._norm(norm, out, "post norm", "post_attention_layernorm")
-        x = f.add(x, out, "residual")
-        del out
-        before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
-        out = self._feed_forward(
-            layer.feed_forward, self._norm(norm, x, "feed-forward norm", before)
-        )
-        if sandwich:
-            out = self._norm(norm, out, "post norm", "post_feedforward_layernorm")
-        return f.add(x, out, "hidden states")
+        gqa, dense = _gqa(layer), layer.feed_forward
+
+        def norm(x: Tensor, name: str, module: str) -> Tensor:
+            return self._norm(layer.norm, x, name, module)
+
+        def before(x: Tensor, module: str = "input_layernorm") -> Tensor:
+            return norm(x, "attention norm", module)
+
+        def scaled(x: Tensor) -> Tensor:
+            return x if layer.residual_multiplier is None else f.scale(x, "scaled")
+
+        match layer.placement:
+            case "pre":
+                x = f.add(x, scaled(self._attention(gqa, before(x))), "residual")
+                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "post_attention"))
+                return f.add(x, scaled(fed), "hidden states")
+            case "post":
+                out = norm(self._attention(gqa, x), "post norm", "post_attention")
+                x = f.add(x, scaled(out), "residual")
+                del out
+                fed = norm(self._feed_forward(dense, x), "post norm", "post_feedforward")
+                return f.add(x, scaled(fed), "hidden states")
+            case "post-sum":
+                out = f.add(x, scaled(self._attention(gqa, x)), "residual")
+                x = norm(out, "attention norm", "post_attention")
+                del out
+                out = f.add(x, scaled(self._feed_forward(dense, x)), "residual")
+                return norm(out, "hidden states", "post_feedforward")
+            case "sandwich":
+                out = norm(self._attention(gqa, before(x)), "post norm", "post_attention")
+                x = f.add(x, scaled(out), "residual")
+                del out
+                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "pre_feedforward"))
+                out = norm(fed, "post norm", "post_feedforward")
+                del fed
+                return f.add(x, scaled(out), "hidden states")
+            case "parallel":
+                normed = before(x)
+                out = f.add(x, scaled(self._attention(gqa, normed)), "residual")
+                return f.add(out, scaled(self._feed_forward(dense, normed)), "hidden states")
+            case _:  # parallel-two
+                out = f.add(x, scaled(self._attention(gqa, before(x))), "residual")
+                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "post_attention"))
+                return f.add(out, scaled(fed), "hidden states")
 
     def _norm(self, norm: Norm, x: Tensor, name: str, module: str) -> Tensor:
-        """norms.RMSNorm.forward, op by op, or nn.LayerNorm."""
-        f, b = self.f, self.b
-        (h,) = x.sizes[-1:]
-        weight = self.weight(f"{module}.weight", h)
+        """norms.RMSNorm.forward, op by op, or LayerNorm."""
+        f, b, h = self.f, self.b, x.sizes[-1]
+        weights = [self.weight(f"{module}.weight", h)] if norm.weight else []
         if norm.kind == "layernorm":
-            weights = (weight, self.weight(f"{module}.bias", h)) if norm.bias else (weight,)
+            if norm.plus_one:
+                weights = [f.shift(weight, f"{name}, 1 + weight") for weight in weights]
+            if norm.bias:
+                weights.append(self.weight(f"{module}.bias", h))
             kept = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
         wide = f.mul(wide, self._inverse_rms(wide, name), f"{name}, normalised")
+        if not norm.weight:
+            return f.cast(wide, b, name)
         if norm.plus_one:
-            scale = f.shift(f.cast(weight, FLOAT32), f"{name}, 1 + weight")
+            scale = f.shift(f.cast(weights[0], FLOAT32), f"{name}, 1 + weight")
             return f.cast(f.mul(wide, scale, f"{name}, scaled"), b, name)
-        return f.mul(weight, f.cast(wide, b, f"{name}, normalised"), name)
+        return f.mul(weights[0], f.cast(wide, b, f"{name}, normalised"), name)
 
     def _inverse_rms(self, wide: Tensor, name: str) -> Tensor:
         f, column = self.f, f"{name}, mean square"
@@ -248,9 +300,10 @@ class _Training(StepWriter):
         mean = f.shift(mean, column)
         return f.rsqrt(mean, f"{name}, 1 / rms")
 
-    def _linear(self, x: Tensor, name: str, out: int, *, bias: bool) -> Tensor:
-        weight = self.weight(f"{name}.weight", out, x.sizes[-1])
-        return self.f.linear(x, weight, self.weight(f"{name}.bias", out) if bias else None, name)
+    def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
+        weight = self.weight(f"{module}.weight", out, x.sizes[-1])
+        biases = self.weight(f"{module}.bias", out) if bias else None
+        return self.f.linear(x, weight, biases, name or module)
 
     # Attention.forward
 
@@ -263,15 +316,29 @@ class _Training(StepWriter):
             del qkv
         else:
             q, k, v = (
-                self._linear(x, name, heads * D, bias=gqa.qkv_bias)
-                for name, heads in (("q_proj", H), ("k_proj", G), ("v_proj", G))
+                self._linear(
+                    x,
+                    f"{letter}_proj",
+                    heads * D,
+                    bias=gqa.qkv_bias and letter not in gqa.unbiased,
+                )
+                for letter, heads in (("q", H), ("k", G), ("v", G))
             )
+        across = gqa.qk_norm is not None and gqa.qk_norm.width == "full"
+        if gqa.qk_norm is not None and across:
+            q = self._norm(gqa.qk_norm.norm, q, "query norm", "q_norm")
+            k = self._norm(gqa.qk_norm.norm, k, "key norm", "k_norm")
         q, k, v = (
             f.view(part, ((B,), (T,), (heads,), (D,))) for part, heads in ((q, H), (k, G), (v, G))
         )
-        if self.rotation is not None:
-            q = self._rotate(q, "query")
-            k = self._rotate(k, "key")
+        if gqa.qk_norm is not None and not across:
+            q = self._norm(gqa.qk_norm.norm, q, "query norm", "q_norm")
+            k = self._norm(gqa.qk_norm.norm, k, "key norm", "k_norm")
+        sliding = gqa.sliding_window is not None and True in self.rotations
+        rotation = self.rotations.get(sliding) if gqa.rope else None
+        if rotation is not None:
+            q = self._rotate(q, rotation, "query")
+            k = self._rotate(k, rotation, "key")
         q, k, v = f.transpose(q, 1, 2), f.transpose(k, 1, 2), f.transpose(v, 1, 2)
         attend = self._naive if self.step.attention == "naive" else self._sdpa
         out = attend(gqa, q, k, v)
@@ -279,11 +346,10 @@ class _Training(StepWriter):
         out = f.view(f.transpose(out, 1, 2), ((B,), (T,), (H * D,)))
         return self._linear(out, "o_proj", h, bias=gqa.o_bias)
 
-    def _rotate(self, x_BTHD: Tensor, name: str) -> Tensor:
+    def _rotate(self, x_BTHD: Tensor, rotation: tuple[Tensor, Tensor], name: str) -> Tensor:
         """positions.rotate."""
         f = self.f
-        assert self.rotation is not None
-        cos, sin = self.rotation
+        cos, sin = rotation
         R, D = cos.sizes[-1], x_BTHD.sizes[-1]
         x = f.narrow(x_BTHD, R)
         x1, x2 = f.split(x, (R // 2, R // 2))
@@ -304,9 +370,9 @@ class _Training(StepWriter):
 
     def _naive(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attention.naive: float32 throughout, scores [B, G, H/G·T, T] kept in full."""
-        f, window = self.f, gqa.sliding_window
+        f, window = self.f, _window(gqa)
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        visible = self.masks[window]
+        visible = self.masks[window, gqa.chunked]
         if visible is None and self.regime.several_tokens:
             visible = self._visible(None)
         wide = f.scale(f.cast(q, FLOAT32, "float32 query"), "float32 query")
@@ -338,8 +404,8 @@ class _Training(StepWriter):
 
     def _sdpa(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """scaled_dot_product_attention, flash where it is allowed to."""
-        window = gqa.sliding_window
-        visible, additive = self.masks[window], None
+        window = _window(gqa)
+        visible, additive = self.masks[window, gqa.chunked], None
         if visible is not None:  # aten turns a bool mask into one of q's dtype
             reads = (visible, *(self.aten.number("mask", self.b) for _ in ("0", "-inf")))
             additive = self.aten.new("where.self", "mask", visible.dims, self.b, reads=reads)
@@ -383,3 +449,9 @@ class _Training(StepWriter):
 def _gqa(layer: Layer) -> GQA:
     assert isinstance(layer.attention, GQA)
     return layer.attention
+
+
+def _window(gqa: GQA) -> int | None:
+    """masks.pattern_of: a window that is only a mask is one too."""
+    windows = [w for w in (gqa.sliding_window, gqa.masked_window) if w is not None]
+    return min(windows, default=None)
