@@ -74,6 +74,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
                 f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: "
                 f"{planned}"
             )
+    check_trained(model)
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
     regime = Regime.of(model, dims)
@@ -89,6 +90,36 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     note = NOTE if setting.device == "cuda" else ""
     program = step_program(model, step, regime)
     return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def check_trained(model: Model) -> None:
+    """ConfigError for parts that attnlab runs and whose way back is not written down yet."""
+    positions = [p for p in (model.positions, model.local_positions) if p is not None]
+    ropes = [p for p in positions if isinstance(p, RoPE)]
+    known = all(isinstance(p, RoPE | LearnedPositions) for p in positions)
+    wanted = {
+        type(model.positions).__name__: not known,
+        "interleaved rotary positions": any(rope.interleaved for rope in ropes),
+        f"rope_type={ropes[0].rope_type if ropes else ''}": any(
+            rope.rope_type not in ("default", "linear", "llama3") for rope in ropes
+        ),
+    }
+    for layer in model.layer_kinds():
+        gqa, dense = _gqa(layer), layer.feed_forward
+        assert isinstance(dense, Dense)
+        wanted |= {
+            "attention sinks": gqa.sinks,
+            "clipped queries and keys": gqa.clip_qkv is not None,
+            "interleaved fused projections": gqa.interleaved_qkv,
+            "norms of each head": gqa.qk_norm is not None
+            and gqa.qk_norm.width not in ("head", "full"),
+            "the activation gelu_fast": dense.activation == "gelu_fast",
+        }
+        for part, there in wanted.items():
+            if there:
+                raise ConfigError(
+                    f"training with {part} is not planned for runtime=attnlab yet: without"
+                )
 
 
 def _check_flash(model: Model, dtype: str, regime: Regime) -> None:
@@ -133,8 +164,7 @@ class _Training(StepWriter):
     def embed(self) -> Tensor:
         """Token embeddings, positions, rotary tables and masks."""
         model, f, h = self.model, self.f, self.model.hidden_size
-        width, learned = model.embedding_size or h, isinstance(model.positions, LearnedPositions)
-        self.table = self.weight("embed_tokens", model.vocab_size, width)
+        self.table = self.weight("embed_tokens", model.vocab_size, model.embedding_size or h)
         self.positions = self.aten.new("arange", "positions", ((T,),), INT64)
         x = f.embedding(self.table, self.given("token ids", ((B,), (T,)), INT64), "hidden states")
         if model.embedding_norm is not None:
@@ -231,11 +261,17 @@ class _Training(StepWriter):
         assert isinstance(layer.feed_forward, Dense)
         gqa, dense = _gqa(layer), layer.feed_forward
 
-        def norm(x: Tensor, name: str, module: str) -> Tensor:
-            return self._norm(layer.norm, x, name, module)
+        def norm(x: Tensor, name: str) -> Tensor:
+            return self._norm(layer.norm, x, name, name)
 
-        def before(x: Tensor, module: str = "input_layernorm") -> Tensor:
-            return norm(x, "attention norm", module)
+        def before(x: Tensor) -> Tensor:
+            return norm(x, "attention norm")
+
+        def after(x: Tensor) -> Tensor:
+            return norm(x, "feed-forward norm")
+
+        def post(x: Tensor) -> Tensor:
+            return norm(x, "post norm")
 
         def scaled(x: Tensor) -> Tensor:
             return x if layer.residual_multiplier is None else f.scale(x, "scaled")
@@ -243,27 +279,21 @@ class _Training(StepWriter):
         match layer.placement:
             case "pre":
                 x = f.add(x, scaled(self._attention(gqa, before(x))), "residual")
-                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "post_attention"))
-                return f.add(x, scaled(fed), "hidden states")
+                return f.add(x, scaled(self._feed_forward(dense, after(x))), "hidden states")
             case "post":
-                out = norm(self._attention(gqa, x), "post norm", "post_attention")
-                x = f.add(x, scaled(out), "residual")
-                del out
-                fed = norm(self._feed_forward(dense, x), "post norm", "post_feedforward")
-                return f.add(x, scaled(fed), "hidden states")
+                x = f.add(x, scaled(post(self._attention(gqa, x))), "residual")
+                return f.add(x, scaled(post(self._feed_forward(dense, x))), "hidden states")
             case "post-sum":
                 out = f.add(x, scaled(self._attention(gqa, x)), "residual")
-                x = norm(out, "attention norm", "post_attention")
+                x = before(out)
                 del out
                 out = f.add(x, scaled(self._feed_forward(dense, x)), "residual")
-                return norm(out, "hidden states", "post_feedforward")
+                return norm(out, "hidden states")
             case "sandwich":
-                out = norm(self._attention(gqa, before(x)), "post norm", "post_attention")
+                out = post(self._attention(gqa, before(x)))
                 x = f.add(x, scaled(out), "residual")
                 del out
-                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "pre_feedforward"))
-                out = norm(fed, "post norm", "post_feedforward")
-                del fed
+                out = post(self._feed_forward(dense, after(x)))
                 return f.add(x, scaled(out), "hidden states")
             case "parallel":
                 normed = before(x)
@@ -271,8 +301,7 @@ class _Training(StepWriter):
                 return f.add(out, scaled(self._feed_forward(dense, normed)), "hidden states")
             case _:  # parallel-two
                 out = f.add(x, scaled(self._attention(gqa, before(x))), "residual")
-                fed = self._feed_forward(dense, norm(x, "feed-forward norm", "post_attention"))
-                return f.add(out, scaled(fed), "hidden states")
+                return f.add(out, scaled(self._feed_forward(dense, after(x))), "hidden states")
 
     def _norm(self, norm: Norm, x: Tensor, name: str, module: str) -> Tensor:
         """norms.RMSNorm.forward, op by op, or LayerNorm."""
@@ -326,14 +355,12 @@ class _Training(StepWriter):
             )
         across = gqa.qk_norm is not None and gqa.qk_norm.width == "full"
         if gqa.qk_norm is not None and across:
-            q = self._norm(gqa.qk_norm.norm, q, "query norm", "q_norm")
-            k = self._norm(gqa.qk_norm.norm, k, "key norm", "k_norm")
+            q, k = self._normed(gqa.qk_norm.norm, q, k)
         q, k, v = (
             f.view(part, ((B,), (T,), (heads,), (D,))) for part, heads in ((q, H), (k, G), (v, G))
         )
         if gqa.qk_norm is not None and not across:
-            q = self._norm(gqa.qk_norm.norm, q, "query norm", "q_norm")
-            k = self._norm(gqa.qk_norm.norm, k, "key norm", "k_norm")
+            q, k = self._normed(gqa.qk_norm.norm, q, k)
         sliding = gqa.sliding_window is not None and True in self.rotations
         rotation = self.rotations.get(sliding) if gqa.rope else None
         if rotation is not None:
@@ -345,6 +372,11 @@ class _Training(StepWriter):
         del q, k, v
         out = f.view(f.transpose(out, 1, 2), ((B,), (T,), (H * D,)))
         return self._linear(out, "o_proj", h, bias=gqa.o_bias)
+
+    def _normed(self, norm: Norm, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, before the projections go."""
+        normed = self._norm(norm, q, "query norm", "q_norm")
+        return normed, self._norm(norm, k, "key norm", "k_norm")
 
     def _rotate(self, x_BTHD: Tensor, rotation: tuple[Tensor, Tensor], name: str) -> Tensor:
         """positions.rotate."""
@@ -434,10 +466,21 @@ class _Training(StepWriter):
     def _activate(self, activation: str, x: Tensor) -> Tensor:
         """feed_forward.ACTIVATIONS; gelu_new op by op."""
         f, name = self.f, "activation"
-        if activation != "gelu_new":
-            kernel = activation.split("_")[0]
-            saves = "result" if kernel == "relu" else "input"
-            return f.pointwise(x, name, kernel, saves=saves)
+        match activation:
+            case "relu2":
+                return f.power(f.pointwise(x, name, "relu", saves="result"), name)
+            case "quick_gelu":
+                sigmoid = f.pointwise(f.scale(x, name), name, "sigmoid", saves="result")
+                return f.mul(x, sigmoid, name)
+            case "gelu_new":
+                return self._gelu_new(x)
+            case "relu":
+                return f.pointwise(x, name, "relu", saves="result")
+        return f.pointwise(x, name, activation.split("_")[0], saves="input")
+
+    def _gelu_new(self, x: Tensor) -> Tensor:
+        """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+        f, name = self.f, "activation"
         cubic = f.add(x, f.scale(f.power(x, "gelu_new"), "gelu_new"), "gelu_new")
         inner = f.scale(cubic, "gelu_new")
         del cubic
