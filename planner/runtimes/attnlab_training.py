@@ -100,9 +100,6 @@ def check_trained(model: Model) -> None:
     wanted = {
         type(model.positions).__name__: not known,
         "interleaved rotary positions": any(rope.interleaved for rope in ropes),
-        f"rope_type={ropes[0].rope_type if ropes else ''}": any(
-            rope.rope_type not in ("default", "linear", "llama3") for rope in ropes
-        ),
     }
     for layer in model.layer_kinds():
         gqa, dense = _gqa(layer), layer.feed_forward
@@ -198,7 +195,11 @@ class _Training(StepWriter):
         return self.f.add(x, self.f.embedding(table, rows, "position embeddings"), "hidden states")
 
     def _rotary_tables(self, D: int) -> tuple[Tensor, Tensor]:
-        """positions.RotaryTables.forward: cos and sin, each [T, 1, D]."""
+        """positions.RotaryTables.forward: cos and sin, each [T, 1, D].
+
+        Left out: the few numbers of stretched frequencies, and the product with a factor for
+        attention, which are gone before the first layer.
+        """
         aten, name = self.aten, "rotary tables"
         assert self.positions is not None
         wide = aten.new("_to_copy", name, ((T,), ONE), FLOAT32, reads=(self.positions,))
