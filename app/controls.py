@@ -79,7 +79,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
             help="Read by the planner, kept nowhere. It takes the place of the model above.",
         )
         deploy = _deployment()
-        work = _workload(torch=deploy.runtime != "vllm")
+        work = _workload(torch=runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm")
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page

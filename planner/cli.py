@@ -50,7 +50,9 @@ GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
 Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="transformers, attnlab or vllm.")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")

@@ -18,6 +18,7 @@ from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.on_load import quantised_on_load
+from planner.quantization.unpacked import unpacked_on
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
@@ -90,11 +91,12 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
-    model = _as_loaded(model, deploy)
     if isinstance(work, Training):
-        return _of_training(model, work, deploy)
-    model.check_positions(work.context_tokens)
+        return _of_training(_as_loaded(model, deploy), work, deploy)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    checkpoint = _as_loaded(model, deploy)
+    model = _as_held(checkpoint, deploy, gpu)
+    model.check_positions(work.context_tokens)
     setting = _setting(model, deploy, runtime, gpu)
     cache = deploy.cache
     if runtime.pooled:
@@ -107,7 +109,8 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
             "(kv_cache_bytes counts both)"
         )
 
-    weights = _weight_rows(model, runtime, setting.dtype)
+    unpacked = "" if model is checkpoint else _unpacked_note(checkpoint, gpu)
+    weights = _weight_rows(model, runtime, setting.dtype, note=unpacked)
     kv = runtime.cache_rows(
         model,
         batch=work.batch,
@@ -122,13 +125,13 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
-    pooled = runtime.pooled
+    pooled, apart = runtime.pooled, runtime.pooled or not runtime.on_torch
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
-    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, pooled=pooled))
-    overhead = list(overhead_rows(gpu, pooled=pooled))
+    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
+    overhead = list(overhead_rows(gpu, pooled=pooled, on_torch=runtime.on_torch))
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
-    memory = _memory(rows, highest, torch, gpu, pooled=pooled)
+    memory = _memory(rows, highest, torch, gpu, apart=apart)
     pool = runtime.pool(
         model,
         setting,
@@ -158,15 +161,15 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     setting = _setting(model, deploy, runtime, gpu)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
-    weights = _weight_rows(model, runtime, setting.dtype)
+    weights = _weight_rows(model, runtime, setting.dtype, note="")
     gradients = gradient_rows(weights)
     rows = (
         *weights,
         *gradients,
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
-        *_activation_rows(highest, phase, 0, note=phase.note, pooled=False),
+        *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
-        *overhead_rows(gpu, pooled=False),
+        *overhead_rows(gpu, pooled=False, on_torch=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes + workspace_bytes(gpu))
@@ -176,7 +179,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         deploy=deploy,
         setting=setting,
         gpu=gpu,
-        memory=_memory(rows, highest, torch, gpu, pooled=False),
+        memory=_memory(rows, highest, torch, gpu, apart=False),
         peak=highest,
         peak_phase=highest.phase,
         rows=rows,
@@ -215,6 +218,20 @@ def _as_loaded(model: Model, deploy: Deployment) -> Model:
     return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
 
 
+def _as_held(model: Model, deploy: Deployment, gpu: Gpu) -> Model:
+    """The model with plain weights, where transformers dequantises them for want of kernels."""
+    quantization = model.quantization
+    if deploy.runtime != "transformers" or quantization is None:
+        return model
+    return replace(model, quantization=None) if unpacked_on(gpu, quantization.method) else model
+
+
+def _unpacked_note(checkpoint: Model, gpu: Gpu) -> str:
+    assert checkpoint.quantization is not None
+    method = checkpoint.quantization.method
+    return f"dequantised on loading: transformers 5.23 runs no {method} kernels on {gpu.label}"
+
+
 def _quantised_note(model: Model) -> str:
     """What is left out of the peak and the times of quantised weights."""
     if model.quantization is None:
@@ -244,13 +261,14 @@ def _block_tokens(deploy: Deployment) -> int:
     return paged
 
 
-def _weight_rows(model: Model, runtime: Runtime, dtype: str) -> list[Row]:
+def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
-    rows = _plain_rows(model, dtype) if model.quantization is None else _stored_rows(model, dtype)
+    plain = model.quantization is None
+    rows = _plain_rows(model, dtype, note=note) if plain else _stored_rows(model, dtype)
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
 
 
-def _plain_rows(model: Model, dtype: str) -> list[Row]:
+def _plain_rows(model: Model, dtype: str, *, note: str) -> list[Row]:
     b = element_bytes(dtype)
     return [
         Row(
@@ -260,6 +278,7 @@ def _plain_rows(model: Model, dtype: str) -> list[Row]:
             formula="parameters · b",
             values=(("parameters", elements), ("b", b)),
             size_bytes=elements * b,
+            note=note,
         )
         for group, (tensors, elements) in model.parameter_groups().items()
     ]
@@ -290,7 +309,7 @@ def _stored_rows(model: Model, dtype: str) -> tuple[Row, ...]:
 
 
 def _activation_rows(
-    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, pooled: bool
+    highest: Peak, phase: Phase, kv_bytes: int, *, note: str, apart: bool
 ) -> Iterator[Row]:
     """What lives at the peak besides weights and cache."""
     where = f"{phase.name}, {highest.op}" + (
@@ -310,7 +329,7 @@ def _activation_rows(
             note="; ".join(part for part in (f"at the peak: {where}", note) if part),
         )
     difference = highest.cache_bytes - kv_bytes
-    if difference and not pooled:
+    if difference and not apart:
         yield Row(
             component="activations",
             item="cache at the peak, beyond or short of the finished cache",
@@ -335,14 +354,16 @@ def _torch_peaks(
 
     Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
     """
-    workspace = workspace_bytes(gpu)
+    apart = runtime.pooled or not runtime.on_torch
+    workspace = workspace_bytes(gpu) if runtime.on_torch else 0
     steps_differ = (
         work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
     )
-    if runtime.pooled or gpu.vendor not in WITH_CONTEXT or steps_differ:
-        pool = total_bytes(rows, "kv_cache") if runtime.pooled else 0
+    if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
+        pool = total_bytes(rows, "kv_cache") if apart else 0
+        inputs = work.inputs_bytes if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
-        return Unsegmented(peak_allocated_bytes=live + work.inputs_bytes + workspace)
+        return Unsegmented(peak_allocated_bytes=live + inputs + workspace)
     outside = total_bytes(rows, "overhead") - workspace
     return AllocatorPlan(
         model=model,
@@ -355,11 +376,11 @@ def _torch_peaks(
 
 
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, pooled: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, apart: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
     overhead, optimizer = total_bytes(rows, "overhead"), total_bytes(rows, "optimizer")
-    live = highest.live_bytes + kv if pooled else highest.live_bytes
+    live = highest.live_bytes + kv if apart else highest.live_bytes
     return Memory(
         weights_bytes=weights,
         kv_cache_bytes=kv,
@@ -369,5 +390,5 @@ def _memory(
         overhead_bytes=overhead,
         peak_live_bytes=weights + optimizer + live,
         torch=torch,
-        outside_torch_bytes=overhead if pooled else overhead - workspace_bytes(gpu),
+        outside_torch_bytes=overhead if apart else overhead - workspace_bytes(gpu),
     )

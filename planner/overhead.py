@@ -16,7 +16,7 @@ and nothing is added for them."""
 WITH_CONTEXT = ("nvidia", "amd")
 
 
-def overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
+def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool) -> Iterator[Row]:
     """The device context, and what libraries hold outside or inside torch's allocator."""
     if gpu.vendor not in WITH_CONTEXT:
         return
@@ -37,7 +37,7 @@ def overhead_rows(gpu: Gpu, *, pooled: bool) -> Iterator[Row]:
     )
     if pooled:
         yield row("outside torch", NON_TORCH_BYTES, "18 vLLM 0.19 start-up logs on H100, median")
-    else:
+    elif on_torch:
         yield row(
             "cuBLAS workspace",
             workspace_bytes(gpu),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from planner.errors import check_choice
 from planner.runtimes.attnlab import Attnlab
 from planner.runtimes.base import Runtime
+from planner.runtimes.llamacpp import LlamaCpp
 from planner.runtimes.transformers import Transformers
 from planner.runtimes.vllm import Vllm
 
-RUNTIMES: dict[str, Runtime] = {r.name: r for r in (Transformers(), Attnlab(), Vllm())}
+RUNTIMES: dict[str, Runtime] = {r.name: r for r in (Transformers(), Attnlab(), Vllm(), LlamaCpp())}
 
 
 def runtime_named(name: str) -> Runtime:

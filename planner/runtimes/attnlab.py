@@ -31,6 +31,7 @@ class Attnlab:
 
     name = "attnlab"
     pooled = False
+    on_torch = True
     version = "0.1.0"
     kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
 

@@ -63,6 +63,10 @@ class Runtime(Protocol):
         """Whether the cache comes out of a pool that takes what everything else leaves."""
 
     @property
+    def on_torch(self) -> bool:
+        """Whether torch allocates what it holds; if not, programs are without the cache."""
+
+    @property
     def version(self) -> str:
         """The version whose source says so."""
 

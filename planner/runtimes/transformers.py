@@ -107,6 +107,7 @@ class Transformers:
 
     name = "transformers"
     pooled = False
+    on_torch = True
     version = "5.23.0"
     kv_dtypes = QUANTISED_DTYPES
 

@@ -65,6 +65,7 @@ class Vllm:
 
     name = "vllm"
     pooled = True
+    on_torch = True
     version = "0.19"
     kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
 

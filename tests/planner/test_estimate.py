@@ -19,7 +19,7 @@ def of(name="llama-3.1-8b", deploy=H200, **work):
     return planner.estimate(planner.load_model(name), Inference(**arguments), deploy)
 
 
-@pytest.mark.parametrize("runtime", ["transformers", "attnlab", "vllm"])
+@pytest.mark.parametrize("runtime", ["transformers", "attnlab", "vllm", "llama.cpp"])
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "mistral-7b-v0.1", "gpt2", "gemma-2-9b"])
 def test_the_rows_add_up_to_the_total(name, runtime):
     e = of(name, Deployment(gpu="h200", runtime=runtime), prompt_tokens=900, output_tokens=100)
@@ -30,7 +30,7 @@ def test_the_rows_add_up_to_the_total(name, runtime):
     assert by_component["weights"] == e.memory.weights_bytes
 
 
-@pytest.mark.parametrize("runtime", ["transformers", "attnlab", "vllm"])
+@pytest.mark.parametrize("runtime", ["transformers", "attnlab", "vllm", "llama.cpp"])
 def test_every_substituted_formula_gives_its_bytes(runtime):
     e = of("mistral-7b-v0.1", Deployment(gpu="h100-80gb", runtime=runtime), prompt_tokens=5_000)
     for row in e.rows:
