@@ -25,7 +25,8 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.transformers import is_quantised
-from planner.runtimes.vllm import DEFAULT_BLOCK_TOKENS, batch_defaults
+from planner.runtimes.vllm import batch_defaults
+from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.training import gradient_rows, training_phase, unfinished_row
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -41,6 +42,7 @@ def kv_cache_bytes(
     encoder_tokens: int | None = None,
     compute_dtype: str | None = None,
     decoded_tokens: int = 0,
+    tensor_parallel: int = 1,
 ) -> int:
     """Bytes of the KV cache of `batch` sequences of `context_tokens` tokens in a named runtime.
 
@@ -52,6 +54,8 @@ def kv_cache_bytes(
     kept in (None: the same where it can be, else the model's). `decoded_tokens`: how many of the
     context came one at a time after the prefill; they fill the residual of a quantised cache.
 
+    `tensor_parallel`: GPUs that share the heads; the bytes are those of one of them (vllm).
+
     `encoder_tokens`: what a sequence-to-sequence model's cross-attention sees; None: as many as
     `context_tokens`, or what the model fixes (whisper: 1 500). Encoders without a decoder: 0 bytes.
     """
@@ -61,8 +65,10 @@ def kv_cache_bytes(
     check_size("decoded_tokens", decoded_tokens, minimum=0, maximum=max(0, context_tokens - 1))
     computed = compute_dtype or (dtype if dtype in COMPUTE_DTYPES else model.dtype)
     check_choice("compute_dtype", computed, COMPUTE_DTYPES)
-    rows = runtime_named(runtime).cache_rows(
-        model,
+    check_size("tensor_parallel", tensor_parallel)
+    rules = runtime_named(runtime)
+    rows = rules.cache_rows(
+        rules.rank(model, tensor_parallel),
         batch=batch,
         context_tokens=context_tokens,
         dtype=dtype,

@@ -26,6 +26,7 @@ from planner.model import Model
 from planner.quantization import read_quantization
 
 SCALED_ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+FROM_TRAINED_LENGTH = ("yarn", "longrope", "su", "llama3")
 LLAMA_NAMES = (
     ("embed_tokens", "model.embed_tokens"),
     ("layers", "model.layers"),
@@ -156,6 +157,8 @@ def rope(
         raise ConfigError(
             f"head_dim={head_dim} gives {rotary_dim} rotary dimensions: an even number ≥ 2"
         )
+    if rope_type in FROM_TRAINED_LENGTH:
+        _take_trained_length(fields, parameters)
     return RoPE(
         rope_theta=theta,
         rope_type=rope_type,
@@ -163,6 +166,17 @@ def rope(
         interleaved=interleaved,
         scaling=tuple(sorted((key, _frozen(value)) for key, value in parameters.items())),
     )
+
+
+def _take_trained_length(fields: Fields, parameters: dict[str, Any]) -> None:
+    """`original_max_position_embeddings` of the config itself, else of the parameters, else all.
+
+    transformers 5.23 does so in RotaryEmbeddingConfigMixin.standardize_rope_params.
+    """
+    name = "original_max_position_embeddings"
+    trained = fields.raw(name) or parameters.get(name) or fields.raw("max_position_embeddings")
+    if trained is not None:
+        parameters[name] = trained
 
 
 def _frozen(value: Any) -> Any:

@@ -5,6 +5,8 @@ Each follows its configuration and modelling file in transformers 5.23 (`models/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.errors import ConfigError
 from planner.huggingface.blocks import (
     activation,
@@ -76,8 +78,15 @@ def read_qwen2(fields: Fields) -> Model:
 
 
 def read_phi3(fields: Fields) -> Model:
-    """Phi-3: one matrix for q, k, v and one for gate and up; a window unless null or absent."""
+    """Phi-3: one matrix for q, k, v and one for gate and up; a window unless null or absent.
+
+    Its class takes "su" and "yarn" for older names of longrope.
+    """
     H, G, D = heads(fields)
+    names = ("default", "longrope", "su", "yarn")
+    positions = rope(fields, head_dim=D, rope_types=names, partial=True)
+    if positions.rope_type in ("su", "yarn"):
+        positions = replace(positions, rope_type="longrope")
     return gqa_decoder(
         fields,
         stem="Phi3",
@@ -87,9 +96,7 @@ def read_phi3(fields: Fields) -> Model:
         ),
         windows=layer_windows(fields, window=fields.optional_size("sliding_window")),
         feed_forward=gated(fields, fused=True),
-        positions=rope(
-            fields, head_dim=D, rope_types=("default", "longrope", "su", "yarn"), partial=True
-        ),
+        positions=positions,
     )
 
 

@@ -18,6 +18,7 @@ from planner.runtimes.base import (
     choose_attention,
     static_capacity,
     unplanned_part,
+    whole,
 )
 from planner.workload import CacheSpec, Inference
 
@@ -83,7 +84,11 @@ class Attnlab:
             if kind == "ring" and window is not None:
                 return min(C, window), "min(C, W)", (("C", C), ("W", window))
             if kind == "paged":
-                return -(-C // block) * block, "⌈C / block⌉ · block", (("C", C), ("block", block))
+                return (
+                    -(-C // block) * block,
+                    "-(-C // block) · block",
+                    (("C", C), ("block", block)),
+                )
             return C, "C", (("C", C),)
 
         return layer_rows(
@@ -95,6 +100,10 @@ class Attnlab:
             encoder_tokens=encoder_tokens,
             static=True,
         )
+
+    def rank(self, model: Model, tensor_parallel: int) -> Model:
+        """All of it: one GPU."""
+        return whole(self.name, model, tensor_parallel)
 
     def peak_note(self, model: Model) -> str:
         """Nothing: the program is exact for all that attnlab runs."""
@@ -166,6 +175,8 @@ def missing_parts(model: Model) -> list[str]:
         return [unplanned]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
+        "queries scaled by their position": isinstance(model.positions, RoPE)
+        and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
         "quantised weights": model.quantization is not None,

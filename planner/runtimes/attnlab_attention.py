@@ -65,8 +65,8 @@ class AttentionWriter(Writer):
             tape.free(visible, near)
             visible = both
         if pattern.ring:
-            filled = tape.new("mask", (pattern.unordered, pattern.keys), BOOL)
-            both = tape.new("mask", (pattern.unordered, T, pattern.keys), BOOL)
+            filled = tape.new("mask", (pattern.joined, pattern.keys), BOOL)
+            both = tape.new("mask", (pattern.joined, T, pattern.keys), BOOL)
             tape.free(filled, both)  # of the same size as what it replaces
         return visible
 

@@ -87,7 +87,9 @@ class CacheProgram:
         if self.kind == "ring" and window is not None:
             return Symbol(f"min(C, {window})", lambda d: minimum(_capacity(d), window))
         if self.kind == "paged":
-            return Symbol(f"⌈C / {block}⌉ · {block}", lambda d: -(-_capacity(d) // block) * block)
+            return Symbol(
+                f"(-(-C // {block}) · {block})", lambda d: -(-_capacity(d) // block) * block
+            )
         return C
 
     def prepare(self, model: Model) -> None:
@@ -109,7 +111,7 @@ class CacheProgram:
     def _block_tables(self) -> None:
         """Slots of every position, and the lists of what is written."""
         tape, block = self.tape, self.block
-        row = Symbol(f"⌈S / {block}⌉", lambda d: -(-d.context // block))
+        row = Symbol(f"(-(-S // {block}))", lambda d: -(-d.context // block))
         first = tape.new("block table", (B, row), INT64)
         first = self._replaced(tape.new("block table", (B, row), INT64), first)
         within = tape.new("block table", (block,), INT64)
@@ -126,16 +128,12 @@ class CacheProgram:
 
     def _turn(self, pattern: Pattern) -> None:
         """Where the keys of a turned ring stand, and which of them stay."""
-        turned = Symbol(f"turned_{pattern}", pattern.turned)
-        size = Symbol(f"size_{pattern}", lambda d: minimum(_capacity(d), pattern.window))
-        several = Symbol(f"turned_several_{pattern}", lambda d: pattern.turned(d) * (d.tokens > 1))
-        one = Symbol(f"turned_one_{pattern}", lambda d: pattern.turned(d) * (d.tokens == 1))
-        scratch = [self.tape.new("ring", (turned, size), INT64) for _ in range(4)]
+        scratch = [self.tape.new("ring", (pattern.turned, pattern.size), INT64) for _ in range(4)]
         self.tape.free(*scratch)
         self.tables += [
-            self.tape.new("ring", (one, size), INT64),
-            self.tape.new("ring", (several, size), INT64),
-            self.tape.new("ring", (several, pattern.keys), INT64),
+            self.tape.new("ring", (pattern.turned_one, pattern.size), INT64),
+            self.tape.new("ring", (pattern.turned_several, pattern.size), INT64),
+            self.tape.new("ring", (pattern.turned_several, pattern.keys), INT64),
         ]
 
     def close(self) -> None:
@@ -187,25 +185,24 @@ class CacheProgram:
         """A ring after it turned; before, everything here is 0 bytes and k and v go at once."""
         G, D, tape, kv_b = gqa.num_key_value_heads, gqa.head_dim, self.tape, self.kv_b
         casts: list[Buffer] = []
-        turned = Symbol(f"turned_{pattern}", pattern.turned)
         if kv_b != self.b:
-            casts = [tape.new("cast for the cache", (turned, B, G, T, D), kv_b) for _ in "kv"]
-        joined = Symbol(f"joined_{pattern}", pattern.joined)
+            shape: Shape = (pattern.turned, B, G, T, D)
+            casts = [tape.new("cast for the cache", shape, kv_b) for _ in "kv"]
         both = [
-            tape.new(name, (joined, B, G, pattern.keys, D), kv_b)
+            tape.new(name, (pattern.joined, B, G, pattern.keys, D), kv_b)
             for name in ("joined keys", "joined values")
         ]
-        size = Symbol(f"size_{pattern}", lambda d: minimum(_capacity(d), pattern.window))
-        several = Symbol(f"turned_several_{pattern}", lambda d: pattern.turned(d) * (d.tokens > 1))
         for _ in "kv":
-            kept = tape.new("kept in the ring", (several, B, G, size, D), kv_b)
-            tape.free(kept)
-        alone = Symbol(  # a first pass longer than the window attends to its own k and v
-            f"alone_{pattern}", lambda d: pattern.turned(d) * (d.tokens == d.context) * 1
-        )
+            shape = (pattern.turned_several, B, G, pattern.size, D)
+            tape.free(tape.new("kept in the ring", shape, kv_b))
         tape.free(*casts, *mine)
-        own = [tape.new("own keys, values", (alone, *x.shape), x.itemsize) for x in casts or mine]
-        return self._cast(gqa, Attended(keys=pattern.keys, held=(*both, *own), strided=alone))
+        own = [  # a first pass longer than the window attends to its own
+            tape.new("own keys, values", (pattern.alone, *x.shape), x.itemsize)
+            for x in casts or mine
+        ]
+        return self._cast(
+            gqa, Attended(keys=pattern.keys, held=(*both, *own), strided=pattern.alone)
+        )
 
     def _cast(self, gqa: GQA, attended: Attended) -> Attended:
         """Attention computes in the model's dtype, whatever the cache keeps."""

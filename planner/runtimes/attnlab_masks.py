@@ -19,67 +19,104 @@ class Pattern:
     ring: bool
 
     @property
+    def size(self) -> Symbol:
+        """Slots of the ring."""
+        return Symbol(self._ring, self._slots)
+
+    @property
+    def _ring(self) -> str:
+        return f"min(C, {self.window})"
+
+    @property
     def keys(self) -> Extent:
         """Keys that attention reads: the context; of a ring, its slots and a pass's own keys."""
         if not self.ring:
             return S
-        return Symbol(f"keys_{self.window}", self._ring_keys)
-
-    def _size(self, d: Dims) -> Number:
-        assert self.window is not None
-        capacity = d.context if d.capacity is None else d.capacity
-        return minimum(capacity, self.window)
-
-    def turned(self, d: Dims) -> Number:
-        """1 where a slot of the ring is used a second time."""
-        return (d.context > self._size(d)) * 1 if self.ring else 0
-
-    def joined(self, d: Dims) -> Number:
-        """1 where a pass of several tokens attends to the turned ring beside its own keys."""
-        return self.turned(d) * (d.tokens > 1) * (d.context > d.tokens)
-
-    def _ring_keys(self, d: Dims) -> Number:
-        one = self.turned(d) * (d.tokens == 1)
-        return (
-            d.context * (1 - one) * (1 - self.joined(d))
-            + self._size(d) * (one + self.joined(d))
-            + d.tokens * self.joined(d)
+        turned, size = f"S > {self._ring}", self._ring
+        return Symbol(
+            f"({size} if {turned} and T == 1 else {size} + T if {turned} and 1 < T < S else S)",
+            self._ring_keys,
         )
 
+    def _slots(self, d: Dims) -> Number:
+        assert self.window is not None
+        return minimum(d.context if d.capacity is None else d.capacity, self.window)
+
+    def _turned(self, d: Dims) -> Number:
+        """1 where a slot of the ring is used a second time."""
+        return (d.context > self._slots(d)) * 1 if self.ring else 0
+
+    def _joined(self, d: Dims) -> Number:
+        return self._turned(d) * (d.tokens > 1) * (d.context > d.tokens)
+
+    def _ring_keys(self, d: Dims) -> Number:
+        one, joined = self._turned(d) * (d.tokens == 1), self._joined(d)
+        whole = d.context * (1 - one) * (1 - joined)
+        return whole + self._slots(d) * (one + joined) + d.tokens * joined
+
+    @property
+    def turned(self) -> Symbol:
+        """1 where the ring has turned: some of its slots hold a second position."""
+        return Symbol(f"(S > {self._ring})", self._turned)
+
+    @property
+    def turned_one(self) -> Symbol:
+        """1 where a single token turns it."""
+        return Symbol(f"(S > {self._ring} and T == 1)", lambda d: self._turned(d) * (d.tokens == 1))
+
+    @property
+    def turned_several(self) -> Symbol:
+        """1 where a pass of several tokens does."""
+        return Symbol(f"(S > {self._ring} and T > 1)", lambda d: self._turned(d) * (d.tokens > 1))
+
+    @property
+    def alone(self) -> Symbol:
+        """1 where that pass is the first: it attends to its own keys and values."""
+        return Symbol(
+            f"(S > {self._ring} and T == S)",
+            lambda d: self._turned(d) * (d.tokens == d.context) * 1,
+        )
+
+    @property
+    def joined(self) -> Symbol:
+        """1 where a pass of several tokens attends to the turned ring beside its own keys."""
+        return Symbol(f"(S > {self._ring} and 1 < T < S)", self._joined)
+
     def _tabled(self, d: Dims) -> Number:
-        whole = ((d.tokens == 1) * 1 + (d.tokens == d.context) * 1 > 0) * 1
+        whole = _either((d.tokens == 1) * 1, (d.tokens == d.context) * 1)
         if self.ring and not self.chunked:
-            one = self.turned(d) * (d.tokens == 1)
-            return 1 - maximum_of(one, whole * (1 - self.turned(d)))
+            one = self._turned(d) * (d.tokens == 1)
+            return 1 - _either(one, whole * (1 - self._turned(d)))
         held = 1 if self.window is None else (d.context <= self.window) * 1
         return 1 - whole * held
 
     @property
     def tabled(self) -> Symbol:
         """1 where the mask is a bool tensor [T, keys]."""
-        return Symbol(f"masked_{self}", self._tabled)
+        if self.ring and not self.chunked:
+            return Symbol(f"(T > 1 and (T < S or S > {self._ring}))", self._tabled)
+        beyond = "" if self.window is None else f" or S > {self.window}"
+        return Symbol(f"(1 < T < S{beyond})", self._tabled)
 
     @property
     def several_or_tabled(self) -> Symbol:
         """1 where naive has any mask to apply."""
-        return Symbol(f"shown_{self}", lambda d: maximum_of((d.tokens > 1) * 1, self._tabled(d)))
+        beyond = f" or S > {self.window}"
+        if self.window is None or (self.ring and not self.chunked):
+            beyond = ""
+        return Symbol(f"(T > 1{beyond})", lambda d: _either((d.tokens > 1) * 1, self._tabled(d)))
 
     @property
     def plain_causal(self) -> Symbol:
         """1 where a kernel is told "causal": naive makes the table itself."""
-        return Symbol(f"causal_{self}", lambda d: (d.tokens > 1) * (1 - self._tabled(d)))
-
-    @property
-    def unordered(self) -> Symbol:
-        """1 where empty slots are hidden by another op."""
-        return Symbol(f"unordered_{self}", lambda d: self.joined(d) * self._tabled(d))
-
-    def __str__(self) -> str:
-        return f"{self.window}{'_chunk' * self.chunked}{'_ring' * self.ring}"
+        held = "" if self.window is None else f" and S <= {self.window}"
+        if self.ring and not self.chunked:
+            held = f" and S <= {self._ring}"
+        return Symbol(f"(1 < T == S{held})", lambda d: (d.tokens > 1) * (1 - self._tabled(d)))
 
 
-def maximum_of(a: Number, b: Number) -> Number:
-    """The larger of two conditions that are 0 or 1."""
+def _either(a: Number, b: Number) -> Number:
+    """1 where one of two conditions, each 0 or 1, holds."""
     return a + b - a * b
 
 

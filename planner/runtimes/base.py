@@ -96,6 +96,9 @@ class Runtime(Protocol):
         many of the context came one at a time, after the prefill.
         """
 
+    def rank(self, model: Model, tensor_parallel: int) -> Model:
+        """The part of `model` whose cache one of `tensor_parallel` GPUs keeps; else ConfigError."""
+
     def peak_note(self, model: Model) -> str:
         """What has to be said of this model's activation peak; empty where it is exact."""
 
@@ -156,6 +159,15 @@ def check_planned(runtime: str, model: Model) -> None:
             f"runtime={runtime} does not plan {part} of model_type={model.model_type} yet: "
             "parameters and kv_cache_bytes are known, `planner estimate --traced` has the peak"
         )
+
+
+def whole(runtime: str, model: Model, tensor_parallel: int) -> Model:
+    """`model` on one GPU; ConfigError for more, in a runtime that does not share it out."""
+    if tensor_parallel != 1:
+        raise ConfigError(
+            f"tensor_parallel={tensor_parallel} is not planned for runtime={runtime}: 1, or vllm"
+        )
+    return model
 
 
 def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...]) -> str:

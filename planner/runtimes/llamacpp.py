@@ -27,6 +27,7 @@ from planner.runtimes.base import (
     check_planned,
     choose_attention,
     static_capacity,
+    whole,
 )
 from planner.runtimes.llamacpp_program import graph_program
 from planner.workload import CacheSpec, Inference
@@ -105,6 +106,10 @@ class LlamaCpp:
             )
             rows += _rows(attention, count, batch=batch, cells=cells, dtype=dtype)
         return rows
+
+    def rank(self, model: Model, tensor_parallel: int) -> Model:
+        """All of it: one GPU."""
+        return whole(self.name, model, tensor_parallel)
 
     def peak_note(self, model: Model) -> str:
         """Written from the source."""

@@ -24,6 +24,7 @@ from planner.runtimes.base import (
     check_planned,
     choose_attention,
     static_capacity,
+    whole,
 )
 from planner.runtimes.quantised_cache import (
     QUANTISED_DTYPES,
@@ -190,6 +191,10 @@ class Transformers:
             encoder_tokens=encoder_tokens,
             static=kind == "static",
         )
+
+    def rank(self, model: Model, tensor_parallel: int) -> Model:
+        """All of it: one GPU."""
+        return whole(self.name, model, tensor_parallel)
 
     def peak_note(self, model: Model) -> str:
         """Types beyond EXACT_PEAKS run a program of their parts that was not compared yet."""

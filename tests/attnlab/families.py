@@ -103,6 +103,7 @@ FAMILIES = {
     "gpt_neox": lambda: hf.GPTNeoXConfig(**MHA, attention_bias=True),
     "gpt_neox in sequence": lambda: hf.GPTNeoXConfig(**MHA, use_parallel_residual=False),
     "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4),
+    "gptj, tied": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4, tie_word_embeddings=True),
     "bloom": lambda: hf.BloomConfig(
         vocab_size=V, hidden_size=36, n_layer=2, n_head=6, bos_token_id=None, eos_token_id=None
     ),

@@ -9,9 +9,11 @@ import planner
 from attnlab.implementations import choose
 from attnlab.positions import sinusoids
 from attnlab.transformer import Transformer
+from attnlab.weights import load_state_dict
 from planner import ConfigError
 from planner.layers import Sinusoidal
-from tests.attnlab.families import FAMILIES
+from tests.attnlab.families import FAMILIES, LLAMA
+from tests.planner.configs import build
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
@@ -101,3 +103,26 @@ def test_unknown_attention_names_what_there_is(pairs):
     message = "attention='flash' is not allowed: one of naive, sdpa, flex, sdpa:flash"
     with pytest.raises(ConfigError, match=message):
         choose("flash", layers)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "yarn"])
+def test_phi3_reads_its_trained_length_where_the_published_files_have_it(kind):
+    """At the top of config.json, beside rope_scaling; the class takes yarn for longrope."""
+    config = {
+        **{name: value for name, value in LLAMA.items() if not name.endswith("_token_id")},
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 10,
+        "rope_scaling": {
+            "type": kind,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    }
+    live = build(config, device="cpu", dtype=torch.float32)
+    ours = Transformer(planner.read_config(config), dtype=torch.float32, device="cpu")
+    load_state_dict(ours, live.state_dict())
+    for tokens in (9, 30):
+        ids = torch.arange(tokens)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), live(ids).logits, **CLOSE)

@@ -1,8 +1,11 @@
+from copy import deepcopy
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from attnlab.transformer import Transformer
-from attnlab.weights import load_state_dict
+from attnlab.weights import load_safetensors, load_state_dict
 from planner import ConfigError
 
 
@@ -41,7 +44,61 @@ def test_an_extra_tensor_is_rejected(fresh):
 def test_another_shape_is_rejected_before_anything_is_copied(fresh):
     transformer, state = fresh
     before = transformer.embed_tokens.weight.clone()
-    state["lm_head.weight"] = torch.ones(96, 32)
-    with pytest.raises(ConfigError, match=r"lm_head\.weight \[96, 32\] instead of \[97, 32\]"):
+    state["lm_head.weight"] = torch.ones(60, 32)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight \[60, 32\] instead of \[97, 32\]"):
         load_state_dict(transformer, state)
     assert torch.equal(transformer.embed_tokens.weight, before)
+
+
+FILES = ["llama", "gpt2", "falcon-40b", "bloom", "gpt_bigcode, all heads", "opt-350m"]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shards", ["5MB", "20KB"])
+@pytest.mark.parametrize("family", FILES)
+def test_files_that_transformers_wrote_are_loaded(pairs, family, shards, tmp_path):
+    theirs, ours = pairs(family)
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "20KB")
+    loaded = Transformer(ours.model, dtype=torch.float32, device="cpu")
+    load_safetensors(loaded, tmp_path)
+    assert same(loaded, ours)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gptj, tied"])
+def test_files_of_the_model_without_its_head_are_loaded(pairs, family, tmp_path):
+    """As gpt2 and bloom lie on the Hub: `h.0.…`, not `transformer.h.0.…`."""
+    theirs, ours = pairs(family)
+    state = {name.removeprefix("transformer."): t for name, t in theirs.state_dict().items()}
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = Transformer(ours.model, dtype=torch.float32, device="cpu")
+    load_safetensors(loaded, tmp_path / "model.safetensors")
+    assert same(loaded, ours)
+
+
+def test_weights_are_converted_to_the_dtype_of_the_transformer(pairs, tmp_path):
+    theirs, ours = pairs("llama")
+    theirs.save_pretrained(tmp_path)
+    loaded = Transformer(ours.model, dtype=torch.bfloat16, device="cpu")
+    load_safetensors(loaded, tmp_path)
+    assert same(loaded, ours.__class__.to(deepcopy(ours), torch.bfloat16))
+
+
+def test_files_that_are_not_whole_are_rejected(pairs, tmp_path):
+    theirs, ours = pairs("llama")
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ConfigError, match="shard"):
+        load_safetensors(ours, tmp_path)
+
+
+def test_quantised_weights_are_rejected(pairs, tmp_path):
+    theirs, ours = pairs("llama")
+    state = {name: t.to(torch.float8_e4m3fn) for name, t in theirs.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"in F8_E4M3.*: F64, F32, F16, BF16 are loaded"):
+        load_safetensors(ours, tmp_path)

@@ -168,6 +168,9 @@ def test_an_estimate_over_each_cache_adds_up(kind):
     assert estimate.table()["bytes"].sum() == estimate.memory.total_bytes
     held = {"static": 6099, "dynamic": 6099, "ring": 4096, "paged": 6112}[kind]
     assert estimate.memory.kv_cache_bytes == 2 * 32 * 2 * 8 * 128 * held * 2
+    for row in estimate.rows:
+        text = row.substituted.replace("·", "*").replace("−", "-")
+        assert row.count * eval(text, {"min": min, "max": max}) == row.size_bytes, row
 
 
 def test_a_growing_cache_holds_one_layers_keys_twice_for_a_moment():
