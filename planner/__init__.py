@@ -26,3 +26,4 @@ from planner.result import Memory as Memory
 from planner.workload import CacheSpec as CacheSpec
 from planner.workload import Deployment as Deployment
 from planner.workload import Inference as Inference
+from planner.workload import Training as Training

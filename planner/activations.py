@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
 
@@ -14,7 +14,8 @@ class Peak:
     """The largest sum of live storages of a pass.
 
     `live` are (buffer, how many, bytes of all) of what lives then besides the KV cache, largest
-    first; `cache_bytes` is the cache's part of `live_bytes`.
+    first; `cache_bytes` is the cache's part of `live_bytes`, `gradients_bytes` that of finished
+    gradients. `kernel` is torch's op where the program says so, `phase` the part of the pass.
     """
 
     live_bytes: int
@@ -22,6 +23,9 @@ class Peak:
     op: str
     layer: int | None
     live: tuple[tuple[Buffer, int, int], ...]
+    gradients_bytes: int = 0
+    kernel: str = ""
+    phase: str = ""
 
     @property
     def buffers(self) -> tuple[tuple[str, int, int], ...]:
@@ -126,8 +130,10 @@ def peak(program: Program, dims: Dims) -> Peak:
                 alive[buffer] += change * before
             op = _until_top(segment.ops, walk.top, alive, dims)
             first = segment.first_layer
-            layer = None if first is None else first + before
-            return _snapshot(alive, highest, dims, op, layer)
+            layer = None if first is None else first + segment.layer_step * before
+            return replace(
+                _snapshot(alive, highest, dims, op, layer), kernel=op.kernel, phase=segment.phase
+            )
         for buffer, change in nets[key].items():
             alive[buffer] += change * count
     return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, live=())
@@ -140,34 +146,41 @@ def _net_buffers(ops: tuple[Op, ...]) -> Counter[Buffer]:
     return Counter({buffer: number for buffer, number in change.items() if number})
 
 
-def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims) -> str:
-    """Play one repetition up to its highest point; the name of the op that reaches it."""
+def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims) -> Op:
+    """Play one repetition up to its highest point; the op that reaches it."""
     live = 0
     for op in ops:
         alive.update(op.allocates)
         live += sum(buffer.nbytes(dims) for buffer in op.allocates)
         if op.allocates and live == top:
-            return op.name
+            return op
         alive.subtract(op.frees)
         live -= sum(buffer.nbytes(dims) for buffer in op.frees)
     raise AssertionError("no op reaches the highest point of its own segment")
 
 
 def _snapshot(
-    alive: Counter[Buffer], live_bytes: int, dims: Dims, op: str, layer: int | None
+    alive: Counter[Buffer], live_bytes: int, dims: Dims, op: Op, layer: int | None
 ) -> Peak:
     """What lives at this moment; buffers that are alike are one entry."""
     alike: dict[tuple[object, ...], tuple[Buffer, int, int]] = {}
-    cache_bytes = 0
+    cache_bytes = gradients_bytes = 0
     for buffer, count in alive.items():
         size = count * buffer.nbytes(dims)
         if buffer.cache:
             cache_bytes += size
+        elif buffer.gradient:
+            gradients_bytes += size
         elif size:
             key = (buffer.name, buffer.shape, buffer.itemsize)
             _, counted, total = alike.get(key, (buffer, 0, 0))
             alike[key] = (buffer, counted + count, total + size)
-    live = sorted(alike.values(), key=lambda entry: -entry[2])
+    live = sorted((entry for entry in alike.values() if entry[2]), key=lambda entry: -entry[2])
     return Peak(
-        live_bytes=live_bytes, cache_bytes=cache_bytes, op=op, layer=layer, live=tuple(live)
+        live_bytes=live_bytes,
+        cache_bytes=cache_bytes,
+        op=op.name,
+        layer=layer,
+        live=tuple(live),
+        gradients_bytes=gradients_bytes,
     )

@@ -8,25 +8,35 @@ from dataclasses import replace
 from planner.errors import MAX_SIZE
 from planner.estimate import estimate
 from planner.model import Model
-from planner.workload import Deployment, Inference
+from planner.workload import Deployment, Inference, Training
 
 
-def max_context_tokens(model: Model, work: Inference, deploy: Deployment) -> int:
+def max_context_tokens(model: Model, work: Inference | Training, deploy: Deployment) -> int:
     """The longest context (prompt + output − 1) at this batch and output length; 0 if none fits.
 
-    The prompt grows, the output stays; it ends at the model's positions.
+    The prompt grows, the output stays; it ends at the model's positions. In training, the longest
+    sequence.
     """
+    if isinstance(work, Training):
+        step = work
+
+        def trains(sequence_tokens: int) -> bool:
+            return estimate(model, replace(step, sequence_tokens=sequence_tokens), deploy).fits
+
+        return _largest(trains, model.max_position_embeddings or MAX_SIZE)
     steps = work.output_tokens - 1
     longest = (model.max_position_embeddings or MAX_SIZE) - steps
 
+    inference = work
+
     def fits(prompt_tokens: int) -> bool:
-        return estimate(model, replace(work, prompt_tokens=prompt_tokens), deploy).fits
+        return estimate(model, replace(inference, prompt_tokens=prompt_tokens), deploy).fits
 
     prompt = _largest(fits, longest)
     return prompt + steps if prompt else 0
 
 
-def max_batch(model: Model, work: Inference, deploy: Deployment) -> int:
+def max_batch(model: Model, work: Inference | Training, deploy: Deployment) -> int:
     """The largest batch at these lengths; 0 if not even one sequence fits."""
 
     def fits(batch: int) -> bool:

@@ -22,7 +22,7 @@ from planner.format import gib, percent, seconds
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference, cache_spec
+from planner.workload import Deployment, Inference, Training, cache_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +72,15 @@ Cache = Annotated[
     ),
 ]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
+Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
+SequenceTokens = Annotated[
+    int, typer.Option("--sequence", help="Tokens of a sequence in training.")
+]
+OptimizerName = Annotated[
+    str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
+]
+OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
+Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[
@@ -98,12 +107,27 @@ def estimate_command(
     cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
+    train: Train = False,
+    sequence: SequenceTokens = 1024,
+    optimizer: OptimizerName = "adamw",
+    optimizer_impl: OptimizerImpl = "foreach",
+    checkpointing: Checkpointing = "none",
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:
     """Memory and latency of a workload, part by part. Exit 1 if it does not fit."""
-    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+    work: Inference | Training
+    if train:
+        work = Training(
+            batch=batch,
+            sequence_tokens=sequence,
+            optimizer=None if optimizer == "none" else optimizer,
+            optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
+            checkpointing=checkpointing,  # type: ignore[arg-type]
+        )
+    else:
+        work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
     deploy = Deployment(
         gpu=gpu,
         runtime=runtime,
@@ -118,6 +142,8 @@ def estimate_command(
         from profiles.trace import trace  # noqa: TID251
         from profiles.traced_estimate import traced_estimate  # noqa: TID251
 
+        if isinstance(work, Training):
+            raise ConfigError("--train is not traced: leave out --traced")
         name, config = load_config(model)
         result = traced_estimate(trace(config, name=name), work, deploy)
     else:

@@ -13,6 +13,7 @@ from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES, element_bytes
 from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, shown
 from planner.ledger import Row, total_bytes
 from planner.model import Model
+from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
@@ -26,8 +27,8 @@ from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.vllm import batch_defaults
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
-from planner.runtimes.writer import INT64
-from planner.workload import CacheSpec, Deployment, Inference
+from planner.training import gradient_rows, training_phase, unfinished_row
+from planner.workload import CacheSpec, Deployment, Inference, Training
 
 
 def kv_cache_bytes(
@@ -90,12 +91,14 @@ def _encoder_tokens(model: Model, given: int | None, context_tokens: int) -> int
     return check_size("encoder_tokens", given, maximum=model.encoder_tokens or MAX_SIZE)
 
 
-def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
+def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Estimate:
     """Memory and latency of a workload. Something that does not fit is an answer, not an error.
 
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
+    if isinstance(work, Training):
+        return _of_training(_as_loaded(model, deploy), work, deploy)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     checkpoint = _as_loaded(model, deploy)
     model = _as_held(checkpoint, deploy, gpu)
@@ -155,6 +158,39 @@ def estimate(model: Model, work: Inference, deploy: Deployment) -> Estimate:
         rows=rows,
         pool=pool,
         peak_note=note,
+    )
+
+
+def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
+    """One training step. Gradients count whole; what they lack at the peak is activations' own."""
+    runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    setting = _setting(model, deploy, runtime, gpu)
+    phase = training_phase(model, work, deploy, setting)
+    highest = peak(phase.program, phase.dims)
+    weights = _weight_rows(model, runtime, setting.dtype, note="")
+    gradients = gradient_rows(weights)
+    rows = (
+        *weights,
+        *gradients,
+        *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
+        *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
+        *unfinished_row(highest, gradients),
+        *overhead_rows(gpu, pooled=False, on_torch=True),
+    )
+    held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
+    torch = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes + workspace_bytes(gpu))
+    return Estimate(
+        model=model,
+        work=work,
+        deploy=deploy,
+        setting=setting,
+        gpu=gpu,
+        memory=_memory(rows, highest, torch, gpu, apart=False),
+        peak=highest,
+        peak_phase=highest.phase,
+        rows=rows,
+        pool=None,
+        peak_note=phase.note,
     )
 
 
@@ -331,9 +367,9 @@ def _torch_peaks(
     )
     if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
         pool = total_bytes(rows, "kv_cache") if apart else 0
-        token_ids = INT64 * work.batch * work.prompt_tokens if runtime.on_torch else 0
+        inputs = work.inputs_bytes if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
-        return Unsegmented(peak_allocated_bytes=live + token_ids + workspace)
+        return Unsegmented(peak_allocated_bytes=live + inputs + workspace)
     outside = total_bytes(rows, "overhead") - workspace
     return AllocatorPlan(
         model=model,
@@ -349,15 +385,16 @@ def _memory(
     rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, apart: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
-    overhead = total_bytes(rows, "overhead")
+    overhead, optimizer = total_bytes(rows, "overhead"), total_bytes(rows, "optimizer")
+    live = highest.live_bytes + kv if apart else highest.live_bytes
     return Memory(
         weights_bytes=weights,
         kv_cache_bytes=kv,
         activations_bytes=total_bytes(rows, "activations"),
-        gradients_bytes=0,
-        optimizer_bytes=0,
+        gradients_bytes=total_bytes(rows, "gradients"),
+        optimizer_bytes=optimizer,
         overhead_bytes=overhead,
-        peak_live_bytes=weights + (highest.live_bytes + kv if apart else highest.live_bytes),
+        peak_live_bytes=weights + optimizer + live,
         torch=torch,
         outside_torch_bytes=overhead if apart else overhead - workspace_bytes(gpu),
     )

@@ -1,4 +1,4 @@
-"""TTFT and TPOT of a workload from the cost of its passes."""
+"""TTFT, TPOT and the time of a training step from the cost of the passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from planner.program import Dims
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
-from planner.workload import Inference
+from planner.training import training_phase
+from planner.workload import Deployment, Inference, Training
 
 MAX_DECODE_POINTS = 64
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
@@ -23,12 +24,15 @@ MAX_DECODE_POINTS = 64
 class Latency:
     """Times by the plain roofline: `basis` says so. TPOT is the mean over the decode steps.
 
-    `tpot_s` is None where there is no decode step (output_tokens = 1).
+    `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
+    `step_s` and `trained_tokens_per_s` and nothing else.
     """
 
-    ttft_s: float
-    tpot_s: float | None
-    output_tokens_per_s: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    output_tokens_per_s: float | None = None
+    step_s: float | None = None
+    trained_tokens_per_s: float | None = None
     basis: str = "uncalibrated roofline"
 
 
@@ -54,3 +58,14 @@ def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: 
         tpot_s=tpot_s,
         output_tokens_per_s=work.batch * work.output_tokens / total_s,
     )
+
+
+@lru_cache(maxsize=256)
+def training_latency(
+    model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu
+) -> Latency:
+    """One step: forward, backward and optimizer."""
+    phase = training_phase(model, work, deploy, setting)
+    step_s = float(pass_cost(phase.program, phase.dims, gpu, dtype=setting.dtype).time_s)
+    tokens = work.batch * work.sequence_tokens
+    return Latency(step_s=step_s, trained_tokens_per_s=tokens / step_s)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pandas as pd
 
-Component = Literal["weights", "kv_cache", "activations", "overhead"]
+Component = Literal["weights", "kv_cache", "gradients", "optimizer", "activations", "overhead"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -122,12 +122,16 @@ def symbols(dims: Dims) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Buffer:
-    """A storage that the pass allocates: what it is called, its elements, bytes of one."""
+    """A storage that the pass allocates: what it is called, its elements, bytes of one.
+
+    `gradient`: a parameter's, which outlives the backward pass.
+    """
 
     name: str
     shape: Shape
     itemsize: int
     cache: bool = False
+    gradient: bool = False
 
     def nbytes(self, dims: Dims) -> Number:
         """Bytes of the storage."""
@@ -136,7 +140,10 @@ class Buffer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Op:
-    """One operation. It allocates first, computes, then frees; products of shapes are its sizes."""
+    """One operation. It allocates first, computes, then frees; products of shapes are its sizes.
+
+    `kernel`: the op of torch that runs, where the program says so.
+    """
 
     name: str
     allocates: tuple[Buffer, ...] = ()
@@ -145,16 +152,23 @@ class Op:
     reads: tuple[Buffer, ...] = ()
     weight_bytes: int = 0
     moved: tuple[Shape, ...] = ()  # bytes moved beyond whole buffers, such as rows of a table
+    kernel: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Ops that run `count` times in a row, once for each of as many equal layers."""
+    """Ops that run `count` times in a row, once for each of as many equal layers.
+
+    `first_layer` is the one of the first repetition; `layer_step` −1: it goes down from there.
+    `phase` names the part of the pass, where it has several.
+    """
 
     label: str
     ops: tuple[Op, ...]
     count: int = 1
     first_layer: int | None = None
+    layer_step: int = 1
+    phase: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +186,7 @@ class Tape:
         self._segments: list[Segment] = []
         self._by_label: dict[str, Segment] = {}
         self._ops: list[Op] = []
+        self.phase = ""
 
     def new(
         self,
@@ -186,12 +201,15 @@ class Tape:
         scratch: tuple[tuple[Shape, int], ...] = (),
         cache: bool = False,
         into: Buffer | None = None,
+        called: str = "",
+        kernel: str = "",
     ) -> Buffer:
         """An op with one output; `scratch` are further outputs that are dropped at once.
 
-        `into` gives the output an identity that another segment also allocates or frees.
+        `into` gives the output an identity that another segment also allocates or frees, `called`
+        a name that is not the op's.
         """
-        out = into or Buffer(name=op, shape=shape, itemsize=itemsize, cache=cache)
+        out = into or Buffer(name=called or op, shape=shape, itemsize=itemsize, cache=cache)
         extra = tuple(Buffer(name=f"{op} (scratch)", shape=s, itemsize=i) for s, i in scratch)
         self._ops.append(
             Op(
@@ -202,9 +220,27 @@ class Tape:
                 reads=reads,
                 weight_bytes=weight_bytes,
                 moved=moved,
+                kernel=kernel,
             )
         )
         return out
+
+    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str) -> None:
+        """An op that works in place: it allocates nothing."""
+        self._ops.append(Op(name=op, moved=moved, kernel=kernel))
+
+    def replace(self, old: Buffer, new: Buffer) -> None:
+        """Describe a buffer of the segment that is being written anew."""
+
+        def renamed(buffers: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+            return tuple(new if b is old else b for b in buffers)
+
+        self._ops = [
+            replace(op, allocates=renamed(op.allocates), frees=renamed(op.frees))
+            if old in op.allocates or old in op.frees
+            else op
+            for op in self._ops
+        ]
 
     def free(self, *buffers: Buffer | None) -> None:
         """The last references to these go; None is passed over."""
@@ -214,17 +250,24 @@ class Tape:
 
     @contextmanager
     def segment(
-        self, label: str, *, count: int = 1, first_layer: int | None = None
+        self, label: str, *, count: int = 1, first_layer: int | None = None, layer_step: int = 1
     ) -> Iterator[None]:
         """What is written inside becomes one segment."""
         assert not self._ops, "segments do not nest"
         yield
         ops, self._ops = tuple(self._ops), []
-        written = Segment(label=label, ops=ops, count=count, first_layer=first_layer)
+        written = Segment(
+            label=label,
+            ops=ops,
+            count=count,
+            first_layer=first_layer,
+            layer_step=layer_step,
+            phase=self.phase,
+        )
         self._by_label[label] = written
         self._segments.append(written)
 
-    def again(self, label: str, *, count: int, first_layer: int) -> bool:
+    def again(self, label: str, *, count: int, first_layer: int | None) -> bool:
         """Repeat the segment that carries this label; False if there is none yet."""
         if label not in self._by_label:
             return False

@@ -11,7 +11,7 @@ from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.format import gib, seconds
-from planner.latency import Latency, latency
+from planner.latency import Latency, latency, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.report import write_csv
@@ -19,7 +19,8 @@ from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
-from planner.workload import Deployment, Inference
+from planner.training import training_phase
+from planner.workload import Deployment, Inference, Training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,7 +118,7 @@ class Estimate:
     """
 
     model: Model
-    work: Inference
+    work: Inference | Training
     deploy: Deployment
     setting: Setting
     gpu: Gpu
@@ -140,7 +141,9 @@ class Estimate:
 
     @property
     def latency(self) -> Latency:
-        """TTFT, TPOT and throughput, computed when asked for."""
+        """Times and throughput, computed when asked for."""
+        if isinstance(self.work, Training):
+            return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
         return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
 
     @property
@@ -180,13 +183,17 @@ class Estimate:
 
     def moments(self) -> list[Moment]:
         """What lives at every op of the pass in which the peak lies."""
-        return list(moments(next(p for p in self._phases() if p.name == self.peak_phase)))
+        phases = self._phases()
+        return list(moments(next((p for p in phases if p.name == self.peak_phase), phases[0])))
 
     def timeline(self) -> pd.DataFrame:
         """A row for every op of the passes among which the peak lies (timeline.timeline_table)."""
-        return timeline_table(self._phases(), weights_bytes=self.memory.weights_bytes)
+        held = self.memory.weights_bytes + self.memory.optimizer_bytes
+        return timeline_table(self._phases(), weights_bytes=held)
 
     def _phases(self) -> list[Phase]:
+        if isinstance(self.work, Training):
+            return [training_phase(self.model, self.work, self.deploy, self.setting)]
         runtime = runtime_named(self.deploy.runtime)
         return runtime.memory_phases(self.model, self.work, self.setting)
 
@@ -240,6 +247,26 @@ class Estimate:
         }
 
 
+def speed(latency: Latency) -> str:
+    """What is known of the times, in one line."""
+    known = [
+        f"{name} {seconds(time_s)}"
+        for name, time_s in (
+            ("TTFT", latency.ttft_s),
+            ("TPOT", latency.tpot_s),
+            ("step", latency.step_s),
+        )
+        if time_s is not None or (name == "TPOT" and latency.step_s is None)
+    ]
+    for what, per_s in (
+        ("output", latency.output_tokens_per_s),
+        ("trained", latency.trained_tokens_per_s),
+    ):
+        if per_s is not None:
+            known.append(f"{per_s:,.0f} {what} tokens/s")
+    return f"{', '.join(known)} ({latency.basis})"
+
+
 def verdict(estimate: Estimate) -> str:
     """Fits or not, and by how much, in one sentence."""
     where = estimate.gpu.label if estimate.pool is None else "the KV pool"
@@ -258,15 +285,17 @@ def explain(estimate: Estimate) -> str:
     """The parts, each with its largest items and what causes the peak."""
     e, m = estimate, estimate.memory
     lines = [
-        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: batch {e.work.batch}, "
-        f"{e.work.prompt_tokens} prompt + {e.work.output_tokens} output tokens, {e.setting.dtype}, "
-        f"{e.setting.attention} attention, {e.work.logits} logits",
+        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: {e.work.in_words}, "
+        f"{e.setting.dtype}, {e.setting.attention} attention"
+        + (f", {e.work.logits} logits" if isinstance(e.work, Inference) else ""),
         verdict(e),
         f"  total        {gib(m.total_bytes):>12}  of {gib(e.gpu.memory_bytes)}",
     ]
     for component, size in (
         ("weights", m.weights_bytes),
-        ("kv_cache", m.kv_cache_bytes),
+        *((("kv_cache", m.kv_cache_bytes),) if isinstance(e.work, Inference) else ()),
+        *((("gradients", m.gradients_bytes),) if isinstance(e.work, Training) else ()),
+        *((("optimizer", m.optimizer_bytes),) if m.optimizer_bytes else ()),
         ("activations", m.activations_bytes),
         ("overhead", m.overhead_bytes),
     ):
@@ -285,10 +314,7 @@ def explain(estimate: Estimate) -> str:
         )
     if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
         lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
-    lines.append(
-        f"  TTFT {seconds(e.latency.ttft_s)}, TPOT {seconds(e.latency.tpot_s)}, "
-        f"{e.latency.output_tokens_per_s:,.0f} output tokens/s ({e.latency.basis})"
-    )
+    lines.append(f"  {speed(e.latency)}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")
     return "\n".join(lines)

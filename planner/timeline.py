@@ -49,24 +49,24 @@ def moments(phase: Phase) -> Iterator[Moment]:
                 sizes[buffer] = buffer.nbytes(phase.dims)
             live[buffer.cache] += sign * sizes[buffer]
 
-    waiting: tuple[str, int | None, int, int] | None = None
+    waiting: tuple[str, str, int | None, int, int] | None = None
     for segment in phase.program.segments:
         for repetition in range(segment.count):
             first = segment.first_layer
-            layer = None if first is None else first + repetition
+            layer = None if first is None else first + segment.layer_step * repetition
             for op in segment.ops:
                 if op.allocates:
                     if waiting is not None:
-                        yield _moment(phase.name, waiting, sum(live.values()))
+                        yield _moment(waiting, sum(live.values()))
                     change(op.allocates, +1)
-                    waiting = (op.name, layer, live[True], live[False])
+                    waiting = (segment.phase or phase.name, op.name, layer, live[True], live[False])
                 change(op.frees, -1)
     if waiting is not None:
-        yield _moment(phase.name, waiting, sum(live.values()))
+        yield _moment(waiting, sum(live.values()))
 
 
-def _moment(phase: str, seen: tuple[str, int | None, int, int], after_bytes: int) -> Moment:
-    op, layer, cache_bytes, activation_bytes = seen
+def _moment(seen: tuple[str, str, int | None, int, int], after_bytes: int) -> Moment:
+    phase, op, layer, cache_bytes, activation_bytes = seen
     return Moment(
         phase=phase,
         layer=layer,

@@ -1,4 +1,4 @@
-"""What is run, and on what: Inference, Deployment, CacheSpec."""
+"""What is run, and on what: Inference, Training, Deployment, CacheSpec."""
 
 from __future__ import annotations
 
@@ -101,6 +101,67 @@ class Inference:
     def context_tokens(self) -> int:
         """KV length when the last output token has been produced."""
         return self.prompt_tokens + self.output_tokens - 1
+
+    @property
+    def inputs_bytes(self) -> int:
+        """The token ids of the prompts, int64."""
+        return 8 * self.batch * self.prompt_tokens
+
+    @property
+    def in_words(self) -> str:
+        """What is run, for people."""
+        return (
+            f"batch {self.batch}, {self.prompt_tokens} prompt + {self.output_tokens} output tokens"
+        )
+
+
+OPTIMIZERS = ("adamw", "sgd")
+"""torch's, with the arguments that they have by default: sgd has no momentum."""
+OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """One step: forward and backward in train mode, dropout 0, labels given, no cache.
+
+    `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
+    there; with one it is a step of the steady state, its states made before, gradients set to None
+    after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
+    and `precision` that a runtime does not plan are refused by it.
+    """
+
+    batch: int
+    sequence_tokens: int
+    optimizer: str | None = "adamw"
+    method: Literal["full", "lora", "qlora"] = "full"
+    checkpointing: Literal["none", "full"] = "none"
+    precision: Literal["pure", "autocast"] = "pure"
+    optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "sequence_tokens"):
+            check_size(field, getattr(self, field))
+        if self.optimizer is not None:
+            check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("method", self.method, ("full", "lora", "qlora"))
+        check_choice("checkpointing", self.checkpointing, ("none", "full"))
+        check_choice("precision", self.precision, ("pure", "autocast"))
+        check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Token ids and labels, int64."""
+        return 16 * self.batch * self.sequence_tokens
+
+    @property
+    def in_words(self) -> str:
+        """What is run, for people."""
+        optimizer = "no optimizer"
+        if self.optimizer is not None:
+            optimizer = f"{self.optimizer} ({self.optimizer_impl})"
+        return (
+            f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {optimizer}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

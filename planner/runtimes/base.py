@@ -43,11 +43,12 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """One pass of a workload: its program and its sizes."""
+    """One pass of a workload: its program and its sizes; what has to be said of its peak."""
 
     name: str
     program: Program
     dims: Dims
+    note: str = ""
 
 
 class Runtime(Protocol):

@@ -1,0 +1,183 @@
+"""The ops of torch on tensors without contents: what each allocates, and how its result lies.
+
+No history is kept here: these are what forward and backward formulas are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+from planner.autograd.layouts import (
+    Ints,
+    channels_last,
+    contiguous,
+    elementwise,
+    is_channels_last,
+    is_contiguous,
+    preserved,
+    view,
+)
+from planner.autograd.tensors import Dims, Like, Storage, Tensor
+from planner.program import Extent, Shape, Symbol, Tape
+
+ONE: Shape = (1,)
+
+
+class Aten:
+    """A tape, and the numbers that symbols stand for where only their being 1 or more matters."""
+
+    def __init__(self, tape: Tape, numbers: dict[Symbol, int]) -> None:
+        self.tape, self.numbers = tape, numbers
+        self.doing = ""  # the node whose backward runs
+
+    def sizes(self, dims: Dims) -> Ints:
+        """Dimensions as numbers of this regime."""
+        return tuple(
+            prod(e if isinstance(e, int) else self.numbers[e] for e in dim) for dim in dims
+        )
+
+    def new(
+        self,
+        kernel: str,
+        name: str,
+        dims: Dims,
+        itemsize: int,
+        *,
+        strides: Ints | None = None,
+        reads: Sequence[Tensor] = (),
+        flops: Shape | None = None,
+        scratch: Sequence[tuple[Shape, int]] = (),
+    ) -> Tensor:
+        """What an op allocates; `scratch` (shape, itemsize) goes when it ends."""
+        moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
+        weights = (x for x in reads if x.storage.tape is None)
+        shape = tuple(extent for dim in dims for extent in dim)
+        buffer = self.tape.new(
+            self.doing or name,
+            shape,
+            itemsize,
+            flops=flops,
+            moved=moved,
+            weight_bytes=sum(prod(x.sizes) * x.itemsize for x in weights),
+            scratch=tuple(scratch),
+            called=name,
+            kernel=kernel,
+        )
+        sizes = self.sizes(dims)
+        laid = contiguous(sizes) if strides is None else strides
+        return Tensor(Storage(buffer, self.tape), dims, sizes, laid, itemsize, name)
+
+    def elementwise(
+        self, kernel: str, name: str, *operands: Tensor, itemsize: int | None = None
+    ) -> Tensor:
+        """One element of each operand, repeated where it has one only, makes one of the result."""
+        rank = max(len(x.dims) for x in operands)
+        lead = [((ONE,) * (rank - len(x.dims)), x) for x in operands]
+        padded = [(*ones, *x.dims) for ones, x in lead]
+        dims = tuple(
+            next((dim for dim in column if self.sizes((dim,)) != (1,)), column[0])
+            for column in zip(*padded, strict=True)
+        )
+        strides = elementwise(self.sizes(dims), [(x.sizes, x.strides) for x in operands])
+        width = itemsize or max(x.itemsize for x in operands)
+        return self.new(kernel, name, dims, width, strides=strides, reads=operands)
+
+    def number(self, name: str, itemsize: int) -> Tensor:
+        """A number made a tensor."""
+        return self.new("scalar_tensor", name, (), itemsize)
+
+    def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
+        """x where the mask lets through, a number elsewhere."""
+        reads = (mask, x, self.number(name, x.itemsize))
+        return self.new("where.self", name, x.dims, x.itemsize, reads=reads)
+
+    def cast(self, x: Tensor, itemsize: int, name: str) -> Tensor:
+        """x.to(dtype): x itself where it is of that dtype."""
+        if x.itemsize == itemsize:
+            return x
+        strides = preserved(x.sizes, x.strides)
+        return self.new("_to_copy", name, x.dims, itemsize, strides=strides, reads=(x,))
+
+    def contiguous(self, x: Tensor) -> Tensor:
+        """x.contiguous(): x itself where it is row-major."""
+        if is_contiguous(x.sizes, x.strides):
+            return x
+        return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,))
+
+    def as_view(self, x: Tensor, dims: Dims) -> Tensor | None:
+        """x.view(dims); None where it cannot be one."""
+        sizes = self.sizes(dims)
+        strides = view(x.sizes, x.strides, sizes)
+        if strides is None:
+            return None
+        return replace(x, dims=dims, sizes=sizes, strides=strides, node=None, output=0)
+
+    def reshape(self, x: Tensor, dims: Dims) -> Tensor:
+        """x.reshape(dims): a view where it can be one, else a copy."""
+        seen = self.as_view(x, dims)
+        if seen is None:
+            seen = self.as_view(self.contiguous(x), dims)
+        assert seen is not None
+        return seen
+
+    def permute(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        """x with its dimensions in another order: a view."""
+        return replace(
+            x,
+            dims=tuple(x.dims[i] for i in order),
+            sizes=tuple(x.sizes[i] for i in order),
+            strides=tuple(x.strides[i] for i in order),
+            node=None,
+            output=0,
+        )
+
+    def transpose(self, x: Tensor, a: int, b: int) -> Tensor:
+        """x with two dimensions exchanged: a view."""
+        order = list(range(len(x.dims)))
+        order[a], order[b] = order[b], order[a]
+        return self.permute(x, order)
+
+    def narrow(self, x: Tensor, dim: int, length: Extent) -> Tensor:
+        """A part of one dimension: a view."""
+        dims = list(x.dims)
+        dims[dim] = (length,)
+        return replace(x, dims=tuple(dims), sizes=self.sizes(tuple(dims)), node=None, output=0)
+
+    def expand(self, x: Tensor, like: Like) -> Tensor:
+        """x repeated to the size of `like`, without a copy."""
+        lead = len(like.sizes) - len(x.sizes)
+        strides = (0,) * lead + tuple(
+            s if n == wanted else 0
+            for n, s, wanted in zip(x.sizes, x.strides, like.sizes[lead:], strict=True)
+        )
+        return replace(x, dims=like.dims, sizes=like.sizes, strides=strides, node=None, output=0)
+
+    def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
+        """The parts one behind the other along `dim`, `whole` in all."""
+        dims = whole.dims if isinstance(whole, Like) else whole
+        images = all(is_channels_last(x.sizes, x.strides) for x in parts)
+        strides = channels_last(self.sizes(dims)) if images else None
+        return self.new("cat", name, dims, parts[0].itemsize, strides=strides, reads=parts)
+
+    def mm(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
+        """a · b of two matrices, or of as many pairs of them; 2 · m · k · n FLOPs a pair."""
+        *pairs, m, k = a.dims
+        dims = (*pairs, m, b.dims[-1])
+        flops = (2, *(e for dim in (*dims, k) for e in dim))
+        return self.new(kernel, name, dims, a.itemsize, flops=flops, reads=(a, b))
+
+    def sum_to(self, x: Tensor, like: Like, name: str) -> Tensor:
+        """The gradient of something that was repeated: summed to its size (at::sum_to)."""
+        lead = len(x.sizes) - len(like.sizes)
+        repeated = [
+            i for i, n in enumerate(x.sizes) if i < lead or (like.sizes[i - lead] == 1 and n != 1)
+        ]
+        if not repeated:
+            return x
+        dims = tuple(ONE if i in repeated else dim for i, dim in enumerate(x.dims))
+        total = self.new("sum.dim_IntList", name, dims, x.itemsize, reads=(x,))
+        seen = self.as_view(total, like.dims)
+        assert seen is not None
+        return seen

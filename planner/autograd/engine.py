@@ -1,0 +1,111 @@
+"""The way back through a graph, in the order and with the lifetimes of torch's engine.
+
+torch/csrc/autograd/engine.cpp and its neighbours, torch 2.13, on one thread:
+
+* nodes run in the reverse order of their making; a leaf takes its gradient as soon as nothing more
+  flows into it;
+* what flowed into a node lives until its outputs are made and validated: the gradient of something
+  repeated is summed to its size, one of another dtype is cast;
+* then what it saved goes, and only then its outputs flow on. Where a gradient waits already, the
+  two are added into a third tensor (input_buffer.cpp), and both go;
+* a leaf takes the gradient as it is, if that lies as the leaf does, else a copy
+  (accumulate_grad.h). A tied weight is summed up before, while it waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from planner.autograd.aten import Aten
+from planner.autograd.tensors import Gradients, Leaf, Node
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in the order in which they were made; the first one stands for what came before."""
+
+    nodes: list[Node] = field(default_factory=list)
+
+
+def run_back(aten: Aten, graph: Graph, carried: Gradients) -> None:
+    """Play the graph back. `carried` holds the gradient of its result, then that of its entrance.
+
+    The list is emptied and filled, so that no reference is left behind.
+    """
+    last, entrance = graph.nodes[-1], graph.nodes[0]
+    gradient = carried.pop()
+    assert gradient is not None
+    last.waiting[0] = gradient
+    del gradient
+    for node in graph.nodes[:0:-1]:
+        if node.waiting:
+            aten.doing = f"{node.name} backward"
+            _run(aten, node)
+    aten.doing = ""
+    graph.nodes.clear()
+    if entrance.waiting:
+        carried.append(entrance.waiting.pop(0))
+
+
+def _run(aten: Aten, node: Node) -> None:
+    made = _call(aten, node)
+    node.saved.clear()
+    ready: list[Leaf] = []
+    for index, (target, output) in enumerate(node.edges):
+        if made[index] is None or target is None:
+            continue
+        if isinstance(target, Leaf):
+            _meet(aten, target, made, index)
+            if target.expected == 0:
+                ready.append(target)
+        else:
+            _add(aten, target, output, made, index)
+    for leaf in ready:
+        _accumulate(aten, leaf)
+
+
+def _call(aten: Aten, node: Node) -> Gradients:
+    """The node's formula, then torch's validation of what it made."""
+    flowed: Gradients = [node.waiting.pop(i, None) for i in range(node.outputs)]
+    made = node.backward(node, flowed)
+    for index, like in enumerate(node.inputs):
+        gradient = made[index]
+        if gradient is not None:
+            made[index] = None
+            gradient = aten.sum_to(gradient, like, f"gradient of {like.name}")
+            made[index] = aten.cast(gradient, like.itemsize, f"gradient of {like.name}")
+    return made
+
+
+def _add(aten: Aten, target: Node, output: int, made: Gradients, index: int) -> None:
+    new, made[index] = made[index], None
+    assert new is not None
+    old = target.waiting.get(output)
+    if old is None:
+        target.waiting[output] = new
+    else:
+        target.waiting[output] = aten.elementwise("add.Tensor", new.name, old, new)
+
+
+def _meet(aten: Aten, leaf: Leaf, made: Gradients, index: int) -> None:
+    new, made[index] = made[index], None
+    assert new is not None
+    leaf.expected -= 1
+    if leaf.waiting is None:
+        leaf.waiting = new
+    else:
+        leaf.waiting = aten.elementwise("add.Tensor", new.name, leaf.waiting, new)
+
+
+def _accumulate(aten: Aten, leaf: Leaf) -> None:
+    new, leaf.waiting = leaf.waiting, None
+    assert new is not None
+    like = leaf.tensor
+    obeys = all(
+        n == 1 or s == w for n, s, w in zip(new.sizes, new.strides, like.strides, strict=True)
+    )
+    if not obeys:
+        new = aten.new("clone", new.name, like.dims, like.itemsize, reads=(new,))
+    buffer = new.storage.buffer
+    new.storage.known_as(replace(buffer, name=f"gradient of {like.name}", gradient=True))
+    leaf.grad = new

@@ -1,0 +1,169 @@
+"""What every training step shares: its parts in order, equal layers once, and the way back.
+
+The first layer of each kind is written apart from those like it: it comes last on the way back and
+frees what they share (rotary tables, masks). All others of the kind are one segment, repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from planner.autograd.aten import Aten
+from planner.autograd.engine import Graph, run_back
+from planner.autograd.functions import FLOAT32, Functions
+from planner.autograd.layouts import contiguous
+from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
+from planner.layers import Layer
+from planner.model import Model
+from planner.optimizers import OptimizerWriter
+from planner.optimizers import Part as TrainedPart
+from planner.parameters import layer_parameters
+from planner.program import Buffer, Program, Symbol, Tape
+from planner.runtimes.writer import layer_label
+from planner.tensors import Parameter
+
+EMBEDDING, HEAD = "embedding", "head"
+
+
+class StepWriter:
+    """Writes forward and backward of a model whose parts a subclass runs.
+
+    `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights.
+    """
+
+    def __init__(self, model: Model, b: int, numbers: dict[Symbol, int]) -> None:
+        self.model, self.b = model, b
+        self.tape = Tape()
+        self.aten = Aten(self.tape, numbers)
+        self.f = Functions(self.aten)
+        self.leaves: dict[str, list[Leaf]] = {}  # of each part
+
+    def embed(self) -> Tensor:
+        """Token ids to hidden states, and what all layers share."""
+        raise NotImplementedError
+
+    def block(self, layer: Layer, x: Tensor) -> Tensor:
+        """One layer."""
+        raise NotImplementedError
+
+    def loss(self, hidden: list[Tensor]) -> Tensor:
+        """The loss; it empties the list of the last hidden states when it is done with them."""
+        raise NotImplementedError
+
+    def weight(self, name: str, *shape: int) -> Tensor:
+        """A trained tensor."""
+        made = self.given(name, tuple((n,) for n in shape), self.b)
+        leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
+        self.leaves[self.walking].append(leaf)
+        return replace(made, node=leaf)
+
+    def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
+        """A tensor that was there before the step: token ids."""
+        shape = tuple(extent for dim in dims for extent in dim)
+        there = Storage(Buffer(name=name, shape=shape, itemsize=itemsize), None)
+        sizes = self.aten.sizes(dims)
+        return Tensor(there, dims, sizes, contiguous(sizes), itemsize, name)
+
+    def write(self, name: str, optimizer: str | None, impl: str) -> Program:
+        """Forward and backward; with an optimizer its step, which uses the gradients up."""
+        tape, graphs = self.tape, dict[str, Graph]()
+        carried: Gradients = []  # the hidden states, later their gradient: no other reference
+        tape.phase = "forward"
+        for part in self._parts():
+            if not tape.again(part.label, count=part.count, first_layer=part.layer):
+                with tape.segment(part.label, count=part.count, first_layer=part.layer):
+                    graphs[part.label] = self._walk(part, carried)
+        tape.phase = "backward"
+        loss = carried[0]
+        assert loss is not None
+        for part in reversed(list(self._parts())):
+            label = f"backward of {part.label}"
+            last = None if part.layer is None else part.layer + part.count - 1
+            if not tape.again(label, count=part.count, first_layer=last):
+                with tape.segment(label, count=part.count, first_layer=last, layer_step=-1):
+                    if part.label == HEAD:
+                        carried[0] = self.aten.new("ones_like", "gradient of the loss", (), FLOAT32)
+                        root = carried[0]
+                    run_back(self.aten, graphs[part.label], carried)
+        with tape.segment("end of the backward"):
+            del root
+        tape.phase = "optimizer step"
+        if optimizer is not None:
+            OptimizerWriter(tape, optimizer, impl, self.b).write(self._trained())
+            self._zero_gradients()
+        with tape.segment("end"):
+            del loss
+        return tape.program(name)
+
+    def _trained(self) -> list[TrainedPart]:
+        """The parameters of each part, in the order of the module's."""
+        h = self.model.hidden_size
+        outer = [p for p in self.model.parameters() if p.layer is None]
+        trained = []
+        for part in self._parts():
+            if part.layer_kind is not None:
+                own: Iterable[Parameter] = layer_parameters(part.layer_kind, h)
+            else:
+                embeds = part.label == EMBEDDING
+                own = (p for p in outer if p.name.startswith("embed") == embeds)
+            sizes = tuple(p.count for p in own)
+            trained.append(
+                TrainedPart(label=part.label, sizes=sizes, count=part.count, first_layer=part.layer)
+            )
+        return trained
+
+    def _zero_gradients(self) -> None:
+        """Set all gradients to None."""
+        for part in self._parts():
+            label = f"zero_grad of {part.label}"
+            if not self.tape.again(label, count=part.count, first_layer=part.layer):
+                with self.tape.segment(label, count=part.count, first_layer=part.layer):
+                    for leaf in self.leaves[part.label]:
+                        leaf.grad = None
+
+    def _parts(self) -> Iterator[_Part]:
+        """Embedding, runs of equal layers with the first of each kind apart, head."""
+        yield _Part(EMBEDDING)
+        seen = set()
+        for start, count, layer in self.model.layer_groups():
+            label = layer_label(layer)
+            if layer not in seen:
+                seen.add(layer)
+                yield _Part(f"first {label}", 1, start, layer)
+                start, count = start + 1, count - 1
+            if count:
+                yield _Part(label, count, start, layer)
+        yield _Part(HEAD)
+
+    def _walk(self, part: _Part, carried: Gradients) -> Graph:
+        """Run one part on what is carried, and carry its result."""
+        self.walking, self.leaves[part.label] = part.label, []
+        self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
+        if part.label == EMBEDDING:
+            out = self.embed()
+        else:
+            x = carried.pop()
+            assert x is not None
+            entered = [replace(x, node=graph.nodes[0], output=0)]
+            del x
+            if part.layer_kind is None:
+                out = self.loss(entered)
+            else:
+                out = self.block(part.layer_kind, entered[0])
+        carried.append(out.detach())
+        return graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of equal layers, or what stands before or behind them."""
+
+    label: str
+    count: int = 1
+    layer: int | None = None
+    layer_kind: Layer | None = None
+
+
+def _no_way_back(node: Node, flowed: Gradients) -> Gradients:
+    raise AssertionError("the engine stops before the entrance")

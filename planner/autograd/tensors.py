@@ -1,0 +1,114 @@
+"""Tensors without contents and the graph that records what they come from.
+
+Lifetimes are CPython's: a storage's bytes go when the last reference to it goes, as in torch. So a
+forward written with these as attnlab writes it, `del`s included, frees what that one frees, and
+what autograd saves lives as long as the node that saved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from planner.autograd.layouts import Ints
+from planner.program import Buffer, Shape, Tape
+
+Dims: TypeAlias = tuple[Shape, ...]
+"""Dimensions, each a product of extents: ((B, T), (4096,)) has B · T rows."""
+
+
+class Storage:
+    """Bytes that live until the last reference goes; without a tape they were there before."""
+
+    __slots__ = ("buffer", "tape")
+
+    def __init__(self, buffer: Buffer, tape: Tape | None) -> None:
+        self.buffer, self.tape = buffer, tape
+
+    def __del__(self) -> None:
+        if self.tape is not None:
+            self.tape.free(self.buffer)
+
+    def known_as(self, buffer: Buffer) -> None:
+        """Give the bytes another description, in the segment that is being written."""
+        if self.tape is not None:
+            self.tape.replace(self.buffer, buffer)
+        self.buffer = buffer
+
+
+@dataclass(slots=True, eq=False)
+class Tensor:
+    """A view of a storage: `sizes` are the numbers that `dims` stand for in the regime at hand.
+
+    `node` is what made it, `output` which of that node's outputs it is; None: no gradient wanted.
+    """
+
+    storage: Storage
+    dims: Dims
+    sizes: Ints
+    strides: Ints
+    itemsize: int
+    name: str
+    node: Node | Leaf | None = None
+    output: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """All extents; their product is the number of elements."""
+        return tuple(extent for dim in self.dims for extent in dim)
+
+    def detach(self) -> Tensor:
+        """The same view without a history: what is saved for the way back."""
+        return replace(self, node=None, output=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """Size, layout, dtype and name of a tensor, without its storage."""
+
+    dims: Dims
+    sizes: Ints
+    strides: Ints
+    itemsize: int
+    name: str
+
+
+Gradients: TypeAlias = list[Tensor | None]
+Backward: TypeAlias = Callable[["Node", Gradients], Gradients]
+
+
+class Node:
+    """What remains of an op for the way back: where its inputs come from, and what it saved.
+
+    `backward` makes the inputs' gradients of its `outputs` outputs' (None: nothing flowed there);
+    `wants` says for each input whether anything needs its gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backward: Backward,
+        inputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        outputs: int = 1,
+    ) -> None:
+        self.name, self.backward, self.outputs = name, backward, outputs
+        self.edges = [(x.node, x.output) for x in inputs]
+        self.wants = [x.node is not None for x in inputs]
+        self.inputs = [Like(x.dims, x.sizes, x.strides, x.itemsize, x.name) for x in inputs]
+        self.saved = [x.detach() for x in saved]
+        self.waiting: dict[int, Tensor] = {}
+        for x in inputs:
+            if isinstance(x.node, Leaf):
+                x.node.expected += 1
+
+
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """A trained tensor: gradients still to come, their sum so far, and the final one."""
+
+    tensor: Like
+    expected: int = 0
+    waiting: Tensor | None = None
+    grad: Tensor | None = None
