@@ -125,8 +125,8 @@ def explain(traced: ModuleTrace, gpu: Gpu, answer: dict[str, Any]) -> str:
         "  at the peak: "
         + ", ".join(f"{kind} {gib(size)}" for kind, size in answer["split_bytes"].items()),
     ]
-    for row in traced.at_peak().head(8).itertuples(index=False):
-        module = f" in {row.module}" if row.module else ""
-        times = f"{row.count} × " if row.count > 1 else ""  # type: ignore[operator]
-        lines.append(f"    {gib(row.bytes):>12}  {row.kind}: {times}{row.op}{module}")  # type: ignore[arg-type]
+    for row in traced.at_peak().head(8).to_dict("records"):
+        module = f" in {row['module']}" if row["module"] else ""
+        times = f"{row['count']} × " if row["count"] > 1 else ""
+        lines.append(f"    {gib(row['bytes']):>12}  {row['kind']}: {times}{row['op']}{module}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """The memory of any nn.Module without a GPU: run on fake tensors, played through the allocator.
 
-Fake tensors have shapes and no values: a model of any size is traced in seconds and holds no memory.
-They live on the CPU and stand for a GPU's: fake "cuda" tensors abort a CPU build of torch. Attention
-is what `scaled_dot_product_attention` picks there, the flash kernel: its output and one float32 a
-row, as on a GPU; a mask that a GPU's flash kernel would refuse does not change that.
+Fake tensors have shapes and no values: a model of any size is traced in seconds and holds no
+memory. They live on the CPU and stand for a GPU's: fake "cuda" tensors abort a CPU build of torch.
+Attention is what `scaled_dot_product_attention` picks there, the flash kernel: its output and one
+float32 a row, as on a GPU; a mask that a GPU's flash kernel would refuse does not change that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from planner.allocator import Alloc, AllocatorSettings, AllocatorStats, Event, Free, simulate
 from planner.errors import ConfigError, check_choice, shown
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 Loss = Callable[[Any], Tensor]
 OPTIMIZERS = ("adamw", "sgd")
 IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
-ATTENTION_NOTE = "attention as flash kernels hold it: the output and a float32 for each row"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +149,19 @@ def fake_ids(batch: int, tokens: int) -> Tensor:
         return torch.zeros(batch, tokens, dtype=torch.long)
 
 
+def without_values(inputs: Any) -> Any:
+    """Inputs as fake tensors of the same shapes."""
+    with _fake_mode():
+        return tree_map(
+            lambda x: torch.empty(x.shape, dtype=x.dtype) if _has_values(x) else x,
+            inputs,
+        )
+
+
+def _has_values(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, FakeTensor)
+
+
 def trace_module(
     module: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any] | Tensor,
@@ -162,14 +176,15 @@ def trace_module(
     """Run `module` on fake tensors: a forward, or with `train` two whole steps.
 
     A step: forward, loss, backward, optimizer ("adamw", "sgd" or None), gradients set to None.
-    The loss is `loss(output)`, else the output's own, else the cross-entropy of the next token, else
-    the mean. Raises ConfigError in one line for a module whose forward needs values.
+    The loss is `loss(output)`, else the output's own, else the cross-entropy of the next token,
+    else the mean. Raises ConfigError in one line for a module whose forward needs values.
     """
-    check_choice("optimizer", optimizer, (None, *OPTIMIZERS))
+    if optimizer is not None:
+        check_choice("optimizer", optimizer, OPTIMIZERS)
     check_choice("optimizer_impl", optimizer_impl, IMPLEMENTATIONS)
     if optimizer is not None and not train:
         raise ConfigError(f"optimizer={shown(optimizer)} is not allowed without training: None")
-    args, kwargs = _call(inputs)
+    args, kwargs = _call(without_values(inputs))
     fake_copy(module).train(train)
     recorder = AllocationRecorder()
     started = time.perf_counter()
@@ -257,13 +272,13 @@ def _train(
 def _optimizer(
     module: nn.Module, name: str | None, implementation: str
 ) -> torch.optim.Optimizer | None:
-    chosen = {"foreach": implementation == "foreach", "fused": implementation == "fused"}
+    foreach, fused = implementation == "foreach", implementation == "fused"
     parameters = [p for p in module.parameters() if p.requires_grad]
     match name:
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=1e-3, **chosen)
+            return torch.optim.AdamW(parameters, lr=1e-3, foreach=foreach, fused=fused)
         case "sgd":
-            return torch.optim.SGD(parameters, lr=1e-3, **chosen)
+            return torch.optim.SGD(parameters, lr=1e-3, foreach=foreach, fused=fused)
     return None
 
 
@@ -278,8 +293,10 @@ def _loss(out: Any, loss: Loss | None, args: tuple[Any, ...], kwargs: dict[str, 
     ids = args[0] if args else next(iter(kwargs.values()))
     if isinstance(ids, Tensor) and not ids.is_floating_point() and out.dim() == ids.dim() + 1:
         wide = out[:, :-1].float().flatten(0, 1)
-        return nn.functional.cross_entropy(wide, ids[:, 1:].flatten())
-    return out.float().mean()
+        loss_of_next: Tensor = nn.functional.cross_entropy(wide, ids[:, 1:].flatten())
+        return loss_of_next
+    mean: Tensor = out.float().mean()
+    return mean
 
 
 def _tensors_of(out: Any) -> Iterator[Tensor]:

@@ -32,7 +32,7 @@ class Allocation:
     phase: str
 
 
-class AllocationRecorder(LiveTensorMeter):
+class AllocationRecorder(LiveTensorMeter):  # type: ignore[no-untyped-call]
     """A LiveTensorMeter that keeps the whole story: `events` for the allocator, ids in order.
 
     `made[id]` is what an id stands for, `kinds[id]` what kind of storage it was said to be.
@@ -102,9 +102,7 @@ class AllocationRecorder(LiveTensorMeter):
         self._ids[key] = len(self.made)
         self.trace.append(Alloc(len(self.made), size))
         module = self._modules[-1] if self._modules else ""
-        self.made.append(
-            Allocation(size_bytes=size, op=self._op, module=module, phase=self._phase)
-        )
+        self.made.append(Allocation(size_bytes=size, op=self._op, module=module, phase=self._phase))
         super()._created(key, storage)
 
     def _released(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:

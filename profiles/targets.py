@@ -14,7 +14,7 @@ from torch import nn
 from planner.errors import ConfigError, shown
 from planner.loading import load_config, load_model
 from profiles.module_trace import ModuleTrace, fake_ids, trace_module
-from profiles.trace import _built, _fake_mode, _told
+from profiles.trace import _built, _told
 
 
 def is_factory(target: str) -> bool:
@@ -58,17 +58,8 @@ def made_by(target: str, *, batch: int, tokens: int) -> tuple[nn.Module, Any, An
             f"{target} returned {type(made).__name__}: an nn.Module, (module, inputs) or "
             "(module, inputs, loss)"
         )
-    inputs = _without_values(parts[1]) if len(parts) > 1 else fake_ids(batch, tokens)
+    inputs = parts[1] if len(parts) > 1 else fake_ids(batch, tokens)
     return parts[0], inputs, parts[2] if len(parts) > 2 else None
-
-
-def _without_values(inputs: Any) -> Any:
-    """Inputs as fake tensors of the same shapes."""
-    with _fake_mode():
-        return torch.utils._pytree.tree_map(
-            lambda x: torch.empty(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x,
-            inputs,
-        )
 
 
 def trace_target(
@@ -87,16 +78,15 @@ def trace_target(
         return trace_module(module, inputs, name=target, loss=loss, **how)
     if runtime == "attnlab":
         from attnlab.transformer import Transformer
-
-        model = load_model(target)
         from profiles.workloads import TORCH_DTYPES
 
+        model = load_model(target)
         built: nn.Module = Transformer(
             model, dtype=TORCH_DTYPES[dtype or model.dtype], device="meta"
         )
-        inputs: dict[str, Any] = {"ids": fake_ids(batch, tokens), "logits": logits}
         _to_cpu(built)
-        return trace_module(built, inputs, name=model.name, **how)
+        asked = {"ids": fake_ids(batch, tokens), "logits": logits}
+        return trace_module(built, asked, name=model.name, **how)
     if runtime != "transformers":
         raise ConfigError(f"runtime={shown(runtime)} is not traced: transformers or attnlab")
     name, config = load_config(target)

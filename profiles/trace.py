@@ -196,22 +196,28 @@ def _fake_mode() -> Any:
 
 @contextmanager
 def _shapes_only() -> Iterator[None]:
-    """Two things that only fake tensors need.
+    """Three things that only fake tensors need.
 
     torch's log of an op that shapes are not enough for is off: the error says it. The shape rule of
     grouped_mm takes bf16 alone, so other dtypes go through transformers' own fallback, whose result
-    is the same tensor.
+    is the same tensor. Whether positions are those of packed sequences depends on their values,
+    and transformers would make a mask to be safe: they are not.
     """
+    from transformers import masking_utils
     from transformers.integrations import moe
 
     rules: Any = moe
+    masks: Any = masking_utils
     log, usual = logging.getLogger("torch._subclasses.fake_tensor"), rules._can_use_grouped_mm
+    packed = masks.find_packed_sequence_indices
     log.disabled = True
     rules._can_use_grouped_mm = lambda x, weight, offs: "bfloat16" in str(weight.dtype)
+    masks.find_packed_sequence_indices = lambda *_, **__: None
     try:
         yield
     finally:
         log.disabled, rules._can_use_grouped_mm = False, usual
+        masks.find_packed_sequence_indices = packed
 
 
 @lru_cache(maxsize=1)
