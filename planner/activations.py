@@ -6,7 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
+
+CHUNK_CELLS = 8192
+"""Cells of a grid that are walked at once: what they need stays in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,22 @@ def peak_bytes(program: Program, dims: Dims) -> Number:
     A segment that repeats is walked once: its net growth is the same at each repetition, so the
     peak lies in the last (growth ≥ 0) or the first one.
     """
-    return _highest(_walks(program, dims), dims)
+    if dims.is_point:
+        return _highest(_walks(program, dims), dims)
+    cells = np.broadcast(*(size for size in _sizes(dims) if size is not None))
+    flat = [None if x is None else np.broadcast_to(x, cells.shape).ravel() for x in _sizes(dims)]
+    highest = []
+    for start in range(0, cells.size, CHUNK_CELLS):
+        part = [None if x is None else x[start : start + CHUNK_CELLS] for x in flat]
+        assert part[0] is not None
+        chunk = Dims(batch=part[0], tokens=part[1], context=part[2], capacity=part[3])
+        found = _highest(_walks(program, chunk), chunk)
+        highest.append(np.broadcast_to(found, part[0].shape))
+    return np.concatenate(highest).reshape(cells.shape) if highest else np.zeros(cells.shape)
+
+
+def _sizes(dims: Dims) -> tuple[Number, Number, Number, Number | None]:
+    return dims.batch, dims.tokens, dims.context, dims.capacity
 
 
 def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) -> Number:
@@ -67,49 +87,35 @@ def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) ->
 def _walks(program: Program, dims: Dims) -> Iterator[tuple[Segment, Number, _Walk, int]]:
     """Every segment with the live bytes before it and what one repetition does."""
     walked: dict[int, _Walk] = {}
-    sizes: dict[Buffer, int] | None = {} if dims.is_point else None
+    sizes: dict[Buffer, Number] = {}
     live: Number = 0
     for segment in program.segments:
         key = id(segment.ops)
         if key not in walked:
-            if sizes is None:
-                walked[key] = _walk(segment.ops, dims)
-            else:
-                walked[key] = _walk_point(segment.ops, dims, sizes)
+            walked[key] = _walk(segment.ops, dims, sizes)
         walk = walked[key]
         yield segment, live, walk, segment.count
         live = live + walk.net * segment.count
 
 
-def _walk(ops: tuple[Op, ...], dims: Dims) -> _Walk:
+def _walk(ops: tuple[Op, ...], dims: Dims, sizes: dict[Buffer, Number]) -> _Walk:
+    """`sizes` keeps what was evaluated before."""
+    larger = max if dims.is_point else maximum
     live: Number = 0
     top: Number = 0
     for op in ops:
         for buffer in op.allocates:
-            live = live + buffer.nbytes(dims)
+            size = sizes.get(buffer)
+            if size is None:
+                size = sizes[buffer] = buffer.nbytes(dims)
+            live = live + size
         if op.allocates:
-            top = maximum(top, live)
-        for buffer in op.frees:
-            live = live - buffer.nbytes(dims)
-    return _Walk(live, top)
-
-
-def _walk_point(ops: tuple[Op, ...], dims: Dims, sizes: dict[Buffer, int]) -> _Walk:
-    """The same at one point, where sizes may be kept (those of a grid would fill the memory)."""
-    live = top = 0
-    for op in ops:
-        for buffer in op.allocates:
-            size = sizes.get(buffer)
-            if size is None:
-                size = sizes[buffer] = buffer.nbytes(dims)
-            live += size
-        if live > top:
-            top = live
+            top = larger(top, live)
         for buffer in op.frees:
             size = sizes.get(buffer)
             if size is None:
                 size = sizes[buffer] = buffer.nbytes(dims)
-            live -= size
+            live = live - size
     return _Walk(live, top)
 
 

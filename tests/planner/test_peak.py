@@ -8,6 +8,7 @@ import torch
 import planner
 from attnlab.kv_cache import KVCache
 from attnlab.transformer import Transformer
+from planner import activations
 from planner.activations import peak, peak_bytes
 from planner.program import Dims
 from planner.runtimes import attnlab_program, transformers_program
@@ -128,9 +129,11 @@ def test_the_winner_of_the_peak_is_named():
     assert winner("gemma-2-9b", batch=1, prompt_tokens=4096, logits="last") == "attention weights"
 
 
-def test_a_grid_gives_what_single_points_give():
+@pytest.mark.parametrize("chunk", [8192, 4])
+def test_a_grid_gives_what_single_points_give(monkeypatch, chunk):
     import numpy as np
 
+    monkeypatch.setattr(activations, "CHUNK_CELLS", chunk)
     model = planner.read_config(TINY["gemma2"])
     program = transformers_program.forward_program(
         model,
@@ -140,6 +143,7 @@ def test_a_grid_gives_what_single_points_give():
     )
     batches, tokens = np.meshgrid([1.0, 2.0, 5.0], [2.0, 15.0, 16.0, 17.0, 300.0])
     grid = peak_bytes(program, Dims(batch=batches, tokens=tokens, context=tokens))
+    assert grid.shape == batches.shape
     for b, t, value in zip(batches.flat, tokens.flat, grid.flat, strict=True):
         point = Dims(batch=int(b), tokens=int(t), context=int(t))
         assert peak_bytes(program, point) == value
