@@ -8,22 +8,35 @@ range is 1 1/8 of the device's memory, so that pages that were unmapped low can 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from planner.allocator.blocks import Block, FreeBlocks
-from planner.allocator.settings import SMALL_SEGMENT_BYTES
-
-if TYPE_CHECKING:
-    from planner.allocator.device import DeviceAllocator
+from planner.allocator.settings import SMALL_SEGMENT_BYTES, AllocatorSettings
 
 ENDLESS_BYTES = 2**50
 """The range of addresses where the device has no capacity."""
 
 
+class Device(Protocol):
+    """What pages are taken from and given back to."""
+
+    settings: AllocatorSettings
+    capacity_bytes: int | None
+
+    def addresses(self, size: int) -> int:
+        """Where a range of so many bytes begins."""
+
+    def reserve(self, size: int) -> bool:
+        """Take bytes of the device; False if it has not got them."""
+
+    def give_back(self, size: int) -> None:
+        """Return bytes to the device."""
+
+
 class ExpandableSegments:
     """The expandable segments of one device."""
 
-    def __init__(self, device: DeviceAllocator) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
 
     def best(self, pool: FreeBlocks, index: int) -> int:
