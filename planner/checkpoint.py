@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from planner.comparison import compare
+from planner.comparison import QUANTISED, compare
 from planner.errors import ConfigError, shown
 from planner.findings import Finding
 from planner.gguf_files import find_gguf, read_gguf
@@ -17,6 +17,7 @@ from planner.gguf_names import compare_gguf
 from planner.hub import is_hub, read_hub
 from planner.loading import load_model
 from planner.model import Model
+from planner.quantised_files import compare_quantised
 from planner.safetensors_files import PICKLED, read_folder, read_safetensors
 from planner.stored import DtypeShare, StoredTensor, dtype_mix
 
@@ -55,6 +56,9 @@ class Checkpoint:
         """The findings of the files, and what they lack or have more than `model` says."""
         if self.kind == "gguf":
             return (*self.findings, *compare_gguf(model, self.tensors, self.architecture))
+        quantised = any(QUANTISED.search(tensor.name) for tensor in self.tensors)
+        if quantised or model.quantization is not None:
+            return (*self.findings, *compare_quantised(model, self.tensors))
         return (*self.findings, *compare(model, self.tensors))
 
     def table(self) -> pd.DataFrame:

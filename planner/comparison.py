@@ -68,6 +68,11 @@ UNMATCHED = frozenset(
 """Types whose files name or cut their tensors in ways that `SPELLINGS` does not know yet."""
 
 WORDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+WORD_BYTES = {
+    **{word: ELEMENT_BYTES[dtype] for dtype, word in WORDS.items()},
+    **{"F8": 1, "I8": 1, "U8": 1, "BOOL": 1, "I16": 2, "I32": 4, "I64": 8},
+}
+"""Bytes of an element by the files' word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +80,9 @@ class Expected:
     """A tensor that the config asks for, under the spelling that both sides share.
 
     `experts`: the first dimension counts experts, which may lie apart; `in_parts`: so may this one,
-    in any way. `dtype` is the files' word for the config's; None where the config does not say.
+    in any way; `copies`: so many lie apart, each of this shape. `any_length`: of one dimension,
+    however long. `dtype` is the files' word for the config's ("F8": any 8-bit float); None where
+    the config does not say.
     """
 
     name: str
@@ -83,13 +90,21 @@ class Expected:
     dtype: str | None
     experts: bool = False
     in_parts: bool = False
+    copies: int = 1
+    any_length: bool = False
+
+    def has_dtype(self, part: StoredTensor) -> bool:
+        """Whether a stored tensor is in the dtype that is asked for."""
+        if self.dtype == "F8":
+            return part.dtype.startswith("F8")
+        return self.dtype in (None, part.dtype)
 
 
 @dataclass(slots=True)
 class _Differences:
     missing: list[Expected] = field(default_factory=list)
     shapes: list[tuple[Expected, list[StoredTensor]]] = field(default_factory=list)
-    dtypes: list[StoredTensor] = field(default_factory=list)
+    dtypes: list[tuple[Expected, StoredTensor]] = field(default_factory=list)
     extra: list[tuple[str, StoredTensor]] = field(default_factory=list)
 
 
@@ -117,16 +132,6 @@ def expected_tensors(model: Model) -> dict[str, Expected]:
 
 def compare(model: Model, tensors: Sequence[StoredTensor]) -> Iterator[Finding]:
     """What the files lack, have more, or hold in another shape or dtype than the config says."""
-    method = model.quantization.method if model.quantization else None
-    if model.quantization is not None or any(QUANTISED.search(t.name) for t in tensors):
-        yield Finding(
-            id="quantised",
-            severity="note",
-            title="A quantised layout is not compared with the config yet",
-            seen=f"quantization_config.quant_method={method!r}",
-            why="The bytes are exact; that every tensor is there is not checked.",
-        )
-        return
     if model.model_type in UNMATCHED:
         yield Finding(
             id="not-compared",
@@ -164,7 +169,7 @@ def _sorted_out(
             found.missing.append(wanted)
         elif not _fits(wanted, parts):
             found.shapes.append((wanted, parts))
-        found.dtypes += [part for part in parts if wanted.dtype not in (None, part.dtype)]
+        found.dtypes += [(wanted, part) for part in parts if not wanted.has_dtype(part)]
     found.extra = [(name, tensor) for name, parts in pieces.items() for tensor in parts]
     return found
 
@@ -172,6 +177,10 @@ def _sorted_out(
 def _fits(wanted: Expected, parts: list[StoredTensor]) -> bool:
     if wanted.in_parts:
         return sum(part.count for part in parts) == prod(wanted.shape)
+    if wanted.any_length:
+        return all(len(part.shape) == 1 for part in parts)
+    if wanted.copies > 1:
+        return len(parts) == wanted.copies and all(part.shape == wanted.shape for part in parts)
     if len(parts) == 1:
         return parts[0].shape == wanted.shape
     if not wanted.experts or len(parts) % wanted.shape[0]:
@@ -212,17 +221,24 @@ def _other_shapes(shapes: list[tuple[Expected, list[StoredTensor]]]) -> Iterator
         )
 
 
-def _other_dtypes(model: Model, others: list[StoredTensor]) -> Iterator[Finding]:
-    if not others:
+def _other_dtypes(model: Model, pairs: list[tuple[Expected, StoredTensor]]) -> Iterator[Finding]:
+    if not pairs:
         return
+    others = [tensor for _, tensor in pairs]
     size_bytes = sum(tensor.size_bytes for tensor in others)
-    planned = sum(tensor.count for tensor in others) * ELEMENT_BYTES[model.dtype]
+    planned = sum(tensor.count * WORD_BYTES[str(wanted.dtype)] for wanted, tensor in pairs)
     words = ", ".join(sorted({tensor.dtype for tensor in others}))
     source = "is assumed" if "dtype=float32" in model.defaults else "is the config's dtype"
+    asked = {wanted.dtype for wanted, _ in pairs}
+    if asked == {WORDS[model.dtype]}:
+        title = f"{len(others):,} tensors are {words}, {model.dtype} {source}"
+    else:
+        wanted_words = ", ".join(sorted(map(str, asked)))
+        title = f"{len(others):,} tensors are {words}, the config asks for {wanted_words}"
     yield Finding(
         id="other-dtype",
         severity="warning",
-        title=f"{len(others):,} tensors are {words}, {model.dtype} {source}",
+        title=title,
         seen=listed([tensor.name for tensor in others]),
         why=f"They take {gib(size_bytes)} in the files, {gib(planned)} when loaded as planned.",
         do="Give the dtype you load in: dtype=…",

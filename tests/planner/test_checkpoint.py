@@ -216,7 +216,7 @@ def test_another_dtype_than_the_configs_is_said_with_both_sizes(llama):
     assert [s.dtype for s in planner.read_checkpoint(llama).dtype_mix()] == ["BF16", "F32"]
 
 
-def test_a_quantised_layout_is_one_note(llama):
+def test_bytes_of_a_quantised_layout_are_exact(llama):
     def quantise(tensors: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.endswith("proj.weight")]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
@@ -224,7 +224,6 @@ def test_a_quantised_layout_is_one_note(llama):
 
     rewrite(llama, quantise)
     assert set(found(llama)) == {"quantised"}
-    assert set(found(llama, quantization_config={"quant_method": "fp8"})) == {"quantised"}
     assert planner.read_checkpoint(llama).weights_bytes == sum(
         t.numel() * t.element_size() for t in load_file(llama / "model.safetensors").values()
     )
