@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
+from planner.quantization.gguf import Gguf
 from planner.quantization.on_load import quantised_on_load
 from planner.quantization.unpacked import unpacked_on
 from planner.reserved import AllocatorPlan
@@ -229,6 +230,8 @@ def _as_held(model: Model, deploy: Deployment, gpu: Gpu) -> Model:
     quantization = model.quantization
     if deploy.runtime != "transformers" or quantization is None:
         return model
+    if isinstance(quantization, Gguf):  # modeling_gguf_pytorch_utils.py: always
+        return replace(model, quantization=None)
     return replace(model, quantization=None) if unpacked_on(gpu, quantization.method) else model
 
 
@@ -269,9 +272,29 @@ def _block_tokens(deploy: Deployment) -> int:
 
 def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
-    plain = model.quantization is None
-    rows = _plain_rows(model, dtype, note=note) if plain else _stored_rows(model, dtype)
+    rows: Iterable[Row]
+    match model.quantization:
+        case None:
+            rows = _plain_rows(model, dtype, note=note)
+        case Gguf(held=held) if held and runtime.name == "llama.cpp":
+            rows = _gguf_rows(held)
+        case _:
+            rows = _stored_rows(model, dtype)
     return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
+
+
+def _gguf_rows(held: tuple[tuple[str, int, int], ...]) -> Iterator[Row]:
+    """One row for each ggml type of a GGUF file, with the bytes of its header."""
+    for kind, tensors, size_bytes in held:
+        yield Row(
+            component="weights",
+            item=f"{kind}, {tensors} tensor{'s' * (tensors > 1)} of the file",
+            count=1,
+            formula="bytes",
+            values=(("bytes", size_bytes),),
+            size_bytes=size_bytes,
+            note="quantised: gguf",
+        )
 
 
 def _plain_rows(model: Model, dtype: str, *, note: str) -> list[Row]:

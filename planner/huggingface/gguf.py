@@ -127,7 +127,9 @@ def _stored_as(header: GgufHeader) -> dict[str, Any]:
     matrices = dtype_mix(tensor for tensor in header.tensors if len(tensor.shape) >= 2)
     if all(share.dtype in PLAIN for share in matrices):
         return {"dtype": PLAIN[matrices[0].dtype] if matrices else "float32"}
-    return {"dtype": "float16", "quantization_config": {"quant_method": "gguf"}}
+    held = {share.dtype: [share.tensors, share.size_bytes] for share in dtype_mix(header.tensors)}
+    quantised = {"quant_method": "gguf", "tensors": held}
+    return {"dtype": "float16", "quantization_config": quantised}
 
 
 def _head_dim(d: Described) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_a_quantised_file_has_the_bytes_of_its_blocks(tmp_path):
     assert_same_parameters(model, live)
     assert checkpoint.compare(model) == ()
     assert (model.dtype, model.quantization.method) == ("fp16", "gguf")
-    with pytest.raises(ConfigError, match="'gguf' is not planned yet"):
+    with pytest.raises(ConfigError, match="'gguf' is not planned tensor by tensor"):
         model.weight_table()
     mix = {share.dtype: share for share in checkpoint.dtype_mix()}
     assert set(mix) == {"F32", "BF16", "Q8_0", "Q4_0"}
@@ -309,6 +309,15 @@ def test_a_quantised_file_has_the_bytes_of_its_blocks(tmp_path):
     assert mix["Q4_0"].size_bytes * 32 == mix["Q4_0"].elements * 18
     theirs = gguf.GGUFReader(path)
     assert checkpoint.weights_bytes == sum(t.n_bytes for t in theirs.tensors)
+    work = planner.Inference(batch=1, prompt_tokens=8)
+    held = planner.estimate(model, work, planner.Deployment(gpu="h200", runtime="llama.cpp"))
+    assert held.memory.weights_bytes == sum(t.n_bytes for t in theirs.tensors)
+    rows = {row.item.partition(",")[0]: row.size_bytes for row in held.rows}
+    assert rows["Q4_0"] == mix["Q4_0"].size_bytes
+    loaded = planner.estimate(model, work, planner.Deployment(gpu="h200"))  # dequantised
+    assert loaded.memory.weights_bytes >= 2 * model.parameter_count
+    with pytest.raises(ConfigError, match="'gguf' is not planned tensor by tensor"):
+        planner.estimate(model, work, planner.Deployment(gpu="h200", runtime="vllm"))
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16])
@@ -629,3 +638,10 @@ def test_flipped_and_cut_files_raise_nothing_but_config_errors(data, tmp_path_fa
         return
     for finding in planner.read_checkpoint(path).compare(model):
         assert "\n" not in finding.seen
+
+
+@pytest.mark.parametrize("tensors", [3, {"Q4_0": 3}, {"Q4_0": [1]}, {"Q4_0": ["a", 2]}])
+def test_odd_tensors_of_a_quantised_gguf_are_refused(tensors):
+    quantised = {"quant_method": "gguf", "tensors": tensors}
+    with pytest.raises(ConfigError, match=r"quantization_config\.tensors"):
+        planner.read_config({**LLAMA, "quantization_config": quantised})
