@@ -11,7 +11,7 @@ from attnlab.cache import Cache
 from attnlab.kv_cache import FixedShapeCache, KVCache
 from attnlab.sampling import Sampling, choose_tokens
 from attnlab.transformer import Transformer, check_ids
-from planner.errors import ConfigError, check_size
+from planner.errors import ConfigError, check_size, shown
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 Choose = Callable[[Tensor], Tensor]
@@ -146,9 +146,9 @@ def pad_prompts(prompts: Prompts, transformer: Transformer) -> tuple[Tensor, lis
         check_ids(prompts)
         ids, tokens = prompts, None
     else:
-        rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
-        if not rows or any(row.dim() != 1 or not len(row) for row in rows):
-            raise ConfigError("prompts are not allowed: a list of lists of at least one token id")
+        rows = [_row(prompt) for prompt in prompts]
+        if not rows:
+            raise ConfigError("prompts=[] are not allowed: a list of lists of token ids")
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(transformer.device)
         lengths = [len(row) for row in rows]
         tokens = None if len(set(lengths)) == 1 else lengths
@@ -156,6 +156,17 @@ def pad_prompts(prompts: Prompts, transformer: Transformer) -> tuple[Tensor, lis
     if ids.device.type != "meta" and (int(ids.min()) < 0 or int(ids.max()) >= V):
         raise ConfigError(f"prompts have ids outside the vocabulary: 0 to {V - 1}")
     return ids, tokens
+
+
+def _row(prompt: Tensor | Sequence[int]) -> Tensor:
+    """One prompt's ids [T]."""
+    try:
+        row = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        row = torch.empty(0)
+    if row.dim() != 1 or not len(row) or row.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"prompts have {shown(prompt)}: a list of at least one token id each")
+    return row.long()
 
 
 def _check_stops(stop_tokens: Iterable[int], transformer: Transformer) -> list[int]:

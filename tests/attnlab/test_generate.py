@@ -190,8 +190,9 @@ def test_bad_calls_are_rejected(llama_pair, ids):
         generate(ours, ids, output_tokens=2, stop_tokens=[97])
     with pytest.raises(ConfigError, match="ids outside the vocabulary: 0 to 96"):
         generate(ours, ids + 97, output_tokens=2)
-    with pytest.raises(ConfigError, match="prompts are not allowed"):
-        generate(ours, [[1, 2], []], output_tokens=2)
+    for bad in ([[1, 2], []], [[1.5]], [[True]], ["abc"], [[[1]]], []):
+        with pytest.raises(ConfigError, match="prompts"):
+            generate(ours, bad, output_tokens=2)
     for bad in (dict(temperature=0.0), dict(top_k=0), dict(top_p=1.5)):
         with pytest.raises(ConfigError, match=f"{next(iter(bad))}=.* is not allowed"):
             Sampling(**bad)
