@@ -41,8 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command("trace")(trace_command)
-
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -243,6 +241,9 @@ def params_command(
         )
         return
     _print_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
+
+
+app.command("trace")(trace_command)
 
 
 @app.command("profile")
