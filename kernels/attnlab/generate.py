@@ -182,7 +182,7 @@ def _check_room(cache: Cache, needed_tokens: int) -> None:
 
     Only an empty one can be judged from here.
     """
-    if isinstance(cache, FixedShapeCache) and needed_tokens > cache.slots(None):
+    if isinstance(cache, FixedShapeCache) and needed_tokens > cache.capacity:
         raise ConfigError(
             f"{needed_tokens} tokens do not fit capacity_tokens={cache.capacity_tokens}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.cache import Cache
 from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
+from planner.layers import GQA
 from planner.model import Model
 
 
@@ -42,10 +43,15 @@ class KVCache(Cache):
             for gqa in self.attentions
         ]
 
-    def slots(self, gqa: object) -> int:
-        """How many slots a layer has."""
+    @property
+    def capacity(self) -> int:
+        """`capacity_tokens`, which this cache has."""
         assert self.capacity_tokens is not None
         return self.capacity_tokens
+
+    def slots(self, gqa: GQA) -> int:
+        """How many slots a layer has."""
+        return self.capacity
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +125,7 @@ class FixedShapeCache(KVCache):
 
     def keys(self, pattern: Pattern) -> Keys:
         """All slots; the empty ones lie in every query's future."""
-        return Keys(torch.arange(self.slots(None), device=self.device), in_order=False)
+        return Keys(torch.arange(self.capacity, device=self.device), in_order=False)
 
     def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Write behind what is held; all slots [B, G, capacity, D]."""
@@ -139,7 +145,7 @@ class FixedShapeCache(KVCache):
 
     def take(self, other: KVCache) -> None:
         """Everything that a static cache of the same model holds, after a prefill say."""
-        if other.batch != self.batch or other.length > self.slots(None):
+        if other.batch != self.batch or other.length > self.capacity:
             raise ConfigError(
                 f"a cache of batch={other.batch}, length={other.length} does not fit one of "
                 f"batch={self.batch}, capacity_tokens={self.capacity_tokens}"

@@ -28,11 +28,10 @@ class _Turn:
 class RingCache(KVCache):
     """Sliding layers [2, B, G, min(W, capacity), D]; the others as in the static cache."""
 
-    def slots(self, gqa: object) -> int:
+    def slots(self, gqa: GQA) -> int:
         """The window's positions, where there is one."""
-        capacity = super().slots(gqa)
-        window = gqa.sliding_window if isinstance(gqa, GQA) else None
-        return capacity if window is None else min(window, capacity)
+        window = gqa.sliding_window
+        return self.capacity if window is None else min(window, self.capacity)
 
     def _prepare(self) -> None:
         """What happens to each size of ring; nothing special until a slot is used a second time."""
@@ -49,7 +48,7 @@ class RingCache(KVCache):
         return turn.keys._replace(in_order=turn.keys.in_order and not pattern.chunked)
 
     def _size(self, window: int) -> int:
-        return min(window, super().slots(None))
+        return min(window, self.capacity)
 
     def _turn(self, W: int) -> _Turn:
         rows = self.batch if self.ragged else 1  # one serves all where sequences are alike
