@@ -22,6 +22,8 @@ from planner.runtimes.attnlab_cache_program import Attended, CacheProgram
 from planner.runtimes.attnlab_masks import Pattern
 from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer
 
+SEVERAL_KEYS = Symbol("(S > 1)", lambda d: (d.context > 1) * 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskBuffers:
@@ -250,12 +252,12 @@ class AttentionWriter(Writer):
             tape.free(copy)
         kv: Shape = (B, G, keys, D)
         k = tape.new("float32 keys", kv, FLOAT32) if b != FLOAT32 else None
-        if H == G:
+        if H == G > 1:  # one head folds as it lies
             folded = tape.new("float32 query", (FOLDED, *shape_q), FLOAT32)
         # keys and values that lie token by token cannot be folded to [B·G, keys, D] in place
         copied: tuple[Symbol, ...] = ()
-        if attended.strided is not None:
-            copied = (attended.strided, SEVERAL_BATCHES)
+        if attended.strided is not None and G > 1:
+            copied = (attended.strided, SEVERAL_BATCHES, SEVERAL_KEYS)
         straight = tape.new("float32 keys", (*copied, *kv), FLOAT32) if copied else None
         table: Shape = (B, H, T, keys)
         scores = tape.new("scores", table, FLOAT32, flops=flops, reads=(scaled,), moved=(read,))
@@ -283,6 +285,6 @@ class AttentionWriter(Writer):
             narrow = tape.new("attention", (B, T, H * D), b, reads=(out,))
             out = self.replaced(narrow, out)
         tape.free(scores, causal, *attended.held, q)
-        copy = tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,))  # flatten(2)
-        tape.free(copy)
+        if H > 1:  # flatten(2)
+            tape.free(tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,)))
         return out
