@@ -36,6 +36,15 @@ def test_the_parts_and_the_rows_sum_to_the_total():
     assert estimate.memory.peak_live_bytes == estimate.memory.total_bytes - overhead
 
 
+def test_checkpointing_keeps_one_layers_inputs_and_a_layer_that_runs_again():
+    """Chen et al., arXiv:1604.06174: what n layers keep becomes n inputs and the inside of one."""
+    held, again = of(optimizer=None), of(optimizer=None, checkpointing="full")
+    assert again.memory.peak_live_bytes < held.memory.peak_live_bytes
+    inputs = 32 * 2 * 2048 * 4096 * 2
+    inside = (held.memory.activations_bytes - inputs) / 32
+    assert inputs < again.memory.activations_bytes < inputs + 2 * inside + 3 * 2 * 2048 * 128256 * 4
+
+
 def test_no_optimizer_ends_after_the_backward():
     memory = of(optimizer=None).memory
     assert memory.optimizer_bytes == 0
@@ -69,7 +78,7 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab"),
         ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
-        ({"checkpointing": "full"}, "checkpointing='full' is not planned"),
+        ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full"),
         ({"precision": "autocast"}, "precision='autocast' is not planned"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd"),
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),
