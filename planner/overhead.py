@@ -16,7 +16,7 @@ and nothing is added for them."""
 WITH_CONTEXT = ("nvidia", "amd")
 
 
-def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool) -> Iterator[Row]:
+def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool, trains: bool = False) -> Iterator[Row]:
     """The device context, and what libraries hold outside or inside torch's allocator."""
     if gpu.vendor not in WITH_CONTEXT:
         return
@@ -43,6 +43,12 @@ def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool) -> Iterator[Row]:
             workspace_bytes(gpu),
             "32 MiB from sm_90 on, 8.125 MiB before: torch 2.13, CublasHandlePool.cpp",
         )
+        if trains:
+            yield row(
+                "cuBLAS workspace of the backward's thread",
+                workspace_bytes(gpu),
+                "a handle for each thread: torch 2.13, CublasHandlePool.cpp; not measured",
+            )
 
 
 def context_bytes(gpu: Gpu) -> int:

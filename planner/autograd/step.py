@@ -22,7 +22,7 @@ from planner.model import Model
 from planner.optimizers import OptimizerWriter
 from planner.optimizers import Part as TrainedPart
 from planner.parameters import layer_parameters
-from planner.program import Buffer, Program, Symbol, Tape
+from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
 
@@ -41,6 +41,10 @@ class StepWriter(Generic[Given]):
         self, model: Model, b: int, numbers: dict[Symbol, int], *, checkpointed: bool = False
     ) -> None:
         self.model, self.b, self.checkpointed = model, b, checkpointed
+        self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
+            Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
+            for name in ("hidden states", "gradient of hidden states")
+        )
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
@@ -100,6 +104,8 @@ class StepWriter(Generic[Given]):
                         carried[0] = self.aten.new("ones_like", "gradient of the loss", (), FLOAT32)
                         root = carried[0]
                     run_back(self.aten, graphs[part.label], carried)
+                    if carried and carried[0] is not None:
+                        carried[0].storage.known_as(self.hidden_gradient)
         with tape.segment("end of the backward"):
             del root
         tape.phase = "optimizer step"
@@ -165,6 +171,8 @@ class StepWriter(Generic[Given]):
                 out = self.loss(entered)
             else:
                 out = self._run_layer(part.layer_kind, entered[0])
+        if part.label != HEAD:
+            out.storage.known_as(self.hidden)
         carried.append(out.detach())
         return graph
 
