@@ -110,7 +110,7 @@ class OptimizerWriter:
 
     def _roots(self, part: Part, kernel: str) -> list[Buffer]:
         """One tensor for each parameter."""
-        known = self.kept.get(part.label) or [None] * len(part.sizes)
+        known: Sequence[Buffer | None] = self.kept.get(part.label) or [None] * len(part.sizes)
         return [
             self._new("root of second moment", kernel, size, into)
             for size, into in zip(part.sizes, known, strict=True)

@@ -149,6 +149,7 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
             on_click="ignore",
             icon=":material/download:",
         )
+    beside = with_traces(rows)
     lines = []
     for row in rows:
         record = found.records[row.record]
@@ -163,6 +164,7 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
                 measurements.workload(record),
                 charts.label(row.quantity),
                 charts.value(row.quantity, row.predicted),
+                charts.value(row.quantity, beside.get((row.record, row.quantity))),
                 charts.value(row.quantity, row.measured),
                 None if row.relative_error is None else 100 * row.relative_error,
                 row.record,
@@ -175,22 +177,40 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
             lines,
             columns=[
                 "device", "model", "runtime", "attention", "dtype", "phase",
-                "batch × (prompt + output)", "quantity", "predicted", "measured", "error",
-                "record", "measured on",
+                "batch × (prompt + output)", "quantity", "predicted", "traced", "measured",
+                "error", "record", "measured on",
             ],
         ),
         hide_index=True,
         column_order=[
-            "model", "phase", "quantity", "predicted", "measured", "error", "device", "runtime",
-            "attention", "dtype", "batch × (prompt + output)", "record", "measured on",
+            "model", "phase", "quantity", "predicted", *["traced"] * bool(beside), "measured",
+            "error", "device", "runtime", "attention", "dtype", "batch × (prompt + output)",
+            "record", "measured on",
         ],
         column_config={
             "predicted": right,
+            "traced": right,
             "measured": right,
             "error": st.column_config.NumberColumn(format="%+.2f %%"),
         },
         alt="Every measured quantity with its prediction and the signed error",
     )  # fmt: skip
+
+
+def with_traces(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """The same modules on fake tensors, if that is asked for."""
+    asked = st.toggle(
+        "Traced beside them",
+        key="traced",
+        bind="query-params",
+        help="Runs every module on fake tensors, without the device: a second or so each.",
+    )
+    if not asked:
+        return {}
+    traced, problems = measurements.traced(tuple(dict.fromkeys(row.record for row in rows)))
+    for problem in problems[:3]:
+        st.warning(problem)
+    return traced
 
 
 def unmeasured(found: measurements.Store) -> None:
