@@ -14,6 +14,7 @@ from planner.format import gib, seconds
 from planner.latency import Latency, latency, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
+from planner.parallel import Share
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
@@ -111,13 +112,15 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """The answer for one model, workload and deployment.
+    """The answer for one model, workload and deployment: of the GPU with the least room.
 
-    `peak` is the moment of the highest live memory and `peak_phase` the pass it lies in; `pool` is
-    vllm's, None elsewhere; `peak_note` says how far the peak can be trusted, if not to the byte.
+    `share` is what that GPU holds of the model. `peak` is the moment of the highest live memory and
+    `peak_phase` the pass it lies in; `pool` is vllm's, None elsewhere; `peak_note` says how far the
+    peak can be trusted, if not to the byte.
     """
 
     model: Model
+    share: Share
     work: Inference | Training
     deploy: Deployment
     setting: Setting
@@ -195,7 +198,7 @@ class Estimate:
         if isinstance(self.work, Training):
             return [training_phase(self.model, self.work, self.deploy, self.setting)]
         runtime = runtime_named(self.deploy.runtime)
-        return runtime.memory_phases(self.model, self.work, self.setting)
+        return runtime.memory_phases(self.share.model, self.work, self.setting)
 
     @property
     def verdict(self) -> str:
