@@ -44,18 +44,34 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """A pool of KV blocks: whole blocks, the tokens of one long sequence, and what was available.
+    """A pool of whole KV blocks out of what was available.
 
     `available_bytes` is negative where weights and the profile run alone need more than the budget.
-    `longest_blocks`: what one sequence of `longest_tokens` tokens may need of them.
+    A request has `groups` block tables, whose shortest block is one of `block_tokens`;
+    `longest_blocks`: what one sequence of `longest_tokens` tokens may need.
     """
 
-    size_bytes: int
-    tokens: int
     available_bytes: int
-    blocks: int
+    block_bytes: int
+    groups: int
+    block_tokens: int
     longest_blocks: int
     longest_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks."""
+        return max(0, self.available_bytes) // self.block_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the blocks."""
+        return self.blocks * self.block_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Of one sequence that keeps all of them: "GPU KV cache size"."""
+        return self.blocks // self.groups * self.block_tokens
 
     @property
     def concurrency(self) -> float:

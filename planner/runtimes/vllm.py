@@ -156,13 +156,12 @@ class Vllm:
         )
         if shared is None:
             return None
-        blocks = max(0, available) // shared.block_bytes
         longest = setting.longest_tokens or setting.block_tokens
         return Pool(
-            size_bytes=blocks * shared.block_bytes,
-            tokens=shared.tokens(blocks, longest_tokens=longest),
             available_bytes=available,
-            blocks=blocks,
+            block_bytes=shared.block_bytes,
+            groups=shared.groups,
+            block_tokens=shared.shortest_block(longest),
             longest_blocks=shared.longest_blocks(
                 longest, batched_tokens=setting.max_batched_tokens
             ),

@@ -72,8 +72,11 @@ class Layout:
         A state counts as a block of the longest sequence, `longest_tokens`
         (_report_kv_cache_config).
         """
-        shortest = min(kind.block_tokens or longest_tokens for kind in self.kinds)
-        return blocks // self.groups * shortest
+        return blocks // self.groups * self.shortest_block(longest_tokens)
+
+    def shortest_block(self, longest_tokens: int) -> int:
+        """Tokens of the shortest block of any kind."""
+        return min(kind.block_tokens or longest_tokens for kind in self.kinds)
 
     def longest_blocks(self, tokens: int, *, batched_tokens: int) -> int:
         """Block ids that one request of `tokens` tokens may need at once.
