@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.capacity import max_batch, max_context_tokens
+from planner.cli_explain_log import explain_log_command
 from planner.cli_layout import (
     Eager,
     MaxBatchedTokens,
@@ -281,6 +282,7 @@ def params_command(
 
 
 app.command("trace")(trace_command)
+app.command("explain-log")(explain_log_command)
 
 
 @app.command("profile")
