@@ -54,6 +54,7 @@ def explain_log(
         notes=tuple(notes),
         estimate=e,
         fits=fits,
+        gpu_known=setup.deploy is not None,
     )
 
 

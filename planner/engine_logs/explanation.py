@@ -55,7 +55,7 @@ class Explanation:
     """A log read, and laid beside an estimate where model and GPU are known.
 
     `fits`: whether one sequence of the longest length finds room by what was printed, else by the
-    plan; None where neither says.
+    plan; None where neither says. `gpu_known`: the log or its reader says which.
     """
 
     log: EngineLog
@@ -66,6 +66,7 @@ class Explanation:
     notes: tuple[str, ...]
     estimate: Estimate | None
     fits: bool | None
+    gpu_known: bool
 
     def explain(self) -> str:
         """In words, one line a quantity."""
