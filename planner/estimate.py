@@ -157,7 +157,11 @@ def _of_share(
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     part = share.model
     weights = _weight_rows(
-        part, runtime, setting.dtype, note="; ".join(filter(None, (weights_note, share.in_words)))
+        part,
+        runtime,
+        setting.dtype,
+        note="; ".join(filter(None, (weights_note, share.in_words))),
+        capability=setting.capability,
     )
     kv = runtime.cache_rows(
         share.whole,
@@ -264,6 +268,7 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
         mode=deploy.mode,
         workspace_bytes=workspace_bytes(gpu),
         l2_bytes=gpu.l2_bytes or 0,
+        capability=gpu.compute_capability,
         longest_tokens=longest,
         tensor_parallel=deploy.tensor_parallel,
         pipeline_parallel=deploy.pipeline_parallel,
@@ -328,7 +333,9 @@ def _block_tokens(deploy: Deployment) -> int:
     return paged
 
 
-def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
+def _weight_rows(
+    model: Model, runtime: Runtime, dtype: str, *, note: str, capability: str | None = None
+) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
     rows: Iterable[Row]
     match model.quantization:
@@ -338,7 +345,9 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> li
             rows = _gguf_rows(held)
         case _:
             rows = _stored_rows(model, dtype)
-    return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
+            if note:
+                rows = [replace(row, note=f"{row.note}; {note}") for row in rows]
+    return [*rows, *runtime.buffer_rows(model, dtype=dtype, capability=capability)]
 
 
 def _gguf_rows(held: tuple[tuple[str, int, int], ...]) -> Iterator[Row]:

@@ -123,7 +123,7 @@ class Attnlab:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """A float32 table of rotary frequencies; another where sliding layers have their own."""
         if not isinstance(model.positions, RoPE):
             return []

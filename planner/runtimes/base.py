@@ -32,6 +32,7 @@ class Setting:
     mode: str = "graph"
     workspace_bytes: int = 0  # cuBLAS's
     l2_bytes: int = 0
+    capability: str | None = None
     longest_tokens: int | None = None  # of one sequence: max_model_tokens, else the positions
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -150,8 +151,8 @@ class Runtime(Protocol):
     def cache_note(self, setting: Setting) -> str:
         """What has to be said of the peak for its cache's sake; empty where nothing has to."""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Tensors of the module that are not parameters."""
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
+        """Tensors of the module that are not parameters, on a device of this capability."""
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The passes among which the peak lies."""

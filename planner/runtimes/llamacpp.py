@@ -132,7 +132,7 @@ class LlamaCpp:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """None: rotations are computed from the positions."""
         return []
 

@@ -218,7 +218,7 @@ class Transformers:
             return ""
         return scratch_note(quantised_cache(setting.cache, setting.kv_dtype), device=setting.device)
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Rotary tables, gemma's embedding scale, the routers' correction bias, causal masks.
 
         In the dtype that `from_config(dtype=…)` gives them.

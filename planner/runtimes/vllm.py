@@ -25,10 +25,12 @@ from planner.runtimes.base import (
 )
 from planner.runtimes.vllm_buffers import buffer_rows
 from planner.runtimes.vllm_cache import VERSION, held_rows
+from planner.runtimes.vllm_experts import padding_rows, workspace_elements
 from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
 from planner.runtimes.vllm_overhead import growth_bytes
 from planner.runtimes.vllm_program import ProfileRun, vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
+from planner.runtimes.vllm_vision import kept_images
 from planner.workload import CacheSpec, Inference
 
 
@@ -118,9 +120,9 @@ class Vllm:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Scales of attention layers, rotary tables."""
-        return buffer_rows(model, dtype=dtype)
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
+        """Scales of attention layers, rotary tables, what pads experts."""
+        return [*buffer_rows(model, dtype=dtype), *padding_rows(model, capability)]
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
@@ -132,8 +134,10 @@ class Vllm:
             workspace_bytes=setting.workspace_bytes,
             flush_bytes=setting.l2_bytes,
             compiled=setting.mode == "graph",
+            experts_elements=workspace_elements(model, setting.capability),
             gpus=setting.tensor_parallel,
             later_stage=model.first_layer > 0,
+            kept=kept_images(model, batched_tokens=tokens, dtype=setting.dtype),
         )
         program = vllm_program(model, setting.dtype, setting.kv_dtype, profiled)
         dims = Dims(batch=1, tokens=tokens, context=tokens)

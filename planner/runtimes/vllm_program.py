@@ -34,8 +34,9 @@ class ProfileRun:
 
     Logits of `rows` sequences; `sorters` rows of top-k, one for each program of its kernel. torch
     allocates `workspace_bytes` for cuBLAS; compiled, `flush_bytes` each time a kernel is tuned, to
-    empty the L2 cache. `gpus` share the layers and gather the logits. `later_stage`: the hidden
-    states come from another stage, into buffers that stay.
+    empty the L2 cache. Experts' kernels keep `experts_elements` for each token. `gpus` share the
+    layers and gather the logits. `later_stage`: the hidden states come from another stage, into
+    buffers that stay. `kept`: what else stays, by name and bytes.
     """
 
     rows: int
@@ -43,8 +44,10 @@ class ProfileRun:
     workspace_bytes: int
     flush_bytes: int
     compiled: bool
+    experts_elements: int
     gpus: int
     later_stage: bool
+    kept: tuple[tuple[str, int], ...] = ()
 
 
 @lru_cache(maxsize=128)
@@ -92,16 +95,14 @@ class _Pass(Writer):
         tape, h = self.tape, self.model.hidden_size
         if profiled.workspace_bytes:
             tape.new("cuBLAS workspace", (profiled.workspace_bytes,), 1)
+        for name, size in profiled.kept:
+            tape.new(name, (size,), 1)
         if profiled.later_stage:
             for name in ("hidden states", "residual"):
                 tape.new(f"{name} of the stage before", (B, T, h), self.b)
-        size = max((_experts_workspace(x, h) for x in self._mixtures()), default=0)
-        if size:
-            self.experts = (tape.new("experts' workspace", (B, T, size), self.b),)
-
-    def _mixtures(self) -> list[MoE]:
-        kinds = self.model.layer_kinds()
-        return [kind.feed_forward for kind in kinds if isinstance(kind.feed_forward, MoE)]
+        if profiled.experts_elements:
+            shape = (B, T, profiled.experts_elements)
+            self.experts = (tape.new("experts' workspace", shape, self.b),)
 
     def _layer(self, layer: Layer, residual: Buffer) -> None:
         tape, b, h = self.tape, self.b, self.model.hidden_size
@@ -204,15 +205,3 @@ class _Pass(Writer):
         if moe.shared is not None:
             tape.free(self._dense(moe.shared, x))
         return out
-
-
-def _experts_workspace(moe: MoE, hidden_size: int) -> int:
-    """Elements for each token that the experts' kernels share and keep.
-
-    k · (max(i, h) + max(N, h)), N = 2 · i where they are gated.
-    TritonExperts.workspace_shapes (layers/fused_moe/fused_moe.py), one allocation for both
-    (v1/worker/workspace.py).
-    """
-    k, i, width = moe.num_experts_per_tok, moe.moe_intermediate_size, moe.latent_size or hidden_size
-    first = 2 * i if moe.gated else i
-    return k * (max(i, width) + max(first, width))
