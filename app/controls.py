@@ -44,6 +44,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": (AS_MODEL, *KV_DTYPES),
     "kv_backend": CACHE_BACKENDS,
     "logits": ("last", "all"),
+    "tp": tuple(str(2**i) for i in range(6)),
+    "pp": tuple(str(i) for i in range(1, 9)),
 }
 """What a word in the URL may be."""
 
@@ -57,6 +59,8 @@ START = {
     "kv_group": DEFAULT_GROUP_SIZE,
     "kv_residual": DEFAULT_RESIDUAL_TOKENS,
     "logits": "last",
+    "tp": "1",
+    "pp": "1",
     "batch": 8,
     "prompt": 2048,
     "output": 256,
@@ -160,13 +164,26 @@ def _deployment() -> planner.Deployment:
     with right:
         kept = kv_dtypes({"runtime": named})
         kv_dtype = _select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
+    tensor_parallel, pipeline_parallel = _layout() if named == "vllm" else (1, 1)
     return planner.Deployment(
         gpu=gpu.name,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
         runtime=named,
         dtype=None if dtype == AS_MODEL else dtype,
         kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
         cache=_cache(kv_dtype) if named == "transformers" else None,
     )
+
+
+def _layout() -> tuple[int, int]:
+    """GPUs that share each layer, and stages of layers."""
+    left, right = st.columns(2)
+    with left:
+        tensor_parallel = _select("Tensor parallel", "tp", help="GPUs that share each layer.")
+    with right:
+        pipeline_parallel = _select("Pipeline stages", "pp", help="Runs of layers, each its GPUs.")
+    return int(tensor_parallel), int(pipeline_parallel)
 
 
 def _cache(kv_dtype: str) -> planner.CacheSpec | None:

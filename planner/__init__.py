@@ -7,6 +7,8 @@ from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus
 from planner.checkpoint import Checkpoint as Checkpoint
 from planner.checkpoint import read_checkpoint as read_checkpoint
+from planner.engine_logs import Explanation as Explanation
+from planner.engine_logs import explain_log as explain_log
 from planner.errors import ConfigError as ConfigError
 from planner.estimate import estimate as estimate
 from planner.estimate import kv_cache_bytes as kv_cache_bytes

@@ -15,6 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.capacity import max_batch, max_context_tokens
+from planner.cli_explain_log import explain_log_command
+from planner.cli_layout import (
+    Eager,
+    MaxBatchedTokens,
+    MaxModelTokens,
+    MaxSequences,
+    PipelineParallel,
+    TensorParallel,
+    Utilization,
+)
 from planner.cli_trace import trace_command
 from planner.errors import ConfigError
 from planner.estimate import estimate
@@ -105,6 +115,13 @@ def estimate_command(
     cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    utilization: Utilization = 0.9,
+    max_model_len: MaxModelTokens = None,
+    max_batched: MaxBatchedTokens = None,
+    max_seqs: MaxSequences = None,
+    eager: Eager = False,
     train: Train = False,
     sequence: SequenceTokens = 1024,
     optimizer: OptimizerName = "adamw",
@@ -134,6 +151,13 @@ def estimate_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        memory_utilization=utilization,
+        max_model_tokens=max_model_len,
+        max_batched_tokens=max_batched,
+        max_sequences=max_seqs,
+        mode="eager" if eager else "graph",
     )
     result: Estimate | TracedEstimate
     if traced:
@@ -166,6 +190,13 @@ def fit_command(
     cache: Cache = None,
     attention: Attention = None,
     logits: Logits = "all",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    utilization: Utilization = 0.9,
+    max_model_len: MaxModelTokens = None,
+    max_batched: MaxBatchedTokens = None,
+    max_seqs: MaxSequences = None,
+    eager: Eager = False,
     as_json: AsJson = False,
 ) -> None:
     """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
@@ -178,6 +209,13 @@ def fit_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        memory_utilization=utilization,
+        max_model_tokens=max_model_len,
+        max_batched_tokens=max_batched,
+        max_sequences=max_seqs,
+        mode="eager" if eager else "graph",
     )
     described = load_model(model)
     result = estimate(described, work, deploy)
@@ -244,6 +282,7 @@ def params_command(
 
 
 app.command("trace")(trace_command)
+app.command("explain-log")(explain_log_command)
 
 
 @app.command("profile")

@@ -15,6 +15,7 @@ from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, context_bytes, overhead_rows, workspace_bytes
+from planner.parallel import Share
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.gguf import Gguf
@@ -26,8 +27,9 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.transformers import is_quantised
-from planner.runtimes.vllm import batch_defaults
+from planner.runtimes.vllm import batch_limits
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
+from planner.runtimes.vllm_overhead import outside_rows
 from planner.training import gradient_rows, training_phase, unfinished_row
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -116,10 +118,53 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
             "(kv_cache_bytes counts both)"
         )
 
-    unpacked = "" if model is checkpoint else _unpacked_note(checkpoint, gpu)
-    weights = _weight_rows(model, runtime, setting.dtype, note=unpacked)
+    note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
+    built = [
+        _of_share(
+            share,
+            model,
+            work,
+            deploy,
+            setting,
+            cache=cache,
+            weights_note="" if model is checkpoint else _unpacked_note(checkpoint, gpu),
+            peak_note=note,
+        )
+        for share in runtime.shares(model, deploy.tensor_parallel, deploy.pipeline_parallel)
+    ]
+    return min(built, key=_room)
+
+
+def _room(estimate: Estimate) -> tuple[int, int]:
+    """What a GPU has left, to find the worst: blocks of a pool, else memory."""
+    pool = estimate.pool
+    free = estimate.gpu.memory_bytes - estimate.memory.total_bytes
+    return (MAX_SIZE, free) if pool is None else (pool.blocks, pool.available_bytes)
+
+
+def _of_share(
+    share: Share,
+    model: Model,
+    work: Inference,
+    deploy: Deployment,
+    setting: Setting,
+    *,
+    cache: CacheSpec | None,
+    weights_note: str,
+    peak_note: str,
+) -> Estimate:
+    """The estimate of one GPU, which holds `share` of `model`."""
+    runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
+    part = share.model
+    weights = _weight_rows(
+        part,
+        runtime,
+        setting.dtype,
+        note="; ".join(filter(None, (weights_note, share.in_words))),
+        capability=setting.capability,
+    )
     kv = runtime.cache_rows(
-        model,
+        share.whole,
         batch=work.batch,
         context_tokens=work.context_tokens,
         dtype=setting.kv_dtype,
@@ -127,15 +172,17 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         encoder_tokens=_encoder_tokens(model, work.encoder_tokens, work.prompt_tokens),
         compute_dtype=setting.dtype,
         decoded_tokens=work.output_tokens - 1,
+        blocks=share.blocks,
     )
-    phases = runtime.memory_phases(model, work, setting)
+    phases = runtime.memory_phases(part, work, setting)
     phase = max(phases, key=lambda phase: peak_bytes(phase.program, phase.dims))
     highest = peak(phase.program, phase.dims)
     kv_bytes = total_bytes(kv)
-    pooled, apart = runtime.pooled, runtime.pooled or not runtime.on_torch
-    note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
-    activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
-    overhead = list(overhead_rows(gpu, pooled=pooled, on_torch=runtime.on_torch))
+    apart = runtime.pooled or not runtime.on_torch
+    activations = list(_activation_rows(highest, phase, kv_bytes, note=peak_note, apart=apart))
+    overhead = list(overhead_rows(gpu, workspace=runtime.on_torch and not runtime.pooled))
+    if runtime.pooled:
+        overhead += outside_rows(share, setting, gpu)
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
     outside = total_bytes(rows, "overhead")
@@ -143,8 +190,9 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         outside -= workspace_bytes(gpu)
     memory = _memory(rows, highest, torch, outside=outside, apart=apart)
     pool = runtime.pool(
-        model,
+        share,
         setting,
+        gpu,
         budget_bytes=int(gpu.memory_bytes * deploy.memory_utilization),
         held_bytes=memory.weights_bytes + memory.activations_bytes,
     )
@@ -152,6 +200,7 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         memory = replace(memory, unused_pool_bytes=max(0, pool.size_bytes - kv_bytes))
     return Estimate(
         model=model,
+        share=share,
         work=work,
         deploy=deploy,
         setting=setting,
@@ -161,7 +210,7 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
         peak_phase=phase.name,
         rows=rows,
         pool=pool,
-        peak_note=note,
+        peak_note=peak_note,
     )
 
 
@@ -179,7 +228,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
-        *overhead_rows(gpu, pooled=False, on_torch=True, trains=True),
+        *overhead_rows(gpu, workspace=True, trains=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes)
@@ -194,6 +243,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         )
     return Estimate(
         model=model,
+        share=Share(model=model, whole=model),
         work=work,
         deploy=deploy,
         setting=setting,
@@ -209,18 +259,31 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
 
 def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
     dtype = deploy.dtype or model.dtype
-    batched, sequences = batch_defaults(gpu)
+    longest = deploy.max_model_tokens or model.max_position_embeddings
+    batched, sequences = batch_limits(
+        gpu,
+        longest_tokens=longest,
+        max_batched_tokens=deploy.max_batched_tokens,
+        max_sequences=deploy.max_sequences,
+    )
     quantised = deploy.cache is not None and deploy.cache.kind == "quantised"
     return Setting(
         attention=runtime.attention(model, deploy.attention),
         dtype=dtype,
         kv_dtype=deploy.kv_dtype or (DEFAULT_DTYPE if quantised else dtype),
         device="cpu" if gpu.is_cpu else "cuda",
-        max_batched_tokens=deploy.max_batched_tokens or batched,
-        max_sequences=deploy.max_sequences or sequences,
+        max_batched_tokens=batched,
+        max_sequences=sequences,
         multiprocessors=gpu.multiprocessors or 0,
         block_tokens=_block_tokens(deploy),
         cache=deploy.cache,
+        mode=deploy.mode,
+        workspace_bytes=workspace_bytes(gpu),
+        l2_bytes=gpu.l2_bytes or 0,
+        capability=gpu.compute_capability,
+        longest_tokens=longest,
+        tensor_parallel=deploy.tensor_parallel,
+        pipeline_parallel=deploy.pipeline_parallel,
     )
 
 
@@ -282,7 +345,9 @@ def _block_tokens(deploy: Deployment) -> int:
     return paged
 
 
-def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> list[Row]:
+def _weight_rows(
+    model: Model, runtime: Runtime, dtype: str, *, note: str, capability: str | None = None
+) -> list[Row]:
     """One row for each group of parameters, then the runtime's buffers."""
     rows: Iterable[Row]
     match model.quantization:
@@ -292,7 +357,9 @@ def _weight_rows(model: Model, runtime: Runtime, dtype: str, *, note: str) -> li
             rows = _gguf_rows(held)
         case _:
             rows = _stored_rows(model, dtype)
-    return [*rows, *runtime.buffer_rows(model, dtype=dtype)]
+            if note:
+                rows = [replace(row, note=f"{row.note}; {note}") for row in rows]
+    return [*rows, *runtime.buffer_rows(model, dtype=dtype, capability=capability)]
 
 
 def _gguf_rows(held: tuple[tuple[str, int, int], ...]) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims
+from planner.program import Dims, Program
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
@@ -18,6 +19,8 @@ from planner.workload import Deployment, Inference, Training
 
 MAX_DECODE_POINTS = 64
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
+
+BASIS = "uncalibrated roofline"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +36,31 @@ class Latency:
     output_tokens_per_s: float | None = None
     step_s: float | None = None
     trained_tokens_per_s: float | None = None
-    basis: str = "uncalibrated roofline"
+    basis: str = BASIS
 
 
 @lru_cache(maxsize=256)
 def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
-    """One prefill of the prompt, then output_tokens − 1 steps, each over one token more."""
+    """One prefill of the prompt, then output_tokens − 1 steps, each over one token more.
+
+    A pass goes through pipeline stages one after the other, each GPU with its share.
+    """
     rules = runtime_named(runtime)
     prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
-    first = pass_cost(rules.prefill(model, work, setting), prompt, gpu, dtype=setting.dtype)
-    ttft_s = float(first.time_s)
+    stages = [
+        share.model
+        for share in rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
+    ]
+
+    def seconds(program: Callable[..., Program], dims: Dims) -> float:
+        """A pass through all stages, one after the other; the mean over contexts."""
+        costs = (
+            pass_cost(program(stage, work, setting), dims, gpu, dtype=setting.dtype)
+            for stage in stages
+        )
+        return float(np.mean(sum(cost.time_s for cost in costs)))
+
+    ttft_s = seconds(rules.prefill, prompt)
     steps = work.output_tokens - 1
     tpot_s = None
     if steps:
@@ -50,13 +68,13 @@ def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: 
             work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS)
         )
         dims = Dims(batch=float(work.batch), tokens=1.0, context=contexts)
-        step = pass_cost(rules.decode(model, work, setting), dims, gpu, dtype=setting.dtype)
-        tpot_s = float(np.mean(step.time_s))
+        tpot_s = seconds(rules.decode, dims)
     total_s = ttft_s + steps * (tpot_s or 0.0)
     return Latency(
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         output_tokens_per_s=work.batch * work.output_tokens / total_s,
+        basis=BASIS if setting.is_one_gpu else f"{BASIS}, without communication",
     )
 
 

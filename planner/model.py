@@ -63,6 +63,9 @@ class Model:
     inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache.
     `encoder_tokens`: the encoder's length where the model fixes it (whisper). A `vocab_size` of 0:
     no token embedding (vision); `max_position_embeddings` None: positions without an end.
+    What one of several GPUs holds of a model is a Model too (`parallel.py`): `first_layer` is the
+    index of its first block in the whole, `token_embedding=False` a pipeline stage without one,
+    `embedding_rows` the rows of embedding and head where they are not vocab_size: a share, padded.
     `defaults` are the config fields that were absent and took their class's default; `config_json`
     is the config it was read from.
     """
@@ -93,6 +96,9 @@ class Model:
     text_type: str = ""
     is_decoder: bool = True
     encoder_tokens: int | None = None
+    first_layer: int = 0
+    token_embedding: bool = True
+    embedding_rows: int | None = None
     defaults: tuple[str, ...] = ()
     quantization: Quantization | None = None
     config_json: str = field(default="{}", repr=False, compare=False)
@@ -116,7 +122,7 @@ class Model:
 
     def layer_groups(self) -> Iterator[tuple[int, int, Layer]]:
         """Runs of equal neighbouring blocks: (index of the first, how many, the block)."""
-        start = 0
+        start = self.first_layer
         for layer, run in groupby(self.layers):
             count = sum(1 for _ in run)
             yield start, count, layer
@@ -132,15 +138,17 @@ class Model:
 
     def _outer_parameters(self) -> Iterator[Parameter]:
         """Embeddings, last norm and head: what stands outside the blocks, tied weights once."""
-        V, h = self.vocab_size, self.hidden_size
+        V, h = self.embedding_rows or self.vocab_size, self.hidden_size
         width = self.embedding_size or h
-        if V:
+        if V and self.token_embedding:
             yield tensor("embed_tokens.weight", V, width, group="embedding")
         if self.embedding_norm is not None:
             yield from norm_parameters(self.embedding_norm, "embed_norm", width)
-        if isinstance(self.positions, LearnedPositions) and self.max_position_embeddings:
-            rows = self.max_position_embeddings + self.positions.offset
-            yield tensor("embed_positions.weight", rows, h, group="embedding")
+        match self.positions:
+            case LearnedPositions(offset=offset) if self.token_embedding:
+                rows = (self.max_position_embeddings or -offset) + offset
+                if rows:
+                    yield tensor("embed_positions.weight", rows, h, group="embedding")
         if self.final_norm is not None:
             yield from norm_parameters(self.final_norm, "norm", h)
         if self.embedding_size is not None:
@@ -163,7 +171,7 @@ class Model:
 
     def _own_parameters(self) -> Iterator[Parameter]:
         yield from self._outer_parameters()
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self.first_layer):
             for p in layer_parameters(layer, self.hidden_size):
                 yield replace(p, name=f"layers.{index}.{p.name}", layer=index)
 

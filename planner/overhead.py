@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from planner.catalog.gpus import Gpu
 from planner.ledger import Row
-from planner.runtimes.vllm import NON_TORCH_BYTES
 
 CONTEXT_BYTES = int(0.51 * 2**30)
 """A CUDA context before any tensor: 0.51 GiB in 42 of 42 single-GPU vLLM 0.19 start-up logs on
@@ -16,8 +15,8 @@ and nothing is added for them."""
 WITH_CONTEXT = ("nvidia", "amd")
 
 
-def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool, trains: bool = False) -> Iterator[Row]:
-    """The device context, and what libraries hold outside or inside torch's allocator."""
+def overhead_rows(gpu: Gpu, *, workspace: bool, trains: bool = False) -> Iterator[Row]:
+    """The device context, and the workspace that cuBLAS has torch allocate."""
     if gpu.vendor not in WITH_CONTEXT:
         return
 
@@ -35,9 +34,7 @@ def overhead_rows(gpu: Gpu, *, pooled: bool, on_torch: bool, trains: bool = Fals
     yield row(
         "device context", CONTEXT_BYTES, "42 vLLM 0.19 start-up logs on H100; not measured here"
     )
-    if pooled:
-        yield row("outside torch", NON_TORCH_BYTES, "18 vLLM 0.19 start-up logs on H100, median")
-    elif on_torch:
+    if workspace:
         yield row(
             "cuBLAS workspace",
             workspace_bytes(gpu),

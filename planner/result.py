@@ -14,6 +14,7 @@ from planner.format import gib, seconds
 from planner.latency import Latency, latency, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
+from planner.parallel import Share
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
@@ -111,13 +112,15 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """The answer for one model, workload and deployment.
+    """The answer for one model, workload and deployment: of the GPU with the least room.
 
-    `peak` is the moment of the highest live memory and `peak_phase` the pass it lies in; `pool` is
-    vllm's, None elsewhere; `peak_note` says how far the peak can be trusted, if not to the byte.
+    `share` is what that GPU holds of the model. `peak` is the moment of the highest live memory and
+    `peak_phase` the pass it lies in; `pool` is vllm's, None elsewhere; `peak_note` says how far the
+    peak can be trusted, if not to the byte.
     """
 
     model: Model
+    share: Share
     work: Inference | Training
     deploy: Deployment
     setting: Setting
@@ -138,6 +141,15 @@ class Estimate:
     def kv_pool_tokens(self) -> int | None:
         """Tokens of one long sequence that the pool holds; None in runtimes without one."""
         return None if self.pool is None else self.pool.tokens
+
+    @property
+    def max_concurrency(self) -> float | None:
+        """Sequences of the longest length that vllm's pool holds at once; None without a pool.
+
+        The longest is `max_model_tokens`, else the model's positions; vLLM prints it as "Maximum
+        concurrency".
+        """
+        return None if self.pool is None else self.pool.concurrency
 
     @property
     def latency(self) -> Latency:
@@ -195,7 +207,7 @@ class Estimate:
         if isinstance(self.work, Training):
             return [training_phase(self.model, self.work, self.deploy, self.setting)]
         runtime = runtime_named(self.deploy.runtime)
-        return runtime.memory_phases(self.model, self.work, self.setting)
+        return runtime.memory_phases(self.share.model, self.work, self.setting)
 
     @property
     def verdict(self) -> str:
@@ -228,6 +240,11 @@ class Estimate:
             "fits": self.fits,
             "kv_pool_bytes": self.kv_pool_bytes,
             "kv_pool_tokens": self.kv_pool_tokens,
+            "kv_pool_blocks": None if self.pool is None else self.pool.blocks,
+            "max_concurrency": self.max_concurrency,
+            "tensor_parallel": self.deploy.tensor_parallel,
+            "pipeline_parallel": self.deploy.pipeline_parallel,
+            "stage": self.share.stage,
             "latency": asdict(self.latency),
             "peak": {
                 "note": self.peak_note,
@@ -283,12 +300,14 @@ def verdict(estimate: Estimate) -> str:
 
 def explain(estimate: Estimate) -> str:
     """The parts, each with its largest items and what causes the peak."""
-    e, m = estimate, estimate.memory
+    e, m, n = estimate, estimate.memory, estimate.deploy.world_size
     lines = [
-        f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}: {e.work.in_words}, "
+        f"{e.model.name} in {e.deploy.runtime} on {f'{n} × ' if n > 1 else ''}{e.gpu.label}: "
+        f"{e.work.in_words}, "
         f"{e.setting.dtype}, {e.setting.attention} attention"
         + (f", {e.work.logits} logits" if isinstance(e.work, Inference) else ""),
         verdict(e),
+        *([f"  counted is the fullest of {n} GPUs: {e.share.in_words}"] if n > 1 else []),
         f"  total        {gib(m.total_bytes):>12}  of {gib(e.gpu.memory_bytes)}",
     ]
     for component, size in (
@@ -312,8 +331,11 @@ def explain(estimate: Estimate) -> str:
             f"  torch reserves {gib(m.peak_reserved_bytes)} for {gib(m.peak_allocated_bytes)} "
             f"({e.reserved_note})"
         )
-    if e.kv_pool_tokens is not None and e.kv_pool_bytes is not None:
-        lines.append(f"  KV pool: {gib(e.kv_pool_bytes)}, {e.kv_pool_tokens:,} tokens")
+    if e.pool is not None:
+        lines.append(
+            f"  KV pool: {gib(e.pool.size_bytes)}, {e.pool.blocks:,} blocks, {e.pool.tokens:,} "
+            f"tokens; {e.pool.concurrency:.2f} sequences of {e.pool.longest_tokens:,} at once"
+        )
     lines.append(f"  {speed(e.latency)}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")

@@ -115,6 +115,8 @@ class Inference:
         )
 
 
+MAX_GPUS = 65_536
+
 OPTIMIZERS = ("adamw", "sgd")
 """torch's, with the arguments that they have by default: sgd has no momentum."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
@@ -171,9 +173,10 @@ class Deployment:
     `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
     transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
-    cache keeps what is computed (transformers), another dtype takes a quantised one. Parallel
-    layouts are refused until they are planned. The last five are vllm's: of the memory it takes
-    `memory_utilization`, of a sequence at most `max_model_tokens`.
+    cache keeps what is computed (transformers), another dtype takes a quantised one. `gpus` are
+    those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that), which vllm
+    alone plans yet. The last five are vllm's: of the memory it takes `memory_utilization`, of a
+    sequence at most `max_model_tokens`.
     """
 
     gpu: str
@@ -203,11 +206,7 @@ class Deployment:
         check_choice("mode", self.mode, ("graph", "eager"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")
-        for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
-            if check_size(field, getattr(self, field)) != 1:
-                raise ConfigError(
-                    f"{field}={getattr(self, field)!r} is not planned yet: 1 (one GPU)"
-                )
+        self._check_layout()
         check_size("block_tokens", self.block_tokens)
         for field in ("max_batched_tokens", "max_sequences", "max_model_tokens"):
             if getattr(self, field) is not None:
@@ -217,4 +216,24 @@ class Deployment:
         if not known or not 0 < utilization <= 1:
             raise ConfigError(
                 f"memory_utilization={utilization!r} is not allowed: above 0, at most 1"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """GPUs that one copy of the model is spread over."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    def _check_layout(self) -> None:
+        for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
+            check_size(field, getattr(self, field), maximum=MAX_GPUS)
+        for field in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, field) != 1 and self.runtime != "vllm":
+                raise ConfigError(
+                    f"{field}={getattr(self, field)} is not planned yet for runtime="
+                    f"{self.runtime}: 1 (one GPU), or runtime=vllm"
+                )
+        if self.gpus not in (1, self.world_size):
+            raise ConfigError(
+                f"gpus={self.gpus} is not planned yet: tensor_parallel · pipeline_parallel = "
+                f"{self.world_size}, no copies of the model"
             )

@@ -164,4 +164,4 @@ def _rows(
         peak_bytes - kv_bytes,
         f"{where}; fake tensors, the kernels of a CPU",
     )
-    yield from overhead_rows(gpu, pooled=False, on_torch=True)
+    yield from overhead_rows(gpu, workspace=True)

@@ -9,6 +9,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 import planner
 from app import charts, controls, measurements
+from app.engine_log import pasted_log
 from planner.format import gib, percent, seconds
 from planner.report import csv_text
 from planner.runtimes import runtime_named
@@ -21,7 +22,8 @@ def limit(number: int) -> str:
 
 def head(e: planner.Estimate) -> None:
     """Which plan this is, and the verdict."""
-    st.header(f"{e.model.name} on {e.gpu.label}")
+    n = e.deploy.world_size
+    st.header(f"{e.model.name} on {f'{n} × ' if n > 1 else ''}{e.gpu.label}")
     runtime = runtime_named(e.deploy.runtime)
     st.caption(
         f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}, "
@@ -32,6 +34,8 @@ def head(e: planner.Estimate) -> None:
         st.success(e.verdict, icon=":material/check_circle:")
     else:
         st.error(e.verdict, icon=":material/cancel:")
+    if n > 1:
+        st.caption(f"All memory is that of one GPU, the fullest: {e.share.in_words}.")
     st.caption(trust(e))
 
 
@@ -78,6 +82,9 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
         if e.kv_pool_bytes is not None and e.kv_pool_tokens is not None:
             card("KV pool", gib(e.kv_pool_bytes), f"{e.kv_pool_bytes:,} bytes")
             card("KV pool, tokens", f"{e.kv_pool_tokens:,}", "What the pool holds of this model")
+            if e.max_concurrency is not None and e.pool is not None:
+                longest = f"Sequences of {e.pool.longest_tokens:,} tokens that it holds"
+                card("At once", f"{e.max_concurrency:,.1f}", longest)
         card("TTFT", seconds(e.latency.ttft_s), "Time to the first token")
         card(
             "TPOT",
@@ -207,6 +214,7 @@ st.plotly_chart(
 )
 peak(estimate)
 ledger(estimate)
+pasted_log(estimate)
 
 with longest:  # dozens of estimates: the page stands before they are done
     answer(

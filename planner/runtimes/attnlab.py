@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
+from planner.parallel import Share
 from planner.program import Dims, Program
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
@@ -16,6 +18,7 @@ from planner.runtimes.base import (
     check_cache_kind,
     check_kv_dtype,
     choose_attention,
+    one_share,
     static_capacity,
     unplanned_part,
     whole,
@@ -64,6 +67,7 @@ class Attnlab:
         encoder_tokens: int,
         compute_dtype: str,
         decoded_tokens: int,
+        blocks: tuple[int, int] | None = None,
     ) -> list[Row]:
         """Keys and values of the whole capacity (dynamic: of the context), by kind of cache.
 
@@ -105,6 +109,12 @@ class Attnlab:
         """All of it: one GPU."""
         return whole(self.name, model, tensor_parallel)
 
+    def shares(
+        self, model: Model, tensor_parallel: int, pipeline_parallel: int
+    ) -> tuple[Share, ...]:
+        """All of it: one GPU."""
+        return one_share(self.name, model, tensor_parallel, pipeline_parallel)
+
     def peak_note(self, model: Model) -> str:
         """Nothing: the program is exact for all that attnlab runs."""
         return ""
@@ -113,7 +123,7 @@ class Attnlab:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """A float32 table of rotary frequencies; another where sliding layers have their own."""
         if not isinstance(model.positions, RoPE):
             return []
@@ -154,7 +164,7 @@ class Attnlab:
         return phases
 
     def pool(
-        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+        self, share: Share, setting: Setting, gpu: Gpu, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
         """None: the cache is allocated as needed."""
         return None

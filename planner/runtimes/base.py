@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, shown
 from planner.layers import GQA, MLA, ALiBi, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.model import Model
+from planner.parallel import Share
 from planner.program import Dims, Program
 from planner.workload import CacheSpec, Inference
 
@@ -27,18 +29,55 @@ class Setting:
     multiprocessors: int
     block_tokens: int
     cache: CacheSpec | None = None
+    mode: str = "graph"
+    workspace_bytes: int = 0  # cuBLAS's
+    l2_bytes: int = 0
+    capability: str | None = None
+    longest_tokens: int | None = None  # of one sequence: max_model_tokens, else the positions
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    @property
+    def is_one_gpu(self) -> bool:
+        """Whether nothing is shared out."""
+        return self.tensor_parallel == self.pipeline_parallel == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """A pool of KV blocks: whole blocks, the tokens of one long sequence, and what was available.
+    """A pool of whole KV blocks out of what was available.
 
     `available_bytes` is negative where weights and the profile run alone need more than the budget.
+    A request has `groups` block tables, whose shortest block is one of `block_tokens`;
+    `longest_blocks`: what one sequence of `longest_tokens` tokens may need.
     """
 
-    size_bytes: int
-    tokens: int
     available_bytes: int
+    block_bytes: int
+    groups: int
+    block_tokens: int
+    longest_blocks: int
+    longest_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks."""
+        return max(0, self.available_bytes) // self.block_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the blocks."""
+        return self.blocks * self.block_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Of one sequence that keeps all of them: "GPU KV cache size"."""
+        return self.blocks // self.groups * self.block_tokens
+
+    @property
+    def concurrency(self) -> float:
+        """How many sequences of `longest_tokens` tokens it holds at once."""
+        return self.blocks / self.longest_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,16 +127,23 @@ class Runtime(Protocol):
         encoder_tokens: int,
         compute_dtype: str,
         decoded_tokens: int,
+        blocks: tuple[int, int] | None = None,
     ) -> list[Row]:
         """The cache after `context_tokens` tokens of each of `batch` sequences.
 
         `dtype`: what keys and values are kept in, `compute_dtype`: what they are computed in.
         `encoder_tokens`: what cross-attention sees, where a model has it. `decoded_tokens`: how
-        many of the context came one at a time, after the prefill.
+        many of the context came one at a time, after the prefill. `blocks`: the first block of a
+        pipeline stage and the one after its last; None: all of them.
         """
 
     def rank(self, model: Model, tensor_parallel: int) -> Model:
         """The part of `model` whose cache one of `tensor_parallel` GPUs keeps; else ConfigError."""
+
+    def shares(
+        self, model: Model, tensor_parallel: int, pipeline_parallel: int
+    ) -> tuple[Share, ...]:
+        """One GPU of each pipeline stage; ConfigError for a layout that it does not run."""
 
     def peak_note(self, model: Model) -> str:
         """What has to be said of this model's activation peak; empty where it is exact."""
@@ -105,14 +151,14 @@ class Runtime(Protocol):
     def cache_note(self, setting: Setting) -> str:
         """What has to be said of the peak for its cache's sake; empty where nothing has to."""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Tensors of the module that are not parameters."""
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
+        """Tensors of the module that are not parameters, on a device of this capability."""
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The passes among which the peak lies."""
 
     def pool(
-        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+        self, share: Share, setting: Setting, gpu: Gpu, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
         """The pool out of a budget of which `held_bytes` are taken; None without one."""
 
@@ -163,11 +209,23 @@ def check_planned(runtime: str, model: Model) -> None:
 
 def whole(runtime: str, model: Model, tensor_parallel: int) -> Model:
     """`model` on one GPU; ConfigError for more, in a runtime that does not share it out."""
-    if tensor_parallel != 1:
-        raise ConfigError(
-            f"tensor_parallel={tensor_parallel} is not planned for runtime={runtime}: 1, or vllm"
-        )
+    check_one_gpu(runtime, tensor_parallel=tensor_parallel)
     return model
+
+
+def one_share(
+    runtime: str, model: Model, tensor_parallel: int, pipeline_parallel: int
+) -> tuple[Share, ...]:
+    """`model` on one GPU; ConfigError for more, in a runtime that does not share it out."""
+    check_one_gpu(runtime, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    return (Share(model=model, whole=model),)
+
+
+def check_one_gpu(runtime: str, **degrees: int) -> None:
+    """ConfigError for a parallel layout."""
+    for field, degree in degrees.items():
+        if degree != 1:
+            raise ConfigError(f"{field}={degree} is not planned for runtime={runtime}: 1, or vllm")
 
 
 def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import mixer_kind
 from planner.kv_format_names import KV_FORMATS
@@ -17,6 +18,7 @@ from planner.kv_formats import attention_bytes, cached_tensors
 from planner.layers import GQA, MLA, Dense
 from planner.ledger import Row
 from planner.model import Model
+from planner.parallel import Share
 from planner.program import Dims, Program
 from planner.runtimes.base import (
     Phase,
@@ -26,6 +28,7 @@ from planner.runtimes.base import (
     check_kv_dtype,
     check_planned,
     choose_attention,
+    one_share,
     static_capacity,
     whole,
 )
@@ -86,6 +89,7 @@ class LlamaCpp:
         encoder_tokens: int,
         compute_dtype: str,
         decoded_tokens: int,
+        blocks: tuple[int, int] | None = None,
     ) -> list[Row]:
         """Cells of `batch` sequences, the blocks' scales apart."""
         check_cache_kind(self.name, cache, ("static",))
@@ -111,6 +115,12 @@ class LlamaCpp:
         """All of it: one GPU."""
         return whole(self.name, model, tensor_parallel)
 
+    def shares(
+        self, model: Model, tensor_parallel: int, pipeline_parallel: int
+    ) -> tuple[Share, ...]:
+        """All of it: one GPU."""
+        return one_share(self.name, model, tensor_parallel, pipeline_parallel)
+
     def peak_note(self, model: Model) -> str:
         """Written from the source."""
         return (
@@ -122,7 +132,7 @@ class LlamaCpp:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """None: rotations are computed from the positions."""
         return []
 
@@ -145,7 +155,7 @@ class LlamaCpp:
         ]
 
     def pool(
-        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+        self, share: Share, setting: Setting, gpu: Gpu, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
         """None: the cache is as large as the context that is asked for."""
         return None

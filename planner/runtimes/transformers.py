@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
+from planner.parallel import Share
 from planner.program import Dims, Program
 from planner.runtimes.base import (
     Phase,
@@ -23,6 +25,7 @@ from planner.runtimes.base import (
     check_kv_dtype,
     check_planned,
     choose_attention,
+    one_share,
     static_capacity,
     whole,
 )
@@ -146,6 +149,7 @@ class Transformers:
         encoder_tokens: int,
         compute_dtype: str,
         decoded_tokens: int,
+        blocks: tuple[int, int] | None = None,
     ) -> list[Row]:
         """numel · itemsize of the cache's tensors after a prefill of `context_tokens`.
 
@@ -196,6 +200,12 @@ class Transformers:
         """All of it: one GPU."""
         return whole(self.name, model, tensor_parallel)
 
+    def shares(
+        self, model: Model, tensor_parallel: int, pipeline_parallel: int
+    ) -> tuple[Share, ...]:
+        """All of it: one GPU."""
+        return one_share(self.name, model, tensor_parallel, pipeline_parallel)
+
     def peak_note(self, model: Model) -> str:
         """Types beyond EXACT_PEAKS run a program of their parts that was not compared yet."""
         if model.text_type in EXACT_PEAKS and not model.towers:
@@ -208,7 +218,7 @@ class Transformers:
             return ""
         return scratch_note(quantised_cache(setting.cache, setting.kv_dtype), device=setting.device)
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Rotary tables, gemma's embedding scale, the routers' correction bias, causal masks.
 
         In the dtype that `from_config(dtype=…)` gives them.
@@ -310,7 +320,7 @@ class Transformers:
         return phases
 
     def pool(
-        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+        self, share: Share, setting: Setting, gpu: Gpu, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
         """None: the cache is allocated as needed."""
         return None

@@ -1,7 +1,8 @@
 """The `vllm` runtime, version 0.19: a pool of KV blocks out of what everything else leaves.
 
 What a layer declares is in `vllm_specs`, how layers share the pool in `vllm_groups`, what requests
-hold of it in `vllm_cache`, what one of several GPUs keeps in `vllm_ranks`.
+hold of it in `vllm_cache`, what one of several GPUs keeps in `vllm_ranks`; the profile run is
+`vllm_program` and `vllm_sampler`, what is not torch's `vllm_overhead`.
 Pool (v1/worker/gpu_worker.py): utilisation × memory − weights − profile-run peak − what is not
 torch's.
 """
@@ -9,10 +10,9 @@ torch's.
 from __future__ import annotations
 
 from planner.catalog.gpus import Gpu
-from planner.dtypes import element_bytes
-from planner.layers import GQA, MLA, RoPE
 from planner.ledger import Row
 from planner.model import Model
+from planner.parallel import Share
 from planner.program import Dims, Program
 from planner.runtimes.base import (
     Phase,
@@ -23,31 +23,43 @@ from planner.runtimes.base import (
     check_planned,
     choose_attention,
 )
+from planner.runtimes.vllm_buffers import buffer_rows
 from planner.runtimes.vllm_cache import VERSION, held_rows
-from planner.runtimes.vllm_groups import default_block_tokens, layout
-from planner.runtimes.vllm_program import vllm_program
-from planner.runtimes.vllm_ranks import rank
+from planner.runtimes.vllm_experts import padding_rows, workspace_elements
+from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
+from planner.runtimes.vllm_overhead import growth_bytes
+from planner.runtimes.vllm_program import ProfileRun, vllm_program
+from planner.runtimes.vllm_ranks import rank, shares
+from planner.runtimes.vllm_vision import kept_images
 from planner.workload import CacheSpec, Inference
 
-NON_TORCH_BYTES = int(0.25 * 2**30)
-"""Growth outside torch while profiling: the median of vLLM 0.19's start-up logs on one H100 (18
-published runs of one GPU, 0.24–0.26 GiB in 17 of them; llm-d-planner@d3121e059da8)."""
 
+def batch_limits(
+    gpu: Gpu,
+    *,
+    longest_tokens: int | None,
+    max_batched_tokens: int | None,
+    max_sequences: int | None,
+) -> tuple[int, int]:
+    """(tokens a pass, sequences) of `vllm serve`, which sets what is None: more from 70 GiB on,
+    A100 apart.
 
-SCALES = 7  # of an attention layer
-
-
-def batch_defaults(gpu: Gpu) -> tuple[int, int]:
-    """(tokens a pass, sequences) that `vllm serve` takes: more from 70 GiB on, A100 apart.
-
-    engine/arg_utils.py EngineArgs.get_batch_defaults, vLLM 0.19.
+    No more tokens than all sequences have, no more sequences than tokens.
+    EngineArgs.get_batch_defaults and _set_default_max_num_seqs_and_batched_tokens_args
+    (engine/arg_utils.py, 0.19).
     """
     large = gpu.memory_bytes >= 70 * 2**30 and not gpu.name.startswith("a100")
-    return (8192, 1024) if large else (2048, 256)
+    batched, sequences = (8192, 1024) if large else (2048, 256)
+    sequences = max_sequences or sequences
+    if max_batched_tokens is None:
+        max_batched_tokens = min(batched, sequences * (longest_tokens or batched))
+    if max_sequences is None:
+        sequences = min(sequences, max_batched_tokens)
+    return max_batched_tokens, sequences
 
 
 class Vllm:
-    """vLLM's V1 engine on one GPU."""
+    """vLLM's V1 engine."""
 
     name = "vllm"
     pooled = True
@@ -71,12 +83,13 @@ class Vllm:
         encoder_tokens: int,
         compute_dtype: str,
         decoded_tokens: int,
+        blocks: tuple[int, int] | None = None,
     ) -> list[Row]:
         """Blocks that `batch` requests hold, each after the step that made `context_tokens`."""
         check_cache_kind(self.name, cache, ("paged",))
         check_kv_dtype(self.name, dtype, self.kv_dtypes)
         block = (cache.block_tokens if cache else None) or default_block_tokens(model)
-        pool = layout(model, block=block, kv_dtype=dtype, compute_dtype=compute_dtype)
+        pool = stage_layout(model, blocks, block=block, kv_dtype=dtype, compute_dtype=compute_dtype)
         if pool is None:
             return []
         held = held_rows(
@@ -92,80 +105,71 @@ class Vllm:
         """One GPU's heads and channels."""
         return rank(model, tensor_parallel)
 
+    def shares(
+        self, model: Model, tensor_parallel: int, pipeline_parallel: int
+    ) -> tuple[Share, ...]:
+        """One GPU of each stage."""
+        return shares(model, tensor_parallel, pipeline_parallel)
+
     def peak_note(self, model: Model) -> str:
         """Written from the source, not traced."""
         beside = "; without the profile run of its encoders" if model.towers else ""
-        return f"uncalibrated: written from vLLM's source, not traced{beside}"
+        return f"written from vLLM's source, held against 25 start-up logs{beside}"
 
     def cache_note(self, setting: Setting) -> str:
         """Nothing."""
         return ""
 
-    def buffer_rows(self, model: Model, *, dtype: str) -> list[Row]:
-        """Scales of every attention layer, and the rotary table: cos and sin of every position.
-
-        The scales (set_default_quant_scales, layers/attention/attention.py, 0.19.1) are there
-        whatever the KV dtype: float32 scalars of q, k, v and the probabilities, ranges of q, k, v.
-        The table is in the model's dtype.
-        """
-        layers = sum(isinstance(layer.attention, GQA | MLA) for layer in model.layers)
-        rows = [
-            Row(
-                component="weights",
-                item="attention scales (buffers)",
-                count=layers,
-                formula="7 · 4",
-                values=(),
-                size_bytes=layers * SCALES * 4,
-            )
-        ]
-        if isinstance(model.positions, RoPE):
-            length, D = model.max_position_embeddings or 0, model.positions.rotary_dim
-            b = element_bytes(dtype)
-            table = Row(
-                component="weights",
-                item="rotary table (buffer)",
-                count=1,
-                formula="positions · d_rot · b",
-                values=(("positions", length), ("d_rot", D), ("b", b)),
-                size_bytes=length * D * b,
-            )
-            rows.append(table)
-        return rows
+    def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
+        """Scales of attention layers, rotary tables, what pads experts."""
+        return [*buffer_rows(model, dtype=dtype), *padding_rows(model, capability)]
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
-        tokens, rows = setting.max_batched_tokens, setting.max_sequences
-        rows = min(rows, tokens)
-        program = vllm_program(
-            model, setting.dtype, setting.kv_dtype, rows, min(rows, setting.multiprocessors)
+        tokens = setting.max_batched_tokens
+        rows = min(setting.max_sequences, tokens)
+        profiled = ProfileRun(
+            rows=rows,
+            sorters=min(1 << (rows - 1).bit_length(), setting.multiprocessors),
+            workspace_bytes=setting.workspace_bytes,
+            flush_bytes=setting.l2_bytes,
+            compiled=setting.mode == "graph",
+            experts_elements=workspace_elements(model, setting.capability),
+            gpus=setting.tensor_parallel,
+            later_stage=model.first_layer > 0,
+            kept=kept_images(model, batched_tokens=tokens, dtype=setting.dtype),
         )
+        program = vllm_program(model, setting.dtype, setting.kv_dtype, profiled)
         dims = Dims(batch=1, tokens=tokens, context=tokens)
         return [Phase(name="profile run", program=program, dims=dims)]
 
     def pool(
-        self, model: Model, setting: Setting, *, budget_bytes: int, held_bytes: int
+        self, share: Share, setting: Setting, gpu: Gpu, *, budget_bytes: int, held_bytes: int
     ) -> Pool | None:
         """Whole blocks out of budget − weights − profile-run peak − what grows outside torch.
 
         The context is not subtracted: 0.19 snapshots the device after creating it.
         """
-        outside = NON_TORCH_BYTES if setting.device == "cuda" else 0
-        available = budget_bytes - held_bytes - outside
-        shared = layout(
-            model,
+        available = budget_bytes - held_bytes - growth_bytes(share, setting, gpu)
+        shared = stage_layout(
+            share.whole,
+            share.blocks,
             block=setting.block_tokens,
             kv_dtype=setting.kv_dtype,
             compute_dtype=setting.dtype,
         )
         if shared is None:
             return None
-        blocks = max(0, available) // shared.block_bytes
-        longest = model.max_position_embeddings or setting.block_tokens
+        longest = setting.longest_tokens or setting.block_tokens
         return Pool(
-            size_bytes=blocks * shared.block_bytes,
-            tokens=shared.tokens(blocks, longest_tokens=longest),
             available_bytes=available,
+            block_bytes=shared.block_bytes,
+            groups=shared.groups,
+            block_tokens=shared.shortest_block(longest),
+            longest_blocks=shared.longest_blocks(
+                longest, batched_tokens=setting.max_batched_tokens
+            ),
+            longest_tokens=longest,
         )
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:

@@ -11,7 +11,8 @@ long enough for a state to fit and the state is padded to them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from planner.errors import ConfigError
 from planner.model import Model
@@ -20,6 +21,7 @@ from planner.runtimes.vllm_specs import (
     SPARSE_TYPES,
     Spec,
     layer_specs,
+    specs_of_layer,
 )
 
 DEFAULT_BLOCK_TOKENS = 16  # CacheConfig.DEFAULT_BLOCK_SIZE
@@ -70,8 +72,24 @@ class Layout:
         A state counts as a block of the longest sequence, `longest_tokens`
         (_report_kv_cache_config).
         """
-        shortest = min(kind.block_tokens or longest_tokens for kind in self.kinds)
-        return blocks // self.groups * shortest
+        return blocks // self.groups * self.shortest_block(longest_tokens)
+
+    def shortest_block(self, longest_tokens: int) -> int:
+        """Tokens of the shortest block of any kind."""
+        return min(kind.block_tokens or longest_tokens for kind in self.kinds)
+
+    def longest_blocks(self, tokens: int, *, batched_tokens: int) -> int:
+        """Block ids that one request of `tokens` tokens may need at once.
+
+        get_max_concurrency_for_kv_cache_config divides the pool by it.
+        """
+        needed = [
+            kind.spec.most_blocks(tokens, kind.block_tokens or 1, batched_tokens=batched_tokens)
+            for kind in self.kinds
+        ]
+        if self.one_group:
+            return max(needed)
+        return sum(kind.groups * blocks for kind, blocks in zip(self.kinds, needed, strict=True))
 
 
 def default_block_tokens(model: Model) -> int:
@@ -117,6 +135,35 @@ def layout(model: Model, *, block: int, kv_dtype: str, compute_dtype: str) -> La
         group_layers=g,
         one_group=False,
     )
+
+
+def stage_layout(
+    model: Model, blocks: tuple[int, int] | None, *, block: int, kv_dtype: str, compute_dtype: str
+) -> Layout | None:
+    """The pool on a pipeline stage with the given blocks of `model`; None where nothing is cached.
+
+    Groups are those of the whole model, layer j of a kind in group j mod groups; a stage keeps what
+    it has of each (get_kv_cache_configs, _project_kv_cache_groups_to_worker).
+    """
+    pool = layout(model, block=block, kv_dtype=kv_dtype, compute_dtype=compute_dtype)
+    if pool is None or blocks is None or blocks == (0, len(model.layers)):
+        return pool
+    places: dict[Spec, list[int]] = {}
+    for index, layer in enumerate(model.layers):
+        for spec in specs_of_layer(model, layer, kv_dtype, compute_dtype):
+            places.setdefault(spec, []).append(index)
+    first, end = blocks
+    held: list[Kind] = []
+    fullest = 0
+    for kind in pool.kinds:
+        mine = [j for j, index in enumerate(places[kind.spec]) if first <= index < end]
+        held.append(replace(kind, layers=len(mine)))
+        in_group = Counter(j % kind.groups for j in mine)
+        fullest = max(fullest, *in_group.values(), 0)
+    kept = sum(kind.layers for kind in held)
+    if not kept:
+        return None
+    return replace(pool, kinds=tuple(held), group_layers=kept if pool.one_group else fullest)
 
 
 def _kind(model: Model, spec: Spec, layers: int, g: int, block: int, page: int) -> Kind:

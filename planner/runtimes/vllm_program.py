@@ -1,7 +1,12 @@
-"""The program of vLLM's forward pass: fused norms in place, one buffer for gate and up."""
+"""The program of vLLM's forward pass: fused norms in place, one buffer for gate and up.
+
+What the profile run holds is written from vLLM 0.19.1's own code and held against its start-up
+logs; nothing of it was traced on a GPU.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.dtypes import element_bytes
@@ -19,36 +24,58 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
-from planner.runtimes.writer import FLOAT32, Writer, layer_label
+from planner.runtimes.vllm_sampler import write_sampler
+from planner.runtimes.writer import Writer, layer_label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileRun:
+    """What GPUModelRunner.profile_run (v1/worker/gpu_model_runner.py) adds to a pass.
+
+    Logits of `rows` sequences; `sorters` rows of top-k, one for each program of its kernel. torch
+    allocates `workspace_bytes` for cuBLAS; compiled, `flush_bytes` each time a kernel is tuned, to
+    empty the L2 cache. Experts' kernels keep `experts_elements` for each token. `gpus` share the
+    layers and gather the logits. `later_stage`: the hidden states come from another stage, into
+    buffers that stay. `kept`: what else stays, by name and bytes.
+    """
+
+    rows: int
+    sorters: int
+    workspace_bytes: int
+    flush_bytes: int
+    compiled: bool
+    experts_elements: int
+    gpus: int
+    later_stage: bool
+    kept: tuple[tuple[str, int], ...] = ()
 
 
 @lru_cache(maxsize=128)
 def vllm_program(
-    model: Model, dtype: str, kv_dtype: str, rows: int | None = None, sorters: int = 0
+    model: Model, dtype: str, kv_dtype: str, profiled: ProfileRun | None = None
 ) -> Program:
-    """A pass of `model`; logits of `rows` sequences and `sorters` blocks of top-k, see _Profile."""
-    return _Profile(model, dtype, kv_dtype, rows, sorters).write()
+    """A pass of `model`, one GPU's share of a model; None: as it is served."""
+    return _Pass(model, dtype, kv_dtype, profiled).write()
 
 
-class _Profile(Writer):
-    """A pass of vLLM: fused norms in place, one buffer for gate and up, sampler on float32 logits.
-
-    Logits of `rows` sequences, or of the batch's (None); `sorters` blocks of top-k, one float32
-    row each. What lives is taken from its layer code, not traced: uncalibrated.
-    """
+class _Pass(Writer):
+    """A pass of vLLM, layer by layer."""
 
     def __init__(
-        self, model: Model, dtype: str, kv_dtype: str, rows: int | None, sorters: int
+        self, model: Model, dtype: str, kv_dtype: str, profiled: ProfileRun | None
     ) -> None:
         super().__init__(model, dtype)
-        self.sorters = sorters
-        self.rows, self.kv_b = rows, element_bytes(kv_dtype)
+        self.profiled, self.kv_b = profiled, element_bytes(kv_dtype)
+        self.compiled = profiled is not None and profiled.compiled
+        self.experts: tuple[Buffer, ...] = ()
 
     def write(self) -> Program:
-        """Embedding, layers, logits and sampler."""
+        """Embedding or what another stage sent, layers, logits and sampler."""
         model, tape, b, h = self.model, self.tape, self.b, self.model.hidden_size
         shape = (B, T, h)
-        with tape.segment("embedding"):
+        with tape.segment("start"):
+            if self.profiled is not None:
+                self._held(self.profiled)
             residual = tape.new("residual", shape, b, moved=((B, T, h, b),))
         for start, count, layer in model.layer_groups():
             label = layer_label(layer)
@@ -56,12 +83,26 @@ class _Profile(Writer):
                 with tape.segment(label, count=count, first_layer=start):
                     self._layer(layer, residual)
         with tape.segment("sampler"):
-            # the start-up logs of four models show a second [T, h] beside the sampler's tensors
             hidden = tape.new("final norm", shape, b, reads=(residual,))
+            tape.free(residual)
             if model.lm_head:
-                self._sampler(hidden)
-            tape.free(hidden, residual)
+                write_sampler(self, hidden, self.profiled)
+            tape.free(hidden, *self.experts)
         return tape.program("vllm")
+
+    def _held(self, profiled: ProfileRun) -> None:
+        """What comes early and stays to the end of the profile run."""
+        tape, h = self.tape, self.model.hidden_size
+        if profiled.workspace_bytes:
+            tape.new("cuBLAS workspace", (profiled.workspace_bytes,), 1)
+        for name, size in profiled.kept:
+            tape.new(name, (size,), 1)
+        if profiled.later_stage:
+            for name in ("hidden states", "residual"):
+                tape.new(f"{name} of the stage before", (B, T, h), self.b)
+        if profiled.experts_elements:
+            shape = (B, T, profiled.experts_elements)
+            self.experts = (tape.new("experts' workspace", shape, self.b),)
 
     def _layer(self, layer: Layer, residual: Buffer) -> None:
         tape, b, h = self.tape, self.b, self.model.hidden_size
@@ -100,7 +141,10 @@ class _Profile(Writer):
         out = tape.new("attention", (B, T, width), b, flops=flops, reads=(qkv,), moved=(read,))
         tape.free(qkv)
         attended = self.linear("o_proj", out, h)
-        tape.free(out)
+        # the compiled piece between two attentions is called with the first one's output, which its
+        # caller holds until the piece is done (compilation/backends.py: split_graph)
+        held = (out,) if self.compiled else ()
+        tape.free(*(x for x in (out,) if x not in held))
         match layer.feed_forward:
             case Dense() as dense:
                 fed = self._dense(dense, attended)
@@ -108,15 +152,24 @@ class _Profile(Writer):
                 fed = self._experts(moe, attended)
             case _:
                 raise AssertionError("refused by check_planned")
-        tape.free(attended, fed)
+        tape.free(attended, fed, *held)
 
     def _dense(self, dense: Dense, x: Buffer) -> Buffer:
         i = dense.intermediate_size
         both = self.linear("gate_up_proj", x, 2 * i if dense.gated else i, bias=dense.bias)
-        active = self.tape.new("activation", (B, T, i), self.b, reads=(both,))
-        self.tape.free(both)
+        flush = self.profiled.flush_bytes if self.profiled and self.compiled else 0
+        active = self.tape.new(
+            "activation",
+            (B, T, i),
+            self.b,
+            reads=(both,),
+            scratch=(((flush,), 1),) if flush else (),
+        )
+        kept = () if self.compiled else (both,)  # a Python variable holds it until the end
+        if self.compiled:
+            self.tape.free(both)
         out = self.linear("down_proj", active, self.model.hidden_size, bias=dense.bias)
-        self.tape.free(active)
+        self.tape.free(active, *kept)
         return out
 
     def _experts(self, moe: MoE, x: Buffer) -> Buffer:
@@ -128,18 +181,20 @@ class _Profile(Writer):
             f"min({moe.num_experts}, {k} · B · T)",
             lambda d: minimum(moe.num_experts, k * d.batch * d.tokens),
         )
+        # a profile run has them in the workspace
+        own: Shape = (0,) if self.experts else ()
         both = tape.new(
             "experts gate_up",
-            (*flat, 2 * i),
+            own or (*flat, 2 * i),
             b,
             flops=(2, *flat, h, 2 * i),
             reads=(x,),
             moved=((reached, 2 * i * h * b),),
         )
-        active = tape.new("experts activation", (*flat, i), b, reads=(both,))
+        active = tape.new("experts activation", own or (*flat, i), b, reads=(both,))
         down = tape.new(
             "experts down",
-            (*flat, h),
+            own or (*flat, h),
             b,
             flops=(2, *flat, i, h),
             reads=(active,),
@@ -150,17 +205,3 @@ class _Profile(Writer):
         if moe.shared is not None:
             tape.free(self._dense(moe.shared, x))
         return out
-
-    def _sampler(self, hidden: Buffer) -> None:
-        """Logits, float32 copy, probabilities and noise: rows · V · (b + 12) (vLLM 0.19, V1)."""
-        tape, b, V, h = self.tape, self.b, self.model.vocab_size, self.model.hidden_size
-        rows: Extent = B if self.rows is None else self.rows
-        shape: Shape = (rows, V)
-        logits = tape.new(
-            "logits", shape, b, flops=(2, rows, h, V), reads=(hidden,), weight_bytes=h * V * b
-        )
-        held = [logits]
-        for name in ("float32 logits", "probabilities", "sampling noise"):
-            held.append(tape.new(name, shape, FLOAT32, reads=(held[-1],)))
-        held.append(tape.new("top-k rows", (self.sorters, V), FLOAT32))
-        tape.free(*held)

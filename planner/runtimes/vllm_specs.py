@@ -71,6 +71,23 @@ class Spec:
             skipped = max(0, tokens - 1) // self.span * self.span
         return -(-tokens // block) - skipped // block
 
+    def most_blocks(self, tokens: int, block: int, *, batched_tokens: int) -> int:
+        """Blocks that one request of `tokens` tokens may need while its prompt comes in chunks.
+
+        max_memory_usage_bytes of each spec: a window keeps what it needs beside a whole chunk of
+        `batched_tokens`, and one block more as it need not begin with one.
+        """
+        match self.keeps:
+            case "state":
+                return 1
+            case "window":
+                return -(-min(self.span - 1 + batched_tokens, tokens) // block) + 1
+            case "chunk":
+                return -(-min(self.span + batched_tokens, tokens) // block)
+            case "encoder":
+                return -(-batched_tokens // block)
+        return -(-tokens // block)
+
 
 def layer_specs(model: Model, *, kv_dtype: str, compute_dtype: str) -> dict[Spec, int]:
     """How many layers declare each spec, the first to stand in the model first.
@@ -80,14 +97,15 @@ def layer_specs(model: Model, *, kv_dtype: str, compute_dtype: str) -> dict[Spec
     """
     specs: dict[Spec, int] = {}
     for layer, count in model.layer_kinds().items() if model.is_decoder else ():
-        for spec in _layer(model, layer, kv_dtype, compute_dtype):
+        for spec in specs_of_layer(model, layer, kv_dtype, compute_dtype):
             specs[spec] = specs.get(spec, 0) + count
     if model.text_type in ("qwen2", "qwen3") and len(specs) > 1:
         raise _refusal(model, "windows on some layers alone")  # an assert of Qwen2Model
     return specs
 
 
-def _layer(model: Model, layer: Layer, kv_dtype: str, compute_dtype: str) -> Iterator[Spec]:
+def specs_of_layer(model: Model, layer: Layer, kv_dtype: str, compute_dtype: str) -> Iterator[Spec]:
+    """What one block declares."""
     for mixer in (layer.attention, layer.beside):
         match mixer:
             case None | GQA(shares_cache=True):
