@@ -1,6 +1,7 @@
 """Measured: what was seen on real devices, beside what the planner says today."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import streamlit as st
@@ -139,6 +140,8 @@ def chart(figure: object, words: str) -> None:
 
 def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
     """The rows as a table and as a file."""
+    rows = with_traces(rows)
+    beside = any(row.traced is not None for row in rows)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.subheader("Every measurement")
         st.download_button(
@@ -149,7 +152,6 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
             on_click="ignore",
             icon=":material/download:",
         )
-    beside = with_traces(rows)
     lines = []
     for row in rows:
         record = found.records[row.record]
@@ -164,7 +166,7 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
                 measurements.workload(record),
                 charts.label(row.quantity),
                 charts.value(row.quantity, row.predicted),
-                charts.value(row.quantity, beside.get((row.record, row.quantity))),
+                charts.value(row.quantity, row.traced),
                 charts.value(row.quantity, row.measured),
                 None if row.relative_error is None else 100 * row.relative_error,
                 row.record,
@@ -183,7 +185,7 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
         ),
         hide_index=True,
         column_order=[
-            "model", "phase", "quantity", "predicted", *["traced"] * bool(beside), "measured",
+            "model", "phase", "quantity", "predicted", *["traced"] * beside, "measured",
             "error", "device", "runtime", "attention", "dtype", "batch × (prompt + output)",
             "record", "measured on",
         ],
@@ -197,8 +199,8 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
     )  # fmt: skip
 
 
-def with_traces(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """The same modules on fake tensors, if that is asked for."""
+def with_traces(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, with what the same modules hold on fake tensors if that is asked for."""
     asked = st.toggle(
         "Traced beside them",
         key="traced",
@@ -206,11 +208,11 @@ def with_traces(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
         help="Runs every module on fake tensors, without the device: a second or so each.",
     )
     if not asked:
-        return {}
+        return rows
     traced, problems = measurements.traced(tuple(dict.fromkeys(row.record for row in rows)))
     for problem in problems[:3]:
         st.warning(problem)
-    return traced
+    return [replace(row, traced=traced.get((row.record, row.quantity))) for row in rows]
 
 
 def unmeasured(found: measurements.Store) -> None:
