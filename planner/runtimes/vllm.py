@@ -30,6 +30,7 @@ from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
 from planner.runtimes.vllm_overhead import growth_bytes
 from planner.runtimes.vllm_program import ProfileRun, vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
+from planner.runtimes.vllm_scales import widened_scales
 from planner.runtimes.vllm_vision import kept_images
 from planner.workload import CacheSpec, Inference
 
@@ -122,7 +123,11 @@ class Vllm:
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Scales of attention layers, rotary tables, what pads experts."""
-        return [*buffer_rows(model, dtype=dtype), *padding_rows(model, capability)]
+        return [
+            *buffer_rows(model, dtype=dtype),
+            *widened_scales(model, dtype),
+            *padding_rows(model, capability),
+        ]
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
