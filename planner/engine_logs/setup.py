@@ -15,6 +15,8 @@ from planner.model import Model
 from planner.workload import Deployment
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+GRAPHS_INSIDE = (0, 21)
+"""The version since which CUDA graphs come out of the pool."""
 V0_SEQUENCES = 256
 V0_TOKENS = 2048
 V0_CHUNKED_FROM = 32_768
@@ -46,9 +48,11 @@ def is_v0(log: EngineLog) -> bool:
     """Whether vLLM's first engine printed it: the default until 0.8."""
     version = version_of(log)
     lines = " ".join(figure.line for figure in log.figures.values())
-    if re.search(r"worker\.py|executor_base|model_runner\.py:", lines) and "gpu_model" not in lines:
-        return version is None or version < (0, 11)
-    return version is not None and version < (0, 8) and "gpu_model_runner" not in lines
+    if "gpu_model_runner" in lines or "gpu_worker" in lines or (version or (0, 0)) >= (0, 11):
+        return False
+    if re.search(r"non_torch_memory|peak_torch_memory|executor_base|CPU blocks", lines):
+        return True
+    return version is not None and version < (0, 8)
 
 
 def version_of(log: EngineLog) -> tuple[int, int] | None:
@@ -114,6 +118,8 @@ def _deployment(
         fields["weight_dtype"] = "fp8"
     elif a.quantization and (model is None or model.quantization is None):
         notes.append(f"weights quantised by {a.quantization} are planned as they were before")
+    if (version_of(log) or (0, 0)) >= GRAPHS_INSIDE:
+        fields["cuda_graphs"] = "inside"
     if a.block_size:
         fields["block_tokens"] = a.block_size
     if not 0 < fields["memory_utilization"] <= 1:

@@ -27,7 +27,7 @@ from planner.runtimes.vllm_buffers import buffer_rows
 from planner.runtimes.vllm_cache import VERSION, held_rows
 from planner.runtimes.vllm_experts import padding_rows, workspace_elements
 from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
-from planner.runtimes.vllm_overhead import growth_bytes
+from planner.runtimes.vllm_overhead import graphs_bytes, growth_bytes
 from planner.runtimes.vllm_program import ProfileRun, vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
 from planner.runtimes.vllm_scales import widened_scales
@@ -156,6 +156,8 @@ class Vllm:
         The context is not subtracted: 0.19 snapshots the device after creating it.
         """
         available = budget_bytes - held_bytes - growth_bytes(share, setting, gpu)
+        if setting.cuda_graphs == "inside":
+            available -= graphs_bytes(share, setting)
         shared = stage_layout(
             share.whole,
             share.blocks,

@@ -123,7 +123,7 @@ def outside_rows(share: Share, setting: Setting, gpu: Gpu) -> list[Row]:
                     ("sizes", graph_sizes(setting)),
                 ),
                 size_bytes=graphs,
-                note=f"fitted on {LOGS}, ± 0.3 GiB: outside the pool's budget in 0.19",
+                note=f"fitted on {LOGS}, ± 0.3 GiB; {setting.cuda_graphs} the pool's budget",
             )
         )
     return rows
