@@ -36,6 +36,8 @@ def pasted_log(e: planner.Estimate) -> None:
 def beside(text: str, e: planner.Estimate) -> planner.Explanation:
     """The log's own deployment; model and GPU of the page where the log names none."""
     explained = planner.explain_log(text)
+    if e.gpu.name in explained.gpus_alike[1:]:
+        explained = planner.explain_log(text, gpu=e.gpu.name)
     if explained.estimate is not None:
         return explained
     named = explained.log.arguments.model is not None

@@ -17,6 +17,7 @@ import typer
 from planner.capacity import max_batch, max_context_tokens
 from planner.cli_explain_log import explain_log_command
 from planner.cli_layout import (
+    CudaGraphs,
     Eager,
     MaxBatchedTokens,
     MaxModelTokens,
@@ -24,6 +25,7 @@ from planner.cli_layout import (
     PipelineParallel,
     TensorParallel,
     Utilization,
+    layout,
 )
 from planner.cli_trace import trace_command
 from planner.errors import ConfigError
@@ -122,6 +124,7 @@ def estimate_command(
     max_batched: MaxBatchedTokens = None,
     max_seqs: MaxSequences = None,
     eager: Eager = False,
+    cuda_graphs: CudaGraphs = "outside",
     train: Train = False,
     sequence: SequenceTokens = 1024,
     optimizer: OptimizerName = "adamw",
@@ -151,13 +154,7 @@ def estimate_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
-        tensor_parallel=tp,
-        pipeline_parallel=pp,
-        memory_utilization=utilization,
-        max_model_tokens=max_model_len,
-        max_batched_tokens=max_batched,
-        max_sequences=max_seqs,
-        mode="eager" if eager else "graph",
+        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
     )
     result: Estimate | TracedEstimate
     if traced:
@@ -197,6 +194,7 @@ def fit_command(
     max_batched: MaxBatchedTokens = None,
     max_seqs: MaxSequences = None,
     eager: Eager = False,
+    cuda_graphs: CudaGraphs = "outside",
     as_json: AsJson = False,
 ) -> None:
     """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
@@ -209,13 +207,7 @@ def fit_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
-        tensor_parallel=tp,
-        pipeline_parallel=pp,
-        memory_utilization=utilization,
-        max_model_tokens=max_model_len,
-        max_batched_tokens=max_batched,
-        max_sequences=max_seqs,
-        mode="eager" if eager else "graph",
+        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
     )
     described = load_model(model)
     result = estimate(described, work, deploy)

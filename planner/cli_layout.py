@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,38 @@ MaxSequences = Annotated[
     int | None,
     typer.Option("--max-num-seqs", help="Sequences at once.", rich_help_panel="vllm"),
 ]
+CudaGraphs = Annotated[
+    str,
+    typer.Option(
+        "--cuda-graphs",
+        help="outside or (since 0.21) inside the budget of the pool.",
+        rich_help_panel="vllm",
+    ),
+]
 Eager = Annotated[
     bool,
     typer.Option("--enforce-eager", help="Without CUDA graphs.", rich_help_panel="vllm"),
 ]
+
+
+def layout(
+    tp: int,
+    pp: int,
+    utilization: float,
+    max_model_len: int | None,
+    max_batched: int | None,
+    max_seqs: int | None,
+    eager: bool,
+    cuda_graphs: str,
+) -> dict[str, Any]:
+    """These options as the fields of a Deployment."""
+    return {
+        "tensor_parallel": tp,
+        "pipeline_parallel": pp,
+        "memory_utilization": utilization,
+        "max_model_tokens": max_model_len,
+        "max_batched_tokens": max_batched,
+        "max_sequences": max_seqs,
+        "mode": "eager" if eager else "graph",
+        "cuda_graphs": cuda_graphs,
+    }

@@ -278,6 +278,7 @@ def _setting(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Se
         block_tokens=_block_tokens(deploy),
         cache=deploy.cache,
         mode=deploy.mode,
+        cuda_graphs=deploy.cuda_graphs,
         workspace_bytes=workspace_bytes(gpu),
         l2_bytes=gpu.l2_bytes or 0,
         capability=gpu.compute_capability,

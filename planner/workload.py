@@ -175,8 +175,9 @@ class Deployment:
     transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
     cache keeps what is computed (transformers), another dtype takes a quantised one. `gpus` are
     those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that), which vllm
-    alone plans yet. The last five are vllm's: of the memory it takes `memory_utilization`, of a
-    sequence at most `max_model_tokens`.
+    alone plans yet. The last six are vllm's: of the memory it takes `memory_utilization`, of a
+    sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool pays for them, as with
+    VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     """
 
     gpu: str
@@ -195,6 +196,7 @@ class Deployment:
     max_batched_tokens: int | None = None
     max_sequences: int | None = None
     block_tokens: int = 16
+    cuda_graphs: Literal["outside", "inside"] = "outside"
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -204,6 +206,7 @@ class Deployment:
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
         check_choice("mode", self.mode, ("graph", "eager"))
+        check_choice("cuda_graphs", self.cuda_graphs, ("outside", "inside"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")
         self._check_layout()

@@ -95,8 +95,9 @@ def read_arguments(text: str) -> Arguments:
             found |= _of_dict(config) if pattern is _NON_DEFAULT else _of_pairs(config)
     if "tensor_parallel_size" not in found and "pipeline_parallel_size" not in found:
         ranks = [int(match[1]) for match in _RANK.finditer(text[: 4 * 2**20])]
-        if ranks and max(ranks):
-            found["tensor_parallel_size"] = max(ranks) + 1
+        workers = 1 + max(ranks, default=0)
+        if workers > 1:
+            found["tensor_parallel_size"] = workers
     arguments = Arguments(**found)
     names = dict.fromkeys(match["name"].strip() for match in _GPU.finditer(text[: 4 * 2**20]))
     return replace(arguments, gpu_names=tuple(names)[:16])

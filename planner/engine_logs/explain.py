@@ -55,6 +55,7 @@ def explain_log(
         estimate=e,
         fits=fits,
         gpu_known=setup.deploy is not None,
+        gpus_alike=setup.gpus_alike,
     )
 
 

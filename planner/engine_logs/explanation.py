@@ -55,7 +55,8 @@ class Explanation:
     """A log read, and laid beside an estimate where model and GPU are known.
 
     `fits`: whether one sequence of the longest length finds room by what was printed, else by the
-    plan; None where neither says. `gpu_known`: the log or its reader says which.
+    plan; None where neither says. `gpu_known`: the log or its reader says which;
+    `gpus_alike`: all that the log's memory may be of, where only that is said.
     """
 
     log: EngineLog
@@ -67,6 +68,7 @@ class Explanation:
     estimate: Estimate | None
     fits: bool | None
     gpu_known: bool
+    gpus_alike: tuple[str, ...] = ()
 
     def explain(self) -> str:
         """In words, one line a quantity."""

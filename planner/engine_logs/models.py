@@ -32,7 +32,7 @@ ALIKE = {
 """Models of one shape by their short names."""
 
 _DECORATION = re.compile(
-    r"-(?:instruct|chat|it|hf|base|thinking|preview|pt|inst|2\d0\d|20\d{4}|awq|gptq|int4|int8|fp8|"
+    r"[-.](?:instruct|chat|it|hf|base|thinking|preview|pt|inst|2\d0\d|20\d{4}|awq|gptq|int4|int8|fp8|"
     r"dynamic|quantized|quantised|w4a16|w8a8|w8a16|marlin|4bit|8bit|bnb|nf4|g128|sym|asym|block)"
     r"(?=$|[-.])|^meta-"
 )

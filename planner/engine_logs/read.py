@@ -148,8 +148,9 @@ def _version(text: str) -> str | None:
 
 
 def _sentence(line: str, at: int) -> str:
-    """A failure's own words, from the last exception's name before them."""
-    begin = max(line.rfind("Error: ", 0, at) + len("Error: "), 0) if "Error: " in line[:at] else at
+    """The sentence that says it, without what a logger or an exception's name puts before."""
+    begin = max(line.rfind(mark, 0, at) + len(mark) for mark in ("Error: ", ". ", "] "))
+    begin = begin if line[:at].rstrip() and begin > len("Error: ") else 0
     text = line[begin : begin + 400].strip()
     return text if len(text) <= 160 else f"{text[:157].rsplit(' ', 1)[0]} …"
 

@@ -40,7 +40,7 @@ def reason(line: Line, log: EngineLog, e: Estimate | None) -> str:
         case "outside torch":
             return _outside(theirs, log, e)
         case "CUDA graphs":
-            return "fitted within 0.3 GiB on 0.19; not in the pool's budget before 0.21"
+            return "the plan is fitted to 0.3 GiB; the pool pays for them since 0.21 only"
         case "KV blocks" | "KV tokens" | "sequences at once":
             return f"{off_by(theirs, ours)}, as the pool" if ours else "the plan has no room at all"
         case "one longest sequence":

@@ -15,6 +15,8 @@ from planner.model import Model
 from planner.workload import Deployment
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+GRAPHS_INSIDE = (0, 21)
+"""The version since which CUDA graphs come out of the pool."""
 V0_SEQUENCES = 256
 V0_TOKENS = 2048
 V0_CHUNKED_FROM = 32_768
@@ -22,11 +24,15 @@ V0_CHUNKED_FROM = 32_768
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """The model and the deployment that a log is about; None where it does not say enough."""
+    """The model and the deployment that a log is about; None where it does not say enough.
+
+    `gpus_alike`: where only the memory tells the GPU, all that have as much.
+    """
 
     model: Model | None
     deploy: Deployment | None
     notes: tuple[str, ...]
+    gpus_alike: tuple[str, ...] = ()
 
 
 def setup_of_log(
@@ -34,21 +40,25 @@ def setup_of_log(
 ) -> Setup:
     """What is given goes before what the log says."""
     notes: list[str] = []
-    found = _model(log, model, notes)
+    found, alike = _model(log, model, notes), ()
     if deploy is None:
-        deploy = _deployment(log, found, gpu, notes)
+        if gpu is None:
+            gpu, alike = _gpu(log, notes)
+        deploy = None if gpu is None else _deployment(log, found, gpu, notes)
     elif gpu is not None:
         deploy = replace(deploy, gpu=gpu_named(gpu).name)
-    return Setup(model=found, deploy=deploy, notes=tuple(notes))
+    return Setup(model=found, deploy=deploy, notes=tuple(notes), gpus_alike=alike)
 
 
 def is_v0(log: EngineLog) -> bool:
     """Whether vLLM's first engine printed it: the default until 0.8."""
     version = version_of(log)
     lines = " ".join(figure.line for figure in log.figures.values())
-    if re.search(r"worker\.py|executor_base|model_runner\.py:", lines) and "gpu_model" not in lines:
-        return version is None or version < (0, 11)
-    return version is not None and version < (0, 8) and "gpu_model_runner" not in lines
+    if "gpu_model_runner" in lines or "gpu_worker" in lines or (version or (0, 0)) >= (0, 11):
+        return False
+    if re.search(r"non_torch_memory|peak_torch_memory|executor_base|CPU blocks", lines):
+        return True
+    return version is not None and version < (0, 8)
 
 
 def version_of(log: EngineLog) -> tuple[int, int] | None:
@@ -88,13 +98,8 @@ def _noted(named: tuple[Model, str], notes: list[str]) -> Model:
     return model
 
 
-def _deployment(
-    log: EngineLog, model: Model | None, gpu: str | None, notes: list[str]
-) -> Deployment | None:
-    name = _gpu(log, gpu, notes)
-    if name is None:
-        return None
-    a = log.arguments
+def _deployment(log: EngineLog, model: Model | None, gpu: str, notes: list[str]) -> Deployment:
+    name, a = gpu_named(gpu).name, log.arguments
     if not log.is_vllm:
         return Deployment(gpu=name, dtype=DTYPES.get(a.dtype or ""))
     fields: dict[str, Any] = {
@@ -114,6 +119,8 @@ def _deployment(
         fields["weight_dtype"] = "fp8"
     elif a.quantization and (model is None or model.quantization is None):
         notes.append(f"weights quantised by {a.quantization} are planned as they were before")
+    if (version_of(log) or (0, 0)) >= GRAPHS_INSIDE:
+        fields["cuda_graphs"] = "inside"
     if a.block_size:
         fields["block_tokens"] = a.block_size
     if not 0 < fields["memory_utilization"] <= 1:
@@ -145,24 +152,23 @@ def _memory_by_sum(log: EngineLog) -> float | None:
     return sum(part for part in parts if part is not None) / utilization
 
 
-def _gpu(log: EngineLog, given: str | None, notes: list[str]) -> str | None:
-    if given is not None:
-        return gpu_named(given).name
+def _gpu(log: EngineLog, notes: list[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The GPU by its name, else by its memory; and all that have as much."""
     for torch_name in log.arguments.gpu_names:
         known = gpu_of_torch_name(torch_name)
         if known is not None:
-            return known
+            return known, ()
     seen = log.get("gpu_memory") or log.get("capacity") or _memory_by_sum(log)
     alike = [
         g
         for g in gpus().values()
         if g.vendor in ("nvidia", "amd") and seen and abs(g.memory_bytes - seen) < 0.006 * seen
     ]
+    if not alike:
+        notes.append("the log does not say which GPU: name it (--gpu) to see the plan beside it")
+        return None, ()
     alike.sort(key=lambda g: abs(g.memory_bytes - (seen or 0)))
-    if alike:
-        others = ", ".join(g.name for g in alike[1:4])
-        also = f" as {others} have it too" if others else ""
-        notes.append(f"taken for {alike[0].label} by its memory{also}: --gpu names another")
-        return alike[0].name
-    notes.append("the log does not say which GPU: name it (--gpu) to see the plan beside it")
-    return None
+    others = ", ".join(g.name for g in alike[1:4])
+    also = f" (as much: {others})" if others else ""
+    notes.append(f"taken for {alike[0].label} by its memory{also}; name another with --gpu")
+    return alike[0].name, tuple(g.name for g in alike)

@@ -30,6 +30,7 @@ class Setting:
     block_tokens: int
     cache: CacheSpec | None = None
     mode: str = "graph"
+    cuda_graphs: str = "outside"
     workspace_bytes: int = 0  # cuBLAS's
     l2_bytes: int = 0
     capability: str | None = None

@@ -27,9 +27,10 @@ from planner.runtimes.vllm_buffers import buffer_rows
 from planner.runtimes.vllm_cache import VERSION, held_rows
 from planner.runtimes.vllm_experts import padding_rows, workspace_elements
 from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
-from planner.runtimes.vllm_overhead import growth_bytes
+from planner.runtimes.vllm_overhead import graphs_bytes, growth_bytes
 from planner.runtimes.vllm_program import ProfileRun, vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
+from planner.runtimes.vllm_scales import widened_scales
 from planner.runtimes.vllm_vision import kept_images
 from planner.workload import CacheSpec, Inference
 
@@ -122,7 +123,11 @@ class Vllm:
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Scales of attention layers, rotary tables, what pads experts."""
-        return [*buffer_rows(model, dtype=dtype), *padding_rows(model, capability)]
+        return [
+            *buffer_rows(model, dtype=dtype),
+            *widened_scales(model, dtype),
+            *padding_rows(model, capability),
+        ]
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""
@@ -151,6 +156,8 @@ class Vllm:
         The context is not subtracted: 0.19 snapshots the device after creating it.
         """
         available = budget_bytes - held_bytes - growth_bytes(share, setting, gpu)
+        if setting.cuda_graphs == "inside":
+            available -= graphs_bytes(share, setting)
         shared = stage_layout(
             share.whole,
             share.blocks,
