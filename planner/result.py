@@ -152,6 +152,19 @@ class Estimate:
         return None if self.pool is None else self.pool.concurrency
 
     @property
+    def asks_beyond_bytes(self) -> int:
+        """What memory_utilization asks for beyond what is free as vLLM starts; ≤ 0: nothing.
+
+        request_memory (v1/worker/utils.py, 0.19.1) refuses to start then. 0 without a pool.
+        """
+        if self.pool is None:
+            return 0
+        early = ("device context", "NCCL, tensor parallel", "NCCL, pipeline")
+        held = sum(row.size_bytes for row in self.rows if row.item in early)
+        asked = int(self.gpu.memory_bytes * self.deploy.memory_utilization)
+        return asked - (self.gpu.memory_bytes - held)
+
+    @property
     def latency(self) -> Latency:
         """Times and throughput, computed when asked for."""
         if isinstance(self.work, Training):
@@ -336,6 +349,11 @@ def explain(estimate: Estimate) -> str:
             f"  KV pool: {gib(e.pool.size_bytes)}, {e.pool.blocks:,} blocks, {e.pool.tokens:,} "
             f"tokens; {e.pool.concurrency:.2f} sequences of {e.pool.longest_tokens:,} at once"
         )
+        if e.asks_beyond_bytes > 0:
+            lines.append(
+                f"  vLLM may refuse to start: it asks for {gib(e.asks_beyond_bytes)} more than "
+                "context and NCCL leave free"
+            )
     lines.append(f"  {speed(e.latency)}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")

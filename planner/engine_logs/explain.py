@@ -154,6 +154,9 @@ def _theirs(log: EngineLog, name: str) -> float | None:
     weights, peak = log.get("weights"), log.get("peak_torch")
     if value is None and name == "activations" and peak is not None and weights is not None:
         return peak - weights  # 0.6.2–0.6.4 print the sum
+    if value is None and name == "budget":
+        memory, utilization = log.get("gpu_memory"), log.get("utilization")
+        return None if memory is None or utilization is None else memory * min(utilization, 1.0)
     if value is None and name == "kv_tokens":
         blocks, pages = log.get("kv_blocks"), log.arguments.block_size or 16
         return None if blocks is None else blocks * pages
