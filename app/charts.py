@@ -22,6 +22,8 @@ COLOURS = {
     "Weights": "#3A66C9",
     "KV cache": "#CF7C00",
     "Activations": "#1B9A82",
+    "Gradients": "#B8860B",
+    "Optimizer": "#7A6FD0",
     "Overhead": "#A45AA8",
     "Unused pool": "#CF7C00",
 }
@@ -46,6 +48,8 @@ def memory_parts(estimate: planner.Estimate) -> list[tuple[str, int]]:
         ("Activations", m.activations_bytes),
         ("Overhead", m.overhead_bytes),
     ]
+    if isinstance(estimate.work, planner.Training):
+        parts[1:2] = [("Gradients", m.gradients_bytes), ("Optimizer", m.optimizer_bytes)]
     if estimate.kv_pool_bytes is not None:
         parts.append(("Unused pool", m.unused_pool_bytes))
     return parts
@@ -140,17 +144,17 @@ def memory_in_words(estimate: planner.Estimate) -> str:
 
 
 def timeline(estimate: planner.Estimate) -> go.Figure:
-    """Cache and activations, op by op, through the pass in which the peak lies; the peak marked."""
+    """What the pass with the peak has made, op by op: cache or gradients, activations; the peak."""
     moments = estimate.moments()
     where = _peak_index(moments)
     top = moments[where].live_bytes
     scale, unit = (GIB, "GiB") if top >= GIB else (2**20, "MiB")
     figure = go.Figure()
     hover = [_escaped(f"{m.op}{'' if m.layer is None else f', layer {m.layer}'}") for m in moments]
-    for name, sizes in (
-        ("KV cache", [m.cache_bytes for m in moments]),
-        ("Activations", [m.activation_bytes for m in moments]),
-    ):
+    below = ("KV cache", [m.cache_bytes for m in moments])
+    if isinstance(estimate.work, planner.Training):
+        below = ("Gradients", [m.gradient_bytes for m in moments])
+    for name, sizes in (below, ("Activations", [m.activation_bytes for m in moments])):
         figure.add_scatter(
             name=name,
             mode="lines",
@@ -158,7 +162,7 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
             y=[size / scale for size in sizes],
             stackgroup="live",
             line={"shape": "hv", "width": 1, "color": COLOURS[name]},
-            fillpattern={"shape": "/" if name == "KV cache" else "", "size": 6},
+            fillpattern={"shape": "" if name == "Activations" else "/", "size": 6},
             text=[f"{op}<br>{name} {gib(size)}" for op, size in zip(hover, sizes, strict=True)],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -172,11 +176,14 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
         textposition=f"top {'left' if where > len(moments) / 2 else 'right'}",
         hovertemplate="%{text}<extra></extra>",
     )
-    starts = _layer_starts(moments)
+    starts = [(index, f"layer {layer}") for index, layer in _layer_starts(moments)]
+    if isinstance(estimate.work, planner.Training):
+        phases = [moment.phase for moment in moments]
+        starts = [(phases.index(phase), phase) for phase in dict.fromkeys(phases)]
     figure.update_layout(**_LAYOUT, height=320)
     figure.update_xaxes(
         tickvals=[index for index, _ in starts],
-        ticktext=[f"layer {layer}" for _, layer in starts],
+        ticktext=[word for _, word in starts],
         showgrid=False,
         title=None,
         fixedrange=True,
@@ -196,9 +203,12 @@ def timeline_in_words(estimate: planner.Estimate) -> str:
     moments = estimate.moments()
     top = moments[_peak_index(moments)]
     layer = "" if top.layer is None else f" of layer {top.layer}"
+    beside = f"{gib(top.cache_bytes)} of KV cache"
+    if isinstance(estimate.work, planner.Training):
+        beside = f"{gib(top.gradient_bytes)} of gradients"
     return (
-        f"Memory beside the weights through {len(moments):,} ops of the {estimate.peak_phase}: it "
-        f"peaks at {top.op}{layer} with {gib(top.cache_bytes)} of KV cache and "
+        f"Memory beside the weights through {len(moments):,} ops: in the {estimate.peak_phase} it "
+        f"peaks at {top.op}{layer} with {beside} and "
         f"{gib(top.activation_bytes)} of activations."
     )
 

@@ -24,7 +24,8 @@ from planner.runtimes.quantised_cache import (
     DEFAULT_RESIDUAL_TOKENS,
     backends_of,
 )
-from planner.workload import CACHE_BACKENDS
+from planner.training import PLANNED as TRAINED_RUNTIMES
+from planner.workload import CACHE_BACKENDS, OPTIMIZER_IMPLS, OPTIMIZERS
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
@@ -44,6 +45,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": (AS_MODEL, *KV_DTYPES),
     "kv_backend": CACHE_BACKENDS,
     "logits": ("last", "all"),
+    "workload": ("inference", "training"),
+    "optimizer": (*OPTIMIZERS, "none"),
+    "optimizer_impl": OPTIMIZER_IMPLS,
+    "checkpointing": ("none", "full"),
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
 }
@@ -59,17 +64,22 @@ START = {
     "kv_group": DEFAULT_GROUP_SIZE,
     "kv_residual": DEFAULT_RESIDUAL_TOKENS,
     "logits": "last",
+    "workload": "inference",
+    "optimizer": OPTIMIZERS[0],
+    "optimizer_impl": OPTIMIZER_IMPLS[0],
+    "checkpointing": "none",
     "tp": "1",
     "pp": "1",
     "batch": 8,
     "prompt": 2048,
     "output": 256,
+    "sequence": 2048,
 }
 
-NUMBERS = ("batch", "prompt", "output", "kv_group", "kv_residual")
+NUMBERS = ("batch", "prompt", "output", "sequence", "kv_group", "kv_residual")
 
 
-def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
+def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]:
     """The plan that the widgets describe; ConfigError if they contradict each other."""
     asked = st.query_params.to_dict()  # before the widgets drop what they refuse
     with st.sidebar:
@@ -83,7 +93,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference, planner.Deployment]:
             help="Read by the planner, kept nowhere. It takes the place of the model above.",
         )
         deploy = _deployment()
-        work = _workload(torch=runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm")
+        work = _workload(deploy)
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
@@ -206,7 +216,11 @@ def _cache(kv_dtype: str) -> planner.CacheSpec | None:
     )
 
 
-def _workload(*, torch: bool) -> planner.Inference:
+def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Training:
+    planned = ", ".join(TRAINED_RUNTIMES)
+    if _either("Workload", "workload", f"Training is planned in {planned}.") == "training":
+        return _training()
+    torch = runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm"
     batch = _number("Batch", "batch", help="Sequences at once.")
     left, right = st.columns(2)
     with left:
@@ -215,15 +229,10 @@ def _workload(*, torch: bool) -> planner.Inference:
         output_tokens = _number("Output tokens", "output", step=64)
     logits = "last"
     if torch:
-        logits = st.segmented_control(
+        logits = _either(
             "Logits of the prefill",
-            CHOICES["logits"],
-            default=START["logits"],
-            required=True,
-            width="stretch",
-            key="logits",
-            bind="query-params",
-            help="last: what generate() computes. all: a plain forward, a row for each token.",
+            "logits",
+            "last: what generate() computes. all: a plain forward, a row for each token.",
         )
     return planner.Inference(
         batch=batch,
@@ -231,6 +240,43 @@ def _workload(*, torch: bool) -> planner.Inference:
         output_tokens=output_tokens,
         logits="all" if logits == "all" else "last",
     )
+
+
+def _training() -> planner.Training:
+    left, right = st.columns(2)
+    with left:
+        batch = _number("Batch", "batch", help="Sequences at once.")
+        optimizer = _select("Optimizer", "optimizer")
+    with right:
+        sequence_tokens = _number("Sequence tokens", "sequence", step=256)
+        impl = _select("Optimizer's way", "optimizer_impl", help="How torch goes through weights.")
+    checkpointing = _either(
+        "Checkpointing",
+        "checkpointing",
+        "full: every layer keeps its input alone and is computed again on the way back.",
+    )
+    return planner.Training(
+        batch=batch,
+        sequence_tokens=sequence_tokens,
+        optimizer=None if optimizer == "none" else optimizer,
+        optimizer_impl=impl,  # type: ignore[arg-type]
+        checkpointing=checkpointing,  # type: ignore[arg-type]
+    )
+
+
+def _either(label: str, key: str, help: str) -> str:
+    """One of a few words."""
+    chosen = st.segmented_control(
+        label,
+        CHOICES[key],
+        default=START[key],
+        required=True,
+        width="stretch",
+        key=key,
+        bind="query-params",
+        help=help,
+    )
+    return str(chosen or START[key])
 
 
 def _select(

@@ -29,6 +29,15 @@ def store() -> Store:
     return _read(tuple(_stamp(path) for path in records.default_paths()))
 
 
+@st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
+def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[str, ...]]:
+    """What each (record, quantity) is on fake tensors, and what could not be traced."""
+    known, problems = store().records, list[str]()
+    rows = compare([known[name] for name in ids], traced=True, on_problem=problems.append)
+    found = {(row.record, row.quantity): row.traced for row in rows}
+    return {key: value for key, value in found.items() if value is not None}, tuple(problems)
+
+
 def nearest(
     found: Store, model: planner.Model, work: planner.Inference, deploy: planner.Deployment
 ) -> Record | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
 
 import numpy as np
 
-from planner.program import Buffer, Dims, Number, Op, Program, Segment, maximum
+from planner.program import Buffer, Dims, Number, Op, Program, Segment, Symbol, maximum
 
 CHUNK_CELLS = 8192
 """Cells of a grid that are walked at once: what they need stays in the processor's cache."""
@@ -51,6 +53,55 @@ class _Walk:
     top: Number
 
 
+Step = tuple[tuple[int, ...], tuple[int, ...]]
+"""What an op allocates and frees, as places in a list of sizes."""
+
+
+class _Layout:
+    """A program as numbers: which buffers there are, what each is a product of, who makes them."""
+
+    def __init__(self, program: Program) -> None:
+        self.buffers: list[Buffer] = []
+        self.segments = program.segments
+        self.steps: dict[int, list[Step]] = {}  # by the identity of a segment's ops
+        self._symbols: list[Symbol] = []
+        self._products: list[tuple[int, ...]] = []  # places of symbols
+        self._factors: list[tuple[int, int]] = []  # of each buffer: a number, the product's place
+        places: dict[Buffer, int] = {}
+        symbols: dict[Symbol, int] = {}
+        products: dict[tuple[int, ...], int] = {}
+
+        def place(buffer: Buffer) -> int:
+            if buffer not in places:
+                places[buffer] = len(self.buffers)
+                self.buffers.append(buffer)
+                named = [e for e in buffer.shape if not isinstance(e, int)]
+                key = tuple(symbols.setdefault(s, len(symbols)) for s in named)
+                number = prod(e for e in buffer.shape if isinstance(e, int)) * buffer.itemsize
+                self._factors.append((number, products.setdefault(key, len(products))))
+            return places[buffer]
+
+        for segment in program.segments:
+            if id(segment.ops) not in self.steps:
+                self.steps[id(segment.ops)] = [
+                    (tuple(map(place, op.allocates)), tuple(map(place, op.frees)))
+                    for op in segment.ops
+                ]
+        self._symbols, self._products = list(symbols), list(products)
+        self.nets = {key: _net(steps) for key, steps in self.steps.items()}
+
+    def sizes(self, dims: Dims) -> list[Number]:
+        """Bytes of every buffer: each symbol and each product of them is computed once."""
+        values = [symbol.of(dims) for symbol in self._symbols]
+        products = [prod(values[i] for i in key) for key in self._products]
+        return [number * products[at] for number, at in self._factors]
+
+
+@lru_cache(maxsize=512)
+def _layout(program: Program) -> _Layout:
+    return _Layout(program)
+
+
 def peak_bytes(program: Program, dims: Dims) -> Number:
     """Peak of the storages that the pass creates, over every cell of `dims`.
 
@@ -86,93 +137,94 @@ def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) ->
 
 def _walks(program: Program, dims: Dims) -> Iterator[tuple[Segment, Number, _Walk, int]]:
     """Every segment with the live bytes before it and what one repetition does."""
+    layout = _layout(program)
+    sizes = layout.sizes(dims)
+    larger = max if dims.is_point else maximum
     walked: dict[int, _Walk] = {}
-    sizes: dict[Buffer, Number] = {}
     live: Number = 0
     for segment in program.segments:
         key = id(segment.ops)
         if key not in walked:
-            walked[key] = _walk(segment.ops, dims, sizes)
+            walked[key] = _walk(layout.steps[key], sizes, larger)
         walk = walked[key]
         yield segment, live, walk, segment.count
         live = live + walk.net * segment.count
 
 
-def _walk(ops: tuple[Op, ...], dims: Dims, sizes: dict[Buffer, Number]) -> _Walk:
-    """`sizes` keeps what was evaluated before."""
-    larger = max if dims.is_point else maximum
+def _walk(
+    steps: list[Step], sizes: list[Number], larger: Callable[[Number, Number], Number]
+) -> _Walk:
     live: Number = 0
     top: Number = 0
-    for op in ops:
-        for buffer in op.allocates:
-            size = sizes.get(buffer)
-            if size is None:
-                size = sizes[buffer] = buffer.nbytes(dims)
-            live = live + size
-        if op.allocates:
+    for allocates, frees in steps:
+        if allocates:
+            for place in allocates:
+                live = live + sizes[place]
             top = larger(top, live)
-        for buffer in op.frees:
-            size = sizes.get(buffer)
-            if size is None:
-                size = sizes[buffer] = buffer.nbytes(dims)
-            live = live - size
+        for place in frees:
+            live = live - sizes[place]
     return _Walk(live, top)
 
 
 def peak(program: Program, dims: Dims) -> Peak:
     """The peak at one point, with the op that causes it and everything that lives there."""
+    layout = _layout(program)
     walks = list(_walks(program, dims))
     highest = _highest(walks, dims)
-    alive: Counter[Buffer] = Counter()
-    nets: dict[int, Counter[Buffer]] = {}
+    alive = [0] * len(layout.buffers)
     for segment, start, walk, count in walks:
         key = id(segment.ops)
-        if key not in nets:
-            nets[key] = _net_buffers(segment.ops)
         in_first = start + walk.top == highest
         before = 0 if in_first else count - 1  # repetitions that have ended
-        if in_first or start + walk.net * before + walk.top == highest:
-            for buffer, change in nets[key].items():
-                alive[buffer] += change * before
-            op = _until_top(segment.ops, walk.top, alive, dims)
+        is_here = in_first or start + walk.net * before + walk.top == highest
+        ended = before if is_here else count
+        for place, change in layout.nets[key]:
+            alive[place] += change * ended
+        if is_here:
+            sizes = layout.sizes(dims)
+            op = segment.ops[_until_top(layout.steps[key], sizes, walk.top, alive)]
             first = segment.first_layer
             layer = None if first is None else first + segment.layer_step * before
-            return replace(
-                _snapshot(alive, highest, dims, op, layer), kernel=op.kernel, phase=segment.phase
-            )
-        for buffer, change in nets[key].items():
-            alive[buffer] += change * count
+            held = zip(layout.buffers, alive, sizes, strict=True)
+            found = _snapshot([part for part in held if part[1]], highest, op, layer)
+            return replace(found, kernel=op.kernel, phase=segment.phase)
     return Peak(live_bytes=0, cache_bytes=0, op="nothing", layer=None, live=())
 
 
-def _net_buffers(ops: tuple[Op, ...]) -> Counter[Buffer]:
+def _net(steps: list[Step]) -> list[tuple[int, int]]:
     """How many of each buffer one repetition leaves behind; negative: takes away."""
-    change: Counter[Buffer] = Counter(buffer for op in ops for buffer in op.allocates)
-    change.subtract(buffer for op in ops for buffer in op.frees)
-    return Counter({buffer: number for buffer, number in change.items() if number})
+    change: dict[int, int] = {}
+    for allocates, frees in steps:
+        for place in allocates:
+            change[place] = change.get(place, 0) + 1
+        for place in frees:
+            change[place] = change.get(place, 0) - 1
+    return [(place, number) for place, number in change.items() if number]
 
 
-def _until_top(ops: tuple[Op, ...], top: int, alive: Counter[Buffer], dims: Dims) -> Op:
-    """Play one repetition up to its highest point; the op that reaches it."""
+def _until_top(steps: list[Step], sizes: list[Number], top: int, alive: list[int]) -> int:
+    """Play one repetition up to its highest point; the place of the op that reaches it."""
     live = 0
-    for op in ops:
-        alive.update(op.allocates)
-        live += sum(buffer.nbytes(dims) for buffer in op.allocates)
-        if op.allocates and live == top:
-            return op
-        alive.subtract(op.frees)
-        live -= sum(buffer.nbytes(dims) for buffer in op.frees)
+    for index, (allocates, frees) in enumerate(steps):
+        for place in allocates:
+            alive[place] += 1
+            live += sizes[place]
+        if allocates and live == top:
+            return index
+        for place in frees:
+            alive[place] -= 1
+            live -= sizes[place]
     raise AssertionError("no op reaches the highest point of its own segment")
 
 
 def _snapshot(
-    alive: Counter[Buffer], live_bytes: int, dims: Dims, op: Op, layer: int | None
+    held: list[tuple[Buffer, int, int]], live_bytes: int, op: Op, layer: int | None
 ) -> Peak:
-    """What lives at this moment; buffers that are alike are one entry."""
+    """What lives at this moment (buffer, how many, bytes of one); alike buffers are one entry."""
     alike: dict[tuple[object, ...], tuple[Buffer, int, int]] = {}
     cache_bytes = gradients_bytes = 0
-    for buffer, count in alive.items():
-        size = count * buffer.nbytes(dims)
+    for buffer, count, each in held:
+        size = count * each
         if buffer.cache:
             cache_bytes += size
         elif buffer.gradient:

@@ -327,6 +327,9 @@ def compare_command(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[FILE]...", help="Record files; else all found.")
     ] = None,
+    traced: Annotated[
+        bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
+    ] = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:
@@ -340,7 +343,7 @@ def compare_command(
     records, problems = load(files or default_paths())
     for problem in problems:
         _warn(problem)
-    rows = compare(records, on_problem=_warn)
+    rows = compare(records, traced=traced, on_problem=_warn)
     if csv is not None:
         write_csv(to_frame(rows), csv)
     if as_json:
@@ -488,7 +491,8 @@ def _print_comparison(rows: Sequence[Any]) -> None:
     view = Table(title="Predicted beside measured", title_justify="left")
     for column in ("device", "model", "phase", "quantity"):
         view.add_column(column)
-    for column in ("predicted", "measured", "error"):
+    traced = ["traced"] * any(row.traced is not None for row in rows)
+    for column in ("predicted", *traced, "measured", "error"):
         view.add_column(column, justify="right")
     for row in rows:
         show = gib if row.quantity.endswith("_bytes") else seconds
@@ -498,6 +502,7 @@ def _print_comparison(rows: Sequence[Any]) -> None:
             row.phase,
             row.quantity,
             "not predicted" if row.predicted is None else show(row.predicted),
+            *("" if row.traced is None else show(row.traced) for _ in traced),
             show(row.measured),
             _error(row.relative_error),
         )

@@ -14,7 +14,7 @@ from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size, show
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
-from planner.overhead import WITH_CONTEXT, overhead_rows, workspace_bytes
+from planner.overhead import WITH_CONTEXT, context_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
 from planner.program import formula, symbols
 from planner.quantization.base import STORED_BYTES
@@ -185,7 +185,10 @@ def _of_share(
         overhead += outside_rows(share, setting, gpu)
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(model, work, setting, runtime, gpu, rows, highest)
-    memory = _memory(rows, highest, torch, gpu, apart=apart)
+    outside = total_bytes(rows, "overhead")
+    if not apart:
+        outside -= workspace_bytes(gpu)
+    memory = _memory(rows, highest, torch, outside=outside, apart=apart)
     pool = runtime.pool(
         share,
         setting,
@@ -225,10 +228,19 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
-        *overhead_rows(gpu, workspace=True),
+        *overhead_rows(gpu, workspace=True, trains=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
-    torch = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes + workspace_bytes(gpu))
+    torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes)
+    if gpu.vendor in WITH_CONTEXT:
+        torch = AllocatorPlan(
+            model=model,
+            work=work,
+            setting=setting,
+            runtime=runtime.name,
+            workspace_bytes=workspace_bytes(gpu),
+            capacity_bytes=max(0, gpu.memory_bytes - context_bytes(gpu)),
+        )
     return Estimate(
         model=model,
         share=Share(model=model, whole=model),
@@ -236,7 +248,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         deploy=deploy,
         setting=setting,
         gpu=gpu,
-        memory=_memory(rows, highest, torch, gpu, apart=False),
+        memory=_memory(rows, highest, torch, outside=context_bytes(gpu), apart=False),
         peak=highest,
         peak_phase=highest.phase,
         rows=rows,
@@ -473,7 +485,7 @@ def _torch_peaks(
 
 
 def _memory(
-    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, gpu: Gpu, *, apart: bool
+    rows: tuple[Row, ...], highest: Peak, torch: TorchPeaks, *, outside: int, apart: bool
 ) -> Memory:
     weights, kv = total_bytes(rows, "weights"), total_bytes(rows, "kv_cache")
     overhead, optimizer = total_bytes(rows, "overhead"), total_bytes(rows, "optimizer")
@@ -487,5 +499,5 @@ def _memory(
         overhead_bytes=overhead,
         peak_live_bytes=weights + optimizer + live,
         torch=torch,
-        outside_torch_bytes=overhead if apart else overhead - workspace_bytes(gpu),
+        outside_torch_bytes=outside,
     )

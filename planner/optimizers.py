@@ -103,12 +103,18 @@ class OptimizerWriter:
             for kernel, times in ADAMW_PASSES:
                 if kernel != "_foreach_sqrt":
                     self._run(kernel, times, total)
-                elif part.label in self.kept:
-                    self._new("root of second moment", kernel, total, self.kept[part.label][0])
                 else:
-                    self.kept[part.label] = [self._new("root of second moment", kernel, total)]
+                    self.kept[part.label] = self._roots(part, kernel)
         else:
             self._one_by_one(part, previous)
+
+    def _roots(self, part: Part, kernel: str) -> list[Buffer]:
+        """One tensor for each parameter."""
+        known: Sequence[Buffer | None] = self.kept.get(part.label) or [None] * len(part.sizes)
+        return [
+            self._new("root of second moment", kernel, size, into)
+            for size, into in zip(part.sizes, known, strict=True)
+        ]
 
     def _one_by_one(self, part: Part, previous: str) -> None:
         """A denominator lives until the next parameter's takes its name."""

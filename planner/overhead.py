@@ -15,7 +15,7 @@ and nothing is added for them."""
 WITH_CONTEXT = ("nvidia", "amd")
 
 
-def overhead_rows(gpu: Gpu, *, workspace: bool) -> Iterator[Row]:
+def overhead_rows(gpu: Gpu, *, workspace: bool, trains: bool = False) -> Iterator[Row]:
     """The device context, and the workspace that cuBLAS has torch allocate."""
     if gpu.vendor not in WITH_CONTEXT:
         return
@@ -40,6 +40,12 @@ def overhead_rows(gpu: Gpu, *, workspace: bool) -> Iterator[Row]:
             workspace_bytes(gpu),
             "32 MiB from sm_90 on, 8.125 MiB before: torch 2.13, CublasHandlePool.cpp",
         )
+        if trains:
+            yield row(
+                "cuBLAS workspace of the backward's thread",
+                workspace_bytes(gpu),
+                "a handle for each thread: torch 2.13, CublasHandlePool.cpp; not measured",
+            )
 
 
 def context_bytes(gpu: Gpu) -> int:

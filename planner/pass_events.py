@@ -26,7 +26,8 @@ class PassScript:
 
     `buffers` are what the slots hold, `distinct` each of them once. `steps` are (made, slot) or
     (freed, slot). `found` are the slots that the pass before left; `caches` those that live on, in
-    order; `left` what is dropped. Before step `first_gemm` the first matrix product has run.
+    order; `left` what is dropped. Before step `first_gemm` the first matrix product has run; of a
+    program with phases, `starts` has the step that each begins with, and `phase_gemms` its own.
     """
 
     buffers: tuple[Buffer, ...]
@@ -36,6 +37,8 @@ class PassScript:
     caches: tuple[int, ...]
     left: tuple[int, ...]
     first_gemm: int | None
+    starts: dict[str, int]
+    phase_gemms: dict[str, int]
 
     def sizes(self, dims: Dims) -> dict[Buffer, int]:
         """Bytes of every buffer."""
@@ -46,27 +49,35 @@ def script(program: Program, *, continues: bool) -> PassScript:
     """Write a program down for repeated playing; `continues`: a pass before it left the caches.
 
     Of several instances of one buffer the oldest is freed first: a layer's input, the cache of the
-    first layer that still has its old one.
+    first layer that still has its old one. What another phase made goes in reverse: the backward
+    comes through the layers the other way, and the optimizer back again.
     """
     buffers: list[Buffer] = []
     steps: list[tuple[bool, int]] = []
     found: list[int] = []
     alive: dict[Buffer, deque[int]] = defaultdict(deque)
-    first_gemm = None
+    born: dict[Buffer, str] = {}
+    starts: dict[str, int] = {}
+    gemms: dict[str, int] = {}
     for segment in program.segments:
+        phase = segment.phase
+        starts.setdefault(phase, len(steps))
         opening = continues and segment.label.startswith(OPENING)
         for op in chain.from_iterable([segment.ops] * segment.count):
             for buffer in op.allocates:
                 slot = len(buffers)
                 buffers.append(buffer)
                 alive[buffer].append(slot)
+                born[buffer] = phase
                 if opening:
                     found.append(slot)
                 else:
                     steps.append((True, slot))
-            if op.flops is not None and first_gemm is None:
-                first_gemm = len(steps)
-            steps += [(False, alive[buffer].popleft()) for buffer in op.frees]
+            if op.flops is not None:
+                gemms.setdefault(phase, len(steps))
+            for buffer in op.frees:
+                same = born[buffer] == phase
+                steps.append((False, alive[buffer].popleft() if same else alive[buffer].pop()))
     living = sorted(slot for slots in alive.values() for slot in slots)
     kept = {slot for slot in living if buffers[slot].cache} | set(found)
     opened = _opened(program)
@@ -77,7 +88,9 @@ def script(program: Program, *, continues: bool) -> PassScript:
         found=tuple(found),
         caches=tuple(slot for slot in living if slot in kept or buffers[slot] in opened),
         left=tuple(slot for slot in living if slot not in kept and buffers[slot] not in opened),
-        first_gemm=first_gemm,
+        first_gemm=min(gemms.values(), default=None),
+        starts=starts,
+        phase_gemms=gemms,
     )
 
 

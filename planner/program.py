@@ -171,7 +171,7 @@ class Segment:
     phase: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Program:
     """The segments of one pass in order, and the buffers that live on after it."""
 

@@ -2,7 +2,8 @@
 
 Weights first, in the order of the modules, then the prompt's ids, a preallocated cache, the prefill
 and the decode steps of a greedy loop, launched one kernel at a time (a CUDA graph would keep a pool
-of its own). Simulated, not measured: which kernels allocate scratch of their own beyond the
+of its own); in training two steps, of which the first makes the optimizer's states. Simulated, not
+measured: which kernels allocate scratch of their own beyond the
 programs and the cuBLAS workspace is not known here.
 
 A decode step of a 32-layer model is about 3 000 events, and generations have thousands of them.
@@ -36,7 +37,8 @@ from planner.pass_events import PassWriter, script
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
-from planner.workload import Inference
+from planner.training_events import TRAINING_STEPS, training_events
+from planner.workload import Inference, Training
 
 MAX_EVENTS = 100_000
 """Events of decode steps that are played at most: a few tenths of a second."""
@@ -79,7 +81,7 @@ class AllocatorPlan:
     """
 
     model: Model
-    work: Inference
+    work: Inference | Training
     setting: Setting
     runtime: str
     workspace_bytes: int
@@ -107,15 +109,24 @@ def reserved(
     oom = stats.oom
     if oom is not None:
         stats, played = _play(plan, DeviceAllocator(settings), max_events)
-    return Reserved(stats=stats, oom=oom, steps=plan.work.output_tokens - 1, steps_played=played)
+    steps = played if isinstance(plan.work, Training) else plan.work.output_tokens - 1
+    return Reserved(stats=stats, oom=oom, steps=steps, steps_played=played)
 
 
 def _play(
     plan: AllocatorPlan, device: DeviceAllocator, max_events: int
 ) -> tuple[AllocatorStats, int]:
-    """Weights, prompt, prefill, decode steps; with how many of the last."""
+    """Weights, prompt, prefill, decode steps, with how many of the last; or training steps."""
     work = plan.work
     replay = Replay(device)
+    if isinstance(work, Training):
+        replay.feed(weight_events(plan))
+        replay.feed(
+            training_events(
+                plan.model, work, plan.setting, plan.runtime, workspace_bytes=plan.workspace_bytes
+            )
+        )
+        return replay.stats(), TRAINING_STEPS
     replay.feed(weight_events(plan))
     writer = PassWriter(
         batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes

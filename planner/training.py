@@ -9,7 +9,7 @@ from planner.activations import Peak
 from planner.errors import ConfigError
 from planner.ledger import Row, total_bytes
 from planner.model import Model
-from planner.runtimes.attnlab_training import training_phase as attnlab
+from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
 from planner.workload import Deployment, Training
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import planner
@@ -36,7 +36,8 @@ class Row:
     """One quantity of one record, predicted and measured, in the quantity's own unit.
 
     `predicted` is None where the planner refuses the record's configuration; `relative_error` is
-    predicted / measured − 1, None where that has no meaning.
+    predicted / measured − 1, None where that has no meaning. `traced`: the same module on fake
+    tensors, where that was asked for and has the quantity.
     """
 
     device: str
@@ -49,6 +50,7 @@ class Row:
     measured: float
     relative_error: float | None
     record: str
+    traced: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +67,18 @@ class Summary:
 
 
 def compare(
-    records: Iterable[Record], *, on_problem: Callable[[str], None] | None = None
+    records: Iterable[Record],
+    *,
+    traced: bool = False,
+    on_problem: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """A row for each quantity that was measured and is predicted.
 
     A record that the planner refuses keeps its rows with predicted=None, and `on_problem` is told
-    why; so it is of records that did not end "ok", which have no rows.
+    why; so it is of records that did not end "ok", which have no rows, and of those that cannot be
+    traced. `traced` runs every record's module on fake tensors: a second or so each.
     """
-    rows: list[Row] = []
+    records, rows = list(records), list[Row]()
     for record in records:
         where = f"record {record.id} ({record.model}, {record.phase})"
         if record.status != "ok":
@@ -90,7 +96,22 @@ def compare(
                 for quantity, value in found.items()
                 if (prediction := expected[quantity]) is not None
             ]
-    return rows
+    if not traced:
+        return rows
+    of = {record.id: record for record in records}
+    shapes = {name: _traced(of[name], on_problem) for name in {row.record for row in rows}}
+    return [replace(row, traced=shapes[row.record].get(row.quantity)) for row in rows]
+
+
+def _traced(record: Record, on_problem: Callable[[str], None] | None) -> dict[str, int]:
+    from profiles.traced_record import traced
+
+    try:
+        return traced(record)
+    except ConfigError as error:
+        where = f"record {record.id} ({record.model}, {record.phase})"
+        _tell(on_problem, f"{where} is not traced: {error}")
+        return {}
 
 
 def measured(record: Record) -> dict[str, float]:

@@ -245,9 +245,11 @@ def _train(
 ) -> None:
     """Two steps, so that the second finds what the first leaves."""
     updates = _optimizer(module, optimizer, implementation)
-    if "labels" in inspect.signature(module.forward).parameters and "labels" not in kwargs:
+    signature = inspect.signature(module.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    if "labels" in signature.parameters and "labels" not in given:
         kwargs = {**kwargs, "labels": args[0] if args else kwargs.get("input_ids")}
-    if "use_cache" in inspect.signature(module.forward).parameters:
+    if "use_cache" in signature.parameters and "use_cache" not in given:
         kwargs = {"use_cache": False, **kwargs}
     for step in (1, 2):
         recorder.phase(f"step {step}: forward")
@@ -264,8 +266,9 @@ def _train(
             updates.step()
             for state in updates.state.values():
                 for key, held in state.items():
-                    if isinstance(held, Tensor):  # AdamW counts its steps on the host
-                        recorder.classify([held], "host" if key == "step" else "optimizer")
+                    if isinstance(held, Tensor):
+                        on_host = key == "step" and implementation != "fused"  # adam.py
+                        recorder.classify([held], "host" if on_host else "optimizer")
         module.zero_grad(set_to_none=True)
 
 

@@ -1,6 +1,7 @@
 """Measured: what was seen on real devices, beside what the planner says today."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import streamlit as st
@@ -139,6 +140,8 @@ def chart(figure: object, words: str) -> None:
 
 def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
     """The rows as a table and as a file."""
+    rows = with_traces(rows)
+    beside = any(row.traced is not None for row in rows)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.subheader("Every measurement")
         st.download_button(
@@ -163,6 +166,7 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
                 measurements.workload(record),
                 charts.label(row.quantity),
                 charts.value(row.quantity, row.predicted),
+                charts.value(row.quantity, row.traced),
                 charts.value(row.quantity, row.measured),
                 None if row.relative_error is None else 100 * row.relative_error,
                 row.record,
@@ -175,22 +179,40 @@ def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
             lines,
             columns=[
                 "device", "model", "runtime", "attention", "dtype", "phase",
-                "batch × (prompt + output)", "quantity", "predicted", "measured", "error",
-                "record", "measured on",
+                "batch × (prompt + output)", "quantity", "predicted", "traced", "measured",
+                "error", "record", "measured on",
             ],
         ),
         hide_index=True,
         column_order=[
-            "model", "phase", "quantity", "predicted", "measured", "error", "device", "runtime",
-            "attention", "dtype", "batch × (prompt + output)", "record", "measured on",
+            "model", "phase", "quantity", "predicted", *["traced"] * beside, "measured",
+            "error", "device", "runtime", "attention", "dtype", "batch × (prompt + output)",
+            "record", "measured on",
         ],
         column_config={
             "predicted": right,
+            "traced": right,
             "measured": right,
             "error": st.column_config.NumberColumn(format="%+.2f %%"),
         },
         alt="Every measured quantity with its prediction and the signed error",
     )  # fmt: skip
+
+
+def with_traces(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, with what the same modules hold on fake tensors if that is asked for."""
+    asked = st.toggle(
+        "Traced beside them",
+        key="traced",
+        bind="query-params",
+        help="Runs every module on fake tensors, without the device: a second or so each.",
+    )
+    if not asked:
+        return rows
+    traced, problems = measurements.traced(tuple(dict.fromkeys(row.record for row in rows)))
+    for problem in problems[:3]:
+        st.warning(problem)
+    return [replace(row, traced=traced.get((row.record, row.quantity))) for row in rows]
 
 
 def unmeasured(found: measurements.Store) -> None:

@@ -20,15 +20,19 @@ def limit(number: int) -> str:
     return f"{number:,}" if number else "none"
 
 
+def is_training(e: planner.Estimate) -> bool:
+    """Whether a training step is planned."""
+    return isinstance(e.work, planner.Training)
+
+
 def head(e: planner.Estimate) -> None:
     """Which plan this is, and the verdict."""
     n = e.deploy.world_size
     st.header(f"{e.model.name} on {f'{n} × ' if n > 1 else ''}{e.gpu.label}")
     runtime = runtime_named(e.deploy.runtime)
     st.caption(
-        f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}, "
-        f"KV cache {e.setting.kv_dtype} · batch {e.work.batch:,} · {e.work.prompt_tokens:,} prompt "
-        f"+ {e.work.output_tokens:,} output tokens"
+        f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}"
+        f"{'' if is_training(e) else f', KV cache {e.setting.kv_dtype}'} · {e.work.in_words}"
     )
     if e.fits:
         st.success(e.verdict, icon=":material/check_circle:")
@@ -45,6 +49,8 @@ def trust(e: planner.Estimate) -> str:
         found = measurements.store()
     except planner.ConfigError as error:
         return f"Measurements cannot be read: {error}"
+    if isinstance(e.work, planner.Training):
+        return "Predicted, not measured: no training step was measured yet."
     record = measurements.nearest(found, e.model, e.work, e.deploy)
     if record is None:
         elsewhere = any(r.environment.gpu == e.gpu.name for r in found.records.values())
@@ -73,9 +79,13 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
             gib(e.headroom_bytes),
             f"{e.headroom_bytes:,} bytes of {of}. Negative: what is missing",
         )
-        card("KV cache", gib(m.kv_cache_bytes), f"{m.kv_cache_bytes:,} bytes")
+        if is_training(e):
+            states = m.weights_bytes + m.gradients_bytes + m.optimizer_bytes
+            card("Model states", gib(states), "Weights, gradients and the optimizer's states")
+        else:
+            card("KV cache", gib(m.kv_cache_bytes), f"{m.kv_cache_bytes:,} bytes")
         places = st.empty(), st.empty()
-        for place, label in zip(places, ("Longest context", "Largest batch"), strict=True):
+        for place, label in zip(places, (longest_label(e), "Largest batch"), strict=True):
             with place:
                 card(label, "…")
     with st.container(horizontal=True):
@@ -85,19 +95,33 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
             if e.max_concurrency is not None and e.pool is not None:
                 longest = f"Sequences of {e.pool.longest_tokens:,} tokens that it holds"
                 card("At once", f"{e.max_concurrency:,.1f}", longest)
-        card("TTFT", seconds(e.latency.ttft_s), "Time to the first token")
-        card(
-            "TPOT",
-            seconds(e.latency.tpot_s),
-            "Mean time of a token after the first; none with one output token",
-        )
-        card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
+        times(e)
         reserved = st.empty()
         if e.memory.simulated:
             with reserved:
                 card("Reserved by torch", "…")
     st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
     return (*places, reserved, st.empty())
+
+
+def longest_label(e: planner.Estimate) -> str:
+    """What the first limit is of."""
+    return "Longest sequence" if is_training(e) else "Longest context"
+
+
+def times(e: planner.Estimate) -> None:
+    """The times of a step, or of the first token and those after it."""
+    if is_training(e):
+        card("Step", seconds(e.latency.step_s), "Forward, backward and the optimizer's step")
+        card("Trained tokens/s", f"{e.latency.trained_tokens_per_s:,.0f}", "Of the whole batch")
+        return
+    card("TTFT", seconds(e.latency.ttft_s), "Time to the first token")
+    card(
+        "TPOT",
+        seconds(e.latency.tpot_s),
+        "Mean time of a token after the first; none with one output token",
+    )
+    card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
 
 
 def torch_holds(e: planner.Estimate, place: DeltaGenerator, below: DeltaGenerator) -> None:
@@ -214,14 +238,15 @@ st.plotly_chart(
 )
 peak(estimate)
 ledger(estimate)
-pasted_log(estimate)
+if not is_training(estimate):
+    pasted_log(estimate)
 
 with longest:  # dozens of estimates: the page stands before they are done
     answer(
         estimate,
-        "Longest context",
+        longest_label(estimate),
         planner.max_context_tokens,
-        "Prompt + output − 1, in tokens, at this batch, up to the model's positions",
+        "At this batch, up to the model's positions; of an inference, prompt + output − 1 tokens",
     )
 with largest:
     answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -24,12 +26,15 @@ def training_step(
     ids: Tensor,
     labels: Tensor,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    checkpointing: Literal["none", "full"] = "none",
 ) -> Tensor:
     """The loss of token ids [B, T] against labels [B, T], the token after each.
 
-    Gradients lie in `.grad`; with an optimizer they are used up and gone.
+    Gradients lie in `.grad`; with an optimizer they are used up and gone. `checkpointing`: "full"
+    computes every block a second time on the way back instead of keeping its inside.
     """
-    loss = next_token_loss(transformer(ids), labels)
+    loss = next_token_loss(transformer(ids, checkpointing=checkpointing), labels)
     loss.backward()
     if optimizer is not None:
         optimizer.step()

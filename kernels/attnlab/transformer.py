@@ -8,10 +8,12 @@ input lives until the module returns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnlab import alibi
 from attnlab.block import Block
@@ -29,6 +31,8 @@ from planner.model import Model
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
 
 Rotation = tuple[Tensor, Tensor]
+
+run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no dropout here
 
 
 class Transformer(nn.Module):
@@ -109,15 +113,21 @@ class Transformer(nn.Module):
         logits: Literal["all", "last"] = "all",
         tokens: Sequence[int] | None = None,
         prefix_tokens: int = 0,
+        checkpointing: Literal["none", "full"] = "none",
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; with "last" those of the last token, [B, 1, V].
 
         With a cache the ids follow the tokens in it and are appended. `tokens`: how many of the T
         are real in each sequence, from the left; the logits behind them mean nothing. The first
-        `prefix_tokens` positions see one another in both directions (prefix-LM). Raises ConfigError
-        when ids do not fit the cache or a learned table of positions; nothing is changed then.
+        `prefix_tokens` positions see one another in both directions (prefix-LM). `checkpointing`:
+        with "full" every block keeps its inputs alone and runs again on the way back. Raises
+        ConfigError when ids do not fit the cache or a learned table of positions; nothing is
+        changed then.
         """
         check_choice("logits", logits, ("all", "last"))
+        check_choice("checkpointing", checkpointing, ("none", "full"))
+        if checkpointing != "none" and cache is not None:
+            raise ConfigError(f"checkpointing={checkpointing} is not allowed with a cache: none")
         check_size("prefix_tokens", prefix_tokens, minimum=0)
         B, T = check_ids(ids)
         real = check_real_tokens(tokens, T=T, batch=B)
@@ -136,7 +146,10 @@ class Transformer(nn.Module):
         del positions
         for index, block in enumerate(self.layers):
             rotation = rotations[block.slides] if block.rope else None
-            x = block(x, rotation, masks[block.pattern], cache, index)
+            if checkpointing == "full":
+                x = run_again(block, x, rotation, masks[block.pattern], None, index)
+            else:
+                x = block(x, rotation, masks[block.pattern], cache, index)
             del rotation
         del rotations, masks
         if cache is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from planner.autograd.layouts import (
     Ints,
@@ -20,7 +21,7 @@ from planner.autograd.layouts import (
     view,
 )
 from planner.autograd.tensors import Dims, Like, Storage, Tensor
-from planner.program import Extent, Shape, Symbol, Tape
+from planner.program import Buffer, Extent, Shape, Symbol, Tape
 
 ONE: Shape = (1,)
 
@@ -31,6 +32,8 @@ class Aten:
     def __init__(self, tape: Tape, numbers: dict[Symbol, int]) -> None:
         self.tape, self.numbers = tape, numbers
         self.doing = ""  # the node whose backward runs
+        self.made = 0  # allocations so far
+        self.last: int | None = None  # from here on nothing is allocated any more
 
     def sizes(self, dims: Dims) -> Ints:
         """Dimensions as numbers of this regime."""
@@ -51,6 +54,11 @@ class Aten:
         scratch: Sequence[tuple[Shape, int]] = (),
     ) -> Tensor:
         """What an op allocates; `scratch` (shape, itemsize) goes when it ends."""
+        sizes = self.sizes(dims)
+        laid = contiguous(sizes) if strides is None else strides
+        if self.last is not None and self.made >= self.last:
+            never = Storage(Buffer(name=name, shape=(0,), itemsize=itemsize), None, self.made)
+            return Tensor(never, dims, sizes, laid, itemsize, name)
         moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
         weights = (x for x in reads if x.storage.tape is None)
         shape = tuple(extent for dim in dims for extent in dim)
@@ -65,9 +73,8 @@ class Aten:
             called=name,
             kernel=kernel,
         )
-        sizes = self.sizes(dims)
-        laid = contiguous(sizes) if strides is None else strides
-        return Tensor(Storage(buffer, self.tape), dims, sizes, laid, itemsize, name)
+        self.made += 1
+        return Tensor(Storage(buffer, self.tape, self.made - 1), dims, sizes, laid, itemsize, name)
 
     def elementwise(
         self, kernel: str, name: str, *operands: Tensor, itemsize: int | None = None
@@ -145,14 +152,41 @@ class Aten:
         dims[dim] = (length,)
         return replace(x, dims=tuple(dims), sizes=self.sizes(tuple(dims)), node=None, output=0)
 
-    def expand(self, x: Tensor, like: Like) -> Tensor:
-        """x repeated to the size of `like`, without a copy."""
-        lead = len(like.sizes) - len(x.sizes)
+    def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
+        """x at each place of a dimension, which goes: views."""
+        at = range(len(x.dims))[dim]
+
+        def without(sequence: tuple[Any, ...]) -> tuple[Any, ...]:
+            return sequence[:at] + sequence[at + 1 :]
+
+        return [
+            replace(
+                x,
+                dims=without(x.dims),
+                sizes=without(x.sizes),
+                strides=without(x.strides),
+                node=None,
+                output=0,
+            )
+            for _ in range(x.sizes[at])
+        ]
+
+    def stack(self, parts: Sequence[Tensor], dim: int, name: str) -> Tensor:
+        """Equal parts along a new dimension, counted from behind."""
+        like = parts[0]
+        at = len(like.dims) + 1 + dim
+        dims = (*like.dims[:at], (len(parts),), *like.dims[at:])
+        return self.new("stack", name, dims, like.itemsize, reads=parts)
+
+    def expand(self, x: Tensor, dims: Dims) -> Tensor:
+        """x repeated to other sizes, without a copy."""
+        sizes = self.sizes(dims)
+        lead = len(sizes) - len(x.sizes)
         strides = (0,) * lead + tuple(
             s if n == wanted else 0
-            for n, s, wanted in zip(x.sizes, x.strides, like.sizes[lead:], strict=True)
+            for n, s, wanted in zip(x.sizes, x.strides, sizes[lead:], strict=True)
         )
-        return replace(x, dims=like.dims, sizes=like.sizes, strides=strides, node=None, output=0)
+        return replace(x, dims=dims, sizes=sizes, strides=strides, node=None, output=0)
 
     def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
         """The parts one behind the other along `dim`, `whole` in all."""

@@ -8,6 +8,7 @@ torch/csrc/autograd/engine.cpp and its neighbours, torch 2.13, on one thread:
   repeated is summed to its size, one of another dtype is cast;
 * then what it saved goes, and only then its outputs flow on. Where a gradient waits already, the
   two are added into a third tensor (input_buffer.cpp), and both go;
+* what has to be computed again comes when the node begins, and goes with its formula;
 * a leaf takes the gradient as it is, if that lies as the leaf does, else a copy
   (accumulate_grad.h). A tied weight is summed up before, while it waits.
 """
@@ -50,6 +51,7 @@ def run_back(aten: Aten, graph: Graph, carried: Gradients) -> None:
 def _run(aten: Aten, node: Node) -> None:
     made = _call(aten, node)
     node.saved.clear()
+    node.unpack = None
     ready: list[Leaf] = []
     for index, (target, output) in enumerate(node.edges):
         if made[index] is None or target is None:
@@ -67,7 +69,11 @@ def _run(aten: Aten, node: Node) -> None:
 def _call(aten: Aten, node: Node) -> Gradients:
     """The node's formula, then torch's validation of what it made."""
     flowed: Gradients = [node.waiting.pop(i, None) for i in range(node.outputs)]
+    if node.unpack is not None:
+        node.saved = node.unpack()
     made = node.backward(node, flowed)
+    if node.unpack is not None:
+        node.saved.clear()
     for index, like in enumerate(node.inputs):
         gradient = made[index]
         if gradient is not None:

@@ -8,42 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from planner.autograd.aten import Aten
+from planner.autograd.checkpointing import Frame
 from planner.autograd.engine import Graph, run_back
-from planner.autograd.functions import FLOAT32, Functions
+from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
+from planner.autograd.products import FLOAT32
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
 from planner.model import Model
 from planner.optimizers import OptimizerWriter
 from planner.optimizers import Part as TrainedPart
 from planner.parameters import layer_parameters
-from planner.program import Buffer, Program, Symbol, Tape
+from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
 
+Given = TypeVar("Given")
 EMBEDDING, HEAD = "embedding", "head"
 
 
-class StepWriter:
+class StepWriter(Generic[Given]):
     """Writes forward and backward of a model whose parts a subclass runs.
 
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights.
+    `checkpointed`: every layer keeps its inputs alone and runs again on the way back.
     """
 
-    def __init__(self, model: Model, b: int, numbers: dict[Symbol, int]) -> None:
-        self.model, self.b = model, b
+    def __init__(
+        self, model: Model, b: int, numbers: dict[Symbol, int], *, checkpointed: bool = False
+    ) -> None:
+        self.model, self.b, self.checkpointed = model, b, checkpointed
+        self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
+            Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
+            for name in ("hidden states", "gradient of hidden states")
+        )
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
+        self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
 
     def embed(self) -> Tensor:
         """Token ids to hidden states, and what all layers share."""
         raise NotImplementedError
 
-    def block(self, layer: Layer, x: Tensor) -> Tensor:
+    def shared(self, layer: Layer) -> Given:
+        """What a layer is given besides the hidden states."""
+        raise NotImplementedError
+
+    def block(self, layer: Layer, x: Tensor, given: Given) -> Tensor:
         """One layer."""
         raise NotImplementedError
 
@@ -54,6 +70,8 @@ class StepWriter:
     def weight(self, name: str, *shape: int) -> Tensor:
         """A trained tensor."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
+        if self.known is not None:  # a layer that runs again
+            return replace(made, node=next(self.known))
         leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
         self.leaves[self.walking].append(leaf)
         return replace(made, node=leaf)
@@ -86,6 +104,8 @@ class StepWriter:
                         carried[0] = self.aten.new("ones_like", "gradient of the loss", (), FLOAT32)
                         root = carried[0]
                     run_back(self.aten, graphs[part.label], carried)
+                    if carried and carried[0] is not None:
+                        carried[0].storage.known_as(self.hidden_gradient)
         with tape.segment("end of the backward"):
             del root
         tape.phase = "optimizer step"
@@ -150,9 +170,31 @@ class StepWriter:
             if part.layer_kind is None:
                 out = self.loss(entered)
             else:
-                out = self.block(part.layer_kind, entered[0])
+                out = self._run_layer(part.layer_kind, entered[0])
+        if part.label != HEAD:
+            out.storage.known_as(self.hidden)
         carried.append(out.detach())
         return graph
+
+    def _run_layer(self, layer: Layer, x: Tensor) -> Tensor:
+        """One layer, which keeps its inputs alone where it is checkpointed."""
+        f, given = self.f, self.shared(layer)
+        if not self.checkpointed:
+            return self.block(layer, x, given)
+        leaves, entrance = self.leaves[self.walking], x.node
+
+        def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
+            graph, f.graph, f.frame = f.graph, Graph(), frame
+            self.known = iter(leaves)
+            try:
+                self.block(layer, replace(x, node=entrance), given)
+            finally:
+                self.known, f.graph, f.frame = None, graph, None
+
+        f.frame = Frame(self.aten, again, x, given)
+        out = self.block(layer, x, given)
+        f.frame = None
+        return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,15 @@ Dims: TypeAlias = tuple[Shape, ...]
 
 
 class Storage:
-    """Bytes that live until the last reference goes; without a tape they were there before."""
+    """Bytes that live until the last reference goes; without a tape they were there before.
 
-    __slots__ = ("buffer", "tape")
+    `index` counts the allocations before it.
+    """
 
-    def __init__(self, buffer: Buffer, tape: Tape | None) -> None:
-        self.buffer, self.tape = buffer, tape
+    __slots__ = ("buffer", "index", "tape")
+
+    def __init__(self, buffer: Buffer, tape: Tape | None, index: int = -1) -> None:
+        self.buffer, self.tape, self.index = buffer, tape, index
 
     def __del__(self) -> None:
         if self.tape is not None:
@@ -82,7 +85,8 @@ class Node:
     """What remains of an op for the way back: where its inputs come from, and what it saved.
 
     `backward` makes the inputs' gradients of its `outputs` outputs' (None: nothing flowed there);
-    `wants` says for each input whether anything needs its gradient.
+    `wants` says for each input whether anything needs its gradient. `unpack` gives what was saved
+    where it has to be computed again.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Node:
         self.wants = [x.node is not None for x in inputs]
         self.inputs = [Like(x.dims, x.sizes, x.strides, x.itemsize, x.name) for x in inputs]
         self.saved = [x.detach() for x in saved]
+        self.unpack: Callable[[], list[Tensor]] | None = None
         self.waiting: dict[int, Tensor] = {}
         for x in inputs:
             if isinstance(x.node, Leaf):

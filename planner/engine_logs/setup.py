@@ -40,7 +40,8 @@ def setup_of_log(
 ) -> Setup:
     """What is given goes before what the log says."""
     notes: list[str] = []
-    found, alike = _model(log, model, notes), ()
+    alike: tuple[str, ...] = ()
+    found = _model(log, model, notes)
     if deploy is None:
         if gpu is None:
             gpu, alike = _gpu(log, notes)

@@ -13,6 +13,7 @@ from planner.program import (
     SEVERAL_TOKENS,
     B,
     Buffer,
+    Extent,
     Shape,
     Symbol,
     T,
@@ -61,6 +62,8 @@ class AttentionWriter(Writer):
         visible = tape.new("mask", shape, BOOL)
         if pattern.window is not None:
             lowest = tape.new("mask", (made, T), INT64)
+            if pattern.chunked:  # query − query % window
+                lowest = self.replaced(tape.new("mask", (made, T), INT64), lowest)
             near = tape.new("mask", shape, BOOL)
             tape.free(lowest)
             both = tape.new("mask", shape, BOOL)
@@ -79,15 +82,16 @@ class AttentionWriter(Writer):
         """ALiBi: distances, then slopes times them, then −inf where nothing is seen."""
         tape, H = self.tape, gqa.num_attention_heads
         item = FLOAT32 if self.attention == "naive" else self.b
-        slopes = [tape.new("slopes", (H,), item) for _ in range(2)]
+        slopes = tape.new("slopes", (H,), item)
+        slopes = self.replaced(tape.new("slopes", (H,), item), slopes)
         shown = pattern.several_or_tabled
         visible = self._table(pattern, shown)
         distance = tape.new("bias", (T, pattern.keys), INT64)
         cast = tape.new("bias", (T, pattern.keys), item)
         bias = tape.new("bias", (H, T, pattern.keys), item)
         tape.free(distance, cast)
-        masked = tape.new("bias", (shown, H, T, pattern.keys), item, scratch=(((shown,), FLOAT32),))
-        tape.free(masked, visible, *slopes)
+        masked = tape.new("bias", (shown, H, T, pattern.keys), item, scratch=(((shown,), item),))
+        tape.free(masked, visible, slopes)
         return MaskBuffers(bias=bias)
 
     def free_masks(self) -> None:
@@ -126,7 +130,7 @@ class AttentionWriter(Writer):
         widths = (H * D, G * D, G * D)
         if gqa.fused_qkv:
             whole = self.linear("qkv_proj", x, (H + 2 * G) * D, bias=gqa.qkv_bias)
-            if not gqa.interleaved_qkv:
+            if not gqa.interleaved_qkv or G == 1:  # views
                 parts = [whole] * 3
             else:
                 parts = [
@@ -276,6 +280,11 @@ class AttentionWriter(Writer):
                 scratch=(((shown,), FLOAT32),),  # −inf
             )
             tape.free(copy)
+        beside = None
+        if gqa.sinks:  # one column more; what is cut out of it again is a view
+            beside = tape.new("sinks", (H,), FLOAT32) if b != FLOAT32 else None
+            table = (B, H, T, _one_more(keys))
+            scores = self.replaced(tape.new("scores and sinks", table, FLOAT32), scores)
         scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)
         v = tape.new("float32 values", kv, FLOAT32) if b != FLOAT32 else None
         straight = tape.new("float32 values", (*copied, *kv), FLOAT32) if copied else None
@@ -284,7 +293,13 @@ class AttentionWriter(Writer):
         if b != FLOAT32:
             narrow = tape.new("attention", (B, T, H * D), b, reads=(out,))
             out = self.replaced(narrow, out)
-        tape.free(scores, causal, *attended.held, q)
+        tape.free(scores, beside, causal, *attended.held, q)
         if H > 1:  # flatten(2)
             tape.free(tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,)))
         return out
+
+
+def _one_more(keys: Extent) -> Extent:
+    if isinstance(keys, int):
+        return keys + 1
+    return Symbol(f"({keys.name} + 1)", lambda d: keys.of(d) + 1)

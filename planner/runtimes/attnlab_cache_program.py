@@ -101,12 +101,10 @@ class CacheProgram:
         else:
             self.tables.append(tape.new("positions", (S,), INT64))
         if self.kind == "ring":
-            windows = {layer.attention for layer in model.layer_kinds()}
-            for pattern in dict.fromkeys(
-                self.pattern(gqa) for gqa in windows if isinstance(gqa, GQA)
-            ):
-                if pattern.ring:
-                    self._turn(pattern)
+            attentions = [layer.attention for layer in model.layer_kinds()]
+            patterns = [self.pattern(gqa) for gqa in attentions if isinstance(gqa, GQA)]
+            for pattern in {p.window: p for p in patterns if p.ring}.values():  # one of a size
+                self._turn(pattern)
 
     def _block_tables(self) -> None:
         """Slots of every position, and the lists of what is written."""

@@ -121,11 +121,15 @@ class _Forward(AttentionWriter):
                 rows = tape.new("positions", (T,), INT64)
             table = tape.new("position embeddings", (T, h), b, moved=((T, h, b),))
         else:
-            made = [tape.new("sinusoids", (T, h // 2), FLOAT32) for _ in range(3)]
-            table = tape.new("sinusoids", (T, h), FLOAT32)
-            tape.free(*made)
+            half = -(-h // 2)
+            exponents = tape.new("sinusoids", (half,), FLOAT32)
+            exponents = self.replaced(tape.new("sinusoids", (half,), FLOAT32), exponents)
+            made = [tape.new("sinusoids", (T, half), FLOAT32) for _ in ("angles", "sin", "cos")]
+            table = tape.new("sinusoids", (T, 2 * half), FLOAT32)
+            tape.free(*made[1:])
             if b != FLOAT32:
                 table = self.replaced(tape.new("sinusoids", (T, h), b), table)
+            tape.free(exponents, made[0])
         tape.new("hidden states", (B, T, h), b, reads=(x, table), into=self.hidden)
         tape.free(table, x, rows)
 
@@ -295,25 +299,27 @@ class _Forward(AttentionWriter):
         wide = (*x.shape[:-1], i)
         if dense.fused_gate_up:
             both = self.linear("gate_up_proj", x, 2 * i, bias=dense.bias)
-            active = tape.new("activation", wide, b, reads=(both,))
+            active = self._activate(dense.activation, both, wide, consumed=False)
             product = tape.new("gate · up", wide, b, reads=(both, active))
             tape.free(active, both)
         elif dense.gated:
             gate = self.linear("gate_proj", x, i, bias=dense.bias)
-            active = self._activate(dense.activation, gate)
+            active = self._activate(dense.activation, gate, wide)
             up = self.linear("up_proj", x, i, bias=dense.bias)
             product = tape.new("gate · up", wide, b, reads=(active, up))
             tape.free(active, up)
         else:
             up = self.linear("up_proj", x, i, bias=dense.bias)
-            product = self._activate(dense.activation, up)
+            product = self._activate(dense.activation, up, wide)
         out = self.linear("down_proj", product, h, bias=dense.bias)
         tape.free(product)
         return out
 
-    def _activate(self, activation: str, x: Buffer) -> Buffer:
-        """The activation of x, which it consumes; those that torch does not fuse op by op."""
-        tape, b, shape = self.tape, self.b, x.shape
+    def _activate(
+        self, activation: str, x: Buffer, shape: Shape, *, consumed: bool = True
+    ) -> Buffer:
+        """The activation of (a part of) x; those that torch does not fuse op by op."""
+        tape, b = self.tape, self.b
 
         def step(*reads: Buffer) -> Buffer:
             return tape.new(activation, shape, b, reads=reads)
@@ -326,7 +332,7 @@ class _Forward(AttentionWriter):
                 half, tanh = step(x), step(inner)
                 plus = self.replaced(step(tanh), tanh)
                 out = tape.new("activation", shape, b, reads=(half, plus))
-                tape.free(half, plus, inner, x)
+                tape.free(half, plus, inner)
             case "gelu_fast":  # 0.5·x·(1 + tanh(0.79…·x·(1 + 0.044715·x·x)))
                 half, slope = step(x), step(x)
                 cube = step(x)
@@ -337,18 +343,20 @@ class _Forward(AttentionWriter):
                 for _ in ("tanh", "1 +"):
                     inner = self.replaced(step(inner), inner)
                 out = tape.new("activation", shape, b, reads=(half, inner))
-                tape.free(half, inner, x)
+                tape.free(half, inner)
             case "quick_gelu":
                 scaled = step(x)
                 gate = self.replaced(step(scaled), scaled)
                 out = tape.new("activation", shape, b, reads=(x, gate))
-                tape.free(gate, x)
+                tape.free(gate)
             case "relu2":
                 kept = step(x)
                 out = tape.new("activation", shape, b, reads=(kept,))
-                tape.free(kept, x)
+                tape.free(kept)
             case _:
-                out = self.replaced(tape.new("activation", shape, b, reads=(x,)), x)
+                out = tape.new("activation", shape, b, reads=(x,))
+        if consumed:
+            tape.free(x)
         return out
 
 

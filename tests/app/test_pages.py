@@ -306,6 +306,39 @@ def test_records_stand_beside_their_prediction_with_the_error(store):
     assert "NVIDIA T4" in captions(app)
 
 
+def test_traces_stand_beside_predictions_when_asked(store):
+    records.append(store, made(attention="naive"))
+    app = opened("measured")
+    assert set(app.dataframe[1].value["traced"]) == {"—"}
+    app.get_by_key("traced").set_value(True).run()
+    table = app.dataframe[1].value.set_index("quantity")
+    assert not app.exception
+    assert table.loc["Weights", "traced"] == table.loc["Weights", "predicted"]
+    assert table.loc["Peak, live", "traced"] == table.loc["Peak, live", "predicted"]
+
+
+def test_a_training_step_is_planned():
+    app = opened(runtime="attnlab", workload="training", sequence="4096", batch="2")
+    assert not app.exception
+    work = planner.Training(batch=2, sequence_tokens=4096)
+    deploy = planner.Deployment(gpu="h200", runtime="attnlab")
+    memory = planner.estimate(planner.load_model("llama-3.1-8b"), work, deploy).memory
+    shown = {card.label: card.value for card in app.metric}
+    assert shown["Total"] == gib(memory.total_bytes)
+    assert shown["Reserved by torch"] == gib(memory.peak_reserved_bytes)
+    assert {"Step", "Trained tokens/s", "Longest sequence", "Largest batch"} <= set(shown)
+    assert not {"TTFT", "KV cache"} & set(shown)
+    app.get_by_key("checkpointing").set_value("full").run()
+    assert not app.exception
+    assert {card.label: card.value for card in app.metric}["Total"] != shown["Total"]
+
+
+def test_training_where_it_is_not_planned_says_where_it_is():
+    app = opened(runtime="vllm", workload="training")
+    assert not app.exception
+    assert app.error[0].value == "runtime=vllm does not plan training yet: attnlab"
+
+
 def test_a_torn_last_line_is_reported_and_the_rest_shown(store):
     records.append(store, made())
     store.write_bytes(store.read_bytes() + b'{"schema": 1, "id')

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from attnlab.caches import build_cache
 from attnlab.training import IGNORED, next_token_loss, training_step
 from attnlab.transformer import Transformer
+from planner import CacheSpec, ConfigError
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)  # float32
 
@@ -35,6 +37,32 @@ def test_loss_and_gradients_equal_those_of_transformers(trained, ids):
     ):
         gradient = wanted[there.name].T if there.transposed else wanted[there.name]
         torch.testing.assert_close(made[here.name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+def test_checkpointing_changes_no_gradient(llama_pair, ids, attention):
+    ours = Transformer(llama_pair[1].model, attention=attention, dtype=torch.float32, device="cpu")
+    losses, gradients = [], []
+    for checkpointing in ("none", "full"):
+        losses.append(training_step(ours, ids, shifted(ids), checkpointing=checkpointing))
+        gradients.append([p.grad for p in ours.parameters()])
+        ours.zero_grad(set_to_none=True)
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *gradients))
+
+
+def test_checkpointing_with_a_cache_is_refused(llama_pair, ids):
+    ours = llama_pair[1]
+    cache = build_cache(
+        ours.model,
+        CacheSpec(kind="static"),
+        batch=len(ids),
+        tokens=99,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match="checkpointing=full is not allowed with a cache: none"):
+        ours(ids, cache=cache, checkpointing="full")
 
 
 def test_an_optimizer_moves_the_weights_and_leaves_no_gradients(llama_pair, ids):

@@ -11,20 +11,23 @@ import planner
 from attnlab.training import training_step
 from attnlab.transformer import Transformer
 from planner.program import Dims, Program
-from planner.runtimes.attnlab_training import Regime, Step, step_program
+from planner.runtimes.attnlab_training.regime import Regime, Step
+from planner.runtimes.attnlab_training.step import step_program
 from profiles.meters import LiveTensorMeter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def watched_step(live: Transformer, batch: int, tokens: int, optimizer: Any = None) -> Any:
+def watched_step(
+    live: Transformer, batch: int, tokens: int, optimizer: Any = None, **how: Any
+) -> Any:
     """The meter after one step; only the gradients are left."""
     generator = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(
         live.model.vocab_size, (2, batch, tokens), generator=generator
     ).unbind()
     with LiveTensorMeter(log=True) as meter:
-        training_step(live, ids, labels, optimizer)
+        training_step(live, ids, labels, optimizer, **how)
     return meter
 
 

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 import planner
 from attnlab.caches import build_cache
+from attnlab.implementations import choose
 from attnlab.transformer import Transformer
 from planner import CacheSpec
 from planner.activations import peak
 from planner.program import Dims
 from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
+from tests.attnlab.drawn import models
 from tests.attnlab.families import FAMILIES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -119,41 +121,19 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, dtype, kv_d
     )
 
 
-@st.composite
-def shapes(draw):
-    """A small model of random widths and the passes over it."""
-    groups, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    config = {
-        "model_type": draw(st.sampled_from(["llama", "qwen3", "olmo2", "mistral", "cohere"])),
-        "vocab_size": draw(st.integers(5, 300)),
-        "num_hidden_layers": draw(st.integers(1, 3)),
-        "num_key_value_heads": groups,
-        "num_attention_heads": groups * shared,
-        "head_dim": 2 * draw(st.integers(1, 9)),
-        "intermediate_size": draw(st.integers(1, 200)),
-        "max_position_embeddings": 512,
-        "sliding_window": draw(st.one_of(st.none(), st.integers(1, 40))),
-        "tie_word_embeddings": draw(st.booleans()),
-    }
-    config["hidden_size"] = config["num_attention_heads"] * config["head_dim"]
-    if config["model_type"] != "mistral":
-        del config["sliding_window"]
-    passes = draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
-    return planner.read_config(config), passes
-
-
 @given(
-    shapes(),
+    models(max_tokens=200),
+    st.lists(st.integers(1, 50), min_size=1, max_size=4),
     st.sampled_from(KINDS),
-    st.sampled_from(["sdpa", "naive"]),
-    st.sampled_from(["bf16", "fp32"]),
+    st.booleans(),
+    st.sampled_from([("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")]),
     st.integers(1, 3),
     st.sampled_from(["all", "last"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_peak_of_random_shapes_is_exact(drawn, kind, attention, dtype, batch, logits):
-    model, passes = drawn
-    what = (model, attention, dtype, dtype, kind, batch)
+def test_the_peak_of_random_models_is_exact(model, passes, kind, naive, dtypes, batch, logits):
+    attention = "naive" if naive else choose(None, model.layers)
+    what = (model, attention, *dtypes, kind, batch)
     seen = live_peaks(*what, passes, logits)
     ours = [predicted(*what, t, s, sum(passes), logits) for t, s, _ in seen]
     assert ours == [measured for _, _, measured in seen]

@@ -36,6 +36,17 @@ def test_the_parts_and_the_rows_sum_to_the_total():
     assert estimate.memory.peak_live_bytes == estimate.memory.total_bytes - overhead
 
 
+def test_checkpointing_keeps_one_layers_inputs_and_a_layer_that_runs_again():
+    """Chen et al., arXiv:1604.06174: what n layers keep becomes n inputs and the inside of one."""
+    large = {"batch": 8, "sequence_tokens": 8192, "optimizer": None}
+    held = of(**large).memory.activations_bytes
+    again = of(**large, checkpointing="full").memory.activations_bytes
+    inputs = 32 * 8 * 8192 * 4096 * 2
+    logits = 8 * 8192 * LLAMA.vocab_size * (2 + 4 + 4 + 4)  # bf16, float32, logarithms, gradient
+    assert inputs < again < inputs + held / 32 + logits
+    assert again < held / 4
+
+
 def test_no_optimizer_ends_after_the_backward():
     memory = of(optimizer=None).memory
     assert memory.optimizer_bytes == 0
@@ -69,7 +80,7 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab"),
         ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
-        ({"checkpointing": "full"}, "checkpointing='full' is not planned"),
+        ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full"),
         ({"precision": "autocast"}, "precision='autocast' is not planned"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd"),
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),

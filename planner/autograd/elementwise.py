@@ -1,0 +1,127 @@
+"""Elementwise ops.
+
+Formulas, saved tensors and order of gradients are those of tools/autograd/derivatives.yaml of
+torch 2.13 (see recording.py).
+"""
+
+from __future__ import annotations
+
+from planner.autograd.recording import Recorder, only
+from planner.autograd.tensors import Gradients, Node, Tensor
+
+BOOL = 1
+
+
+class Elementwise(Recorder):
+    """Ops on each element."""
+
+    def add(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """a + b: nothing is saved, both take the gradient as it is."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            return [only(flowed) if wanted else None for wanted in node.wants]
+
+        return self._record(backward, (a, b), self.aten.elementwise("add.Tensor", name, a, b))
+
+    def sub(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """a − b: b takes the gradient with its sign turned."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, made = only(flowed), list[Tensor | None]((None, None))
+            if node.wants[1]:
+                called = f"gradient of {node.inputs[1].name}"
+                made[1] = self.aten.elementwise("neg", called, gradient)
+            if node.wants[0]:
+                made[0] = gradient
+            return made
+
+        return self._record(backward, (a, b), self.aten.elementwise("sub.Tensor", name, a, b))
+
+    def clamp(self, x: Tensor, name: str) -> Tensor:
+        """x between two numbers: where(x >= low & x <= high, grad, 0)."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (x,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            zero = self.aten.number(called, x.itemsize)
+            above = self.aten.elementwise("ge.Scalar", called, x, itemsize=BOOL)
+            below = self.aten.elementwise("le.Scalar", called, x, itemsize=BOOL)
+            gradient = self.aten.elementwise("where.self", called, above, only(flowed), zero)
+            del below
+            return [gradient]
+
+        return self._record(backward, (x,), self.aten.elementwise("clamp", name, x), (x,))
+
+    def shift(self, x: Tensor, name: str) -> Tensor:
+        """x + number."""
+        out = self.aten.elementwise("add.Tensor", name, x)
+        return self._record(lambda node, flowed: [only(flowed)], (x,), out)
+
+    def scale(self, x: Tensor, name: str, *, kernel: str = "mul.Tensor") -> Tensor:
+        """x · number, x / number or −x (`kernel`)."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            called = f"gradient of {node.inputs[0].name}"
+            return [self.aten.elementwise(kernel, called, only(flowed))]
+
+        return self._record(backward, (x,), self.aten.elementwise(kernel, name, x))
+
+    def mul(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """a · b: each is saved where the other wants a gradient."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, kept = only(flowed), iter(node.saved)
+            made: Gradients = [None, None]
+            for index in (1, 0):
+                if node.wants[index]:
+                    called = f"gradient of {node.inputs[index].name}"
+                    factor = next(kept)
+                    made[index] = self.aten.elementwise("mul.Tensor", called, gradient, factor)
+            return made
+
+        saved = [x for x, other in ((a, b), (b, a)) if other.node is not None]
+        out = self.aten.elementwise("mul.Tensor", name, a, b)
+        return self._record(backward, (a, b), out, saved)
+
+    def power(self, x: Tensor, name: str) -> Tensor:
+        """xⁿ of a number n: grad · (n · xⁿ⁻¹)."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (x,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            lower = self.aten.elementwise("pow.Tensor_Scalar", called, x)
+            scaled = self.aten.elementwise("mul.Scalar", called, lower)
+            return [self.aten.elementwise("mul.Tensor", called, only(flowed), scaled)]
+
+        out = self.aten.elementwise("pow.Tensor_Scalar", name, x)
+        return self._record(backward, (x,), out, (x,))
+
+    def rsqrt(self, x: Tensor, name: str) -> Tensor:
+        """1 / √x: −½ · grad · result³."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            cube = self.aten.elementwise("pow.Tensor_Scalar", called, result)
+            half = self.aten.elementwise("mul.Scalar", called, only(flowed))
+            return [self.aten.elementwise("mul.Tensor", called, half, cube)]
+
+        out = self.aten.elementwise("rsqrt", name, x)
+        return self._record(backward, (x,), out, (out,))
+
+    def pointwise(self, x: Tensor, name: str, kernel: str, *, saves: str) -> Tensor:
+        """silu, gelu: the input is saved; tanh, relu: the result. One kernel goes back."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (kept,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            back = "threshold_backward" if kernel == "relu" else f"{kernel}_backward"
+            return [self.aten.elementwise(back, called, only(flowed), kept)]
+
+        out = self.aten.elementwise(kernel, name, x)
+        return self._record(backward, (x,), out, (x if saves == "input" else out,))
+
+    def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
+        """x where the mask lets through, a number elsewhere: the mask is saved."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (mask,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            return [self.aten.where(mask, only(flowed), called)]
+
+        return self._record(backward, (x,), self.aten.where(mask, x, name), (mask,))

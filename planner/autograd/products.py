@@ -1,0 +1,134 @@
+"""Matrix products, linear layers and fused attention.
+
+Formulas, saved tensors and order of gradients are those of tools/autograd/derivatives.yaml of
+torch 2.13 (see recording.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.autograd.recording import only
+from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
+from planner.autograd.views import Views
+from planner.program import Extent, Shape, Symbol
+
+FLOAT32 = 4
+
+
+class Products(Views):
+    """Matrix products and fused attention."""
+
+    def matmul(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
+        """a · b, of matrices (mm) or as many pairs of them (bmm): each is saved for the other."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, (a, b) = only(flowed), node.saved
+            made: Gradients = [None, None]
+            if node.wants[1]:
+                called = f"gradient of {node.inputs[1].name}"
+                made[1] = self._right_gradient(a, b, gradient, called, kernel)
+            if node.wants[0]:
+                turned = self.aten.transpose(b, -2, -1)
+                called = f"gradient of {node.inputs[0].name}"
+                made[0] = self.aten.mm(gradient, turned, called, kernel=kernel)
+            return made
+
+        out = self.aten.mm(a, b, name, kernel=kernel)
+        return self._record(backward, (a, b), out, (a, b))
+
+    def _right_gradient(
+        self, a: Tensor, b: Tensor, gradient: Tensor, called: str, kernel: str
+    ) -> Tensor:
+        """aᵀ · gradient; as its transpose where b is one of a row-major matrix (a weight)."""
+        if kernel == "mm" and b.strides == (1, b.sizes[0]):
+            turned = self.aten.transpose(gradient, 0, 1)
+            return self.aten.transpose(self.aten.mm(turned, a, called), 0, 1)
+        return self.aten.mm(self.aten.transpose(a, -2, -1), gradient, called, kernel=kernel)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        """x · Wᵀ (+ b) of rows: [..., in] → [..., out]."""
+        rows: Dims = (tuple(e for dim in x.dims[:-1] for e in dim), x.dims[-1])
+        turned = self.transpose(weight, 0, 1)
+        flat = self.view(x, rows)
+        if bias is None:
+            out = self.matmul(flat, turned, name)
+        else:
+            out = self._addmm(bias, flat, turned, name)
+        return self.view(out, (*x.dims[:-1], weight.dims[0]), name)
+
+    def _addmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """bias + a · b: the bias takes the gradient as it is, to be summed over the rows."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, (a, b) = only(flowed), node.saved
+            made: Gradients = [gradient if node.wants[0] else None, None, None]
+            if node.wants[1]:
+                turned = self.aten.transpose(b, 0, 1)
+                made[1] = self.aten.mm(gradient, turned, f"gradient of {node.inputs[1].name}")
+            if node.wants[2]:
+                called = f"gradient of {node.inputs[2].name}"
+                made[2] = self._right_gradient(a, b, gradient, called, "mm")
+            return made
+
+        out = self.aten.mm(a, b, name, kernel="addmm")
+        return self._record(backward, (bias, a, b), out, (a, b))
+
+    def flash_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        name: str,
+        *,
+        pairs: Extent,
+        cuda: bool,
+    ) -> Tensor:
+        """Fused attention: saves q, k, v, mask, output and log-sum-exp.
+
+        q [B, H, T, D], k and v [B, G, T, D]; outputs and gradients lie as [B, T, heads, D]. `pairs`
+        of query and key are computed, twice forward and five times on the way back (the scores are
+        made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp, mha_bwd): a float32
+        gradient of q, row sums, and gradients of k and v for every query head.
+        """
+        kernel = "_scaled_dot_product_flash_attention"
+        if not cuda:
+            kernel += "_for_cpu"
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            made: Gradients = []
+            reads = (only(flowed), *node.saved)
+            for index, like in enumerate(node.inputs):
+                B, H, T, D = like.dims
+                first, last = index == 0, index == 2
+                lying = self.aten.new(
+                    f"{kernel}_backward",
+                    f"gradient of {like.name}",
+                    (B, T, H, D),
+                    like.itemsize,
+                    flops=(10, *B, *H, *D, pairs) if first else None,
+                    reads=reads if first else (),
+                    scratch=_flash_scratch(node.inputs) if last and cuda else (),
+                )
+                made.append(self.aten.transpose(lying, 1, 2))
+            return made
+
+        B, H, T, D = q.dims
+        flops = (4, *B, *H, *D, pairs)
+        lying = self.aten.new(kernel, name, (B, T, H, D), q.itemsize, flops=flops, reads=(q, k, v))
+        out = self.aten.transpose(lying, 1, 2)
+        lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
+        saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)
+        return self._record(backward, (q, k, v), out, saved)
+
+
+def _flash_scratch(inputs: Sequence[Like]) -> list[tuple[Shape, int]]:
+    """What mha_bwd of CUDA's flash attention allocates inside: (shape, itemsize)."""
+    B, H, T, (D,) = inputs[0].dims
+    assert isinstance(D, int)
+    rows = (*B, *H, Symbol("ceil128(T)", lambda d: -(-d.tokens // 128) * 128))
+    scratch: list[tuple[Shape, int]] = [(rows, FLOAT32), ((*rows, D + -D % 32), FLOAT32)]
+    if inputs[1].dims[1] != H:
+        scratch += [((*B, *T, *H, D), inputs[0].itemsize)] * 2
+    return scratch

@@ -1,0 +1,69 @@
+"""Means, softmax, norms.
+
+Formulas, saved tensors and order of gradients are those of tools/autograd/derivatives.yaml of
+torch 2.13 (see recording.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.autograd.aten import ONE
+from planner.autograd.recording import Recorder, only
+from planner.autograd.tensors import Gradients, Node, Tensor
+
+
+class Reductions(Recorder):
+    """Ops along the last dimension."""
+
+    def mean(self, x: Tensor, name: str) -> Tensor:
+        """Over the last dimension, which stays as one: the gradient is spread and divided."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            like = node.inputs[0]
+            spread = self.aten.expand(only(flowed), like.dims)
+            return [self.aten.elementwise("div.Scalar", f"gradient of {like.name}", spread)]
+
+        out = self.aten.new("mean.dim", name, (*x.dims[:-1], ONE), x.itemsize, reads=(x,))
+        return self._record(backward, (x,), out)
+
+    def softmax(self, x: Tensor, name: str, *, kernel: str = "_softmax") -> Tensor:
+        """Softmax, or its logarithm, over the last dimension: the result is saved."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            reads = (only(flowed), result)
+            return [
+                self.aten.new(
+                    f"{kernel}_backward_data", called, result.dims, result.itemsize, reads=reads
+                )
+            ]
+
+        out = self.aten.new(kernel, name, x.dims, x.itemsize, reads=(x,))
+        return self._record(backward, (x,), out, (out,))
+
+    def layer_norm(
+        self, x: Tensor, weights: Sequence[Tensor], name: str, *, statistics_bytes: int
+    ) -> Tensor:
+        """LayerNorm: saves x and the mean and inverse deviation of each row."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            reads = (only(flowed), *node.saved)
+            return [
+                self.aten.new(
+                    "native_layer_norm_backward",
+                    f"gradient of {like.name}",
+                    like.dims,
+                    like.itemsize,
+                    reads=reads if index == 0 else (),
+                )
+                for index, like in enumerate(node.inputs)
+            ]
+
+        out = self.aten.new("native_layer_norm", name, x.dims, x.itemsize, reads=(x, *weights))
+        column = (*x.dims[:-1], ONE)
+        rows = [
+            self.aten.new("native_layer_norm", f"{name} statistics", column, statistics_bytes)
+            for _ in ("mean", "1 / deviation")
+        ]
+        return self._record(backward, (x, *weights), out, (x, *rows, *weights))

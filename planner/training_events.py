@@ -1,0 +1,66 @@
+"""Training steps as a trace for torch's allocator: ids and labels, two steps, states in between.
+
+The optimizer makes its states in its first step, when all gradients are there (torch/optim/adam.py,
+_init_group). cuBLAS gives each thread a handle with a workspace of its own, and the backward has a
+thread on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+from planner.allocator import Alloc, Event, Free
+from planner.dtypes import element_bytes
+from planner.model import Model
+from planner.pass_events import PassScript, script
+from planner.program import Dims
+from planner.runtimes.base import Setting
+from planner.runtimes.writer import FLOAT32, INT64
+from planner.training import PLANNED
+from planner.workload import Training
+
+TRAINING_STEPS = 2
+
+
+def training_events(
+    model: Model, work: Training, setting: Setting, runtime: str, *, workspace_bytes: int
+) -> Iterator[Event]:
+    """What two steps ask for after the weights are there; without an optimizer a single one."""
+    for name in ("token ids", "labels"):
+        yield Alloc(name, INT64 * work.batch * work.sequence_tokens)
+    phase = PLANNED[runtime](model, work, setting)
+    played = script(phase.program, continues=False)
+    states = _states(model, work, setting)
+    for step in range(TRAINING_STEPS if work.optimizer else 1):
+        inserted: dict[int, list[Event]] = {}
+        if step == 0:
+            if workspace_bytes:
+                for part, place in played.phase_gemms.items():
+                    event = Alloc(("cuBLAS workspace", part), workspace_bytes)
+                    inserted.setdefault(place, []).append(event)
+            if "optimizer step" in played.starts:
+                inserted.setdefault(played.starts["optimizer step"], []).extend(states)
+        yield from _step(played, phase.dims, step, inserted)
+
+
+def _step(
+    played: PassScript, dims: Dims, step: int, inserted: dict[int, list[Event]]
+) -> Iterator[Event]:
+    sizes, buffers = played.sizes(dims), played.buffers
+    for index, (makes, slot) in enumerate(played.steps):
+        yield from inserted.get(index, ())
+        name: Hashable = (step, slot)
+        yield Alloc(name, sizes[buffers[slot]]) if makes else Free(name)
+
+
+def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
+    """Two moments of each parameter; fused, its count of steps before them (else on the host)."""
+    if work.optimizer != "adamw":
+        return []
+    b, events = element_bytes(setting.dtype), list[Event]()
+    on_device = work.optimizer_impl == "fused" or setting.device == "cpu"
+    for number, p in enumerate(model.parameters()):
+        if on_device:
+            events.append(Alloc(("steps", number), FLOAT32))
+        events += [Alloc((moment, number), p.count * b) for moment in ("first", "second")]
+    return events
