@@ -136,7 +136,7 @@ class Model:
             alike[id(layer)] = layer, count + 1
         return dict(alike.values())
 
-    def _outer_parameters(self) -> Iterator[Parameter]:
+    def outer_parameters(self) -> Iterator[Parameter]:
         """Embeddings, last norm and head: what stands outside the blocks, tied weights once."""
         V, h = self.embedding_rows or self.vocab_size, self.hidden_size
         width = self.embedding_size or h
@@ -170,7 +170,7 @@ class Model:
             yield from tower.parameters()
 
     def _own_parameters(self) -> Iterator[Parameter]:
-        yield from self._outer_parameters()
+        yield from self.outer_parameters()
         for index, layer in enumerate(self.layers, self.first_layer):
             for p in layer_parameters(layer, self.hidden_size):
                 yield replace(p, name=f"layers.{index}.{p.name}", layer=index)
@@ -184,7 +184,7 @@ class Model:
                 tensors, elements = groups.get(p.group, (0, 0))
                 groups[p.group] = (tensors + times, elements + times * p.count)
 
-        add(self._outer_parameters(), 1)
+        add(self.outer_parameters(), 1)
         for layer, count in self.layer_kinds().items():
             add(layer_parameters(layer, self.hidden_size), count)
         for tower in self.towers:

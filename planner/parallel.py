@@ -133,22 +133,29 @@ def _tower_share(tower: Tower, gpus: int, mixer_share: MixerShare) -> Tower:
     return replace(tower, layers=layers)
 
 
-def pipeline_stage(model: Model, first: int, last: int, *, embedding: bool, head: bool) -> Model:
-    """The blocks `first` … `last` − 1, with the embedding and with norm and head, or without.
+def pipeline_stage(model: Model, first: int, end: int, *, outer_everywhere: bool) -> Model:
+    """Blocks `first` to `end` − 1; the embedding with the first ones, norm and head with the last.
 
     A tied head needs the embedding's weights. What stands outside the blocks and is described by
-    no field goes with the first stage.
+    no field goes with the first stage. `outer_everywhere`: embedding and head lie on every stage,
+    on most of them without use, as extra parameters.
     """
-    tied = model.tie_word_embeddings and model.lm_head
-    starts = first == 0
-    return replace(
+    starts, ends = first == 0, end == len(model.layers)
+    head = model.lm_head and ends
+    stage = replace(
         model,
-        layers=model.layers[first:last],
+        layers=model.layers[first:end],
         first_layer=model.first_layer + first,
-        token_embedding=model.token_embedding and (embedding or (tied and head)),
-        lm_head=model.lm_head and head,
-        final_norm=model.final_norm if last == len(model.layers) else None,
-        embedding_norm=model.embedding_norm if embedding else None,
+        token_embedding=model.token_embedding and (starts or (head and model.tie_word_embeddings)),
+        lm_head=head,
+        final_norm=model.final_norm if ends else None,
+        embedding_norm=model.embedding_norm if starts else None,
         extra_parameters=model.extra_parameters if starts else (),
         mask_windows=None,
     )
+    if not outer_everywhere:
+        return stage
+    held = {p.name for p in stage.outer_parameters()}
+    idle = (p for p in model.outer_parameters() if p.group in ("embedding", "head"))
+    unused = tuple(p for p in idle if p.name not in held)
+    return replace(stage, extra_parameters=(*stage.extra_parameters, *unused))

@@ -16,6 +16,8 @@ from planner.workload import Deployment
 TRIED_TENSOR = (1, 2, 4, 8)
 TRIED_SEQUENCES = (16, 32, 64, 128, 256, 512, 1024)
 TRIED_TOKENS = (512, 2048, 4096, 8192, 16384, 32768)
+KERNEL_SINCE = (0, 17)
+"""Top-k and top-p in a kernel: vllm-project/vllm#33538, not in 0.16.0's wheel, in 0.17.0's."""
 CONTEXT_COUNTED = (0, 6)
 """Until 0.6 non_torch_memory had the CUDA context in it (#10511 changed what is subtracted)."""
 
@@ -93,7 +95,10 @@ def _other_weights(e: Estimate) -> Iterator[tuple[str, Deployment]]:
 
 def _peak(theirs: float, log: EngineLog, e: Estimate) -> str:
     """The limits of a pass that would give this peak, if there are any."""
-    ours = e.memory.activations_bytes
+    ours, version = e.memory.activations_bytes, version_of(log)
+    if theirs > ours and (is_v0(log) or (version is not None and version < KERNEL_SINCE)):
+        sorts = "until 0.16 the sampler sorted the logits, some 10 bytes × rows × vocabulary more"
+        return f"{off_by(theirs, ours)}: {sorts}"
     for sequences in (e.setting.max_sequences, *TRIED_SEQUENCES):
         for tokens in (e.setting.max_batched_tokens, *TRIED_TOKENS):
             if tokens < sequences:
@@ -103,7 +108,7 @@ def _peak(theirs: float, log: EngineLog, e: Estimate) -> str:
             if other is not None and close(theirs, other.memory.activations_bytes):
                 return f"as with max_num_seqs={sequences}, max_num_batched_tokens={tokens}"
     if is_v0(log):
-        return f"{off_by(theirs, ours)}: V0 passes whole prompts and sorts the logits"
+        return f"{off_by(theirs, ours)}: V0 passes whole prompts"
     if e.model.towers:
         return f"{off_by(theirs, ours)}: its encoders are profiled too"
     return f"{off_by(theirs, ours)}: other limits of a pass, or kernels with buffers of their own"

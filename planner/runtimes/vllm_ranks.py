@@ -52,13 +52,7 @@ def shares(model: Model, tensor_parallel: int, pipeline_parallel: int) -> tuple[
     runs = stage_runs(len(model.layers), pipeline_parallel)
     return tuple(
         Share(
-            model=pipeline_stage(
-                whole,
-                first,
-                end,
-                embedding=not parted or index == 0,
-                head=not parted or index == pipeline_parallel - 1,
-            ),
+            model=pipeline_stage(whole, first, end, outer_everywhere=not parted),
             whole=whole,
             stage=index,
             stages=pipeline_parallel,
