@@ -2,6 +2,7 @@
 
 from planner.capacity import max_batch as max_batch
 from planner.capacity import max_context_tokens as max_context_tokens
+from planner.capacity import min_gpus as min_gpus
 from planner.catalog.gpus import Gpu as Gpu
 from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus
