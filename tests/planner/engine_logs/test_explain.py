@@ -110,6 +110,15 @@ def test_fragments_and_neighbours_are_named():
     assert by_item(explained)["held by others"].theirs == pytest.approx(10 * 2**30, rel=0.02)
 
 
+def test_packed_weights_of_two_gpus_are_what_was_printed():
+    """19.3952 GB of Qwen2.5-72B-Instruct-AWQ on each of two A40: 0.1 % are other positions."""
+    explained = explain_log(logs.AWQ_72B, gpu="a40")
+    weights = by_item(explained)["weights"]
+    assert explained.estimate.deploy.tensor_parallel == 2
+    assert weights.ours == pytest.approx(weights.theirs, rel=0.001)
+    assert any("quantised by awq, as its name says" in note for note in explained.notes)
+
+
 def test_a_log_is_never_followed(tmp_path, monkeypatch):
     """Names in it are looked up in the catalogue and nowhere else."""
     (tmp_path / "config.json").write_text("{}")
