@@ -95,9 +95,9 @@ quantization=fp8, enforce_eager=False, kv_cache_dtype=fp8_e4m3
 ACTUAL_USAGE = """\
 (Worker pid=11) INFO 04-18 20:25:07 [gpu_worker.py:639] Free memory on device (78.68/79.19 GiB) on \
 startup. Desired GPU memory utilization is (0.95, 75.23 GiB). Actual usage is 14.99 GiB for \
-weight, 1.89 GiB for peak activation, 0.25 GiB for non-torch memory, and 0.91 GiB for CUDAGraph memory. \
-Replace gpu_memory_utilization config with `--kv-cache-memory=61390000000` (57.17 GiB) to fit into \
-requested memory. Current kv cache memory in use is 58.11 GiB.
+weight, 1.89 GiB for peak activation, 0.25 GiB for non-torch memory, and 0.91 GiB for CUDAGraph \
+memory. Replace gpu_memory_utilization config with `--kv-cache-memory=61390000000` (57.17 GiB) to \
+fit into requested memory. Current kv cache memory in use is 58.11 GiB.
 """
 
 # a notebook of 2025-02-20 on two A40 (0.7, Qwen2.5-72B-Instruct-AWQ, --tensor-parallel-size 2)
