@@ -25,6 +25,7 @@ from planner.loading import load_model as load_model
 from planner.model import Model as Model
 from planner.result import Estimate as Estimate
 from planner.result import Memory as Memory
+from planner.sweeps import sweep as sweep
 from planner.workload import CacheSpec as CacheSpec
 from planner.workload import Deployment as Deployment
 from planner.workload import Inference as Inference

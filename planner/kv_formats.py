@@ -300,7 +300,7 @@ def attention_bytes(
             decoded_tokens=decoded_tokens,
         )
     slots = batch * tokens * cached_tensors(attention)[0][0]
-    if slots and form.slot_multiple_bytes > 1:
+    if form.slot_multiple_bytes > 1 and slots:
         each = -(-total.total_bytes // slots)
         padded = -(-each // form.slot_multiple_bytes) * form.slot_multiple_bytes * slots
         total += StoredBytes(padding_bytes=padded - total.total_bytes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims, Program
+from planner.program import Dims, Number, Program
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
@@ -41,38 +41,44 @@ class Latency:
 
 @lru_cache(maxsize=256)
 def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
+    """The times of one workload."""
+    return times(model, work, setting, runtime, gpu)
+
+
+def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
     """One prefill of the prompt, then output_tokens − 1 steps, each over one token more.
 
-    A pass goes through pipeline stages one after the other, each GPU with its share.
+    A pass goes through pipeline stages one after the other, each GPU with its share. The sizes of
+    `work` may be arrays of one shape; so are the times then.
     """
     rules = runtime_named(runtime)
-    prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
     stages = [
         share.model
         for share in rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
     ]
 
-    def seconds(program: Callable[..., Program], dims: Dims) -> float:
-        """A pass through all stages, one after the other; the mean over contexts."""
-        costs = (
-            pass_cost(program(stage, work, setting), dims, gpu, dtype=setting.dtype)
+    def seconds(program: Callable[..., Program], dims: Dims) -> Number:
+        """A pass through all stages, one after the other."""
+        return sum(
+            pass_cost(program(stage, work, setting), dims, gpu, dtype=setting.dtype).time_s
             for stage in stages
         )
-        return float(np.mean(sum(cost.time_s for cost in costs)))
 
+    prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
     ttft_s = seconds(rules.prefill, prompt)
     steps = work.output_tokens - 1
     tpot_s = None
     if steps:
-        contexts = np.linspace(
-            work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS)
-        )
-        dims = Dims(batch=float(work.batch), tokens=1.0, context=contexts)
-        tpot_s = seconds(rules.decode, dims)
-    total_s = ttft_s + steps * (tpot_s or 0.0)
+        first, last = work.prompt_tokens + 1, work.context_tokens
+        contexts = np.linspace(first, last, min(steps, MAX_DECODE_POINTS), axis=-1)
+        batch = np.asarray(work.batch, dtype=np.float64)[..., None]
+        step_s = seconds(rules.decode, Dims(batch=batch, tokens=1.0, context=contexts))
+        tpot_s = np.mean(np.broadcast_to(step_s, contexts.shape), axis=-1)
+    total_s = ttft_s + steps * (0.0 if tpot_s is None else tpot_s)
+    alone = np.ndim(total_s) == 0
     return Latency(
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
+        ttft_s=float(ttft_s) if alone else ttft_s,
+        tpot_s=float(tpot_s) if alone and tpot_s is not None else tpot_s,
         output_tokens_per_s=work.batch * work.output_tokens / total_s,
         basis=BASIS if setting.is_one_gpu else f"{BASIS}, without communication",
     )

@@ -103,11 +103,17 @@ class Memory:
             + self.overhead_bytes
         )
 
+    def parts(self) -> dict[str, int]:
+        """Every number that needs no simulation, by its name."""
+        parts = [f.name for f in fields(self) if f.type == "int"]
+        return {name: getattr(self, name) for name in (*parts, "total_bytes")}
+
     def to_dict(self) -> dict[str, int | None]:
         """Every number by its name."""
-        parts = [f.name for f in fields(self) if f.type == "int"]
-        peaks = ["peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "total_bytes"]
-        return {name: getattr(self, name) for name in (*parts, *peaks)}
+        peaks = ["peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes"]
+        total = self.parts()
+        held: dict[str, int | None] = {k: v for k, v in total.items() if k != "total_bytes"}
+        return {**held, **{name: getattr(self, name) for name in (*peaks, "total_bytes")}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program
+from planner.program import Dims, Program, minimum
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
@@ -86,7 +86,7 @@ class Attnlab:
             if kind == "dynamic":
                 return S, "S", (("S", S),)
             if kind == "ring" and window is not None:
-                return min(C, window), "min(C, W)", (("C", C), ("W", window))
+                return minimum(C, window), "min(C, W)", (("C", C), ("W", window))
             if kind == "paged":
                 return (
                     -(-C // block) * block,

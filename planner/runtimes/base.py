@@ -250,9 +250,9 @@ def check_kv_dtype(runtime: str, dtype: str, kept: tuple[str, ...], *, why: str 
 
 def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:
     """Tokens that a static cache is allocated for; ConfigError if the context does not fit."""
-    capacity = context_tokens
-    if cache is not None and cache.capacity_tokens is not None:
-        capacity = cache.capacity_tokens
+    capacity = None if cache is None else cache.capacity_tokens
+    if capacity is None:
+        return context_tokens
     if capacity < context_tokens:
         raise ConfigError(
             f"cache.capacity_tokens={capacity} is less than the context of {context_tokens} tokens"

@@ -19,7 +19,7 @@ from planner.layers import GQA, MLA, Dense
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program
+from planner.program import Dims, Number, Program, minimum
 from planner.runtimes.base import (
     Phase,
     Pool,
@@ -169,22 +169,24 @@ class LlamaCpp:
         return _program(model, setting, logits_of_all=False)
 
 
-def padded(tokens: int) -> int:
+def padded(tokens: Number) -> Number:
     """Tokens rounded up to a multiple of 256."""
     return -(-tokens // CELLS_MULTIPLE) * CELLS_MULTIPLE
 
 
-def ubatch_tokens(cells: int, *, batch: int) -> int:
+def ubatch_tokens(cells: Number, *, batch: Number) -> Number:
     """Tokens of a graph: n_ubatch, bounded by n_batch and by the cells of all sequences."""
-    return min(cells * batch, BATCH_TOKENS, UBATCH_TOKENS)
+    return minimum(cells * batch, min(BATCH_TOKENS, UBATCH_TOKENS))
 
 
-def cache_cells(context_tokens: int, *, batch: int, sliding_window: int | None = None) -> int:
+def cache_cells(
+    context_tokens: Number, *, batch: Number, sliding_window: int | None = None
+) -> Number:
     """Cells of one sequence in one layer."""
     cells = padded(context_tokens)
     if sliding_window is None:
         return cells
-    return padded(min(cells, sliding_window + ubatch_tokens(cells, batch=batch)))
+    return padded(minimum(cells, sliding_window + ubatch_tokens(cells, batch=batch)))
 
 
 def _cached(model: Model, attention: object) -> GQA | MLA:

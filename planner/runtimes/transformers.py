@@ -16,7 +16,7 @@ from planner.layers import GQA, MLA, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program
+from planner.program import Dims, Program, minimum
 from planner.runtimes.base import (
     Phase,
     Pool,
@@ -181,9 +181,9 @@ class Transformers:
         def kept(attention: GQA | MLA) -> Kept:
             window = attention.sliding_window if isinstance(attention, GQA) else None
             if kind == "static" and window is not None:
-                return min(S, window), "min(S, W)", (("S", S), ("W", window))
+                return minimum(S, window), "min(S, W)", (("S", S), ("W", window))
             if window is not None and window > 1:
-                return min(S, window - 1), "min(S, W − 1)", (("S", S), ("W", window))
+                return minimum(S, window - 1), "min(S, W − 1)", (("S", S), ("W", window))
             return S, "S", (("S", S),)
 
         return layer_rows(

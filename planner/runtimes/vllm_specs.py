@@ -16,6 +16,7 @@ from planner.layers import GQA, MLA, Layer
 from planner.mixers import Mixer
 from planner.mixers.recurrent import SharedAttention
 from planner.model import Model
+from planner.program import Number, maximum, minimum
 from planner.runtimes.vllm_states import state_bytes
 
 Keeps = Literal["all", "window", "chunk", "encoder", "state"]
@@ -54,7 +55,7 @@ class Spec:
     state_bytes: int = 0
     latent: bool = False
 
-    def held_blocks(self, tokens: int, block: int, *, encoder_tokens: int) -> int:
+    def held_blocks(self, tokens: Number, block: int, *, encoder_tokens: int) -> Number:
         """Blocks of one request after the step that made `tokens` tokens.
 
         Blocks that lie wholly before the window or chunk of that step's token are given back.
@@ -63,12 +64,12 @@ class Spec:
         if self.keeps == "encoder":
             return -(-encoder_tokens // block)
         if self.keeps == "state":
-            return min(tokens, 1)
+            return minimum(tokens, 1)
         skipped = 0
         if self.keeps == "window":
-            skipped = max(0, tokens - self.span)
+            skipped = maximum(0, tokens - self.span)
         elif self.keeps == "chunk":
-            skipped = max(0, tokens - 1) // self.span * self.span
+            skipped = maximum(0, tokens - 1) // self.span * self.span
         return -(-tokens // block) - skipped // block
 
     def most_blocks(self, tokens: int, block: int, *, batched_tokens: int) -> int:
