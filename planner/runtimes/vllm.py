@@ -124,7 +124,7 @@ class Vllm:
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Scales of attention layers, rotary tables, what pads experts."""
         return [
-            *buffer_rows(model, dtype=dtype),
+            *buffer_rows(model, dtype=dtype, capability=capability),
             *widened_rows(model, dtype),
             *padding_rows(model, capability),
         ]
