@@ -214,6 +214,12 @@ class Deployment:
         for field in ("max_batched_tokens", "max_sequences", "max_model_tokens"):
             if getattr(self, field) is not None:
                 check_size(field, getattr(self, field))
+        batched, sequences = self.max_batched_tokens, self.max_sequences
+        if batched is not None and sequences is not None and batched < sequences:
+            raise ConfigError(
+                f"max_batched_tokens={batched} is less than max_sequences={sequences}: "
+                "vLLM refuses to start"
+            )
         utilization = self.memory_utilization
         known = isinstance(utilization, int | float) and not isinstance(utilization, bool)
         if not known or not 0 < utilization <= 1:

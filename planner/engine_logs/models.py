@@ -31,6 +31,9 @@ ALIKE = {
 }
 """Models of one shape by their short names."""
 
+PADDED = {"qwen2.5-72b": {"intermediate_size": 29696}}
+"""What published 4-bit files changed in the config, to cut groups of 128 over 8 GPUs."""
+
 _DECORATION = re.compile(
     r"[-.](?:instruct|chat|it|hf|base|thinking|preview|pt|inst|2\d0\d|20\d{4}|awq|gptq|int4|int8|fp8|"
     r"dynamic|quantized|quantised|w4a16|w8a8|w8a16|marlin|4bit|8bit|bnb|nf4|g128|sym|asym|block)"
@@ -105,7 +108,9 @@ def model_of_log(name: str, given: str | None) -> tuple[Model, str] | None:
     assumed = [] if found == short_name(name) else [f"of the shape of {found}"]
     quantised = None if config.get("quantization_config") else quantisation(name, given)
     if quantised is not None:
-        config = {**config, "quantization_config": quantised}
+        packed = quantised["quant_method"] in ("awq", "gptq")
+        config = {**config, **(PADDED.get(found, {}) if packed else {})}
+        config["quantization_config"] = quantised
         assumed.append(f"quantised by {quantised['quant_method']}, as its name says")
     try:
         return replace(read_config(config), name=found), "; ".join(assumed)

@@ -92,7 +92,7 @@ def _others(model: Model, deploy: Deployment, before: Estimate) -> Iterator[tupl
     if fewer is not None:
         yield f"--max-num-seqs {fewer}", replace(deploy, max_sequences=fewer)
     smaller = next((n for n in FEWER_TOKENS if n < setting.max_batched_tokens), None)
-    if smaller is not None:
+    if smaller is not None and smaller >= setting.max_sequences:  # vLLM asks for it
         yield f"--max-num-batched-tokens {smaller}", replace(deploy, max_batched_tokens=smaller)
     if fewer is not None and smaller is not None:
         yield (

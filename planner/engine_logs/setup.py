@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.catalog.gpus import gpu_named, gpu_of_torch_name, gpus
-from planner.engine_logs.models import in_catalogue, model_of_log
+from planner.engine_logs.models import model_of_log
 from planner.engine_logs.read import EngineLog
 from planner.errors import ConfigError
+from planner.hub import is_hub
 from planner.loading import load_model
 from planner.model import Model
 from planner.workload import Deployment
@@ -45,7 +47,12 @@ def setup_of_log(
     if deploy is None:
         if gpu is None:
             gpu, alike = _gpu(log, notes)
-        deploy = None if gpu is None else _deployment(log, found, gpu, notes)
+        if gpu is not None:
+            device = gpu_named(gpu).name
+            try:
+                deploy = _deployment(log, found, device, notes)
+            except ConfigError as error:  # what the log says, not its reader
+                notes.append(f"not planned: {error}")
     elif gpu is not None:
         deploy = replace(deploy, gpu=gpu_named(gpu).name)
     return Setup(model=found, deploy=deploy, notes=tuple(notes), gpus_alike=alike)
@@ -73,9 +80,8 @@ def _model(log: EngineLog, given: Model | str | None, notes: list[str]) -> Model
         return given
     arguments = log.arguments
     if isinstance(given, str):
-        if in_catalogue(given) is None or given in ("",):
-            return load_model(given)
-        named = model_of_log(given, arguments.quantization)
+        own = is_hub(given) or os.path.exists(given)  # the reader's own, not the log's
+        named = None if own else model_of_log(given, arguments.quantization)
         return load_model(given) if named is None else _noted(named, notes)
     if given is not None:
         raise ConfigError("model is neither a Model nor a name")
@@ -100,11 +106,11 @@ def _noted(named: tuple[Model, str], notes: list[str]) -> Model:
 
 
 def _deployment(log: EngineLog, model: Model | None, gpu: str, notes: list[str]) -> Deployment:
-    name, a = gpu_named(gpu).name, log.arguments
+    a = log.arguments
     if not log.is_vllm:
-        return Deployment(gpu=name, dtype=DTYPES.get(a.dtype or ""))
+        return Deployment(gpu=gpu, dtype=DTYPES.get(a.dtype or ""))
     fields: dict[str, Any] = {
-        "gpu": name,
+        "gpu": gpu,
         "runtime": "vllm",
         "tensor_parallel": a.tensor_parallel_size or 1,
         "pipeline_parallel": a.pipeline_parallel_size or 1,

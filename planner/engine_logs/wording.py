@@ -45,6 +45,7 @@ PHRASES: dict[str, tuple[Pick, tuple[tuple[str, str], ...]]] = {
             ("loading took", "Model loading took SIZE"),
             ("weights take", "model weights take {1,8}SIZE"),
             ("weights memory:", "weights memory: SIZE"),
+            ("Actual usage is", "Actual usage is SIZE for weight"),
         ),
     ),
     "activations": (
@@ -52,6 +53,7 @@ PHRASES: dict[str, tuple[Pick, tuple[tuple[str, str], ...]]] = {
         (
             ("activation peak", "activation peak memory(?: takes)? {1,8}SIZE"),
             ("torch peak memory", "torch peak memory increase: SIZE"),
+            ("Actual usage is", "SIZE for peak activation"),
         ),
     ),
     "peak_torch": ("largest", (("peak_torch_memory=", "peak_torch_memory=SIZE"),)),
@@ -60,6 +62,7 @@ PHRASES: dict[str, tuple[Pick, tuple[tuple[str, str], ...]]] = {
         (
             ("non_torch_memory", "non_torch_memory(?:=| takes | {1,8})SIZE"),
             ("non-torch", "non-torch forward increase memory: SIZE"),
+            ("Actual usage is", "SIZE for non-torch memory"),
         ),
     ),
     "gpu_memory": (
@@ -85,11 +88,12 @@ PHRASES: dict[str, tuple[Pick, tuple[tuple[str, str], ...]]] = {
             ("available_kv_cache", "available_kv_cache_memory {1,8}SIZE"),
             ("Available KV cache", "Available KV cache memory: SIZE"),
             ("available KV cache", r"the available KV cache memory \(SIZE\)"),
+            ("Actual usage is", "Current kv cache memory in use is SIZE"),
         ),
     ),
     "kv_blocks": (
         "smallest",
-        (("GPU blocks", "GPU blocks: NUMBER"), ("cuda blocks", "cuda blocks: NUMBER")),
+        (("GPU blocks", "GPU blocks: NUMBER"), (" blocks: ", r"# (?:cuda|rocm) blocks: NUMBER")),
     ),
     "kv_tokens": (
         "smallest",
@@ -116,7 +120,10 @@ PHRASES: dict[str, tuple[Pick, tuple[tuple[str, str], ...]]] = {
     ),
     "graphs": (
         "largest",
-        (("raph capturing finished", "raph capturing finished in .{1,20} took SIZE"),),
+        (
+            ("raph capturing finished", "raph capturing finished in .{1,20} took SIZE"),
+            ("Actual usage is", "SIZE for CUDAGraph memory"),
+        ),
     ),
     "utilization": (
         "first",

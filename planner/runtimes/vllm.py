@@ -30,8 +30,8 @@ from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
 from planner.runtimes.vllm_overhead import graphs_bytes, growth_bytes
 from planner.runtimes.vllm_program import ProfileRun, vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
-from planner.runtimes.vllm_scales import widened_scales
 from planner.runtimes.vllm_vision import kept_images
+from planner.runtimes.vllm_widened import widened_rows
 from planner.workload import CacheSpec, Inference
 
 
@@ -124,8 +124,8 @@ class Vllm:
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Scales of attention layers, rotary tables, what pads experts."""
         return [
-            *buffer_rows(model, dtype=dtype),
-            *widened_scales(model, dtype),
+            *buffer_rows(model, dtype=dtype, capability=capability),
+            *widened_rows(model, dtype),
             *padding_rows(model, capability),
         ]
 

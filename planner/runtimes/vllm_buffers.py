@@ -9,13 +9,19 @@ from planner.model import Model
 
 SCALES = 7  # of an attention layer
 
+LATENT_WORKSPACE_BYTES = 128 * 2**20
+"""`g_fi_workspace`, made as v1/attention/backends/mla/flashinfer_mla.py (0.19.1) is imported: with
+all backends of latents while the first layer picks one (get_valid_backends, platforms/cuda.py), so
+that it is among the weights whichever is picked."""
 
-def buffer_rows(model: Model, *, dtype: str) -> list[Row]:
+
+def buffer_rows(model: Model, *, dtype: str, capability: str | None) -> list[Row]:
     """Scales of every attention layer, and cos and sin of every position.
 
     The scales (set_default_quant_scales, layers/attention/attention.py, 0.19.1) are there whatever
     the KV dtype: float32 scalars of q, k, v and the probabilities, ranges of q, k, v. A rotary
-    table is in the model's dtype and one for all layers that turn alike (`_ROPE_DICT`).
+    table is in the model's dtype and one for all layers that turn alike (`_ROPE_DICT`). Models with
+    latents bring a workspace on NVIDIA devices.
     """
     layers = sum(isinstance(layer.attention, GQA | MLA) for layer in model.layers)
     rows = [
@@ -44,7 +50,26 @@ def buffer_rows(model: Model, *, dtype: str) -> list[Row]:
                 size_bytes=length * D * b,
             )
             rows.append(table)
+    if any(isinstance(kind.attention, MLA) for kind in model.layer_kinds()) and _is_cuda(
+        capability
+    ):
+        rows.append(
+            Row(
+                component="weights",
+                item="workspace of latent attention (buffer)",
+                count=1,
+                formula="constant",
+                values=(("constant", LATENT_WORKSPACE_BYTES),),
+                size_bytes=LATENT_WORKSPACE_BYTES,
+                note="made at the import of FlashInfer's backend (vLLM 0.19)",
+            )
+        )
     return rows
+
+
+def _is_cuda(capability: str | None) -> bool:
+    """Whether it is a compute capability, not AMD's gfx name or nothing."""
+    return capability is not None and capability.replace(".", "").isdigit()
 
 
 def table_positions(model: Model, rope: RoPE) -> int:

@@ -90,3 +90,23 @@ with config: model='Qwen/Qwen3-30B-A3B-Instruct-2507-FP8', speculative_config=No
 dtype=torch.bfloat16, max_seq_len=100000, tensor_parallel_size=2, pipeline_parallel_size=1, \
 quantization=fp8, enforce_eager=False, kv_cache_dtype=fp8_e4m3
 """
+
+# gpu_worker.py of 0.19.1, compile_or_warm_up_model, with figures of llm-d-planner's Llama-3.1-8B
+ACTUAL_USAGE = """\
+(Worker pid=11) INFO 04-18 20:25:07 [gpu_worker.py:639] Free memory on device (78.68/79.19 GiB) on \
+startup. Desired GPU memory utilization is (0.95, 75.23 GiB). Actual usage is 14.99 GiB for \
+weight, 1.89 GiB for peak activation, 0.25 GiB for non-torch memory, and 0.91 GiB for CUDAGraph \
+memory. Replace gpu_memory_utilization config with `--kv-cache-memory=61390000000` (57.17 GiB) to \
+fit into requested memory. Current kv cache memory in use is 58.11 GiB.
+"""
+
+# a notebook of 2025-02-20 on two A40 (0.7, Qwen2.5-72B-Instruct-AWQ, --tensor-parallel-size 2)
+AWQ_72B = """\
+config: model='./Qwen2.5-72B-Instruct-AWQ', dtype=torch.float16, quantization=awq_marlin
+(VllmWorkerProcess pid=8719) INFO 02-20 15:48:43 model_runner.py:1115] Loading model weights took \
+19.3952 GB
+(VllmWorkerProcess pid=8719) INFO 02-20 15:49:49 worker.py:267] model weights take 19.40GiB; \
+non_torch_memory takes 0.32GiB; PyTorch activation peak memory takes 5.66GiB; the rest of the \
+memory reserved for KV Cache is 14.63GiB.
+$ vllm serve ./Qwen2.5-72B-Instruct-AWQ --tensor-parallel-size 2
+"""

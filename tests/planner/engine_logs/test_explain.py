@@ -110,6 +110,15 @@ def test_fragments_and_neighbours_are_named():
     assert by_item(explained)["held by others"].theirs == pytest.approx(10 * 2**30, rel=0.02)
 
 
+def test_packed_weights_of_two_gpus_are_what_was_printed():
+    """19.3952 GB of Qwen2.5-72B-Instruct-AWQ on each of two A40: 0.1 % are other positions."""
+    explained = explain_log(logs.AWQ_72B, gpu="a40")
+    weights = by_item(explained)["weights"]
+    assert explained.estimate.deploy.tensor_parallel == 2
+    assert weights.ours == pytest.approx(weights.theirs, rel=0.001)
+    assert any("quantised by awq, as its name says" in note for note in explained.notes)
+
+
 def test_a_log_is_never_followed(tmp_path, monkeypatch):
     """Names in it are looked up in the catalogue and nowhere else."""
     (tmp_path / "config.json").write_text("{}")
@@ -187,3 +196,29 @@ def test_lines_in_any_order_are_explained_or_refused(lines, model, gpu):
     assert explained.explain()
     json.dumps(explained.to_dict(), allow_nan=False)
     assert len(explained.table()) == len(explained.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        ("'tensor_parallel_size': 99999999999", "not planned: tensor_parallel=99999999999"),
+        (
+            "'max_num_seqs': 9, 'max_num_batched_tokens': 2",
+            "not planned: max_batched_tokens=2 is less than max_sequences=9",
+        ),
+        ("'block_size': 7777777777", "not planned: block_tokens=7777777777"),
+    ],
+)
+def test_arguments_beyond_sense_are_a_note(arguments, note):
+    explained = explain_log(AS_PLANNED.replace("'max_model_len': 8192", arguments))
+    assert explained.estimate is None
+    assert any(n.startswith(note) for n in explained.notes)
+
+
+def test_a_readers_own_folder_goes_before_the_catalogue(tmp_path, monkeypatch):
+    config = planner.load_model("llama-3.2-1b").config
+    folder = tmp_path / "Llama-3.1-8B-Instruct"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    explained = explain_log(AS_PLANNED, str(folder))
+    assert explained.estimate.model.parameter_count == 1_235_814_400

@@ -42,6 +42,13 @@ GIB = 2**30
         ),
         (logs.FOUR_WORKERS, {"weights": 14.2474 * GIB}),
         (
+            logs.ACTUAL_USAGE,
+            {
+                "gpu_memory": 79.19 * GIB, "weights": 14.99 * GIB, "activations": 1.89 * GIB,
+                "outside": 0.25 * GIB, "graphs": 0.91 * GIB, "kv_pool": 58.11 * GIB,
+            },
+        ),
+        (
             logs.SECOND_ENGINE,
             {
                 "kv_pool": 2.3 * GIB, "kv_tokens": 75_840, "concurrency": 2.48,
@@ -71,7 +78,7 @@ GIB = 2**30
             },
         ),
     ],
-    ids=["table", "0.6", "one line", "four workers", "V1", "needed", "oom", "old oom"],
+    ids=["table", "0.6", "one line", "four workers", "usage", "V1", "needed", "oom", "old oom"],
 )  # fmt: skip
 def test_every_figure_of_a_log_is_read(text, figures):
     found = read_log(text).figures
