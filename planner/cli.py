@@ -5,7 +5,6 @@ The one file of planner that reaches for the measuring side, and only inside tho
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.capacity import max_batch, max_context_tokens
 from planner.cli_explain_log import explain_log_command
+from planner.cli_fit import fit_command
 from planner.cli_layout import (
     CudaGraphs,
     Eager,
@@ -27,6 +26,31 @@ from planner.cli_layout import (
     Utilization,
     layout,
 )
+from planner.cli_options import (
+    AsJson,
+    Attention,
+    Batch,
+    Cache,
+    Checkpointing,
+    CsvFile,
+    Dtype,
+    Files,
+    GpuName,
+    KvDtype,
+    Logits,
+    ModelName,
+    OptimizerImpl,
+    OptimizerName,
+    Output,
+    Prompt,
+    RuntimeName,
+    SequenceTokens,
+    Traced,
+    Train,
+    WeightDtype,
+)
+from planner.cli_output import console, exit_unless, show, show_table
+from planner.cli_sweep import diff_command, sweep_command
 from planner.cli_trace import trace_command
 from planner.errors import ConfigError
 from planner.estimate import estimate
@@ -37,9 +61,6 @@ from planner.result import Estimate
 from planner.workload import Deployment, Inference, Training, cache_spec
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from rich.console import Console
-
     from profiles.traced_estimate import TracedEstimate  # noqa: TID251
 
 # typer carries its own copy of click since 0.26 and used the installed one before
@@ -52,55 +73,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="Catalogue name, config.json or its folder, .gguf file, hf:org/name."
-    ),
-]
-GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
-Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
-Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
-RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
-]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
-WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
-]
-KvDtype = Annotated[
-    str | None, typer.Option("--kv-dtype", help="The cache's: fp8, int8, int4, …; else as --dtype.")
-]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        metavar="KIND[:FIELD=VALUE,…]",
-        help="Kind of cache, else the runtime's own: quantised:backend=hqq,q_group_size=32",
-    ),
-]
-Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
-Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
-SequenceTokens = Annotated[
-    int, typer.Option("--sequence", help="Tokens of a sequence in training.")
-]
-OptimizerName = Annotated[
-    str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
-]
-OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
-Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
-Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Traced = Annotated[
-    bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
-]
-Files = Annotated[
-    bool,
-    typer.Option("--files", help="What lies in the weight files beside the config."),
-]
-CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table.")]
 
 
 @app.command("estimate")
@@ -169,64 +141,8 @@ def estimate_command(
         result = estimate(load_model(model), work, deploy)
     if csv is not None:
         result.to_csv(csv)
-    _print(result.to_dict() if as_json else result.explain())
-    _exit_unless(result.fits)
-
-
-@app.command("fit")
-def fit_command(
-    model: ModelName,
-    gpu: GpuName,
-    batch: Batch = 1,
-    prompt: Prompt = 1024,
-    output: Output = 1,
-    runtime: RuntimeName = "transformers",
-    dtype: Dtype = None,
-    weight_dtype: WeightDtype = None,
-    kv_dtype: KvDtype = None,
-    cache: Cache = None,
-    attention: Attention = None,
-    logits: Logits = "all",
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    utilization: Utilization = 0.9,
-    max_model_len: MaxModelTokens = None,
-    max_batched: MaxBatchedTokens = None,
-    max_seqs: MaxSequences = None,
-    eager: Eager = False,
-    cuda_graphs: CudaGraphs = "outside",
-    as_json: AsJson = False,
-) -> None:
-    """The longest context at this batch, the largest batch at these lengths. Exit 1 for none."""
-    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
-    deploy = Deployment(
-        gpu=gpu,
-        runtime=runtime,
-        dtype=dtype,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        cache=None if cache is None else cache_spec(cache),
-        attention=attention,
-        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
-    )
-    described = load_model(model)
-    result = estimate(described, work, deploy)
-    longest, largest = (
-        max_context_tokens(described, work, deploy),
-        max_batch(described, work, deploy),
-    )
-    if as_json:
-        answer = {"max_context_tokens": longest, "max_batch": largest, "fits": result.fits}
-        _print({"model": described.name, "gpu": gpu, "runtime": runtime, **answer})
-    else:
-        limit = described.max_position_embeddings
-        why = " (the model's positions)" if longest == limit else ""
-        _print(
-            f"{described.name} in {runtime} on {result.gpu.label}, {logits} logits\n"
-            f"  longest context at batch {batch}: {longest:,} tokens{why}\n"
-            f"  largest batch at {prompt:,} + {output:,} tokens: {largest:,}"
-        )
-    _exit_unless(bool(longest and largest))
+    show(result.to_dict() if as_json else result.explain())
+    exit_unless(result.fits)
 
 
 @app.command("params")
@@ -252,7 +168,7 @@ def params_command(
     if csv is not None:
         write_csv(table, csv)
     if as_json:
-        _print(
+        show(
             {
                 "model": described.name,
                 "parameter_count": described.parameter_count,
@@ -270,9 +186,12 @@ def params_command(
             }
         )
         return
-    _print_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
+    show_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
 
 
+app.command("fit")(fit_command)
+app.command("sweep")(sweep_command)
+app.command("diff")(diff_command)
 app.command("trace")(trace_command)
 app.command("explain-log")(explain_log_command)
 
@@ -315,11 +234,11 @@ def profile_command(
         records = _with_progress(lambda report: profile(described, on_progress=report, **options))
     rows = compare(records, on_problem=_warn)
     if as_json:
-        _print({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
+        show({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
     else:
         _print_comparison(rows)
-        _print(f"{len(records)} records appended to {out}")
-    _exit_unless(all(record.status == "ok" for record in records))
+        show(f"{len(records)} records appended to {out}")
+    exit_unless(all(record.status == "ok" for record in records))
 
 
 @app.command("compare")
@@ -348,13 +267,13 @@ def compare_command(
         write_csv(to_frame(rows), csv)
     if as_json:
         parts: dict[str, Sequence[Any]] = {"rows": rows, "summary": summary(rows)}
-        _print({name: [asdict(row) for row in part] for name, part in parts.items()})
+        show({name: [asdict(row) for row in part] for name, part in parts.items()})
     elif rows:
         _print_comparison(rows)
     elif files and problems:
         raise typer.Exit(2)
     else:
-        _print("No measurements yet. Make some: planner profile llama-50m --device cpu")
+        show("No measurements yet. Make some: planner profile llama-50m --device cpu")
 
 
 @app.command("app")
@@ -402,15 +321,6 @@ def _warn(message: str) -> None:
     print(f"planner: {message}", file=sys.stderr)
 
 
-def _exit_unless(answer: bool) -> None:
-    if not answer:
-        raise typer.Exit(1)
-
-
-def _print(content: Any) -> None:
-    print(content if isinstance(content, str) else json.dumps(content, indent=1))
-
-
 def _print_traced(model: str, *, as_json: bool, csv: Path | None) -> None:
     from profiles.trace import trace  # noqa: TID251
 
@@ -426,9 +336,9 @@ def _print_traced(model: str, *, as_json: bool, csv: Path | None) -> None:
     if as_json:
         rows = [{"name": n, "shape": list(shape)} for n, shape in found.shapes]
         answer = {"model": name, "traced": True, "parameter_count": found.parameter_count}
-        _print({**answer, "parameters": rows})
+        show({**answer, "parameters": rows})
     else:
-        _print_table(table, title=title)
+        show_table(table, title=title)
 
 
 def _print_files(source: str, *, as_json: bool, csv: Path | None) -> None:
@@ -448,41 +358,23 @@ def _print_files(source: str, *, as_json: bool, csv: Path | None) -> None:
             "findings": [asdict(finding) for finding in findings],
             "tensors": [asdict(tensor) for tensor in checkpoint.tensors],
         }
-        _print(answer)
+        show(answer)
     else:
-        _print(
+        show(
             f"{checkpoint.path}: {len(checkpoint.tensors):,} tensors in "
             f"{len(checkpoint.files):,} {checkpoint.kind} files, "
             f"{checkpoint.weights_bytes:,} bytes ({gib(checkpoint.weights_bytes)})"
         )
         for share in mix:
-            _print(
+            show(
                 f"  {share.dtype:8} {share.tensors:7,} tensors {share.elements:18,} elements "
                 f"{share.size_bytes:18,} bytes"
             )
         for f in findings:
-            _print(f"{f.severity}: {f.title}\n  {f.seen}\n  {f.why} {f.do}".rstrip())
+            show(f"{f.severity}: {f.title}\n  {f.seen}\n  {f.why} {f.do}".rstrip())
         if not findings:
-            _print("The files hold what the config says.")
-    _exit_unless(all(finding.severity != "error" for finding in findings))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # piped, a table is as wide as its content, so that nothing is cut
-    return Console(width=None if sys.stdout.isatty() else 200)
-
-
-def _print_table(table: pd.DataFrame, *, title: str) -> None:
-    from rich.table import Table
-
-    view = Table(title=title, title_justify="left")
-    for column in table.columns:
-        view.add_column(str(column), overflow="fold")
-    for row in table.itertuples(index=False):
-        view.add_row(*("" if str(cell) == "<NA>" else str(cell) for cell in row))
-    _console().print(view)
+            show("The files hold what the config says.")
+    exit_unless(all(finding.severity != "error" for finding in findings))
 
 
 def _print_comparison(rows: Sequence[Any]) -> None:
@@ -506,7 +398,7 @@ def _print_comparison(rows: Sequence[Any]) -> None:
             show(row.measured),
             _error(row.relative_error),
         )
-    _console().print(view)
+    console().print(view)
 
 
 def _error(relative_error: float | None) -> str:

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.errors import MAX_SIZE, ConfigError, check_size, shown
+from planner.catalog.gpus import gpu_named
+from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
+from planner.errors import MAX_SIZE, ConfigError, check_choice, check_size
 from planner.estimate import estimate
 from planner.grid import Workloads, memory_grid, takes_arrays, time_grid
 from planner.loading import load_model
 from planner.model import Model
 from planner.prepared import Prepared, prepare
+from planner.runtimes import runtime_named
 from planner.workload import Deployment, Inference
 
 if TYPE_CHECKING:
@@ -167,6 +170,23 @@ def combinations(
             raise ConfigError(f"{field} is empty: at least one")
     if not loaded:
         raise ConfigError("models is empty: at least one")
+    for name in settings[0]:
+        gpu_named(name)
+    for name in runtime:
+        runtime_named(name)
+    for field, values, allowed in (
+        ("dtype", dtype, COMPUTE_DTYPES),
+        ("kv_dtype", kv_dtype, KV_DTYPES),
+    ):
+        for value in values:
+            if value is not None:
+                check_choice(field, value, allowed)
+    for field, numbers in (
+        ("tensor_parallel", tensor_parallel),
+        ("pipeline_parallel", pipeline_parallel),
+    ):
+        for number in numbers:
+            check_size(field, number)
     return [_combined(model, *setting) for model in loaded for setting in product(*settings)]
 
 
@@ -174,9 +194,8 @@ def _combined(
     model: Model, gpu: str, runtime: str, dtype: str | None, kv: str | None, tp: int, pp: int
 ) -> Combination:
     computed = dtype or model.dtype
-    known = type(tp) is type(pp) is int
-    named = (model.name, gpu, runtime, computed, kv or computed, str(tp), str(pp))
-    labels = (*map(shown_label, named), str(tp * pp) if known else "")
+    layout = (str(tp), str(pp), str(tp * pp))
+    labels = (model.name, gpu, runtime, computed, kv or computed, *layout)
     try:
         deploy = Deployment(
             gpu=gpu,
@@ -189,11 +208,6 @@ def _combined(
     except ConfigError as error:
         return Combination(model=model, deploy=None, labels=labels, refused=str(error))
     return Combination(model=model, deploy=deploy, labels=labels)
-
-
-def shown_label(value: object) -> str:
-    """A label, of text as it is."""
-    return value if isinstance(value, str) else shown(value)
 
 
 def evaluated(

@@ -132,6 +132,10 @@ def test_what_is_refused_keeps_its_rows_and_says_why():
         ({"gpus": []}, "gpus is empty"),
         ({"runtime": []}, "runtime is empty"),
         ({"output_tokens": 0}, "output_tokens=0"),
+        ({"gpus": "h2000"}, "h2000"),
+        ({"runtime": "sglang"}, "sglang"),
+        ({"kv_dtype": ["int3x"]}, "kv_dtype='int3x' is not allowed"),
+        ({"tensor_parallel": [0]}, "tensor_parallel=0 is not allowed"),
         (
             {"to": "table.txt"},
             "to='table.txt' is not allowed: a name that ends in .csv or .parquet",

@@ -1,0 +1,159 @@
+"""`planner fit`: how far a deployment goes, what ends it, and what would relax it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner.answers import Answer, largest_batch, longest_context, most_requests
+from planner.capacity import smallest_layout
+from planner.cli_layout import (
+    CudaGraphs,
+    Eager,
+    MaxBatchedTokens,
+    MaxModelTokens,
+    MaxSequences,
+    PipelineParallel,
+    TensorParallel,
+    Utilization,
+    layout,
+)
+from planner.cli_options import (
+    AsJson,
+    Attention,
+    Batch,
+    Cache,
+    Dtype,
+    GpuName,
+    KvDtype,
+    Logits,
+    ModelName,
+    Output,
+    Prompt,
+    RuntimeName,
+    WeightDtype,
+)
+from planner.cli_output import exit_unless, show
+from planner.errors import ConfigError
+from planner.estimate import estimate
+from planner.loading import load_model
+from planner.result import Estimate
+from planner.traffic import Traffic, fixed, lognormal, trace
+from planner.workload import Deployment, Inference, cache_spec
+
+
+def fit_command(
+    model: ModelName,
+    gpu: GpuName,
+    batch: Batch = 1,
+    prompt: Prompt = 1024,
+    output: Output = 1,
+    runtime: RuntimeName = "transformers",
+    dtype: Dtype = None,
+    weight_dtype: WeightDtype = None,
+    kv_dtype: KvDtype = None,
+    cache: Cache = None,
+    attention: Attention = None,
+    logits: Logits = "all",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    utilization: Utilization = 0.9,
+    max_model_len: MaxModelTokens = None,
+    max_batched: MaxBatchedTokens = None,
+    max_seqs: MaxSequences = None,
+    eager: Eager = False,
+    cuda_graphs: CudaGraphs = "outside",
+    traffic: Annotated[
+        str | None,
+        typer.Option(
+            "--traffic",
+            metavar="CSV|fixed|lognormal:SIGMA[,SIGMA]",
+            help="Also how many requests run at once: of a trace, all of --prompt and --output, or "
+            "lognormal with these means and the standard deviations of their logarithms.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The longest context, the largest batch, requests at once, the fewest GPUs. Exit 1 for none.
+
+    Each with what ends it and what would relax it.
+    """
+    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+    deploy = Deployment(
+        gpu=gpu,
+        runtime=runtime,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        cache=None if cache is None else cache_spec(cache),
+        attention=attention,
+        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
+    )
+    described = load_model(model)
+    result = estimate(described, work, deploy)
+    longest, largest = (
+        longest_context(described, work, deploy),
+        largest_batch(described, work, deploy),
+    )
+    requests = None
+    if traffic is not None:
+        asked = _traffic(traffic, prompt, output, result.setting.longest_tokens)
+        requests = most_requests(described, asked, deploy)
+    smallest = smallest_layout(described, work, deploy)
+    if as_json:
+        answers = {"longest_context": longest, "largest_batch": largest, "requests": requests}
+        show(
+            {
+                "model": described.name,
+                "gpu": gpu,
+                "runtime": runtime,
+                "max_context_tokens": longest.value,
+                "max_batch": largest.value,
+                "max_concurrent_requests": None if requests is None else requests.value,
+                "min_gpus": None if smallest is None else smallest.world_size,
+                "fits": result.fits,
+                "answers": {k: None if a is None else a.to_dict() for k, a in answers.items()},
+            }
+        )
+    else:
+        _tell(result, [a for a in (longest, largest, requests) if a is not None], smallest)
+    exit_unless(bool(longest.value and largest.value))
+
+
+def _tell(e: Estimate, answers: list[Answer], smallest: Deployment | None) -> None:
+    lines = [f"{e.model.name} in {e.deploy.runtime} on {e.gpu.label}, {e.setting.attention}"]
+    for answer in answers:
+        lines += [f"  {line}" for line in answer.in_words.splitlines()]
+    if smallest is None:
+        lines.append(f"  fewest GPUs for {e.work.in_words}: no layout holds it")
+    else:
+        n, tp, pp = smallest.world_size, smallest.tensor_parallel, smallest.pipeline_parallel
+        how = "" if n == 1 else f" (tensor parallel {tp}, pipeline parallel {pp})"
+        lines.append(f"  fewest GPUs for {e.work.in_words}: {n}{how}")
+    show("\n".join(lines))
+
+
+def _traffic(text: str, prompt: int, output: int, longest_tokens: int | None) -> Traffic:
+    """fixed, lognormal:σ or lognormal:σ,σ, else a CSV file."""
+    if text == "fixed":
+        return fixed(prompt, output)
+    kind, _, given = text.partition(":")
+    if kind == "lognormal":
+        try:
+            sigmas = [float(part) for part in given.split(",")]
+        except ValueError:
+            sigmas = []
+        if len(sigmas) not in (1, 2):
+            raise ConfigError(
+                f"traffic={text!r} is not allowed: lognormal:SIGMA or lognormal:SIGMA,SIGMA"
+            )
+        return lognormal(
+            prompt_mean=prompt,
+            prompt_sigma=sigmas[0],
+            output_mean=output,
+            output_sigma=sigmas[-1],
+            longest_tokens=longest_tokens,
+        )
+    return trace(Path(text))

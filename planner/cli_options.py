@@ -1,0 +1,57 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Catalogue name, config.json or its folder, .gguf file, hf:org/name."
+    ),
+]
+GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
+Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
+Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
+WeightDtype = Annotated[
+    str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
+]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="The cache's: fp8, int8, int4, …; else as --dtype.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="KIND[:FIELD=VALUE,…]",
+        help="Kind of cache, else the runtime's own: quantised:backend=hqq,q_group_size=32",
+    ),
+]
+Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
+Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
+SequenceTokens = Annotated[
+    int, typer.Option("--sequence", help="Tokens of a sequence in training.")
+]
+OptimizerName = Annotated[
+    str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
+]
+OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
+Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
+Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Traced = Annotated[
+    bool, typer.Option("--traced", help="Read it off transformers' class: any type it knows.")
+]
+Files = Annotated[
+    bool,
+    typer.Option("--files", help="What lies in the weight files beside the config."),
+]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a table.")]

@@ -1,0 +1,44 @@
+"""How commands answer: text or JSON on stdout, tables, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+
+def exit_unless(answer: bool) -> None:
+    """Exit code 1 where the answer is no."""
+    if not answer:
+        raise typer.Exit(1)
+
+
+def show(content: Any) -> None:
+    """Text as it is, anything else as JSON."""
+    print(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+
+def console() -> Console:
+    """Where tables go."""
+    from rich.console import Console
+
+    # piped, a table is as wide as its content, so that nothing is cut
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def show_table(table: pd.DataFrame, *, title: str) -> None:
+    """A table for people."""
+    from rich.table import Table
+
+    view = Table(title=title, title_justify="left")
+    for column in table.columns:
+        view.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        view.add_row(*("" if str(cell) == "<NA>" else str(cell) for cell in row))
+    console().print(view)
