@@ -100,8 +100,7 @@ def _model(log: EngineLog, given: Model | str | None, notes: list[str]) -> Model
 
 def _noted(named: tuple[Model, str], notes: list[str]) -> Model:
     model, assumed = named
-    if assumed:
-        notes.append(f"taken as {model.name}: {assumed}")
+    notes.append(f"the model is taken as {model.name}{f', {assumed}' if assumed else ''}")
     return model
 
 

@@ -222,3 +222,23 @@ def test_a_readers_own_folder_goes_before_the_catalogue(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     explained = explain_log(AS_PLANNED, str(folder))
     assert explained.estimate.model.parameter_count == 1_235_814_400
+
+
+def test_changes_are_put_together_where_none_alone_is_enough():
+    """24 GB, 131 072 tokens of 128 KiB: fp8 keys and values, fp8 weights and the last GiB."""
+    text = (
+        "non-default args: {'model': 'a/Llama-3.1-8B', 'max_model_len': 131072}\nGPU 0: NVIDIA L4\n"
+    )
+    explained = explain_log(text + "ValueError: No available memory for the cache blocks.")
+    together = [r for r in explained.remedies if r.change.count("--") > 1]
+    assert len(together) == 1
+    assert "--kv-cache-dtype fp8" in together[0].change
+    assert "--quantization fp8" in together[0].change
+    deploy = Deployment(
+        gpu="l4", runtime="vllm", kv_dtype="fp8", weight_dtype="fp8", memory_utilization=0.95,
+        max_sequences=16, max_batched_tokens=512, max_model_tokens=131_072,
+    )  # fmt: skip
+    model = planner.load_model("llama-3.1-8b")
+    e = planner.estimate(model, planner.Inference(batch=1, prompt_tokens=131_071), deploy)
+    assert e.fits
+    assert f"{e.kv_pool_tokens:,} tokens" in together[0].effect
