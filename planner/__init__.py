@@ -1,12 +1,22 @@
 """Predict what a transformer holds and how fast it runs."""
 
+from planner.answers import Answer as Answer
+from planner.answers import cheapest_gpu as cheapest_gpu
+from planner.answers import gpu_ladder as gpu_ladder
+from planner.answers import largest_batch as largest_batch
+from planner.answers import largest_model as largest_model
+from planner.answers import longest_context as longest_context
+from planner.answers import most_requests as most_requests
+from planner.answers import what_if as what_if
 from planner.capacity import max_batch as max_batch
 from planner.capacity import max_context_tokens as max_context_tokens
+from planner.capacity import min_gpus as min_gpus
 from planner.catalog.gpus import Gpu as Gpu
 from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus
 from planner.checkpoint import Checkpoint as Checkpoint
 from planner.checkpoint import read_checkpoint as read_checkpoint
+from planner.concurrency import max_concurrent_requests as max_concurrent_requests
 from planner.engine_logs import Explanation as Explanation
 from planner.engine_logs import explain_log as explain_log
 from planner.errors import ConfigError as ConfigError
@@ -25,7 +35,12 @@ from planner.loading import load_model as load_model
 from planner.model import Model as Model
 from planner.result import Estimate as Estimate
 from planner.result import Memory as Memory
+from planner.sweep_views import fit_map as fit_map
+from planner.sweep_views import longest_contexts as longest_contexts
+from planner.sweep_views import pareto_front as pareto_front
+from planner.sweep_views import top as top
 from planner.sweeps import sweep as sweep
+from planner.traffic import Traffic as Traffic
 from planner.workload import CacheSpec as CacheSpec
 from planner.workload import Deployment as Deployment
 from planner.workload import Inference as Inference

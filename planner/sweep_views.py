@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def fit_map(table: pd.DataFrame, value: str = "headroom_bytes") -> pd.DataFrame:
-    """One number of every cell: a row a batch, a column a context. Refused cells are missing.
+    """One number of every cell as a float: a row a batch, a column a context; refused cells nan.
 
     Raises ConfigError for a table of several combinations, or without that column.
     """
@@ -21,7 +21,8 @@ def fit_map(table: pd.DataFrame, value: str = "headroom_bytes") -> pd.DataFrame:
     differing = [name for name in LABELS if table[name].nunique() > 1]
     if differing:
         raise ConfigError(f"{differing[0]} has several values: a map is of one combination")
-    return table.pivot(index="batch", columns="context_tokens", values=value)
+    plain = table[["batch", "context_tokens"]].assign(value=_plain(table[value]))
+    return plain.pivot(index="batch", columns="context_tokens", values="value")
 
 
 def longest_contexts(table: pd.DataFrame) -> pd.DataFrame:
@@ -80,7 +81,7 @@ def pareto_front(
 
 
 def _plain(column: pd.Series[Any]) -> Any:
-    return column.astype(object).astype(float).to_numpy()
+    return column.astype(object).where(column.notna(), None).astype(float).to_numpy()
 
 
 def _fitting(table: pd.DataFrame) -> pd.DataFrame:
