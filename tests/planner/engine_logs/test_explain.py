@@ -1,5 +1,6 @@
 """Logs beside the plan: differences, their reasons, what would help."""
 
+import io
 import json
 
 import pytest
@@ -119,6 +120,16 @@ def test_packed_weights_of_two_gpus_are_what_was_printed():
     assert any("quantised by awq, as its name says" in note for note in explained.notes)
 
 
+def test_a_config_that_the_log_prints_is_read():
+    """…/issues/8691 prints "Model config Qwen2Config {…" of a model by its folder."""
+    config = {**planner.load_model("qwen2.5-7b").config, "num_hidden_layers": 5}
+    text = f"INFO Model config Qwen2Config {json.dumps(config, indent=2)}\n\nmodel='/models/mine'\n"
+    explained = explain_log(text + logs.SECOND_ENGINE, gpu="h100-80gb")
+    assert len(explained.estimate.model.layers) == 5
+    broken = explain_log(text.replace('"model_type": "qwen2"', '"model_type": 7') + logs.TABLE)
+    assert any("the config in the log is not read" in note for note in broken.notes)
+
+
 def test_a_log_is_never_followed(tmp_path, monkeypatch):
     """Names in it are looked up in the catalogue and nowhere else."""
     (tmp_path / "config.json").write_text("{}")
@@ -157,6 +168,14 @@ def test_the_command_prints_json_and_writes_csv(tmp_path, capsys):
     assert printed["model"] == "llama-3.1-8b"
     assert printed["lines"][0].keys() >= {"item", "printed", "planned", "difference", "why"}
     assert all(not cell.startswith(("=", "+")) for cell in table.read_text().split(","))
+
+
+def test_a_log_comes_through_a_pipe_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(AS_PLANNED.encode() + b"\xff")))
+    with pytest.raises(SystemExit) as done:
+        main(["explain-log", "-"])
+    assert not done.value.code
+    assert "The KV pool is as planned." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["missing.log", "."])
