@@ -74,7 +74,8 @@ _OPTION = re.compile(
     r"(?:[ =]{1,9}(?P<value>'[^']{0,300}'|\"[^\"]{0,300}\"|[^\s'\"-][^\s'\"]{0,300}))?"
 )
 _GPU = re.compile(
-    r"(?:GPU \d{1,3}: |\| +\d{1,3}  )(?P<name>(?:NVIDIA|Tesla|AMD|Quadro)[ \w-]{2,40})"
+    r"(?:GPU \d{1,3}: |\| {1,4}\d{1,3} {1,4})"
+    r"(?P<name>(?:NVIDIA|Tesla|AMD|Quadro)(?: [\w-]{1,24}){1,5})"
 )
 _RANK = re.compile(r"(?:VllmWorker rank=|Worker_TP)(\d{1,3})\b")
 

@@ -105,13 +105,13 @@ def model_of_log(name: str, given: str | None) -> tuple[Model, str] | None:
     if found is None:
         return None
     _, config = load_config(found)
-    assumed = [] if found == short_name(name) else [f"of the shape of {found}"]
+    assumed = []
     quantised = None if config.get("quantization_config") else quantisation(name, given)
     if quantised is not None:
         packed = quantised["quant_method"] in ("awq", "gptq")
         config = {**config, **(PADDED.get(found, {}) if packed else {})}
         config["quantization_config"] = quantised
-        assumed.append(f"quantised by {quantised['quant_method']}, as its name says")
+        assumed.append(f"its weights quantised by {quantised['quant_method']}, as its name says")
     try:
         return replace(read_config(config), name=found), "; ".join(assumed)
     except ConfigError:

@@ -10,7 +10,6 @@ from planner.engine_logs.read import EngineLog
 from planner.format import gib
 from planner.result import Estimate
 
-PLANNED_LEAST = "planned: one sequence of one token"
 FRAGMENTS = 0.05  # of the capacity: unallocated segments worth a word
 
 
@@ -18,61 +17,56 @@ def memory_lines(log: EngineLog, e: Estimate | None) -> list[Line]:
     """What the message says, in the order in which it fills the device."""
     if log.get("tried") is None:
         return []
-    ours: dict[str, float | None] = {}
-    if e is not None:
-        ours["capacity"] = e.gpu.memory_bytes
-    if e is not None and e.pool is not None:
-        inside = e.memory.weights_bytes + e.memory.activations_bytes
-        ours |= {
-            "allocated": inside + e.pool.size_bytes,
-            "process": e.memory.device_used_bytes,
-        }
-    elif e is not None:  # what was run is not said: the weights are sure
-        ours |= {"allocated": e.memory.weights_bytes, "process": e.memory.total_bytes}
-    whole = e is not None and e.pool is not None
+    ours = _planned(e)
+    said = {
+        "unallocated": _fragments(log),
+        "tried": _missing(log),
+        **{name: why for name, (_, why) in ours.items()},
+    }
+    lines = [
+        Line(
+            item=item,
+            unit="bytes",
+            theirs=figure.value,
+            ours=ours[name][0] if name in ours else None,
+            why=said.get(name, ""),
+            quoted=figure.line,
+        )
+        for item, name in (
+            ("capacity of the GPU", "capacity"),
+            ("held by this process", "process"),
+            ("allocated by torch", "allocated"),
+            ("of it in graphs' private pools", "private"),
+            ("reserved, not allocated", "unallocated"),
+            ("free", "free"),
+            ("asked for", "tried"),
+        )
+        if (figure := log.figures.get(name)) is not None
+    ]
     others = other_processes(log)
-    lines = []
-    for item, name, why in (
-        ("capacity of the GPU", "capacity", ""),
-        (
-            "held by this process",
-            "process",
-            "planned: with the whole pool and its highest peak" if whole else PLANNED_LEAST,
-        ),
-        (
-            "allocated by torch",
-            "allocated",
-            "planned: weights, pool and the highest peak" if whole else "planned: the weights",
-        ),
-        ("of it in graphs' private pools", "private", ""),
-        ("reserved, not allocated", "unallocated", _fragments(log)),
-        ("free", "free", ""),
-        ("asked for", "tried", _missing(log)),
-    ):
-        figure = log.figures.get(name)
-        if figure is None:
-            continue
-        lines.append(
-            Line(
-                item=item,
-                unit="bytes",
-                theirs=figure.value,
-                ours=ours.get(name),
-                why=why if ours.get(name) is not None or not why.startswith("planned") else "",
-                quoted=figure.line,
-            )
-        )
     if others is not None and others > 0.05 * 2**30:
-        lines.append(
-            Line(
-                item="held by others",
-                unit="bytes",
-                theirs=others,
-                ours=0 if e is not None else None,
-                why="capacity − free − this process: other processes, or another rank's context",
-            )
-        )
+        why = "capacity − free − this process: other processes, or another rank's context"
+        lines.append(Line(item="held by others", unit="bytes", theirs=others, ours=None, why=why))
     return lines
+
+
+def _planned(e: Estimate | None) -> dict[str, tuple[int, str]]:
+    """What the plan has in place of a figure, and what it counts."""
+    if e is None:
+        return {}
+    m = e.memory
+    if e.pool is None:  # what was run is not said: the weights are sure
+        return {
+            "capacity": (e.gpu.memory_bytes, ""),
+            "process": (m.total_bytes, "planned: one sequence of one token"),
+            "allocated": (m.weights_bytes, "planned: the weights"),
+        }
+    inside = m.weights_bytes + m.activations_bytes + e.pool.size_bytes
+    return {
+        "capacity": (e.gpu.memory_bytes, ""),
+        "process": (m.device_used_bytes, "planned: with the whole pool and its highest peak"),
+        "allocated": (inside, "planned: weights, pool and the highest peak"),
+    }
 
 
 def other_processes(log: EngineLog) -> float | None:

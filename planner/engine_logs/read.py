@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from planner.engine_logs.arguments import Arguments, read_arguments
 from planner.engine_logs.wording import FAILURES, PHRASES, UNITS, VERSIONS, WORDINGS
@@ -14,6 +16,8 @@ from planner.errors import ConfigError
 MAX_CHARACTERS = 64 * 2**20
 MAX_MATCHES = 20_000  # lines with one phrase
 MAX_LINE = 50_000  # a line of arguments is a few thousand characters long
+MAX_CONFIG = 2**20
+_PRINTED_CONFIG = re.compile(r"Model config \w{1,60} \{")
 ANSI = re.compile(r"\x1b\[[0-9;]{0,12}[A-Za-z]")
 
 
@@ -27,11 +31,15 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLog:
-    """What a log says: figures by name, the engine's version and arguments, how it failed."""
+    """What a log says: figures by name, the engine's version and arguments, how it failed.
+
+    `config`: the model's config.json, where transformers has printed it.
+    """
 
     figures: Mapping[str, Figure] = field(default_factory=lambda: MappingProxyType({}))
     version: str | None = None
     arguments: Arguments
+    config: Mapping[str, Any] | None = None
     failure: str | None = None
     failure_line: str = ""
     mentions_vllm: bool = False
@@ -81,6 +89,7 @@ def read_log(text: str) -> EngineLog:
         figures=MappingProxyType(figures),
         version=_version(text),
         arguments=read_arguments(text),
+        config=_config(text),
         failure=failure,
         failure_line=failure_line,
         mentions_vllm=re.search("vllm", text, re.IGNORECASE) is not None,
@@ -145,6 +154,18 @@ def _version(text: str) -> str | None:
         if match is not None:
             return match["version"]
     return None
+
+
+def _config(text: str) -> dict[str, Any] | None:
+    """What transformers prints as "Model config LlamaConfig {…}"."""
+    match = _PRINTED_CONFIG.search(text)
+    if match is None:
+        return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(text[match.end() - 1 : match.end() + MAX_CONFIG])
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "model_type" in found else None
 
 
 def _sentence(line: str, at: int) -> str:

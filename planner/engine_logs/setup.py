@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.catalog.gpus import gpu_named, gpu_of_torch_name, gpus
-from planner.engine_logs.models import model_of_log
+from planner.engine_logs.models import model_of_log, short_name
 from planner.engine_logs.read import EngineLog
 from planner.errors import ConfigError
 from planner.hub import is_hub
+from planner.huggingface import read_config
 from planner.loading import load_model
 from planner.model import Model
 from planner.workload import Deployment
@@ -85,6 +86,15 @@ def _model(log: EngineLog, given: Model | str | None, notes: list[str]) -> Model
         return load_model(given) if named is None else _noted(named, notes)
     if given is not None:
         raise ConfigError("model is neither a Model nor a name")
+    if log.config is not None:
+        try:
+            model = read_config(log.config)
+        except ConfigError as error:
+            notes.append(f"the config in the log is not read: {error}")
+        else:
+            name = arguments.model or log.config.get("_name_or_path")
+            short = short_name(name) if isinstance(name, str) else ""
+            return replace(model, name=short or model.name)
     if arguments.model is None:
         notes.append("the log names no model: name it (--model) to see the plan beside it")
         return None
@@ -100,8 +110,7 @@ def _model(log: EngineLog, given: Model | str | None, notes: list[str]) -> Model
 
 def _noted(named: tuple[Model, str], notes: list[str]) -> Model:
     model, assumed = named
-    if assumed:
-        notes.append(f"taken as {model.name}: {assumed}")
+    notes.append(f"the model is taken as {model.name}{f', {assumed}' if assumed else ''}")
     return model
 
 

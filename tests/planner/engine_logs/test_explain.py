@@ -1,5 +1,6 @@
 """Logs beside the plan: differences, their reasons, what would help."""
 
+import io
 import json
 
 import pytest
@@ -119,6 +120,16 @@ def test_packed_weights_of_two_gpus_are_what_was_printed():
     assert any("quantised by awq, as its name says" in note for note in explained.notes)
 
 
+def test_a_config_that_the_log_prints_is_read():
+    """…/issues/8691 prints "Model config Qwen2Config {…" of a model by its folder."""
+    config = {**planner.load_model("qwen2.5-7b").config, "num_hidden_layers": 5}
+    text = f"INFO Model config Qwen2Config {json.dumps(config, indent=2)}\n\nmodel='/models/mine'\n"
+    explained = explain_log(text + logs.SECOND_ENGINE, gpu="h100-80gb")
+    assert len(explained.estimate.model.layers) == 5
+    broken = explain_log(text.replace('"model_type": "qwen2"', '"model_type": 7') + logs.TABLE)
+    assert any("the config in the log is not read" in note for note in broken.notes)
+
+
 def test_a_log_is_never_followed(tmp_path, monkeypatch):
     """Names in it are looked up in the catalogue and nowhere else."""
     (tmp_path / "config.json").write_text("{}")
@@ -157,6 +168,14 @@ def test_the_command_prints_json_and_writes_csv(tmp_path, capsys):
     assert printed["model"] == "llama-3.1-8b"
     assert printed["lines"][0].keys() >= {"item", "printed", "planned", "difference", "why"}
     assert all(not cell.startswith(("=", "+")) for cell in table.read_text().split(","))
+
+
+def test_a_log_comes_through_a_pipe_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(AS_PLANNED.encode() + b"\xff")))
+    with pytest.raises(SystemExit) as done:
+        main(["explain-log", "-"])
+    assert not done.value.code
+    assert "The KV pool is as planned." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["missing.log", "."])
@@ -222,3 +241,23 @@ def test_a_readers_own_folder_goes_before_the_catalogue(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     explained = explain_log(AS_PLANNED, str(folder))
     assert explained.estimate.model.parameter_count == 1_235_814_400
+
+
+def test_changes_are_put_together_where_none_alone_is_enough():
+    """24 GB, 131 072 tokens of 128 KiB: fp8 keys and values, fp8 weights and the last GiB."""
+    text = (
+        "non-default args: {'model': 'a/Llama-3.1-8B', 'max_model_len': 131072}\nGPU 0: NVIDIA L4\n"
+    )
+    explained = explain_log(text + "ValueError: No available memory for the cache blocks.")
+    together = [r for r in explained.remedies if r.change.count("--") > 1]
+    assert len(together) == 1
+    assert "--kv-cache-dtype fp8" in together[0].change
+    assert "--quantization fp8" in together[0].change
+    deploy = Deployment(
+        gpu="l4", runtime="vllm", kv_dtype="fp8", weight_dtype="fp8", memory_utilization=0.95,
+        max_sequences=16, max_batched_tokens=512, max_model_tokens=131_072,
+    )  # fmt: skip
+    model = planner.load_model("llama-3.1-8b")
+    e = planner.estimate(model, planner.Inference(batch=1, prompt_tokens=131_071), deploy)
+    assert e.fits
+    assert f"{e.kv_pool_tokens:,} tokens" in together[0].effect

@@ -119,6 +119,13 @@ def test_arguments_are_taken_from_a_command_too():
     assert (a.gpu_memory_utilization, a.enforce_eager, a.kv_cache_dtype) == (0.95, True, "fp8")
 
 
+def test_gpus_are_known_from_what_was_collected():
+    smi = "|   0  NVIDIA A40                     On  |   00000000:CE:00.0 Off |"
+    collected = "GPU models and configuration: GPU 0: NVIDIA H100 80GB HBM3\nGPU 1: Tesla T4\n"
+    assert read_arguments(smi).gpu_names == ("NVIDIA A40",)
+    assert read_arguments(collected).gpu_names == ("NVIDIA H100 80GB HBM3", "Tesla T4")
+
+
 def test_workers_are_counted_where_nothing_says_how_many():
     assert read_arguments(logs.FOUR_WORKERS).tensor_parallel_size == 4
     assert read_arguments(logs.TABLE).tensor_parallel_size is None
