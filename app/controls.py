@@ -30,6 +30,9 @@ from planner.workload import CACHE_BACKENDS, OPTIMIZER_IMPLS, OPTIMIZERS
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
 
+SAME = "the same"
+"""What deployment B of a comparison has in common with A."""
+
 LARGEST = MAX_SIZE - 1
 
 KV_HELP = (
@@ -51,6 +54,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpointing": ("none", "full"),
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
+    "b_gpu": (SAME, *planner.gpus()),
+    "b_kv_dtype": (SAME, *KV_DTYPES),
+    "b_tp": (SAME, *(str(2**i) for i in range(4))),
 }
 """What a word in the URL may be."""
 
@@ -74,6 +80,9 @@ START = {
     "prompt": 2048,
     "output": 256,
     "sequence": 2048,
+    "b_gpu": SAME,
+    "b_kv_dtype": "fp8",
+    "b_tp": SAME,
 }
 
 NUMBERS = ("batch", "prompt", "output", "sequence", "kv_group", "kv_residual")
@@ -84,7 +93,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
     asked = st.query_params.to_dict()  # before the widgets drop what they refuse
     with st.sidebar:
         problems = st.container()
-        named = _select("Model", "model")
+        named = select("Model", "model")
         described = st.empty()
         upload = st.file_uploader(
             "or a config.json of your own",
@@ -155,7 +164,7 @@ def uploaded(file_name: str, content: bytes) -> planner.Model:
 
 
 def _deployment() -> planner.Deployment:
-    gpu = planner.gpu_named(_select("GPU", "gpu", help=_memories()))
+    gpu = planner.gpu_named(select("GPU", "gpu", help=memories()))
     st.caption(f"{gpu.label}: {gib(gpu.memory_bytes)}")
     runtime = st.segmented_control(
         "Runtime",
@@ -169,12 +178,12 @@ def _deployment() -> planner.Deployment:
     )
     left, right = st.columns(2)
     with left:
-        dtype = _select("dtype", "dtype")
+        dtype = select("dtype", "dtype")
     named = runtime or str(START["runtime"])
     with right:
         kept = kv_dtypes({"runtime": named})
-        kv_dtype = _select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
-    tensor_parallel, pipeline_parallel = _layout() if named == "vllm" else (1, 1)
+        kv_dtype = select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
+    tensor_parallel, pipeline_parallel = layout() if named == "vllm" else (1, 1)
     return planner.Deployment(
         gpu=gpu.name,
         tensor_parallel=tensor_parallel,
@@ -186,13 +195,13 @@ def _deployment() -> planner.Deployment:
     )
 
 
-def _layout() -> tuple[int, int]:
+def layout() -> tuple[int, int]:
     """GPUs that share each layer, and stages of layers."""
     left, right = st.columns(2)
     with left:
-        tensor_parallel = _select("Tensor parallel", "tp", help="GPUs that share each layer.")
+        tensor_parallel = select("Tensor parallel", "tp", help="GPUs that share each layer.")
     with right:
-        pipeline_parallel = _select("Pipeline stages", "pp", help="Runs of layers, each its GPUs.")
+        pipeline_parallel = select("Pipeline stages", "pp", help="Runs of layers, each its GPUs.")
     return int(tensor_parallel), int(pipeline_parallel)
 
 
@@ -201,12 +210,12 @@ def _cache(kv_dtype: str) -> planner.CacheSpec | None:
     backends = backends_of(kv_dtype)
     if not backends:
         return None
-    backend = _select("Quantised by", "kv_backend", options=backends)
+    backend = select("Quantised by", "kv_backend", options=backends)
     left, right = st.columns(2)
     with left:
-        group = _number("KV group size", "kv_group", help="Elements that share a scale.")
+        group = number("KV group size", "kv_group", help="Elements that share a scale.")
     with right:
-        residual = _number(
+        residual = number(
             "KV residual tokens",
             "kv_residual",
             help="Decoded tokens kept unquantised until so many are there.",
@@ -218,18 +227,18 @@ def _cache(kv_dtype: str) -> planner.CacheSpec | None:
 
 def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Training:
     planned = ", ".join(TRAINED_RUNTIMES)
-    if _either("Workload", "workload", f"Training is planned in {planned}.") == "training":
+    if either("Workload", "workload", f"Training is planned in {planned}.") == "training":
         return _training()
     torch = runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm"
-    batch = _number("Batch", "batch", help="Sequences at once.")
+    batch = number("Batch", "batch", help="Sequences at once.")
     left, right = st.columns(2)
     with left:
-        prompt_tokens = _number("Prompt tokens", "prompt", step=256)
+        prompt_tokens = number("Prompt tokens", "prompt", step=256)
     with right:
-        output_tokens = _number("Output tokens", "output", step=64)
+        output_tokens = number("Output tokens", "output", step=64)
     logits = "last"
     if torch:
-        logits = _either(
+        logits = either(
             "Logits of the prefill",
             "logits",
             "last: what generate() computes. all: a plain forward, a row for each token.",
@@ -245,12 +254,12 @@ def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Trainin
 def _training() -> planner.Training:
     left, right = st.columns(2)
     with left:
-        batch = _number("Batch", "batch", help="Sequences at once.")
-        optimizer = _select("Optimizer", "optimizer")
+        batch = number("Batch", "batch", help="Sequences at once.")
+        optimizer = select("Optimizer", "optimizer")
     with right:
-        sequence_tokens = _number("Sequence tokens", "sequence", step=256)
-        impl = _select("Optimizer's way", "optimizer_impl", help="How torch goes through weights.")
-    checkpointing = _either(
+        sequence_tokens = number("Sequence tokens", "sequence", step=256)
+        impl = select("Optimizer's way", "optimizer_impl", help="How torch goes through weights.")
+    checkpointing = either(
         "Checkpointing",
         "checkpointing",
         "full: every layer keeps its input alone and is computed again on the way back.",
@@ -264,8 +273,8 @@ def _training() -> planner.Training:
     )
 
 
-def _either(label: str, key: str, help: str) -> str:
-    """One of a few words."""
+def either(label: str, key: str, help: str) -> str:
+    """One of a few words of CHOICES."""
     chosen = st.segmented_control(
         label,
         CHOICES[key],
@@ -279,9 +288,10 @@ def _either(label: str, key: str, help: str) -> str:
     return str(chosen or START[key])
 
 
-def _select(
+def select(
     label: str, key: str, help: str | None = None, options: tuple[str, ...] | None = None
 ) -> str:
+    """One of CHOICES, or of the options given."""
     options = options or CHOICES[key]
     start = str(START[key])
     chosen = st.selectbox(
@@ -295,7 +305,9 @@ def _select(
     return str(chosen)
 
 
-def _number(label: str, key: str, *, step: int = 1, help: str | None = None) -> int:
+def number(label: str, key: str, *, step: int = 1, help: str | None = None) -> int:
+    """A size, from START on."""
+
     def widget(key: str, *, bind: Literal["query-params"] | None) -> int:
         number = st.number_input(
             label,
@@ -316,7 +328,8 @@ def _number(label: str, key: str, *, step: int = 1, help: str | None = None) -> 
         return widget(f"{key} apart from the link", bind=None)
 
 
-def _memories() -> str:
+def memories() -> str:
+    """The catalogue's GPUs as a table."""
     lines = [f"| {g.name} | {g.label} | {gib(g.memory_bytes)} |" for g in planner.gpus().values()]
     return "\n".join(["| name | device | memory torch sees |", "|:--|:--|--:|", *lines])
 

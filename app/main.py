@@ -5,6 +5,8 @@ from pathlib import Path
 import streamlit as st
 
 HERE = Path(__file__).parent
+# not a folder "pages": streamlit would run its files by themselves when a fresh server is asked for
+# one of them by its address
 
 st.set_page_config(
     page_title="Transformer planner",
@@ -15,8 +17,9 @@ st.set_page_config(
 
 st.navigation(
     [
-        st.Page(HERE / "pages" / "plan.py", title="Plan", default=True),
-        st.Page(HERE / "pages" / "measured.py", title="Measured", url_path="measured"),
+        st.Page(HERE / "views" / "plan.py", title="Plan", default=True),
+        st.Page(HERE / "views" / "explore.py", title="Explore", url_path="explore"),
+        st.Page(HERE / "views" / "measured.py", title="Measured", url_path="measured"),
     ],
     position="top",
 ).run()

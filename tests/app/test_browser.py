@@ -138,3 +138,27 @@ def test_on_a_phone_the_figure_is_drawn_and_described_and_nothing_is_wider(serve
     assert page.locator('[aria-label*="Weights 14.99 GiB"], [alt*="Weights 14.99 GiB"]').count()
     main = page.get_by_test_id("stMain")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
+
+
+def test_a_decision_is_made_on_explore_and_taken_home_as_csv(server, page, tmp_path):
+    page.goto(f"{server}/explore?model=gpt-9&gpu=rtx-4090&runtime=vllm&output=64")  # a fresh link
+    settled(page)
+    assert page.get_by_test_id("stAlert").filter(has_text="model='gpt-9' in the link").count() == 1
+    page.locator(".heatmaplayer image, .heatmaplayer path").first.wait_for(state="attached")
+    page.get_by_role("combobox", name="B: GPU").fill("l40s")
+    page.get_by_role("option", name="l40s").click()
+    page.get_by_text("B: total on NVIDIA L40S").wait_for()
+    settled(page)
+    assert "b_gpu=l40s" in page.url
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    target = tmp_path / "map.csv"
+    download.value.save_as(target)
+    table = pd.read_csv(target)
+    best = table[table["fits"] == True]  # noqa: E712
+    model = planner.load_model("llama-3.1-8b")
+    deploy = planner.Deployment(gpu="rtx-4090", runtime="vllm")
+    work = planner.Inference(batch=1, prompt_tokens=8, output_tokens=64, logits="last")
+    most = planner.max_context_tokens(model, work, deploy)
+    longest = best[best["batch"] == 1]["context_tokens"].max()
+    assert longest <= most < 2 * longest

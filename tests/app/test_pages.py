@@ -78,7 +78,7 @@ def opened(page=None, **query):
     app.query_params.update(query)
     app.run()
     if page is not None:
-        app.switch_page(f"pages/{page}.py").run()
+        app.switch_page(f"views/{page}.py").run()
     assert not app.exception
     return app
 

@@ -1,0 +1,98 @@
+"""The page Explore: its map, its lines, A against B, the ladder, bad links."""
+
+import pandas as pd
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import planner
+from app import explore_charts, explore_controls
+from planner.format import gib
+from profiles import records
+from tests.app.test_pages import ROOT, captions, made
+
+pytestmark = pytest.mark.usefixtures("store")
+
+
+def opened(**chosen):
+    """The page with these choices, made one after another."""
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    app.run()
+    app.switch_page("views/explore.py").run()
+    for key, value in chosen.items():
+        app.get_by_key(key).set_value(value).run()
+        assert not app.exception
+    return app
+
+
+def test_a_model_is_explored_on_a_gpu():
+    app = opened(model="gemma-2-9b", gpu="rtx-4090", runtime="attnlab")
+    assert "gemma-2-9b in attnlab on NVIDIA GeForce RTX 4090" in captions(app)
+    assert not app.error
+
+
+def test_a_runtime_that_refuses_the_model_says_so():
+    app = opened(model="deepseek-v3", runtime="attnlab")
+    assert "does not run MLA" in app.error[0].value
+
+
+def test_a_comparison_shows_both_totals_and_the_ladder_the_fewest():
+    app = opened(model="llama-3.1-8b", gpu="rtx-4090", runtime="vllm", batch=4, prompt=1000)
+    work = planner.Inference(batch=4, prompt_tokens=1000, output_tokens=256, logits="last")
+    model = planner.load_model("llama-3.1-8b")
+    deploy = planner.Deployment(gpu="rtx-4090", runtime="vllm")
+    total = planner.estimate(model, work, deploy).memory.total_bytes
+    shown = {card.label: card.value for card in app.metric}
+    assert shown["A: total on NVIDIA GeForce RTX 4090"] == gib(total)
+    ladder = app.dataframe[0].value.set_index("gpu")
+    for name in ("t4", "h200"):
+        expected = planner.min_gpus(model, work, planner.Deployment(gpu=name, runtime="vllm"))
+        assert ladder.loc[name, "gpus"] == expected
+
+
+def test_measured_cells_are_marked(store):
+    records.append(store, made(model="llama-50m", prompt_tokens=250, batch=2))
+    app = opened(model="llama-50m", gpu="cpu", runtime="attnlab", output=4)
+    figure = app.get("plotly_chart")[0].proto.spec
+    assert '"measured"' in figure
+
+
+def table(**more):
+    return planner.sweep("llama-3.1-8b", "rtx-4090", [1, 64], [1024, 65_536], **more)
+
+
+def test_the_map_colours_what_fits_above_and_the_rest_below_zero():
+    cells = table()
+    figure = explore_charts.fit_map(cells, measured=[(1, 1000)])
+    heat, marks = figure.data
+    fits = cells.set_index(["batch", "context_tokens"])["fits"]
+    for batch, row in zip((1, 64), heat.z, strict=True):
+        for context, share in zip((1024, 65_536), row, strict=True):
+            assert (share > 0) == bool(fits[batch, context])
+    assert (list(marks.x), list(marks.y)) == (["1k"], ["1"])
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "category"
+    assert explore_charts.fit_map_in_words(cells).startswith("Map of 4 cells")
+
+
+def test_refused_cells_stay_empty_with_the_reason():
+    cells = planner.sweep("gpt2", "h200", [1], [512, 4096])
+    heat = explore_charts.fit_map(cells).data[0]
+    assert heat.z[0][1] is None
+    assert "reaches beyond 1024" in heat.hovertext[0][1]
+
+
+def test_a_change_adds_up_to_its_total():
+    model = planner.load_model("llama-3.1-8b")
+    work = planner.Inference(batch=1, prompt_tokens=512, logits="last")
+    a, b = (planner.estimate(model, work, planner.Deployment(gpu="h200", runtime=r))
+            for r in ("vllm", "transformers"))  # fmt: skip
+    figure = explore_charts.change(planner.what_if(a, b))
+    *parts, total = figure.data[0].x
+    assert sum(parts) == pytest.approx(total)
+    assert "total" in explore_charts.change_in_words(planner.what_if(a, b))
+
+
+def test_contexts_leave_a_prompt_and_end_at_the_models_positions():
+    model = planner.load_model("gpt2")
+    assert explore_controls.contexts(model, 1) == (256, 512, 1024)
+    assert explore_controls.contexts(model, 600) == (1024,)
+    assert isinstance(table(), pd.DataFrame)
