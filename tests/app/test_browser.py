@@ -145,8 +145,9 @@ def test_a_decision_is_made_on_explore_and_taken_home_as_csv(server, page, tmp_p
     settled(page)
     assert page.get_by_test_id("stAlert").filter(has_text="model='gpt-9' in the link").count() == 1
     page.locator(".heatmaplayer image, .heatmaplayer path").first.wait_for(state="attached")
-    page.get_by_role("combobox", name="B: GPU").fill("l40s")
-    page.get_by_role("option", name="l40s").click()
+    page.get_by_role("combobox", name="B: GPU").click()
+    page.keyboard.type("l40s")
+    page.keyboard.press("Enter")
     page.get_by_text("B: total on NVIDIA L40S").wait_for()
     settled(page)
     assert "b_gpu=l40s" in page.url
