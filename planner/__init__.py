@@ -23,6 +23,8 @@ from planner.errors import ConfigError as ConfigError
 from planner.estimate import estimate as estimate
 from planner.estimate import kv_cache_bytes as kv_cache_bytes
 from planner.findings import Finding as Finding
+from planner.fleet import load_fleet as load_fleet
+from planner.fleet_report import capacity_report as capacity_report
 from planner.huggingface import read_config as read_config
 from planner.kv_format_names import KV_FORMATS as KV_FORMATS
 from planner.kv_format_names import kv_format_bytes as kv_format_bytes

@@ -23,6 +23,7 @@ from planner.cli_options import (
     RuntimeName,
 )
 from planner.cli_output import show, show_table
+from planner.cli_report import records
 from planner.errors import ConfigError, shown
 from planner.estimate import estimate
 from planner.format import gib
@@ -87,8 +88,7 @@ def sweep_command(
     if csv is not None:
         write_csv(table, csv)
     if as_json:
-        plain = table.astype(object).where(table.notna(), None)
-        show({"rows": plain.to_dict("records")})
+        show({"rows": records(table)})
         return
     sized = [name for name in table.columns if name.endswith("_bytes")]
     view = table.drop(columns=["overhead_bytes", "peak_live_bytes", "gpu_memory_bytes"])
