@@ -51,6 +51,7 @@ from planner.cli_options import (
 )
 from planner.cli_output import console, exit_unless, show, show_table
 from planner.cli_report import report_command
+from planner.cli_schema import schema_command
 from planner.cli_sweep import diff_command, sweep_command
 from planner.cli_trace import trace_command
 from planner.errors import ConfigError
@@ -194,6 +195,7 @@ app.command("fit")(fit_command)
 app.command("sweep")(sweep_command)
 app.command("diff")(diff_command)
 app.command("report")(report_command)
+app.command("schema")(schema_command)
 app.command("trace")(trace_command)
 app.command("explain-log")(explain_log_command)
 
