@@ -90,7 +90,11 @@ QUESTIONS: dict[str, list[list[str]]] = {
     "report": [["FLEET"], ["UNPRICED"]],
     "compare": [[]],
     "trace": [["gpt2", "--tokens", "16"]],
-    "explain-log": [["LOG", "--model", "llama-3.1-8b", "--gpu", "h100-80gb"], ["OOM"]],
+    "explain-log": [
+        ["LOG", "--model", "llama-3.1-8b", "--gpu", "h100-80gb"],
+        ["OOM"],
+        ["LOG", "--gpu", "h200"],
+    ],
 }
 OOM = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
