@@ -93,7 +93,7 @@ QUESTIONS: dict[str, list[list[str]]] = {
     "explain-log": [
         ["LOG", "--model", "llama-3.1-8b", "--gpu", "h100-80gb"],
         ["OOM"],
-        ["LOG", "--gpu", "h200"],
+        ["LOADED", "--gpu", "h200"],
     ],
 }
 OOM = (
@@ -110,6 +110,7 @@ def answers(command: str, questions: list[list[str]]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         unpriced = FLEET.replace("price_per_hour = 2.5", "")
         files = {"FLEET": FLEET, "UNPRICED": unpriced, "LOG": LOG, "OOM": OOM}
+        files["LOADED"] = LOG.strip().splitlines()[0]
         for name, text in files.items():
             (Path(folder) / name).write_text(text)
         for question in questions:
