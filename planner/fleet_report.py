@@ -201,7 +201,7 @@ def report_markdown(table: pd.DataFrame) -> str:
 
 
 def best_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a service: enough GPUs first, then targets met, then the price, then fewest GPUs."""
+    """One row a service: enough GPUs first, then targets met, then price, GPUs, copies."""
     import pandas as pd
 
     chosen = []
@@ -215,10 +215,13 @@ def best_rows(table: pd.DataFrame) -> pd.DataFrame:
                 "slow": ~mine["meets_targets"].fillna(True).astype(bool),
                 "price": mine["price_per_hour"].astype(float),
                 "gpus": mine["gpus_needed"].astype(int),
+                "copies": mine["copies"].astype(int),
             },
             index=mine.index,
         )
-        chosen.append(order.sort_values(["short", "slow", "price", "gpus"], kind="stable").index[0])
+        chosen.append(
+            order.sort_values(["short", "slow", "price", "gpus", "copies"], kind="stable").index[0]
+        )
     return table.loc[chosen]
 
 
