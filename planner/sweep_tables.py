@@ -12,7 +12,7 @@ import numpy as np
 
 from planner.errors import ConfigError, shown
 from planner.report import neutral
-from planner.sweeps import BYTES, LABELS, SIZES, TIMES, Block
+from planner.sweep_cells import BYTES, LABELS, SIZES, TIMES, Block
 
 if TYPE_CHECKING:
     import pandas as pd

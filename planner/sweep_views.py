@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import ConfigError, check_size
-from planner.sweeps import LABELS
+from planner.sweep_cells import LABELS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,8 +28,9 @@ from planner.runtimes.vllm_cache import VERSION, held_rows
 from planner.runtimes.vllm_experts import padding_rows, workspace_elements
 from planner.runtimes.vllm_groups import default_block_tokens, stage_layout
 from planner.runtimes.vllm_overhead import graphs_bytes, growth_bytes
-from planner.runtimes.vllm_program import ProfileRun, vllm_program
+from planner.runtimes.vllm_program import vllm_program
 from planner.runtimes.vllm_ranks import rank, shares
+from planner.runtimes.vllm_sampler import ProfileRun
 from planner.runtimes.vllm_vision import kept_images
 from planner.runtimes.vllm_widened import widened_rows
 from planner.workload import CacheSpec, Inference

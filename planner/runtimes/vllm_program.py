@@ -6,7 +6,6 @@ logs; nothing of it was traced on a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.dtypes import element_bytes
@@ -24,30 +23,8 @@ from planner.program import (
     minimum,
     visible_pairs,
 )
-from planner.runtimes.vllm_sampler import write_sampler
+from planner.runtimes.vllm_sampler import ProfileRun, write_sampler
 from planner.runtimes.writer import Writer, layer_label
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProfileRun:
-    """What GPUModelRunner.profile_run (v1/worker/gpu_model_runner.py) adds to a pass.
-
-    Logits of `rows` sequences; `sorters` rows of top-k, one for each program of its kernel. torch
-    allocates `workspace_bytes` for cuBLAS; compiled, `flush_bytes` each time a kernel is tuned, to
-    empty the L2 cache. Experts' kernels keep `experts_elements` for each token. `gpus` share the
-    layers and gather the logits. `later_stage`: the hidden states come from another stage, into
-    buffers that stay. `kept`: what else stays, by name and bytes.
-    """
-
-    rows: int
-    sorters: int
-    workspace_bytes: int
-    flush_bytes: int
-    compiled: bool
-    experts_elements: int
-    gpus: int
-    later_stage: bool
-    kept: tuple[tuple[str, int], ...] = ()
 
 
 @lru_cache(maxsize=128)

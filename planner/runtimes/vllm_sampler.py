@@ -1,7 +1,8 @@
-"""Logits and the sampler of vLLM 0.19, in its profile run and in a pass as it is served."""
+"""The profile run of vLLM 0.19, and the logits and sampler at the end of a pass, served or so."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from planner.program import B, Extent, Shape
@@ -9,9 +10,30 @@ from planner.runtimes.writer import FLOAT32, INT64, Writer
 
 if TYPE_CHECKING:
     from planner.program import Buffer
-    from planner.runtimes.vllm_program import ProfileRun
 
 KERNEL_ROWS = 8  # apply_top_k_top_p: fewer rows are sorted by torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileRun:
+    """What GPUModelRunner.profile_run (v1/worker/gpu_model_runner.py) adds to a pass.
+
+    Logits of `rows` sequences; `sorters` rows of top-k, one for each program of its kernel. torch
+    allocates `workspace_bytes` for cuBLAS; compiled, `flush_bytes` each time a kernel is tuned, to
+    empty the L2 cache. Experts' kernels keep `experts_elements` for each token. `gpus` share the
+    layers and gather the logits. `later_stage`: the hidden states come from another stage, into
+    buffers that stay. `kept`: what else stays, by name and bytes.
+    """
+
+    rows: int
+    sorters: int
+    workspace_bytes: int
+    flush_bytes: int
+    compiled: bool
+    experts_elements: int
+    gpus: int
+    later_stage: bool
+    kept: tuple[tuple[str, int], ...] = ()
 
 
 def write_sampler(writer: Writer, hidden: Buffer, profiled: ProfileRun | None) -> None:

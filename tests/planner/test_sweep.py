@@ -152,7 +152,7 @@ def test_bad_input_is_refused_in_one_line(given, said):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_file_holds_what_the_frame_holds(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr("planner.sweeps.CHUNK_CELLS", 5)  # several blocks
+    monkeypatch.setattr("planner.sweep_cells.CHUNK_CELLS", 5)  # several blocks
     asked = ("llama-3.1-8b", ["h200", "rtx-4090"], [1, 7, 64], [100, 5000])
     more = {"runtime": ("vllm", "attnlab"), "tensor_parallel": (1, 2), "latency": True}
     told = []
