@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli_explain_log import explain_log_command
-from planner.cli_fit import fit_command
+from planner.cli_fit import fit_command, gpus_command
 from planner.cli_layout import (
     CudaGraphs,
     Eager,
@@ -192,6 +192,7 @@ def params_command(
 
 
 app.command("fit")(fit_command)
+app.command("gpus")(gpus_command)
 app.command("sweep")(sweep_command)
 app.command("diff")(diff_command)
 app.command("report")(report_command)

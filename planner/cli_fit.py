@@ -1,4 +1,5 @@
-"""`planner fit`: how far a deployment goes, what ends it, and what would relax it."""
+"""`planner fit` and `planner gpus`: how far a deployment goes and what would relax it; which GPUs
+hold a workload."""
 
 from __future__ import annotations
 
@@ -7,8 +8,15 @@ from typing import Annotated
 
 import typer
 
-from planner.answers import Answer, largest_batch, longest_context, most_requests
+from planner.answers import (
+    Answer,
+    gpu_ladder,
+    largest_batch,
+    longest_context,
+    most_requests,
+)
 from planner.capacity import smallest_layout
+from planner.catalog.gpus import gpu_named, gpus
 from planner.cli_layout import (
     CudaGraphs,
     Eager,
@@ -25,6 +33,7 @@ from planner.cli_options import (
     Attention,
     Batch,
     Cache,
+    CsvFile,
     Dtype,
     GpuName,
     KvDtype,
@@ -35,10 +44,12 @@ from planner.cli_options import (
     RuntimeName,
     WeightDtype,
 )
-from planner.cli_output import exit_unless, show
+from planner.cli_output import exit_unless, show, show_table
 from planner.errors import ConfigError
 from planner.estimate import estimate
+from planner.format import gib
 from planner.loading import load_model
+from planner.report import write_csv
 from planner.result import Estimate
 from planner.traffic import Traffic, fixed, lognormal, trace
 from planner.workload import Deployment, Inference, cache_spec
@@ -157,3 +168,60 @@ def _traffic(text: str, prompt: int, output: int, longest_tokens: int | None) ->
             longest_tokens=longest_tokens,
         )
     return trace(Path(text))
+
+
+def gpus_command(
+    model: ModelName,
+    batch: Batch = 1,
+    prompt: Prompt = 1024,
+    output: Output = 1,
+    runtime: RuntimeName = "vllm",
+    dtype: Dtype = None,
+    weight_dtype: WeightDtype = None,
+    kv_dtype: KvDtype = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option("--gpu", help="Only these; may be repeated.")
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option("--price", metavar="GPU=PER_HOUR", help="What one costs; may be repeated."),
+    ] = None,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
+    """The fewest of each GPU that hold the work, cheapest first. Exit 1 where none does."""
+    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits="last")
+    names = gpu or list(gpus())
+    for name in names:
+        gpu_named(name)
+    deploy = Deployment(
+        gpu=names[0],
+        runtime=runtime,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+    )
+    prices = dict(_price(text) for text in price or ())
+    table = gpu_ladder(load_model(model), work, deploy, names=names, price_per_hour=prices)
+    if csv is not None:
+        write_csv(table, csv)
+    if as_json:
+        plain = table.astype(object).where(table.notna(), None)
+        show({"rows": plain.to_dict("records")})
+    else:
+        for column in ("bought_memory_bytes", "headroom_bytes"):
+            table[column] = ["" if n is None or n != n else gib(int(n)) for n in table[column]]
+        dull = [name for name in table.columns if table[name].isna().all()]
+        show_table(table.drop(columns=dull).fillna(""), title=f"{model}: {work.in_words}")
+    exit_unless(bool(table["gpus"].notna().any()))
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"price={text!r} is not understood: GPU=PER_HOUR, such as h200=3.50")
+    return gpu_named(name).name, number

@@ -105,3 +105,23 @@ def test_diff_attributes_a_change(run, tmp_path):
 def test_a_bad_change_is_one_line(run, change):
     code, _, err = run("diff", "gpt2", "--gpu", "h200", "--change", change)
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_gpus_lists_the_fewest_of_each_cheapest_first(run, tmp_path):
+    asked = ("gpus", "llama-3.1-70b", "--gpu", "h100-80gb", "--gpu", "rtx-4090", "--gpu", "t4")
+    code, out, _ = run(*asked, "--price", "h100-80gb=3", "--price", "rtx-4090=0.4", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert {row["gpu"] for row in rows} == {"h100-80gb", "rtx-4090", "t4"}
+    found = {row["gpu"]: row["gpus"] for row in rows}
+    assert found["h100-80gb"] == 2
+    code, out, _ = run(*asked, "--csv", tmp_path / "gpus.csv")
+    assert "h100-80gb" in out
+    assert (tmp_path / "gpus.csv").read_text().startswith("gpu,gpus,tensor_parallel")
+    assert run(*asked[:2], "--gpu", "t4", "--runtime", "transformers")[0] == 1
+
+
+@pytest.mark.parametrize("price", ["h200", "h200=x", "nonsense=1", "h200=-2"])
+def test_a_bad_price_is_one_line(run, price):
+    code, _, err = run("gpus", "gpt2", "--price", price)
+    assert (code, err.count("\n")) == (2, 1)
