@@ -28,8 +28,11 @@ class Functions(Elementwise, Reductions, Products):
         out = self.aten.new("embedding", name, (*ids.dims, table.dims[1]), table.itemsize)
         return self._record(backward, (table,), out, (ids,))
 
-    def nll_loss(self, log_probabilities: Tensor) -> Tensor:
-        """Mean of the labels' negative log-likelihoods [N, V] → []; saves them and the count."""
+    def nll_loss(self, log_probabilities: Tensor, *labels: Tensor) -> Tensor:
+        """Mean of the labels' negative log-likelihoods [N, V] → []; saves them and the count.
+
+        `labels` that were made in the step are saved, too.
+        """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             kept, called = node.saved[0], f"gradient of {node.inputs[0].name}"
@@ -37,4 +40,6 @@ class Functions(Elementwise, Reductions, Products):
 
         loss = self.aten.new("nll_loss_forward", "loss", (), FLOAT32, reads=(log_probabilities,))
         count = self.aten.new("nll_loss_forward", "count of labels", (), FLOAT32)
-        return self._record(backward, (log_probabilities,), loss, (log_probabilities, count))
+        return self._record(
+            backward, (log_probabilities,), loss, (log_probabilities, count, *labels)
+        )

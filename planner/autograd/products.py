@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planner.autograd.layouts import preserved
 from planner.autograd.recording import only
 from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
 from planner.autograd.views import Views
@@ -87,10 +88,10 @@ class Products(Views):
     ) -> Tensor:
         """Fused attention: saves q, k, v, mask, output and log-sum-exp.
 
-        q [B, H, T, D], k and v [B, G, T, D]; outputs and gradients lie as [B, T, heads, D]. `pairs`
-        of query and key are computed, twice forward and five times on the way back (the scores are
-        made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp, mha_bwd): a float32
-        gradient of q, row sums, and gradients of k and v for every query head.
+        q [B, H, T, D], k and v [B, G, T, D]; the output lies as q, gradients as [B, T, heads, D].
+        `pairs` of query and key are computed, twice forward and five times on the way back (the
+        scores are made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp,
+        mha_bwd): a float32 gradient of q, row sums, and gradients of k and v for every query head.
         """
         kernel = "_scaled_dot_product_flash_attention"
         if not cuda:
@@ -116,8 +117,10 @@ class Products(Views):
 
         B, H, T, D = q.dims
         flops = (4, *B, *H, *D, pairs)
-        lying = self.aten.new(kernel, name, (B, T, H, D), q.itemsize, flops=flops, reads=(q, k, v))
-        out = self.aten.transpose(lying, 1, 2)
+        laid = preserved(q.sizes, q.strides)  # as the queries lie
+        out = self.aten.new(
+            kernel, name, q.dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
+        )
         lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
         saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)
         return self._record(backward, (q, k, v), out, saved)

@@ -98,6 +98,15 @@ class Views(Recorder):
 
         return self._record(backward, (x,), self.aten.expand(x, dims))
 
+    def contiguous(self, x: Tensor, name: str) -> Tensor:
+        """x.contiguous(): x itself, or a copy."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            return [only(flowed)]
+
+        out = self.aten.contiguous(x)
+        return x if out is x else self._record(backward, (x,), replace(out, node=None, name=name))
+
     def cat(self, parts: Sequence[Tensor], dims: Dims, name: str) -> Tensor:
         """Parts joined along the last dimension; their gradients are views of the whole's."""
 

@@ -336,7 +336,7 @@ def test_a_training_step_is_planned():
 def test_training_where_it_is_not_planned_says_where_it_is():
     app = opened(runtime="vllm", workload="training")
     assert not app.exception
-    assert app.error[0].value == "runtime=vllm does not plan training yet: attnlab"
+    assert app.error[0].value == "runtime=vllm does not plan training yet: attnlab, transformers"
 
 
 def test_a_torn_last_line_is_reported_and_the_rest_shown(store):

@@ -78,7 +78,7 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab"),
+        ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab, transformers"),
         ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full"),
         ({"precision": "autocast"}, "precision='autocast' is not planned"),
