@@ -11,7 +11,7 @@ from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
-from planner.runtimes.transformers_training.step import training_phase as transformers
+from planner.runtimes.transformers_training import training_phase as transformers
 from planner.workload import Deployment, Training
 
 PLANNED: dict[str, Callable[[Model, Training, Setting], Phase]] = {

@@ -5,7 +5,7 @@ No history is kept here: these are what forward and backward formulas are made o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -27,10 +27,16 @@ ONE: Shape = (1,)
 
 
 class Aten:
-    """A tape, and the numbers that symbols stand for where only their being 1 or more matters."""
+    """A tape, and the numbers that symbols stand for where only their being 1 or more matters.
 
-    def __init__(self, tape: Tape, numbers: dict[Symbol, int]) -> None:
+    `watched`: ops are seen by a dispatch mode, under which some formulas of torch do out of place
+    what they do in place otherwise (ATen/TensorSubclassLikeUtils.h); every measurement of live
+    tensors is one.
+    """
+
+    def __init__(self, tape: Tape, numbers: Mapping[Symbol, int]) -> None:
         self.tape, self.numbers = tape, numbers
+        self.watched = True
         self.doing = ""  # the node whose backward runs
         self.made = 0  # allocations so far
         self.last: int | None = None  # from here on nothing is allocated any more
@@ -52,14 +58,19 @@ class Aten:
         reads: Sequence[Tensor] = (),
         flops: Shape | None = None,
         scratch: Sequence[tuple[Shape, int]] = (),
+        rows: Sequence[Shape] = (),
     ) -> Tensor:
-        """What an op allocates; `scratch` (shape, itemsize) goes when it ends."""
+        """What an op allocates; `scratch` (shape, itemsize) goes when it ends.
+
+        `rows` are bytes read beyond whole tensors, such as rows of a table.
+        """
         sizes = self.sizes(dims)
         laid = contiguous(sizes) if strides is None else strides
         if self.last is not None and self.made >= self.last:
             never = Storage(Buffer(name=name, shape=(0,), itemsize=itemsize), None, self.made)
             return Tensor(never, dims, sizes, laid, itemsize, name)
         moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
+        moved += tuple(rows)
         weights = (x for x in reads if x.storage.tape is None)
         shape = tuple(extent for dim in dims for extent in dim)
         buffer = self.tape.new(
@@ -94,6 +105,13 @@ class Aten:
     def number(self, name: str, itemsize: int) -> Tensor:
         """A number made a tensor."""
         return self.new("scalar_tensor", name, (), itemsize)
+
+    def put(self, kernel: str, zeros: str, like: Like, name: str) -> Tensor:
+        """Values put into a tensor of zeros: in place, out of place where ops are watched."""
+        empty = self.new(zeros, name, like.dims, like.itemsize)
+        if not self.watched:
+            return empty
+        return self.new(kernel, name, like.dims, like.itemsize, reads=(empty,))
 
     def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
         """x where the mask lets through, a number elsewhere."""

@@ -6,6 +6,9 @@ torch 2.13 (see recording.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from planner.autograd.recording import Recorder, only
 from planner.autograd.tensors import Gradients, Node, Tensor
 
@@ -125,3 +128,79 @@ class Elementwise(Recorder):
             return [self.aten.where(mask, only(flowed), called)]
 
         return self._record(backward, (x,), self.aten.where(mask, x, name), (mask,))
+
+    # -- in place: the result is the operand's storage --------------------------------------------
+
+    def clamp_(self, x: Tensor, name: str) -> Tensor:
+        """x between two numbers, in place: what it was is saved as a copy."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            (before,), called = node.saved, f"gradient of {node.inputs[0].name}"
+            zero = self.aten.number(called, before.itemsize)
+            above = self.aten.elementwise("ge.Scalar", called, before, itemsize=BOOL)
+            below = self.aten.elementwise("le.Scalar", called, before, itemsize=BOOL)
+            gradient = self.aten.elementwise("where.self", called, above, only(flowed), zero)
+            del below
+            return [gradient]
+
+        return self._record(backward, (x,), replace(x, node=None, name=name), self._before(x, x))
+
+    def scale_(self, x: Tensor, *, kernel: str = "mul_.Tensor") -> Tensor:
+        """x · number or x / number, in place."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            called = f"gradient of {node.inputs[0].name}"
+            return [self.aten.elementwise(kernel.replace("_", ""), called, only(flowed))]
+
+        return self._record(backward, (x,), replace(x, node=None))
+
+    def add_(self, x: Tensor, other: Tensor) -> Tensor:
+        """x + other, in place."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            return [only(flowed) if wanted else None for wanted in node.wants]
+
+        return self._record(backward, (x, other), replace(x, node=None))
+
+    def divide_(self, x: Tensor, other: Tensor) -> Tensor:
+        """x / other, in place: what x was is saved as a copy, the divisor as it is."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, (before, other) = only(flowed), node.saved
+            called = f"gradient of {node.inputs[1].name}"
+            made: Gradients = [None, None]
+            made[0] = self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other)
+            turned = self.aten.elementwise("neg", called, gradient)
+            twice = self.aten.elementwise("mul.Tensor", called, other, other)
+            made[1] = self.aten.elementwise(
+                "mul.Tensor",
+                called,
+                turned,
+                self.aten.elementwise("div.Tensor", called, before, twice),
+            )
+            return made
+
+        saved = (*self._before(x, x), other)
+        return self._record(backward, (x, other), replace(x, node=None), saved)
+
+    def _before(self, x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """A copy of what an op in place overwrites, where its way back needs it."""
+        if x.node is None:
+            return (x,)
+        copy = self.aten.new("clone", x.name, like.dims, like.itemsize, strides=like.strides)
+        return (copy,)
+
+    def apart(
+        self,
+        x: Tensor,
+        name: str,
+        forward: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """A torch.autograd.Function: `forward` is not recorded, `backward` takes x and grad."""
+
+        def back(node: Node, flowed: Gradients) -> Gradients:
+            return [backward(node.saved[0], only(flowed))]
+
+        out = replace(forward(x.detach()), node=None, name=name)
+        return self._record(back, (x,), out, (x,))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from planner.autograd.elementwise import Elementwise
+from planner.autograd.picking import Picking
 from planner.autograd.products import FLOAT32, Products
 from planner.autograd.recording import only
 from planner.autograd.reductions import Reductions
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Functions(Elementwise, Reductions, Products):
+class Functions(Elementwise, Reductions, Picking, Products):
     """The ops of torch.nn.functional that a decoder is made of, recorded in `graph`."""
 
     def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:
@@ -25,7 +26,9 @@ class Functions(Elementwise, Reductions, Products):
                 )
             ]
 
-        out = self.aten.new("embedding", name, (*ids.dims, table.dims[1]), table.itemsize)
+        dims = (*ids.dims, table.dims[1])
+        rows = [(*(extent for dim in dims for extent in dim), table.itemsize)]
+        out = self.aten.new("embedding", name, dims, table.itemsize, rows=rows)
         return self._record(backward, (table,), out, (ids,))
 
     def nll_loss(self, log_probabilities: Tensor, *labels: Tensor) -> Tensor:

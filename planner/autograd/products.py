@@ -55,10 +55,10 @@ class Products(Views):
         if bias is None:
             out = self.matmul(flat, turned, name)
         else:
-            out = self._addmm(bias, flat, turned, name)
+            out = self.addmm(bias, flat, turned, name)
         return self.view(out, (*x.dims[:-1], weight.dims[0]), name)
 
-    def _addmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
+    def addmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
         """bias + a · b: the bias takes the gradient as it is, to be summed over the rows."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
@@ -74,6 +74,64 @@ class Products(Views):
 
         out = self.aten.mm(a, b, name, kernel="addmm")
         return self._record(backward, (bias, a, b), out, (a, b))
+
+    def baddbmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """bias + number · a · b of as many pairs of matrices; the bias is not trained."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, (a, b) = only(flowed), node.saved
+            made: Gradients = []
+            for index, (left, right) in enumerate(((gradient, b), (a, gradient))):
+                called = f"gradient of {node.inputs[index].name}"
+                turned = (
+                    (left, self.aten.transpose(right, 1, 2))
+                    if index == 0
+                    else (self.aten.transpose(left, 1, 2), right)
+                )
+                product = self.aten.mm(*turned, called, kernel="bmm")
+                made.append(self.aten.elementwise("mul.Tensor", called, product))
+                del product, turned
+            return made
+
+        *pairs, m, k = a.dims
+        dims = (*pairs, m, b.dims[-1])
+        flops = (2, *(e for dim in (*dims, k) for e in dim))
+        out = self.aten.new("baddbmm", name, dims, a.itemsize, flops=flops, reads=(bias, a, b))
+        return self._record(backward, (a, b), out, (a, b))
+
+    def grouped_mm(
+        self, x: Tensor, weight: Tensor, offsets: Tensor, name: str, *, read: Shape
+    ) -> Tensor:
+        """Rows of x [rows, in] times the matrix [E, in, out] of each row's group, which ends there.
+
+        `read`: bytes of the matrices that are reached. The matrices are transposed weights, whose
+        gradient is made as it lies.
+        """
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            gradient, (x, weight, _) = only(flowed), node.saved
+            made: Gradients = [None, None]
+            for index, like in enumerate(node.inputs):
+                if not node.wants[index]:
+                    continue
+                called, strides = f"gradient of {like.name}", like.strides if index else None
+                made[index] = self.aten.new(
+                    "_grouped_mm",
+                    called,
+                    like.dims,
+                    like.itemsize,
+                    strides=strides,
+                    flops=flops,
+                    reads=(gradient, x if index else weight),
+                )
+            return made
+
+        dims = (x.dims[0], weight.dims[2])
+        flops = (2, *(e for dim in (*dims, x.dims[1]) for e in dim))
+        out = self.aten.new(
+            "_grouped_mm", name, dims, x.itemsize, flops=flops, reads=(x,), rows=(read,)
+        )
+        return self._record(backward, (x, weight), out, (x, weight, offsets))
 
     def flash_attention(
         self,

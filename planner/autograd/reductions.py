@@ -35,10 +35,11 @@ class Reductions(Recorder):
             reads = (only(flowed), result)
             return [
                 self.aten.new(
-                    f"{kernel}_backward_data", called, result.dims, result.itemsize, reads=reads
+                    f"{back}_backward_data", called, result.dims, result.itemsize, reads=reads
                 )
             ]
 
+        back = kernel.replace("_safe", "")
         out = self.aten.new(kernel, name, x.dims, x.itemsize, reads=(x,))
         return self._record(backward, (x,), out, (out,))
 

@@ -49,6 +49,16 @@ class Views(Recorder):
         half.strides = (*x.strides[:-1], 2 * x.strides[-1])
         return self._record(self._slice_backward, (x,), half)
 
+    def select(self, x: Tensor, dim: int) -> Tensor:
+        """x at one place of a dimension, which goes: a view."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            like = node.inputs[0]
+            called = f"gradient of {like.name}"
+            return [self.aten.new("select_backward", called, like.dims, like.itemsize)]
+
+        return self._record(backward, (x,), self.aten.unbind(x, dim)[0])
+
     def _slice_backward(self, node: Node, flowed: Gradients) -> Gradients:
         like = node.inputs[0]
         called = f"gradient of {like.name}"
@@ -107,17 +117,17 @@ class Views(Recorder):
         out = self.aten.contiguous(x)
         return x if out is x else self._record(backward, (x,), replace(out, node=None, name=name))
 
-    def cat(self, parts: Sequence[Tensor], dims: Dims, name: str) -> Tensor:
-        """Parts joined along the last dimension; their gradients are views of the whole's."""
+    def cat(self, parts: Sequence[Tensor], dims: Dims, name: str, *, dim: int = -1) -> Tensor:
+        """Parts joined along a dimension; their gradients are views of the whole's."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             whole = only(flowed)
             return [
-                self.aten.narrow(whole, -1, like.dims[-1][0]) if wanted else None
+                self.aten.narrow(whole, dim, like.dims[dim][0]) if wanted else None
                 for like, wanted in zip(node.inputs, node.wants, strict=True)
             ]
 
-        return self._record(backward, parts, self.aten.cat(parts, -1, dims, name))
+        return self._record(backward, parts, self.aten.cat(parts, dim, dims, name))
 
     def cast(self, x: Tensor, itemsize: int, name: str = "") -> Tensor:
         """x.to(dtype), x itself where it is of that dtype; the gradient is cast back."""

@@ -127,6 +127,7 @@ def read_qwen2_moe(fields: Fields) -> Model:
         ),
         norm=rmsnorm(fields),
         positions=rope(fields, head_dim=D),
+        mask_windows=(None, window or 0),  # its config's window is 0 where it is off
         names=QWEN2_MOE_NAMES,
     )
 

@@ -16,7 +16,7 @@ from planner.layers import GQA, MLA, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program, minimum
+from planner.program import Dims, Number, Program, minimum
 from planner.runtimes.base import (
     Phase,
     Pool,
@@ -37,7 +37,8 @@ from planner.runtimes.quantised_cache import (
     scratch_note,
 )
 from planner.runtimes.quantised_rows import quantised_rows
-from planner.runtimes.transformers_program import Pass, forward_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime, windows
 from planner.workload import CacheSpec, Inference
 
 EXACT_PEAKS = frozenset(
@@ -262,54 +263,51 @@ class Transformers:
 
         Of a quantised cache: prefill, the last step that quantises all of it, the last step.
         """
-        B, prompt = work.batch, work.prompt_tokens
         if is_quantised(setting):
             return self._quantised_phases(model, work, setting)
-        phases = [
-            Phase(
-                name="prefill",
-                program=self.prefill(model, work, setting),
-                dims=Dims(batch=B, tokens=prompt, context=prompt),
-            )
-        ]
+        dims = _prefill_dims(work)
+        phases = [Phase(name="prefill", program=self.prefill(model, work, setting), dims=dims)]
         if work.output_tokens > 1:
-            first = _program(model, work, setting, kind="decode", held_whole=True)
-            phases.append(
-                Phase(
-                    name="first decode step",
-                    program=first,
-                    dims=Dims(batch=B, tokens=1, context=prompt + 1),
-                )
-            )
+            dims = _decode_dims(work, work.prompt_tokens + 1)
+            first = _program(model, work, setting, dims, kind="decode", held_whole=True)
+            phases.append(Phase(name="first decode step", program=first, dims=dims))
         if work.output_tokens > 2:
             phases.append(
                 Phase(
                     name="last decode step",
                     program=self.decode(model, work, setting),
-                    dims=Dims(batch=B, tokens=1, context=work.context_tokens),
+                    dims=_decode_dims(work, work.context_tokens),
                 )
             )
         return phases
 
+    def alike(self, model: Model, work: Inference) -> Number:
+        """A number for each cell of a grid: those of the same one run the same programs."""
+        passes = [_prefill_dims(work)]
+        if work.output_tokens > 1:
+            ends = (work.prompt_tokens + 1, work.context_tokens)
+            passes += [_decode_dims(work, context) for context in ends]
+        code: Number = 0
+        for dims in passes:
+            code = code * 2 ** (len(windows(model)) + 2) + Regime.codes(model, dims)
+        return code
+
     def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
-        B, prompt, steps = work.batch, work.prompt_tokens, work.output_tokens - 1
+        prompt, steps = work.prompt_tokens, work.output_tokens - 1
         window = max(1, quantised_cache(setting.cache, setting.kv_dtype).form.residual_tokens)
 
         def phase(name: str, step: int) -> Phase:
             """`step` 0 is the prefill; before step i, i − 1 tokens came one at a time."""
+            dims = _decode_dims(work, prompt + step) if step else _prefill_dims(work)
             program = _program(
                 model,
                 work,
                 setting,
+                dims,
                 kind="decode" if step else "prefill",
                 residual_tokens=max(0, step - 1) % window,
             )
-            tokens = 1 if step else prompt
-            return Phase(
-                name=name,
-                program=program,
-                dims=Dims(batch=B, tokens=tokens, context=prompt + step),
-            )
+            return Phase(name=name, program=program, dims=dims)
 
         phases = [phase("prefill", 0)]
         full = steps - steps % window
@@ -327,11 +325,12 @@ class Transformers:
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt in one forward."""
-        return _program(model, work, setting, kind="prefill")
+        return _program(model, work, setting, _prefill_dims(work), kind="prefill")
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence; over a quantised cache, the step after it was filled."""
-        return _program(model, work, setting, kind="decode")
+        dims = _decode_dims(work, work.context_tokens)
+        return _program(model, work, setting, dims, kind="decode")
 
 
 def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
@@ -380,27 +379,34 @@ def _program(
     model: Model,
     work: Inference,
     setting: Setting,
+    dims: Dims,
     *,
     kind: str,
     held_whole: bool = False,
     residual_tokens: int = 0,
 ) -> Program:
-    return forward_program(
-        model,
-        Pass(
-            kind=kind,  # type: ignore[arg-type]
-            attention=setting.attention,  # type: ignore[arg-type]
-            dtype=setting.dtype,
-            kv_dtype=setting.kv_dtype,
-            logits=work.logits,
-            held_whole=held_whole,
-            equal_widths_only=setting.device == "cpu",
-            quantised=quantised_cache(setting.cache, setting.kv_dtype)
-            if is_quantised(setting)
-            else None,
-            residual_tokens=residual_tokens,
-        ),
+    what = Pass(
+        kind=kind,  # type: ignore[arg-type]
+        attention=setting.attention,  # type: ignore[arg-type]
+        dtype=setting.dtype,
+        device=setting.device,
+        kv_dtype=setting.kv_dtype,
+        logits=work.logits,
+        held_whole=held_whole,
+        quantised=quantised_cache(setting.cache, setting.kv_dtype)
+        if is_quantised(setting)
+        else None,
+        residual_tokens=residual_tokens,
     )
+    return pass_program(model, what, Regime.of(model, dims))
+
+
+def _prefill_dims(work: Inference) -> Dims:
+    return Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+
+
+def _decode_dims(work: Inference, context: Number) -> Dims:
+    return Dims(batch=work.batch, tokens=1, context=context)
 
 
 def _slides(layer: Layer) -> bool:

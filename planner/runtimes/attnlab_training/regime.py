@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.autograd.step import StepWriter
+from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
@@ -61,7 +61,7 @@ class Shared:
     positions: Tensor
 
 
-class AttnlabWriter(StepWriter[Shared]):
+class AttnlabWriter(PassWriter[Shared]):
     """A step of attnlab in one regime of sizes."""
 
     def __init__(self, model: Model, step: Step, regime: Regime) -> None:

@@ -71,7 +71,7 @@ def _check_flash(model: Model, dtype: str, regime: Regime) -> None:
 @lru_cache(maxsize=128)
 def step_program(model: Model, step: Step, regime: Regime) -> Program:
     """Forward and backward of [B, T] ids and labels, in one regime of sizes."""
-    return _Training(model, step, regime).write(
+    return _Training(model, step, regime).write_step(
         "attnlab training step", step.optimizer, step.optimizer_impl
     )
 
@@ -102,7 +102,7 @@ class _Training(AttentionWriter, FeedForwardWriter):
         self.make_masks()
         return x
 
-    def loss(self, hidden: list[Tensor]) -> Tensor:
+    def head(self, hidden: list[Tensor]) -> Tensor:
         """Last norm, head, caps, cross-entropy in float32."""
         model, f = self.model, self.f
         self.finish()

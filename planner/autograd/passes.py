@@ -1,12 +1,13 @@
-"""What every training step shares: its parts in order, equal layers once, and the way back.
+"""What every pass shares: its parts in order, equal layers once; of a training step the way back.
 
-The first layer of each kind is written apart from those like it: it comes last on the way back and
-frees what they share (rotary tables, masks). All others of the kind are one segment, repeated.
+In training the first layer of each kind is written apart from those like it: it comes last on the
+way back and frees what they share (rotary tables, masks). All others of the kind are one segment,
+repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -30,17 +31,24 @@ Given = TypeVar("Given")
 EMBEDDING, HEAD = "embedding", "head"
 
 
-class StepWriter(Generic[Given]):
-    """Writes forward and backward of a model whose parts a subclass runs.
+class PassWriter(Generic[Given]):
+    """Writes one pass of a model whose parts a subclass runs: forward alone, or a training step.
 
-    `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights.
-    `checkpointed`: every layer keeps its inputs alone and runs again on the way back.
+    `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
+    `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
+    and runs again on the way back.
     """
 
     def __init__(
-        self, model: Model, b: int, numbers: dict[Symbol, int], *, checkpointed: bool = False
+        self,
+        model: Model,
+        b: int,
+        numbers: Mapping[Symbol, int],
+        *,
+        trains: bool = True,
+        checkpointed: bool = False,
     ) -> None:
-        self.model, self.b, self.checkpointed = model, b, checkpointed
+        self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
             for name in ("hidden states", "gradient of hidden states")
@@ -48,6 +56,7 @@ class StepWriter(Generic[Given]):
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
+        self.walking = ""  # the part that is being written
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
 
@@ -63,13 +72,15 @@ class StepWriter(Generic[Given]):
         """One layer."""
         raise NotImplementedError
 
-    def loss(self, hidden: list[Tensor]) -> Tensor:
-        """The loss; it empties the list of the last hidden states when it is done with them."""
+    def head(self, hidden: list[Tensor]) -> Tensor:
+        """The loss, or the logits; it empties the list of the last hidden states when it can."""
         raise NotImplementedError
 
     def weight(self, name: str, *shape: int) -> Tensor:
-        """A trained tensor."""
+        """A parameter, trained where anything is."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
+        if not self.trains:
+            return made
         if self.known is not None:  # a layer that runs again
             return replace(made, node=next(self.known))
         leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
@@ -77,25 +88,35 @@ class StepWriter(Generic[Given]):
         return replace(made, node=leaf)
 
     def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
-        """A tensor that was there before the step: token ids."""
+        """A tensor that was there before the pass: token ids."""
         shape = tuple(extent for dim in dims for extent in dim)
         there = Storage(Buffer(name=name, shape=shape, itemsize=itemsize), None)
         sizes = self.aten.sizes(dims)
         return Tensor(there, dims, sizes, contiguous(sizes), itemsize, name)
 
-    def write(self, name: str, optimizer: str | None, impl: str) -> Program:
+    def write_forward(self, name: str) -> Program:
+        """The forward pass alone; what it returns lives on."""
+        tape = self.tape
+        carried: Gradients = []
+        for part in self.parts():
+            if not tape.again(part.label, count=part.count, first_layer=part.layer):
+                with tape.segment(part.label, count=part.count, first_layer=part.layer):
+                    self._walk(part, carried)
+        return tape.program(name)
+
+    def write_step(self, name: str, optimizer: str | None, impl: str) -> Program:
         """Forward and backward; with an optimizer its step, which uses the gradients up."""
         tape, graphs = self.tape, dict[str, Graph]()
         carried: Gradients = []  # the hidden states, later their gradient: no other reference
         tape.phase = "forward"
-        for part in self._parts():
+        for part in self.parts():
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
                     graphs[part.label] = self._walk(part, carried)
         tape.phase = "backward"
         loss = carried[0]
         assert loss is not None
-        for part in reversed(list(self._parts())):
+        for part in reversed(list(self.parts())):
             label = f"backward of {part.label}"
             last = None if part.layer is None else part.layer + part.count - 1
             if not tape.again(label, count=part.count, first_layer=last):
@@ -121,7 +142,7 @@ class StepWriter(Generic[Given]):
         h = self.model.hidden_size
         outer = [p for p in self.model.parameters() if p.layer is None]
         trained = []
-        for part in self._parts():
+        for part in self.parts():
             if part.layer_kind is not None:
                 own: Iterable[Parameter] = layer_parameters(part.layer_kind, h)
             else:
@@ -135,40 +156,42 @@ class StepWriter(Generic[Given]):
 
     def _zero_gradients(self) -> None:
         """Set all gradients to None."""
-        for part in self._parts():
+        for part in self.parts():
             label = f"zero_grad of {part.label}"
             if not self.tape.again(label, count=part.count, first_layer=part.layer):
                 with self.tape.segment(label, count=part.count, first_layer=part.layer):
                     for leaf in self.leaves[part.label]:
                         leaf.grad = None
 
-    def _parts(self) -> Iterator[_Part]:
+    def parts(self) -> Iterator[Part]:
         """Embedding, runs of equal layers with the first of each kind apart, head."""
-        yield _Part(EMBEDDING)
-        seen = set()
+        yield Part(EMBEDDING)
+        seen: set[Layer] = set()
         for start, count, layer in self.model.layer_groups():
             label = layer_label(layer)
-            if layer not in seen:
+            # without a way back only the first of all differs: its input may live on
+            if layer not in seen and (self.trains or start == 0):
                 seen.add(layer)
-                yield _Part(f"first {label}", 1, start, layer)
+                yield Part(f"first {label}", 1, start, layer)
                 start, count = start + 1, count - 1
             if count:
-                yield _Part(label, count, start, layer)
-        yield _Part(HEAD)
+                yield Part(label, count, start, layer)
+        yield Part(HEAD)
 
-    def _walk(self, part: _Part, carried: Gradients) -> Graph:
+    def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
         self.walking, self.leaves[part.label] = part.label, []
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
+        entrance = graph.nodes[0] if self.trains else None
         if part.label == EMBEDDING:
             out = self.embed()
         else:
             x = carried.pop()
             assert x is not None
-            entered = [replace(x, node=graph.nodes[0], output=0)]
+            entered = [replace(x, node=entrance, output=0)]
             del x
             if part.layer_kind is None:
-                out = self.loss(entered)
+                out = self.head(entered)
             else:
                 out = self._run_layer(part.layer_kind, entered[0])
         if part.label != HEAD:
@@ -198,7 +221,7 @@ class StepWriter(Generic[Given]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """A run of equal layers, or what stands before or behind them."""
 
     label: str

@@ -1,0 +1,30 @@
+"""Models whose loop keeps what a layer returned, eager attention's weights among it."""
+
+from __future__ import annotations
+
+from planner.autograd.tensors import Tensor
+from planner.program import B, Buffer, T
+from planner.runtimes.transformers_code.attention import AttentionWriter
+
+
+class LoopWriter(AttentionWriter):
+    """`outputs = block(…); hidden_states = outputs[0]`: the rest goes when the next returns."""
+
+    looped: Tensor | None = None
+
+    def loop(self, weights: Tensor | None) -> None:
+        """A layer returned these: those of the layer before go."""
+        saved_anyway = self.trains and not self.checkpointed
+        runs_again = self.known is not None
+        if saved_anyway or runs_again:
+            return
+        if weights is not None:
+            (heads,) = weights.dims[1] if len(weights.dims) == 4 else (weights.sizes[0],)
+            shape = (B, heads, T, self.keys_of(None))
+            held = Buffer(name="attention weights", shape=shape, itemsize=weights.itemsize)
+            weights.storage.known_as(held if self.held is None else self.held)
+            self.held = weights.storage.buffer
+        self.looped = weights
+
+    held: Buffer | None = None
+    """What they are called in every layer."""

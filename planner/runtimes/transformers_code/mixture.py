@@ -1,0 +1,137 @@
+"""Mixtures of experts: routers, and integrations/moe.py's grouped products.
+
+Every routed pair of token and expert is a row, sorted by expert, so that sizes do not depend on
+what the router picks; only which expert weights are read does.
+
+Shapes.  N = B · T tokens · E experts · k experts per token · i width of an expert
+"""
+
+from __future__ import annotations
+
+from planner.autograd.aten import ONE
+from planner.autograd.tensors import Dims, Tensor
+from planner.layers import MoE
+from planner.program import B, Symbol, T, minimum
+from planner.runtimes.transformers_code.parts import PartWriter
+from planner.runtimes.writer import BOOL, FLOAT32, INT64
+
+INT32 = 4
+
+
+class MixtureWriter(PartWriter):
+    """<Type>SparseMoeBlock.forward."""
+
+    def mixture(self, moe: MoE, x: Tensor) -> Tensor:
+        """Route, run the experts, add what all tokens share."""
+        f, h = self.f, self.model.hidden_size
+        flat = f.view(x, ((B, T), (h,)))
+        if moe.shared is not None and moe.shared_gate:  # qwen2_moe: the shared expert first
+            shared = self.feed_forward(moe.shared, flat)
+            logits, weights, picks = self._route(moe, flat)
+            out = self._experts(moe, flat, weights, picks)
+            gate = self.linear(flat, "shared_expert_gate", 1, bias=False)
+            shared = f.mul(
+                f.pointwise(gate, "shared gate", "sigmoid", saves="result"), shared, "shared"
+            )
+            out = f.add(out, shared, "experts output")
+            del logits
+            return f.view(out, x.dims)
+        logits, weights, picks = self._route(moe, flat)
+        out = f.view(self._experts(moe, flat, weights, picks), x.dims)
+        if moe.shared is not None:
+            out = f.add(out, self.feed_forward(moe.shared, x), "experts output")
+        del logits
+        return out
+
+    # -- routers: (logits, weights [N, k], picks [N, k]) ------------------------------------------
+
+    def _route(self, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f, E, k = self.f, moe.num_experts, moe.num_experts_per_tok
+        if moe.router == "sigmoid-groups":
+            return self._route_by_groups(moe, x)
+        logits = self.linear(x, "router", E, bias=False)
+        if self.model.text_type == "mixtral":
+            chances = f.softmax(f.cast(logits, FLOAT32, "router"), "router")
+        else:
+            chances = f.softmax(f.cast(logits, FLOAT32, "router"), "router")
+        weights, picks = f.topk(chances, k, "routing")
+        if moe.norm_topk_prob:
+            f.divide_(weights, f.sum(weights, "routing"))
+        if self.model.text_type != "mixtral":
+            weights = f.cast(weights, self.b, "routing")
+        return logits, weights, picks
+
+    def _route_by_groups(self, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """DeepseekV3TopkRouter.forward."""
+        f, aten, E, k = self.f, self.aten, moe.num_experts, moe.num_experts_per_tok
+        table: Dims = ((B, T), (E,))
+        weight = self.weight("router.weight", E, x.sizes[-1])
+        logits = f.linear(
+            f.cast(x, FLOAT32, "router"), f.cast(weight, FLOAT32, "router"), None, "router"
+        )
+        scores = f.pointwise(logits, "router", "sigmoid", saves="result")
+        choice = aten.elementwise("add.Tensor", "router", scores.detach())
+        groups: Dims = ((B, T), (moe.n_group,))
+        best = aten.new("sum", "routing", groups, FLOAT32)
+        index = aten.new("topk", "routing", ((B, T), (moe.topk_group,)), INT64)
+        mask = aten.new("zeros_like", "routing", groups, FLOAT32)
+        spread = aten.new("clone", "routing", table, FLOAT32, reads=(mask,))
+        hidden = aten.new("bitwise_not", "routing", table, BOOL, reads=(spread,))
+        choice = aten.elementwise("masked_fill", "router", choice)
+        del hidden
+        picks = aten.new("topk", "routing", ((B, T), (k,)), INT64, reads=(choice,))
+        weights = aten.new("gather", "routing", ((B, T), (k,)), FLOAT32, reads=(scores, picks))
+        if moe.norm_topk_prob:
+            total = aten.new("sum", "routing", ((B, T), ONE), FLOAT32)
+            total = aten.elementwise("add.Tensor", "routing", total)
+        weights = aten.elementwise("mul.Tensor", "routing", weights)
+        del best, index, mask, spread, total
+        return logits, weights, picks
+
+    # -- experts ----------------------------------------------------------------------------------
+
+    def _experts(self, moe: MoE, x: Tensor, weights: Tensor, picks: Tensor) -> Tensor:
+        """grouped_mm_experts_forward."""
+        f, aten = self.f, self.aten
+        h, i, E, k = (
+            self.model.hidden_size,
+            moe.moe_intermediate_size,
+            moe.num_experts,
+            picks.sizes[1],
+        )
+        rows: Dims = ((B, T, k),)
+        flat_weights = f.view(weights, rows)
+        sorted_picks = aten.new("sort", "routing", rows, INT64, reads=(picks,))
+        order = aten.new("sort", "routing", rows, INT64)
+        routed = f.index(x, aten.new("floor_divide", "routing", rows, INT64), rows, "routed tokens")
+        sorted_weights = f.index(flat_weights, order, rows, "routing")
+        on_cpu = self.what.device == "cpu"
+        counted = aten.new(
+            "_to_copy", "routing", rows, FLOAT32 if on_cpu else INT32, reads=(sorted_picks,)
+        )
+        counts = aten.new("histc", "routing", ((E,),), FLOAT32)
+        offsets = aten.new("cumsum", "routing", ((E,),), INT32)
+        reached = Symbol(f"min({E}, {k} · B · T)", lambda d: minimum(E, k * d.batch * d.tokens))
+        out = self._grouped_linear(routed, "gate_up_proj", 2 * i, offsets, reached)
+        gate, up = f.split(out, (i, i))
+        out = f.mul(self.activate(moe.activation, gate), up, "experts gate · up")
+        del gate, up
+        out = self._grouped_linear(out, "down_proj", h, offsets, reached)
+        column = f.view(sorted_weights, (*rows, ONE))
+        weighted = f.mul(out, column, "weighted experts")
+        del column
+        back = aten.new("empty_like", "routing", rows, INT64)
+        aten.new("arange", "routing", rows, INT64)
+        weighted = f.index(weighted, back, rows, "weighted experts")
+        total = f.sum_of(f.view(weighted, ((B, T), (k,), (h,))), "experts output")
+        del counted, counts, offsets, order
+        return f.cast(total, self.b, "experts output")
+
+    def _grouped_linear(
+        self, x: Tensor, module: str, out: int, offsets: Tensor, reached: Symbol
+    ) -> Tensor:
+        """_grouped_linear: x [rows, in] · Wᵀ of each row's expert."""
+        into, (experts,) = x.sizes[-1], offsets.sizes
+        weight = self.f.transpose(self.weight(f"experts.{module}", experts, out, into), 1, 2)
+        read = (reached, out * into * self.b)
+        return self.f.grouped_mm(x, weight, offsets, f"experts {module}", read=read)

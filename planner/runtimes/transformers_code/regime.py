@@ -1,0 +1,153 @@
+"""Which pass is written, and what of its sizes decides how it looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from planner.autograd.passes import PassWriter
+from planner.autograd.tensors import Tensor
+from planner.dtypes import element_bytes
+from planner.layers import GQA, Layer
+from planner.model import Model
+from planner.program import PAST, Dims, Extent, Number, S, Symbol, T, minimum
+from planner.runtimes.quantised_cache import QuantisedCache
+from planner.runtimes.transformers_code.families import code_of
+
+SOME_BATCH, SOME_TOKENS, SOME_CONTEXT = 999_983, 1_000_003, 2_000_003
+"""Primes that stand for any size above 1 where strides are compared."""
+T_AND_ONE = Symbol("(T + 1)", lambda d: d.tokens + 1)
+"""Labels with the one that is padded behind them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """A prefill into an empty cache, one decode step over a filled one, or a training step.
+
+    `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
+    `quantised`: a QuantizedCache, None for a DynamicCache; `residual_tokens` of it are unquantised
+    before the pass. Training has no cache; `checkpointed`: every layer runs again on the way back.
+    """
+
+    kind: Literal["prefill", "decode", "training"]
+    attention: Literal["sdpa", "eager"]
+    dtype: str
+    device: str
+    kv_dtype: str | None = None
+    logits: Literal["all", "last"] = "all"
+    held_whole: bool = False
+    quantised: QuantisedCache | None = None
+    residual_tokens: int = 0
+    optimizer: str | None = None
+    optimizer_impl: str = "foreach"
+    checkpointed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regime:
+    """What of the sizes decides which copies are made: whether they are 1, and the masks.
+
+    `masked` are the windows that the context fills (masking_utils._ignore_causal_mask_sdpa).
+    """
+
+    several_batches: bool
+    several_tokens: bool
+    masked: frozenset[int]
+
+    @staticmethod
+    def of(model: Model, dims: Dims) -> Regime:
+        """The regime of a point, or of the first of many alike."""
+        batch, tokens, context = (np.ravel(x)[0] for x in (dims.batch, dims.tokens, dims.context))
+        return Regime(
+            several_batches=bool(batch > 1),
+            several_tokens=bool(tokens > 1),
+            masked=frozenset(w for w in windows(model) if w <= context),
+        )
+
+    @staticmethod
+    def codes(model: Model, dims: Dims) -> Number:
+        """A number for each cell; cells of one regime have the same."""
+        code = (dims.batch > 1) * 1 + (dims.tokens > 1) * 2
+        for place, window in enumerate(windows(model), start=2):
+            code = code + (dims.context >= window) * 2**place
+        return code
+
+
+def windows(model: Model) -> list[int]:
+    """All windows for which a class makes masks."""
+    made = model.mask_windows or [window_of(layer) for layer in model.layer_kinds()]
+    return sorted({w for w in made if w is not None})
+
+
+def window_of(layer: Layer) -> int | None:
+    """The positions that a layer's queries see."""
+    return layer.attention.sliding_window if isinstance(layer.attention, GQA) else None
+
+
+def kept_tokens(window: int | None, tokens: Symbol) -> Extent:
+    """Tokens that a cache layer keeps of `tokens`: W − 1 of a sliding layer (all when W is 1).
+
+    cache_utils.DynamicSlidingWindowLayer.update: keys[:, :, -W + 1 :, :].
+    """
+    if not window or window == 1:
+        return tokens
+    kept = window - 1
+    return Symbol(f"min({tokens.name}, {kept})", lambda d: minimum(tokens.of(d), kept))
+
+
+def seen_tokens(window: int | None) -> Symbol:
+    """Keys that one layer's attention gets: what was kept of the past, and this pass's own."""
+    if not window or window == 1:
+        return S
+    kept = kept_tokens(window, PAST)
+    assert isinstance(kept, Symbol)
+    return Symbol(f"({kept.name} + T)", lambda d: kept.of(d) + d.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What a decoder layer is given besides its input."""
+
+    rotation: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    alibi: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+class Sizes(dict[Symbol, int]):
+    """The number that stands for each symbol: its value at sizes of the regime."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self._dims = dims
+
+    def __missing__(self, symbol: Symbol) -> int:
+        self[symbol] = value = int(symbol.of(self._dims))
+        return value
+
+
+class CodeWriter(PassWriter[Shared]):
+    """A pass of transformers in one regime of sizes."""
+
+    def __init__(self, model: Model, what: Pass, regime: Regime) -> None:
+        batch = SOME_BATCH if regime.several_batches else 1
+        tokens = SOME_TOKENS if regime.several_tokens else 1
+        context = SOME_CONTEXT if what.kind == "decode" else tokens
+        numbers = Sizes(Dims(batch=batch, tokens=tokens, context=context))
+        trains = what.kind == "training"
+        super().__init__(
+            model,
+            element_bytes(what.dtype),
+            numbers,
+            trains=trains,
+            checkpointed=what.checkpointed,
+        )
+        self.what, self.regime = what, regime
+        self.aten.watched = what.device == "cpu"
+        self.code = code_of(model.text_type)
+
+    def keys_of(self, window: int | None) -> Extent:
+        """How many keys a layer of this window attends to."""
+        return seen_tokens(window) if self.what.kind == "decode" else T

@@ -1,0 +1,58 @@
+"""Training steps of transformers 5.23: which are planned, and their programs."""
+
+from __future__ import annotations
+
+from planner.errors import ConfigError
+from planner.model import Model
+from planner.program import Dims
+from planner.runtimes.base import Phase, Setting
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
+from planner.workload import Training
+
+EXACT_STEPS = frozenset(
+    (
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "starcoder2",
+    )
+)
+"""Model types whose steps were held against their classes (tests/)."""
+
+NOTE = "approximate: written from transformers' source and torch's, not measured on a GPU"
+
+
+def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
+    """One step's program and sizes; ConfigError for what is not planned."""
+    for field, planned in (("method", ("full",)), ("precision", ("pure",))):
+        if getattr(work, field) not in planned:
+            raise ConfigError(
+                f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
+                f"{', '.join(planned)}"
+            )
+    if model.text_type not in EXACT_STEPS or model.towers:
+        raise ConfigError(
+            f"training of model_type={model.model_type} is not planned for runtime=transformers "
+            f"yet: {', '.join(sorted(EXACT_STEPS))}"
+        )
+    tokens = work.sequence_tokens
+    dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
+    what = Pass(
+        kind="training",
+        attention=setting.attention,  # type: ignore[arg-type]
+        dtype=setting.dtype,
+        device=setting.device,
+        optimizer=work.optimizer,
+        optimizer_impl=work.optimizer_impl,
+        checkpointed=work.checkpointing == "full",
+    )
+    program = pass_program(model, what, Regime.of(model, dims))
+    note = NOTE if setting.device == "cuda" else ""
+    return Phase(name="training step", program=program, dims=dims, note=note)
