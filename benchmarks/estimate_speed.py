@@ -18,7 +18,8 @@ import numpy as np
 import planner
 from planner.activations import peak_bytes
 from planner.program import Dims
-from planner.runtimes.transformers_program import Pass, forward_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
 
 
 def median_s(run: Callable[[], Any], repeats: int = 15) -> float:
@@ -45,8 +46,9 @@ def main() -> None:
         each = median_s(lambda model=model: planner.estimate(model, work, deploy))
         print(f"one estimate, {name:<20}    {each * 1e3:8.2f} ms")
 
-    what = Pass(kind="prefill", attention="sdpa", dtype="bf16", kv_dtype="bf16", logits="last")
-    program = forward_program(planner.load_model("llama-3.1-8b"), what)
+    what = Pass(kind="prefill", attention="sdpa", dtype="bf16", device="cuda", logits="last")
+    model, point = planner.load_model("llama-3.1-8b"), Dims(batch=8, tokens=4096, context=4096)
+    program = pass_program(model, what, Regime.of(model, point))
     for side in (32, 1000):
         batch, tokens = np.meshgrid(np.arange(1.0, side + 1), np.linspace(1, 131_072, side))
         dims = Dims(batch=batch, tokens=tokens, context=tokens)

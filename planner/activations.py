@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -139,28 +139,40 @@ def _walks(program: Program, dims: Dims) -> Iterator[tuple[Segment, Number, _Wal
     """Every segment with the live bytes before it and what one repetition does."""
     layout = _layout(program)
     sizes = layout.sizes(dims)
-    larger = max if dims.is_point else maximum
+    point = dims.is_point
     walked: dict[int, _Walk] = {}
     live: Number = 0
     for segment in program.segments:
         key = id(segment.ops)
         if key not in walked:
-            walked[key] = _walk(layout.steps[key], sizes, larger)
+            steps = layout.steps[key]
+            walked[key] = _walk_point(steps, sizes) if point else _walk(steps, sizes)
         walk = walked[key]
         yield segment, live, walk, segment.count
         live = live + walk.net * segment.count
 
 
-def _walk(
-    steps: list[Step], sizes: list[Number], larger: Callable[[Number, Number], Number]
-) -> _Walk:
+def _walk_point(steps: list[Step], sizes: list[int]) -> _Walk:
+    """As _walk, for numbers."""
+    live = top = 0
+    for allocates, frees in steps:
+        for place in allocates:
+            live += sizes[place]
+        if live > top:
+            top = live
+        for place in frees:
+            live -= sizes[place]
+    return _Walk(live, top)
+
+
+def _walk(steps: list[Step], sizes: list[Number]) -> _Walk:
     live: Number = 0
     top: Number = 0
     for allocates, frees in steps:
         if allocates:
             for place in allocates:
                 live = live + sizes[place]
-            top = larger(top, live)
+            top = maximum(top, live)
         for place in frees:
             live = live - sizes[place]
     return _Walk(live, top)

@@ -6,7 +6,8 @@ arrays, exact below 2⁵³. The output length is one number, so that passes are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from planner.activations import peak_bytes
 from planner.latency import BASIS, times
 from planner.ledger import total_bytes
+from planner.model import Model
 from planner.parallel import Share
 from planner.prepared import Prepared
 from planner.program import Number, maximum
@@ -85,10 +87,10 @@ def _of_share(
 
     weights, overhead = (total_bytes(rows) for rows in prepared.fixed_rows(share))
     kv = cells(total_bytes(prepared.cache_rows(share, work)))
-    live: Number = 0
-    for phase in prepared.phases(share, work):
-        live = maximum(live, peak_bytes(phase.program, phase.dims))
-    live = cells(live)
+    live = np.zeros(shape)
+    for place, part in _alike(prepared, share.model, work, shape):
+        for phase in prepared.phases(share, part):
+            live[place] = maximum(live[place], peak_bytes(phase.program, phase.dims))
     activations = live if prepared.apart else live - kv
     total = weights + kv + activations + overhead
     held = weights + int(activations.flat[0]) if prepared.runtime.pooled and live.size else weights
@@ -113,6 +115,21 @@ def _of_share(
     return order, grid
 
 
+def _alike(
+    prepared: Prepared, model: Model, work: Workloads, shape: tuple[int, ...]
+) -> Iterator[tuple[Any, Workloads]]:
+    """Cells whose sizes run the same programs: where they are, and their workloads."""
+    codes = np.broadcast_to(prepared.runtime.alike(model, work), shape)
+    found = np.unique(codes)
+    if len(found) <= 1:
+        yield ..., work
+        return
+    batch, prompt = (np.broadcast_to(x, shape) for x in (work.batch, work.prompt_tokens))
+    for code in found:
+        place = codes == code
+        yield place, replace(work, batch=batch[place], prompt_tokens=prompt[place])
+
+
 def _room(prepared: Prepared, pool: Pool | None, *, total: Cells, kv: Cells) -> Cells:
     """As Estimate.headroom_bytes."""
     if pool is None:
@@ -123,14 +140,16 @@ def _room(prepared: Prepared, pool: Pool | None, *, total: Cells, kv: Cells) -> 
 def time_grid(prepared: Prepared, work: Workloads) -> Times:
     """Times of every cell by the plain roofline."""
     shape = np.broadcast_shapes(np.shape(work.batch), np.shape(work.prompt_tokens))
-    made: Any = times(prepared.model, work, prepared.setting, prepared.runtime.name, prepared.gpu)
-    nothing = np.full(shape, np.nan)
-    return Times(
-        ttft_s=np.broadcast_to(made.ttft_s, shape),
-        tpot_s=nothing if made.tpot_s is None else np.broadcast_to(made.tpot_s, shape),
-        output_tokens_per_s=np.broadcast_to(made.output_tokens_per_s, shape),
-        basis=made.basis,
-    )
+    ttft, tpot, speed = (np.full(shape, np.nan) for _ in range(3))
+    for place, part in _alike(prepared, prepared.model, work, shape):
+        made: Any = times(
+            prepared.model, part, prepared.setting, prepared.runtime.name, prepared.gpu
+        )
+        ttft[place], speed[place] = made.ttft_s, made.output_tokens_per_s
+        if made.tpot_s is not None:
+            tpot[place] = made.tpot_s
+    basis = made.basis if ttft.size else BASIS
+    return Times(ttft_s=ttft, tpot_s=tpot, output_tokens_per_s=speed, basis=basis)
 
 
 MEMORY_COLUMNS = tuple(f.name for f in fields(Grid))

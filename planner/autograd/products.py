@@ -147,6 +147,7 @@ class Products(Views):
         """Fused attention: saves q, k, v, mask, output and log-sum-exp.
 
         q [B, H, T, D], k and v [B, G, T, D]; the output lies as q, gradients as [B, T, heads, D].
+        Values of another width are for passes without a way back.
         `pairs` of query and key are computed, twice forward and five times on the way back (the
         scores are made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp,
         mha_bwd): a float32 gradient of q, row sums, and gradients of k and v for every query head.
@@ -173,11 +174,14 @@ class Products(Views):
                 made.append(self.aten.transpose(lying, 1, 2))
             return made
 
-        B, H, T, D = q.dims
-        flops = (4, *B, *H, *D, pairs)
-        laid = preserved(q.sizes, q.strides)  # as the queries lie
+        B, H, T, _ = q.dims
+        widths = q.sizes[-1] + v.sizes[-1]
+        flops = (2, *B, *H, widths, pairs)
+        dims, laid = (B, H, T, v.dims[-1]), None
+        if q.sizes[-1] == v.sizes[-1]:
+            laid = preserved(q.sizes, q.strides)  # as the queries lie
         out = self.aten.new(
-            kernel, name, q.dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
+            kernel, name, dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
         )
         lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
         saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)

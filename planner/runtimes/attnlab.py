@@ -9,7 +9,7 @@ from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program, minimum
+from planner.program import Dims, Number, Program, minimum
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
@@ -142,6 +142,10 @@ class Attnlab:
                     )
                 )
         return rows
+
+    def alike(self, model: Model, work: Inference) -> Number:
+        """All cells run the same programs."""
+        return 0
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """Prefill and the last decode step, both over the cache of the whole generation."""

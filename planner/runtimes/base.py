@@ -12,7 +12,7 @@ from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program
+from planner.program import Dims, Number, Program
 from planner.workload import CacheSpec, Inference
 
 
@@ -154,6 +154,9 @@ class Runtime(Protocol):
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
         """Tensors of the module that are not parameters, on a device of this capability."""
+
+    def alike(self, model: Model, work: Inference) -> Number:
+        """A number for each cell of a grid: those of the same one run the same programs."""
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The passes among which the peak lies."""

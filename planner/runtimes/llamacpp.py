@@ -136,6 +136,10 @@ class LlamaCpp:
         """None: rotations are computed from the positions."""
         return []
 
+    def alike(self, model: Model, work: Inference) -> Number:
+        """All cells run the same programs."""
+        return 0
+
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The graph reserved at the start: n_ubatch tokens of one sequence over all its cells."""
         if setting.attention == "eager" and setting.kv_dtype in QUANTISED:

@@ -13,7 +13,7 @@ from planner.catalog.gpus import Gpu
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
-from planner.program import Dims, Program
+from planner.program import Dims, Number, Program
 from planner.runtimes.base import (
     Phase,
     Pool,
@@ -129,6 +129,10 @@ class Vllm:
             *widened_rows(model, dtype),
             *padding_rows(model, capability),
         ]
+
+    def alike(self, model: Model, work: Inference) -> Number:
+        """All cells run the same programs."""
+        return 0
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """The profile run at start-up, whatever the workload: it sets the pool."""

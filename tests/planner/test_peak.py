@@ -11,7 +11,9 @@ from attnlab.transformer import Transformer
 from planner import activations
 from planner.activations import peak, peak_bytes
 from planner.program import Dims
-from planner.runtimes import attnlab_program, transformers_program
+from planner.runtimes import attnlab_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter
 from tests.planner.configs import TINY, build
 
@@ -51,19 +53,15 @@ def test_transformers_peak_is_exact_at_prefill_and_over_decode_steps(
     model = planner.read_config(TINY[name])
     for position, measured in enumerate(seen):
         decode = position > 0
-        program = transformers_program.forward_program(
-            model,
-            transformers_program.Pass(
-                kind="decode" if decode else "prefill",
-                attention=attention,
-                dtype=dtype,
-                kv_dtype=dtype,
-                logits="all",
-                held_whole=position == 1,
-                equal_widths_only=True,
-            ),
+        what = Pass(
+            kind="decode" if decode else "prefill",
+            attention=attention,
+            dtype=dtype,
+            device="cpu",
+            held_whole=position == 1,
         )
         dims = Dims(batch=batch, tokens=1 if decode else tokens, context=tokens + position)
+        program = pass_program(model, what, Regime.of(model, dims))
         assert peak(program, dims).live_bytes == measured, position
 
 
@@ -135,14 +133,11 @@ def test_a_grid_gives_what_single_points_give(monkeypatch, chunk):
 
     monkeypatch.setattr(activations, "CHUNK_CELLS", chunk)
     model = planner.read_config(TINY["gemma2"])
-    program = transformers_program.forward_program(
-        model,
-        transformers_program.Pass(
-            kind="prefill", attention="eager", dtype="bf16", kv_dtype="bf16", logits="last"
-        ),
-    )
-    batches, tokens = np.meshgrid([1.0, 2.0, 5.0], [2.0, 15.0, 16.0, 17.0, 300.0])
-    grid = peak_bytes(program, Dims(batch=batches, tokens=tokens, context=tokens))
+    what = Pass(kind="prefill", attention="eager", dtype="bf16", device="cuda", logits="last")
+    batches, tokens = np.meshgrid([2.0, 3.0, 5.0], [16.0, 17.0, 300.0])
+    sizes = Dims(batch=batches, tokens=tokens, context=tokens)
+    program = pass_program(model, what, Regime.of(model, sizes))
+    grid = peak_bytes(program, sizes)
     assert grid.shape == batches.shape
     for b, t, value in zip(batches.flat, tokens.flat, grid.flat, strict=True):
         point = Dims(batch=int(b), tokens=int(t), context=int(t))

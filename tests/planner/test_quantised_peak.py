@@ -14,7 +14,8 @@ from planner import CacheSpec, ConfigError, Deployment, Inference
 from planner.activations import peak
 from planner.program import Dims
 from planner.runtimes.quantised_cache import quantised_cache
-from planner.runtimes.transformers_program import Pass, forward_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
 from tests.planner.configs import TINY, build
 from tests.planner.quantised import (
     QuantisedMeter,
@@ -98,20 +99,17 @@ def peaks(name, attention, options, dtype, computed, batch, tokens, *, steps=5):
             out = live(ids if step == 0 else ids[:, :1], past_key_values=cache, use_cache=True)
             seen.append(meter.peak_bytes)
             del out
-            program = forward_program(
-                model,
-                Pass(
-                    kind="decode" if step else "prefill",
-                    attention=attention,
-                    dtype=computed,
-                    kv_dtype=dtype,
-                    logits="all",
-                    equal_widths_only=True,
-                    quantised=described,
-                    residual_tokens=max(0, step - 1) % max(1, described.form.residual_tokens),
-                ),
+            what = Pass(
+                kind="decode" if step else "prefill",
+                attention=attention,
+                dtype=computed,
+                device="cpu",
+                kv_dtype=dtype,
+                quantised=described,
+                residual_tokens=max(0, step - 1) % max(1, described.form.residual_tokens),
             )
             dims = Dims(batch=batch, tokens=1 if step else tokens, context=tokens + step)
+            program = pass_program(model, what, Regime.of(model, dims))
             ours.append(peak(program, dims).live_bytes)
     return seen, ours
 

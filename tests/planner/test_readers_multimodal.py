@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from planner.activations import peak
 from planner.huggingface.multimodal import TOWERS
 from planner.program import Dims
 from planner.runtimes.transformers import Transformers
-from planner.runtimes.transformers_program import Pass, forward_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
 
@@ -391,6 +391,7 @@ def test_without_images_a_forward_peaks_where_that_of_its_language_model_does(ki
     with torch.no_grad(), LiveTensorMeter() as meter:
         held = live.eval()(input_ids=ids, use_cache=True)
     assert held.past_key_values is not None
-    how = Pass(kind="prefill", attention=attention, dtype="bf16", kv_dtype="bf16", logits="all")
-    program = forward_program(planner.read_config(config), replace(how, equal_widths_only=True))
-    assert peak(program, Dims(batch=2, tokens=50, context=50)).live_bytes == meter.peak_bytes
+    how = Pass(kind="prefill", attention=attention, dtype="bf16", device="cpu")
+    model, dims = planner.read_config(config), Dims(batch=2, tokens=50, context=50)
+    program = pass_program(model, how, Regime.of(model, dims))
+    assert peak(program, dims).live_bytes == meter.peak_bytes

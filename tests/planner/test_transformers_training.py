@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import planner
 from planner.activations import peak
 from planner.program import Dims
-from planner.runtimes.transformers_training.regime import Regime, Step
-from planner.runtimes.transformers_training.step import EXACT_STEPS, step_program
+from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass, Regime
+from planner.runtimes.transformers_training import EXACT_STEPS
 from profiles.meters import LiveTensorMeter, module_bytes
 from tests.attnlab.families import FAMILIES
 
@@ -45,7 +46,8 @@ def measured(live, batch, tokens, optimizer=None):
 
 def predicted(model, batch, tokens, **what):
     dims = Dims(batch=batch, tokens=tokens, context=tokens)
-    return peak(step_program(model, Step(device="cpu", **what), Regime.of(model, dims)), dims)
+    step = Pass(kind="training", device="cpu", **what)
+    return peak(pass_program(model, step, Regime.of(model, dims)), dims)
 
 
 @st.composite

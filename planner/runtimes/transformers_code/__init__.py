@@ -1,6 +1,6 @@
 """transformers 5.23 as programs: its modelling code line by line, forward and, trained, back.
 
-Written beside models/<type>/modeling_<type>.py, integrations/sdpa_attention.py, integrations/moe.py,
+Written beside models/<type>/modeling_<type>.py, integrations/ (sdpa_attention.py, moe.py),
 masking_utils.py and cache_utils.py of that version, without padding. What keeps a tensor alive are
 Python's references there and, as every writer here names what the code there names, here.
 

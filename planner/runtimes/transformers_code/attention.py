@@ -51,7 +51,7 @@ class AttentionWriter(CacheWriter):
     # -- queries [B, H, T, D], keys and values [B, G, T, D] ---------------------------------------
 
     def _projected(self, gqa: GQA, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys, values, and the one product they are views of, if there is a name for it."""
+        """Queries, keys, values, and the product they are views of, if there is a name for it."""
         H, G = gqa.num_attention_heads, gqa.num_key_value_heads
         if gqa.fused_qkv and (self.code.projections == "chunked" or gqa.interleaved_qkv):
             return self._head_by_head(gqa, x)

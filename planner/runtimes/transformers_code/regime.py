@@ -77,7 +77,8 @@ class Regime:
 
 def windows(model: Model) -> list[int]:
     """All windows for which a class makes masks."""
-    made = model.mask_windows or [window_of(layer) for layer in model.layer_kinds()]
+    kinds = {id(layer): layer for layer in model.layers}.values()  # equal ones may come twice
+    made = model.mask_windows or [window_of(layer) for layer in kinds]
     return sorted({w for w in made if w is not None})
 
 

@@ -1,0 +1,202 @@
+"""Small random configs of transformers' decoders, and what their classes hold when they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+from hypothesis import strategies as st
+
+from profiles.meters import LiveTensorMeter
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EAGER_ONLY = ("bloom", "gemma2")
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+DROPOUTS = (
+    "attention_dropout", "attn_pdrop", "dropout", "embd_pdrop", "hidden_dropout", "layerdrop",
+    "resid_pdrop", "residual_dropout", "activation_dropout", "embedding_dropout",
+)  # fmt: skip
+GROUPED = (
+    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "granite", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+    "starcoder2",
+)  # fmt: skip
+"""Types whose configs name keys and values heads as llama's does."""
+OWN_HEAD_DIM = (
+    "ernie4_5", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3", "qwen3_moe",
+    "seed_oss",
+)  # fmt: skip
+WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
+SLIDING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3")
+OTHERS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt")
+KINDS = (*GROUPED, *OTHERS)
+
+
+@st.composite
+def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
+    """A config with a handful of layers, heads and words."""
+    kind = draw(st.sampled_from(kinds))
+    vocabulary, layers = draw(st.integers(3, 120)), draw(st.integers(1, 4))
+    groups, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    head_dim = 4 * draw(st.integers(1, 5))
+    H, wide = groups * shared, draw(st.integers(1, 90))
+    tied = draw(st.booleans())
+    made = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": tied, **NO_TOKENS}
+    if kind in OTHERS:
+        return {**made, **_other(draw, kind, layers, (H, groups, head_dim), wide)}
+    made |= {
+        "hidden_size": H * head_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": H,
+        "num_key_value_heads": groups,
+        "intermediate_size": wide,
+        "max_position_embeddings": 128,
+    }
+    if kind in OWN_HEAD_DIM:
+        made["head_dim"] = 2 * draw(st.integers(1, 8))
+    if kind in ("glm", "glm4", "nemotron", "qwen3_moe"):
+        made["head_dim"] = head_dim
+    if kind in WINDOWED:
+        made["sliding_window"] = draw(st.none() | st.integers(2, 40))
+    if kind in SLIDING:
+        made["sliding_window"] = draw(st.integers(2, 40))
+    if kind in ("gemma2", "gemma3_text"):
+        made["query_pre_attn_scalar"] = 16
+    if kind == "llama":
+        made |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    if kind in ("cohere", "stablelm", "phi"):
+        field = "use_qk_norm" if kind == "cohere" else "qk_layernorm"
+        made[field] = draw(st.booleans())
+    if kind == "stablelm":
+        made["use_parallel_residual"] = draw(st.booleans())
+    if kind in ("olmo", "olmoe"):
+        made["clip_qkv"] = draw(st.none() | st.just(4.0))
+    if kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        experts = draw(st.integers(2, 6))
+        field = "num_local_experts" if kind == "mixtral" else "num_experts"
+        made |= {field: experts, "num_experts_per_tok": draw(st.integers(1, experts))}
+    if kind in ("olmoe", "qwen2_moe", "qwen3_moe"):
+        made["norm_topk_prob"] = draw(st.booleans())
+    if kind in ("qwen2_moe", "qwen3_moe"):
+        made["moe_intermediate_size"] = draw(st.integers(1, 40))
+    if kind == "qwen2_moe":
+        made["shared_expert_intermediate_size"] = draw(st.integers(1, 60))
+    return made
+
+
+def _other(
+    draw: st.DrawFn, kind: str, layers: int, heads: tuple[int, int, int], wide: int
+) -> dict[str, Any]:
+    H, G, D = heads
+    match kind:
+        case "bloom":
+            return {"hidden_size": H * D, "n_layer": layers, "n_head": H}
+        case "gpt2":
+            sizes = {"n_embd": H * D, "n_layer": layers, "n_head": H, "n_inner": wide}
+            return {**sizes, "n_positions": 64}
+        case "gpt_bigcode":
+            sizes = {"n_embd": H * D, "n_layer": layers, "n_head": H, "n_inner": wide}
+            return {**sizes, "n_positions": 64, "multi_query": draw(st.booleans())}
+        case "gpt_neox":
+            return {
+                "hidden_size": H * D,
+                "num_hidden_layers": layers,
+                "num_attention_heads": H,
+                "intermediate_size": wide,
+                "use_parallel_residual": draw(st.booleans()),
+                "max_position_embeddings": 64,
+            }
+        case "opt":
+            before = draw(st.booleans())
+            return {
+                "hidden_size": H * D,
+                "num_hidden_layers": layers,
+                "num_attention_heads": H,
+                "ffn_dim": wide,
+                "do_layer_norm_before": before,
+                "word_embed_proj_dim": H * D if before else 4 * draw(st.integers(1, 8)),
+                "max_position_embeddings": 64,
+                "pad_token_id": 1,
+            }
+        case _:
+            return _falcon(draw, layers, heads, wide)
+
+
+def _falcon(draw: st.DrawFn, layers: int, heads: tuple[int, int, int], wide: int) -> dict[str, Any]:
+    H, G, D = heads
+    kind = draw(st.sampled_from(("grouped", "one head", "all heads, alibi")))
+    made = {
+        "hidden_size": H * D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": H,
+        "ffn_hidden_size": wide,
+        "bias": draw(st.booleans()),
+        "max_position_embeddings": 64,
+    }
+    if kind == "grouped":
+        G = G if G != H else 1
+        grouped = {"new_decoder_architecture": True, "num_kv_heads": G}
+        if H > 1:
+            return {**made, **grouped, "num_attention_heads": H}
+        kind = "one head"
+    if kind == "one head":
+        return {**made, "multi_query": True, "parallel_attn": draw(st.booleans())}
+    return {**made, "multi_query": False, "alibi": True, "parallel_attn": draw(st.booleans())}
+
+
+def described(config: dict[str, Any]) -> hf.PretrainedConfig:
+    """As transformers reads it, without dropout."""
+    fields = dict(config)
+    made = hf.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    for field in DROPOUTS:
+        if getattr(made, field, None):
+            setattr(made, field, 0.0)
+    return made
+
+
+def built(config: hf.PretrainedConfig, dtype: str, attention: str) -> torch.nn.Module:
+    """The class with random weights."""
+    return hf.AutoModelForCausalLM.from_config(
+        config, dtype=DTYPES[dtype], attn_implementation=attention
+    )
+
+
+def words(config: hf.PretrainedConfig, batch: int, tokens: int) -> torch.Tensor:
+    """Random token ids [B, T]."""
+    return torch.randint(0, config.get_text_config().vocab_size, (batch, tokens))
+
+
+def inference_peaks(
+    live: torch.nn.Module, batch: int, tokens: int, *, steps: int, last: bool = False
+) -> list[int]:
+    """Peaks of a prefill and the decode steps behind it; of the last logits alone if `last`."""
+    ids, seen = words(live.config, batch, tokens), []
+    kept = {"logits_to_keep": 1} if last else {}
+    with torch.no_grad(), LiveTensorMeter() as meter:
+        cache, step = None, ids
+        for _ in range(1 + steps):
+            meter.reset_peak()
+            out = live(step, past_key_values=cache, use_cache=True, **kept)
+            cache, step = out.past_key_values, ids[:, :1]
+            seen.append(meter.peak_bytes)
+            del out
+    return seen
+
+
+def training_meter(
+    live: torch.nn.Module,
+    batch: int,
+    tokens: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> LiveTensorMeter:
+    """The meter after a step of which only the loss was kept."""
+    ids = words(live.config, batch, tokens)
+    with LiveTensorMeter() as meter:
+        loss = live(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return meter
