@@ -169,15 +169,12 @@ class Elementwise(Recorder):
             gradient, (before, other) = only(flowed), node.saved
             called = f"gradient of {node.inputs[1].name}"
             made: Gradients = [None, None]
-            made[0] = self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other)
+            once = self.aten.elementwise("div.Tensor", called, before, other)
+            twice = self.aten.elementwise("div.Tensor", called, once, other)
             turned = self.aten.elementwise("neg", called, gradient)
-            twice = self.aten.elementwise("mul.Tensor", called, other, other)
-            made[1] = self.aten.elementwise(
-                "mul.Tensor",
-                called,
-                turned,
-                self.aten.elementwise("div.Tensor", called, before, twice),
-            )
+            made[1] = self.aten.elementwise("mul.Tensor", called, turned, twice)
+            del once, twice, turned
+            made[0] = self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other)
             return made
 
         saved = (*self._before(x, x), other)

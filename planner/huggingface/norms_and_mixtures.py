@@ -102,6 +102,7 @@ def read_olmo3(fields: Fields) -> Model:
         positions=everywhere,
         local_positions=local,
         placement="post",
+        mask_windows=None if window is None else (None, window),
     )
 
 

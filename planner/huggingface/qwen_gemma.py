@@ -209,6 +209,7 @@ def read_gemma3_text(fields: Fields) -> Model:
         positions=everywhere,
         local_positions=local,
         placement="sandwich",
+        mask_windows=None if window is None else (None, window),
         embedding_scale=fields.size("hidden_size") ** 0.5,
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
     )

@@ -28,6 +28,7 @@ OWN_HEAD_DIM = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3", "qwen3_moe",
     "seed_oss",
 )  # fmt: skip
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
 SLIDING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3")
 OTHERS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt")
@@ -40,7 +41,7 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     kind = draw(st.sampled_from(kinds))
     vocabulary, layers = draw(st.integers(3, 120)), draw(st.integers(1, 4))
     groups, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    head_dim = 4 * draw(st.integers(1, 5))
+    head_dim = 8 * draw(st.integers(1, 3))
     H, wide = groups * shared, draw(st.integers(1, 90))
     tied = draw(st.booleans())
     made = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": tied, **NO_TOKENS}
@@ -71,16 +72,18 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
         made[field] = draw(st.booleans())
     if kind == "stablelm":
         made["use_parallel_residual"] = draw(st.booleans())
+    if kind in MIXTURES:  # grouped products want rows of 16 bytes
+        made |= {"hidden_size": 8 * H, "intermediate_size": 8 * (1 + wide // 8)}
     if kind in ("olmo", "olmoe"):
         made["clip_qkv"] = draw(st.none() | st.just(4.0))
-    if kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+    if kind in MIXTURES:
         experts = draw(st.integers(2, 6))
         field = "num_local_experts" if kind == "mixtral" else "num_experts"
         made |= {field: experts, "num_experts_per_tok": draw(st.integers(1, experts))}
     if kind in ("olmoe", "qwen2_moe", "qwen3_moe"):
         made["norm_topk_prob"] = draw(st.booleans())
     if kind in ("qwen2_moe", "qwen3_moe"):
-        made["moe_intermediate_size"] = draw(st.integers(1, 40))
+        made["moe_intermediate_size"] = 8 * draw(st.integers(1, 5))
     if kind == "qwen2_moe":
         made["shared_expert_intermediate_size"] = draw(st.integers(1, 60))
     return made
@@ -89,7 +92,7 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
 def _other(
     draw: st.DrawFn, kind: str, layers: int, heads: tuple[int, int, int], wide: int
 ) -> dict[str, Any]:
-    H, G, D = heads
+    H, _, D = heads
     match kind:
         case "bloom":
             return {"hidden_size": H * D, "n_layer": layers, "n_head": H}
@@ -125,7 +128,7 @@ def _other(
 
 
 def _falcon(draw: st.DrawFn, layers: int, heads: tuple[int, int, int], wide: int) -> dict[str, Any]:
-    H, G, D = heads
+    H, G, D = max(2, heads[0]), heads[1], heads[2]  # one head alone: two layouts look alike
     kind = draw(st.sampled_from(("grouped", "one head", "all heads, alibi")))
     made = {
         "hidden_size": H * D,
@@ -136,11 +139,8 @@ def _falcon(draw: st.DrawFn, layers: int, heads: tuple[int, int, int], wide: int
         "max_position_embeddings": 64,
     }
     if kind == "grouped":
-        G = G if G != H else 1
-        grouped = {"new_decoder_architecture": True, "num_kv_heads": G}
-        if H > 1:
-            return {**made, **grouped, "num_attention_heads": H}
-        kind = "one head"
+        kv_heads = G if G != H and H % G == 0 else 1
+        return {**made, "new_decoder_architecture": True, "num_kv_heads": kv_heads}
     if kind == "one head":
         return {**made, "multi_query": True, "parallel_attn": draw(st.booleans())}
     return {**made, "multi_query": False, "alibi": True, "parallel_attn": draw(st.booleans())}

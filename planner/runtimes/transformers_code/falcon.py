@@ -81,7 +81,7 @@ class FalconWriter(LoopWriter):
             wide = (*lead, (G,), (H // G,), (D,))
             k, v = f.expand(k, wide), f.expand(v, wide)
             parts = [f.view(part, (*lead, (H,), (D,))) for part in (q, k, v)]
-        elif gqa.interleaved_qkv:
+        elif gqa.interleaved_qkv or H == 1:
             apart = f.view(qkv, (*lead, (H,), (3,), (D,)))
             parts = [f.select(apart, 3) for _ in "qkv"]
         else:

@@ -14,6 +14,7 @@ from planner.layers import GQA, ALiBi, Layer, LearnedPositions, RoPE
 from planner.model import Model
 from planner.program import B, Program, S, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
+from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import (
     T_AND_ONE,
     Pass,
@@ -21,7 +22,7 @@ from planner.runtimes.transformers_code.regime import (
     Shared,
     window_of,
 )
-from planner.runtimes.writer import BOOL, FLOAT32, INT64
+from planner.runtimes.writer import FLOAT32, INT64
 
 
 @lru_cache(maxsize=256)
@@ -34,7 +35,7 @@ def pass_program(model: Model, what: Pass, regime: Regime) -> Program:
     return writer.write_forward(f"transformers {what.kind}")
 
 
-class _Forward(BlockWriter):
+class _Forward(BlockWriter, MaskWriter):
     """Runs a causal language model."""
 
     def embed(self) -> Tensor:
@@ -66,15 +67,12 @@ class _Forward(BlockWriter):
             if self.code.block == "falcon":  # counts in a mask of ones that it keeps
                 self.named.append(self.aten.new("ones", "mask of ones", ((B,), (S,)), INT64))
                 self.slopes = None
-        self.masks: dict[int | None, Tensor | None] = {}
-        windows = sorted(
-            set(model.mask_windows or map(window_of, model.layer_kinds())),
-            key=lambda window: (window is not None, window or 0),
-        )
-        for window in windows:
-            self.masks[window] = self._mask(window)
+        self.masks = self.masks_of_layers()
         if self.code.block == "falcon" and self.alibis is not None:
-            self._falcon_mask(H)
+            mask = self.masks[None]
+            assert mask is not None
+            self.masks[None] = self.biased_mask(mask, self.alibis, H)
+            del mask
         self.rotations: dict[bool, tuple[Tensor, Tensor]] = {}
         for layer in model.layer_kinds():
             slides = self._slides(layer)
@@ -119,35 +117,6 @@ class _Forward(BlockWriter):
     def _slides(self, layer: Layer) -> bool:
         """Whether the layer turns by positions of its own, as gemma3's sliding ones."""
         return self.model.local_positions is not None and window_of(layer) is not None
-
-    def _mask(self, window: int | None) -> Tensor | None:
-        """masking_utils: bool for sdpa where it cannot do without, additive for eager."""
-        square: Dims = (ONE, ONE, (T,), (self.keys_of(window),))
-        eager = self.what.attention == "eager"
-        needed = (window is not None and window in self.regime.masked) or self.code.masked
-        if not eager and not needed:
-            return None
-        visible = self.aten.new("mask", "mask", square, BOOL)
-        if window is not None:
-            near = self.aten.new("mask", "mask", square, BOOL)
-            visible = self.aten.new("bitwise_and.Tensor", "mask", square, BOOL, reads=(visible,))
-            del near
-        if not eager:
-            return visible
-        return self.aten.new("where.self", "mask", ((B,), *square[1:]), self.b, reads=(visible,))
-
-    def _falcon_mask(self, heads: int) -> None:
-        """FalconModel.forward: biases and mask in one tensor."""
-        aten, mask = self.aten, self.masks[None]
-        assert mask is not None
-        assert self.alibis is not None
-        if mask.itemsize == BOOL:
-            mask = aten.new("where.self", "mask", ((B,), *mask.dims[1:]), self.b, reads=(mask,))
-        biases = aten.elementwise("div.Tensor", "alibi", self.alibis)
-        hidden = aten.elementwise("lt.Scalar", "mask", mask, itemsize=BOOL)
-        dims: Dims = ((B,), (heads,), *mask.dims[2:])
-        joined = aten.new("masked_fill.Scalar", "mask", dims, self.b, reads=(biases, hidden))
-        self.masks[None] = joined
 
     def shared(self, layer: Layer) -> Shared:
         """The rotation and the mask of this kind of layer."""

@@ -56,7 +56,7 @@ class MixtureWriter(PartWriter):
             chances = f.softmax(f.cast(logits, FLOAT32, "router"), "router")
         weights, picks = f.topk(chances, k, "routing")
         if moe.norm_topk_prob:
-            f.divide_(weights, f.sum(weights, "routing"))
+            weights = f.divide_(weights, f.sum(weights, "routing"))
         if self.model.text_type != "mixtral":
             weights = f.cast(weights, self.b, "routing")
         return logits, weights, picks
@@ -124,8 +124,9 @@ class MixtureWriter(PartWriter):
         aten.new("arange", "routing", rows, INT64)
         weighted = f.index(weighted, back, rows, "weighted experts")
         total = f.sum_of(f.view(weighted, ((B, T), (k,), (h,))), "experts output")
+        rounded = f.cast(total, self.b, "experts output")
         del counted, counts, offsets, order
-        return f.cast(total, self.b, "experts output")
+        return rounded
 
     def _grouped_linear(
         self, x: Tensor, module: str, out: int, offsets: Tensor, reached: Symbol

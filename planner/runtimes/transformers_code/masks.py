@@ -1,0 +1,81 @@
+"""Masks: masking_utils.create_causal_mask and create_sliding_window_causal_mask.
+
+A mask is made once for each kind of layer, one for all sequences and heads; for sdpa it is bool,
+for eager attention a number to add, one for each sequence.
+"""
+
+from __future__ import annotations
+
+from planner.autograd.aten import ONE
+from planner.autograd.tensors import Dims, Tensor
+from planner.program import B, Extent, T
+from planner.runtimes.transformers_code.positions import PositionWriter
+from planner.runtimes.transformers_code.regime import window_of
+from planner.runtimes.writer import BOOL, INT64
+
+
+class MaskWriter(PositionWriter):
+    """What queries may see."""
+
+    def masks_of_layers(self) -> dict[int | None, Tensor | None]:
+        """By window, those of full layers first."""
+        model = self.model
+        windows = set(model.mask_windows or map(window_of, model.layer_kinds()))
+        ordered = sorted(windows, key=lambda window: (window is not None, window or 0))
+        return {window: self._mask(window) for window in ordered}
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """sdpa_mask where it cannot do without (_ignore_causal_mask_sdpa), eager_mask."""
+        needed = (window is not None and window in self.regime.masked) or self.code.masked
+        eager = self.what.attention == "eager"
+        if not eager and not needed:
+            return None
+        visible = self._visible(window)
+        if not eager:
+            return visible
+        aten = self.aten
+        reads = (visible, *(aten.number("mask", self.b) for _ in ("0", "least")))
+        return aten.new("where.self", "mask", ((B,), *visible.dims[1:]), self.b, reads=reads)
+
+    def _visible(self, window: int | None) -> Tensor:
+        """bool [1, 1, T, keys], from the places of queries and keys."""
+        aten, keys = self.aten, self._keys(window)
+        named = [aten.new("arange", "mask", ((n,),), INT64) for n in (B, 1)]
+        queries = aten.elementwise("add.Tensor", "mask", aten.new("arange", "mask", ((T,),), INT64))
+        seen = aten.elementwise("add.Tensor", "mask", aten.new("arange", "mask", ((keys,),), INT64))
+        square: Dims = (ONE, ONE, (T,), (keys,))
+        if window is None:
+            visible = aten.new("le.Tensor", "mask", square, BOOL, reads=(seen, queries))
+        else:
+            visible = aten.new("new_ones", "mask", (), BOOL)
+            for kernel in ("gt.Tensor", "le.Tensor"):
+                visible = self._and(visible, kernel, queries, seen, square)
+        del named, queries, seen
+        return visible
+
+    def _and(
+        self, visible: Tensor, kernel: str, queries: Tensor, keys: Tensor, square: Dims
+    ) -> Tensor:
+        """and_masks: what was visible and is by the next rule, too."""
+        aten = self.aten
+        if kernel == "gt.Tensor":  # keys later than query − W
+            queries = aten.elementwise("sub.Tensor", "mask", queries)
+        rule = aten.new(kernel, "mask", square, BOOL, reads=(keys, queries))
+        del queries
+        return aten.new("bitwise_and.Tensor", "mask", square, BOOL, reads=(visible, rule))
+
+    def _keys(self, window: int | None) -> Extent:
+        """As many as the first layer of this kind gets; without one, the first of all."""
+        windows = [window_of(layer) for layer in self.model.layer_kinds()]
+        return self.keys_of(window if window in windows else windows[0])
+
+    def biased_mask(self, mask: Tensor, biases: Tensor, heads: int) -> Tensor:
+        """FalconModel.forward: ALiBi and mask in one tensor [B, H, T, keys]."""
+        aten = self.aten
+        if mask.itemsize == BOOL:
+            reads = (mask, *(aten.number("mask", self.b) for _ in ("0", "least")))
+            mask = aten.new("where.self", "mask", ((B,), *mask.dims[1:]), self.b, reads=reads)
+        scaled = aten.elementwise("div.Tensor", "alibi", biases)
+        hidden = aten.elementwise("lt.Scalar", "mask", mask, itemsize=BOOL)
+        dims: Dims = ((B,), (heads,), *mask.dims[2:])
+        return aten.new("masked_fill.Scalar", "mask", dims, self.b, reads=(scaled, hidden))
