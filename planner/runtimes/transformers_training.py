@@ -6,25 +6,10 @@ from planner.errors import ConfigError
 from planner.model import Model
 from planner.program import Dims
 from planner.runtimes.base import Phase, Setting
+from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.workload import Training
-
-EXACT_STEPS = frozenset(
-    (
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "starcoder2",
-    )
-)
-"""Model types whose steps were held against their classes (tests/)."""
 
 NOTE = "approximate: written from transformers' source and torch's, not measured on a GPU"
 
@@ -37,10 +22,10 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
                 f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
                 f"{', '.join(planned)}"
             )
-    if model.text_type not in EXACT_STEPS or model.towers:
+    if model.text_type not in HELD or model.towers:
         raise ConfigError(
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
-            f"yet: {', '.join(sorted(EXACT_STEPS))}"
+            f"yet: {', '.join(sorted(HELD))}"
         )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)

@@ -47,7 +47,6 @@ class Code:
 LLAMA = Code()
 FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
-    "apertus": LLAMA,
     "bloom": Code(norm="fused", block="bloom", loop=True),
     "cohere": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
     "cohere2": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
@@ -83,3 +82,14 @@ CODES: dict[str, Code] = {
 def code_of(text_type: str) -> Code:
     """How this type's classes are written."""
     return CODES.get(text_type, LLAMA)
+
+
+HELD = frozenset(
+    (
+        "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
+        "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama",
+        "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    )
+)  # fmt: skip
+"""Types whose programs, forward and back, equal what their classes allocate (tests/)."""

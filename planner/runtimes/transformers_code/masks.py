@@ -14,6 +14,10 @@ from planner.runtimes.transformers_code.regime import window_of
 from planner.runtimes.writer import BOOL, INT64
 
 
+FULL_MASKS = frozenset(("exaone4", "qwen2", "qwen3", "smollm3"))
+"""Types that make the mask of full layers though there be none."""
+
+
 class MaskWriter(PositionWriter):
     """What queries may see."""
 
@@ -21,6 +25,8 @@ class MaskWriter(PositionWriter):
         """By window, those of full layers first."""
         model = self.model
         windows = set(model.mask_windows or map(window_of, model.layer_kinds()))
+        if model.text_type in FULL_MASKS:
+            windows.add(None)
         ordered = sorted(windows, key=lambda window: (window is not None, window or 0))
         return {window: self._mask(window) for window in ordered}
 
