@@ -43,13 +43,23 @@ def installed() -> Path:
 
 
 def fingerprint(file: Path) -> str:
-    """Of what a file does: its syntax tree without docstrings."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    """Of what a file does: its lines without docstrings, blank lines and those of comments.
+
+    Not of the syntax tree, whose dump differs between Python versions.
+    """
+    text = file.read_text(encoding="utf-8")
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+            first = node.body[0]
+            docstrings.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    kept = (
+        line.rstrip()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if number not in docstrings and line.strip() and not line.lstrip().startswith("#")
+    )
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 
 def fingerprints() -> dict[str, str]:

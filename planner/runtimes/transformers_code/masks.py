@@ -13,7 +13,6 @@ from planner.runtimes.transformers_code.positions import PositionWriter
 from planner.runtimes.transformers_code.regime import window_of
 from planner.runtimes.writer import BOOL, INT64
 
-
 FULL_MASKS = frozenset(("exaone4", "qwen2", "qwen3", "smollm3"))
 """Types that make the mask of full layers though there be none."""
 
