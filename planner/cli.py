@@ -6,7 +6,7 @@ The one file of planner that reaches for the measuring side, and only inside tho
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,14 +49,15 @@ from planner.cli_options import (
     Train,
     WeightDtype,
 )
-from planner.cli_output import console, exit_unless, show, show_table
+from planner.cli_output import exit_unless, refuse, show, show_table
+from planner.cli_profile import compare_command, profile_command
 from planner.cli_report import report_command
 from planner.cli_schema import schema_command
 from planner.cli_sweep import diff_command, sweep_command
 from planner.cli_trace import trace_command
 from planner.errors import ConfigError
 from planner.estimate import estimate
-from planner.format import gib, percent, seconds
+from planner.format import gib
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
@@ -198,87 +199,9 @@ app.command("diff")(diff_command)
 app.command("report")(report_command)
 app.command("schema")(schema_command)
 app.command("trace")(trace_command)
+app.command("profile")(profile_command)
+app.command("compare")(compare_command)
 app.command("explain-log")(explain_log_command)
-
-
-@app.command("profile")
-def profile_command(
-    model: ModelName,
-    batch: Batch = 1,
-    prompt: Prompt = 512,
-    output: Output = 32,
-    device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
-    runtime: RuntimeName = "attnlab",
-    dtype: Dtype = None,
-    attention: Attention = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each pass.")] = 5,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Records, appended.")] = Path(
-        "measurements/records.jsonl"
-    ),
-    as_json: AsJson = False,
-) -> None:
-    """Run prefill, decode and generation for real; append what was seen to a record file."""
-    from profiles.compare import compare  # noqa: TID251
-    from profiles.runner import profile  # noqa: TID251
-
-    described = load_model(model)
-    options: dict[str, Any] = {
-        "batch": batch,
-        "prompt_tokens": prompt,
-        "output_tokens": output,
-        "device": device,
-        "runtime": runtime,
-        "dtype": dtype,
-        "attention": attention,
-        "repeats": repeats,
-        "out": out,
-    }
-    if as_json:
-        records = profile(described, **options)
-    else:
-        records = _with_progress(lambda report: profile(described, on_progress=report, **options))
-    rows = compare(records, on_problem=_warn)
-    if as_json:
-        show({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
-    else:
-        _print_comparison(rows)
-        show(f"{len(records)} records appended to {out}")
-    exit_unless(all(record.status == "ok" for record in records))
-
-
-@app.command("compare")
-def compare_command(
-    files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Record files; else all found.")
-    ] = None,
-    traced: Annotated[
-        bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
-    ] = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-) -> None:
-    """Predicted beside measured, with signed errors, for every stored record."""
-    from profiles.compare import compare, summary, to_frame  # noqa: TID251
-    from profiles.records import default_paths, load  # noqa: TID251
-
-    for file in files or ():
-        if not file.is_file():
-            raise ConfigError(f"{file} is not a record file: no such file")
-    records, problems = load(files or default_paths())
-    for problem in problems:
-        _warn(problem)
-    rows = compare(records, traced=traced, on_problem=_warn)
-    if csv is not None:
-        write_csv(to_frame(rows), csv)
-    if as_json:
-        parts: dict[str, Sequence[Any]] = {"rows": rows, "summary": summary(rows)}
-        show({name: [asdict(row) for row in part] for name, part in parts.items()})
-    elif rows:
-        _print_comparison(rows)
-    elif files and problems:
-        raise typer.Exit(2)
-    else:
-        show("No measurements yet. Make some: planner profile llama-50m --device cpu")
 
 
 @app.command("app")
@@ -304,26 +227,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except ConfigError as error:
-        code = _refuse(str(error))
+        code = refuse(str(error))
     except typer.Abort:
-        code = _refuse("interrupted")
+        code = refuse("interrupted")
     except _WRONG_USAGE as error:
         message = error.format_message()  # empty where the help was asked for by saying nothing
-        code = _refuse(message) if message else 0
+        code = refuse(message) if message else 0
     except KeyboardInterrupt:
-        code = _refuse("interrupted; what was measured before is kept")
+        code = refuse("interrupted; what was measured before is kept")
     except BrokenPipeError:
         code = 0
     raise SystemExit(code or 0)
-
-
-def _refuse(message: str) -> int:
-    _warn(" ".join(message.split()))
-    return 2
-
-
-def _warn(message: str) -> None:
-    print(f"planner: {message}", file=sys.stderr)
 
 
 def _print_traced(model: str, *, as_json: bool, csv: Path | None) -> None:
@@ -380,53 +294,6 @@ def _print_files(source: str, *, as_json: bool, csv: Path | None) -> None:
         if not findings:
             show("The files hold what the config says.")
     exit_unless(all(finding.severity != "error" for finding in findings))
-
-
-def _print_comparison(rows: Sequence[Any]) -> None:
-    from rich.table import Table
-
-    view = Table(title="Predicted beside measured", title_justify="left")
-    for column in ("device", "model", "phase", "quantity"):
-        view.add_column(column)
-    traced = ["traced"] * any(row.traced is not None for row in rows)
-    for column in ("predicted", *traced, "measured", "error"):
-        view.add_column(column, justify="right")
-    for row in rows:
-        show = gib if row.quantity.endswith("_bytes") else seconds
-        view.add_row(
-            row.device,
-            row.model,
-            row.phase,
-            row.quantity,
-            "not predicted" if row.predicted is None else show(row.predicted),
-            *("" if row.traced is None else show(row.traced) for _ in traced),
-            show(row.measured),
-            _error(row.relative_error),
-        )
-    console().print(view)
-
-
-def _error(relative_error: float | None) -> str:
-    if relative_error is None:
-        return ""
-    return "exact" if relative_error == 0 else percent(relative_error)
-
-
-def _with_progress(run: Callable[[Any], Any]) -> Any:
-    """Run with a bar: `report(done, total, label)` moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    with Progress(*columns, transient=True, console=console, disable=hidden) as progress:
-        task = progress.add_task("building", total=None)
-
-        def report(done: int, total: int, label: str) -> None:
-            progress.update(task, completed=done, total=total, description=label)
-
-        return run(report)
 
 
 if __name__ == "__main__":

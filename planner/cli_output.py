@@ -42,3 +42,14 @@ def show_table(table: pd.DataFrame, *, title: str) -> None:
     for row in table.itertuples(index=False):
         view.add_row(*("" if str(cell) == "<NA>" else str(cell) for cell in row))
     console().print(view)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"planner: {message}", file=sys.stderr)
+
+
+def refuse(message: str) -> int:
+    """Bad input: one line on stderr and the exit code that stands for it."""
+    warn(" ".join(message.split()))
+    return 2

@@ -7,9 +7,9 @@ So an old record is always set against today's planner.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import planner
 from planner import ConfigError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 QUANTITIES = (
     "weights_bytes",
     "kv_cache_bytes",
+    "gradients_bytes",
+    "optimizer_bytes",
     "peak_live_bytes",
     "peak_allocated_bytes",
     "peak_reserved_bytes",
@@ -125,13 +127,15 @@ def measured(record: Record) -> dict[str, float]:
     values: dict[str, float | None] = {
         "weights_bytes": record.weights_bytes,
         "kv_cache_bytes": record.kv_cache_bytes,
+        "gradients_bytes": record.gradients_bytes,
+        "optimizer_bytes": record.optimizer_bytes,
         "peak_live_bytes": record.peak_live_bytes,
         "peak_allocated_bytes": record.peak_allocated_bytes,
         "peak_reserved_bytes": record.peak_reserved_bytes,
         "device_used_bytes": None if used is None else used - others,
         "ttft_s": record.median_ttft_s,
         "tpot_s": record.median_tpot_s,
-        "step_s": record.median_step_s if record.phase == "decode" else None,
+        "step_s": record.median_step_s if record.phase in ("decode", "training") else None,
     }
     return {quantity: value for quantity, value in values.items() if value is not None}
 
@@ -143,13 +147,15 @@ def predicted(record: Record) -> dict[str, float | None]:
     return {
         "weights_bytes": memory.weights_bytes,
         "kv_cache_bytes": memory.kv_cache_bytes,
+        "gradients_bytes": memory.gradients_bytes,
+        "optimizer_bytes": memory.optimizer_bytes,
         "peak_live_bytes": memory.peak_live_bytes,
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "device_used_bytes": memory.device_used_bytes,
         "ttft_s": latency.ttft_s,
         "tpot_s": latency.tpot_s,
-        "step_s": latency.tpot_s,
+        "step_s": None if record.phase == "training" else latency.tpot_s,
     }
 
 
@@ -157,21 +163,32 @@ def estimate_of(record: Record) -> planner.Estimate:
     """The estimate of a record's work on its device; ConfigError where the planner refuses it."""
     if record.environment.gpu is None:
         raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
-    work = planner.Inference(
-        batch=record.batch,
-        prompt_tokens=record.prompt_tokens,
-        output_tokens=record.output_tokens,
-        logits=record.logits,
-    )
+    work: planner.Inference | planner.Training
+    if record.step is not None:
+        work = _training(record, record.step)
+    else:
+        work = planner.Inference(
+            batch=record.batch,
+            prompt_tokens=record.prompt_tokens,
+            output_tokens=record.output_tokens,
+            logits=record.logits,
+        )
     deploy = planner.Deployment(
         gpu=record.environment.gpu,
         runtime=record.runtime,
         attention=record.attention.split(":")[0] if record.attention else None,
         dtype=record.dtype,
-        kv_dtype=record.kv_dtype,
+        kv_dtype=None if record.step is not None else record.kv_dtype,
         mode=record.mode,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)
+
+
+def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:
+    known = {field.name for field in fields(planner.Training)}
+    if unknown := sorted(step.keys() - known):
+        raise ConfigError(f"step.{unknown[0]} is not known: this planner has no such field")
+    return planner.Training(batch=record.batch, sequence_tokens=record.prompt_tokens, **dict(step))
 
 
 def summary(rows: Iterable[Row]) -> list[Summary]:

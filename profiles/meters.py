@@ -141,7 +141,11 @@ def cuda_peaks(device: torch.device) -> CudaPeaks:
 
 @dataclass(kw_only=True)
 class Stopwatch:
-    """Times steps on a device; the queue is empty before each reading of the clock."""
+    """Times steps on a device; the queue is empty before a step begins.
+
+    CUDA: events before and after, so a step lasts from the moment its first kernel could run to the
+    end of its last one, the host's work in between included; elsewhere the clock.
+    """
 
     device: torch.device
     samples_s: list[float] = field(default_factory=list)
@@ -150,14 +154,18 @@ class Stopwatch:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time the block and keep the sample; a block that raises leaves none."""
-        started = self._now()
+        if self.device.type != "cuda":
+            started = self.clock()
+            yield
+            self.samples_s.append(self.clock() - started)
+            return
+        torch.cuda.synchronize(self.device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
         yield
-        self.samples_s.append(self._now() - started)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.clock()
+        end.record()
+        end.synchronize()
+        self.samples_s.append(begin.elapsed_time(end) / 1e3)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -23,9 +23,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from planner import ConfigError
 from planner.errors import check_choice, check_size, shown
 
-SCHEMA = 1
+SCHEMA = 2
+KNOWN_SCHEMAS = (1, 2)
+"""2 added the phase "training" and what belongs to it; a record of 1 is read as it is."""
 
-PHASES = ("prefill", "decode", "generation")
+READS = " and ".join(map(str, KNOWN_SCHEMAS))
+
+PHASES = ("prefill", "decode", "generation", "training")
 SPLITS = ("calibration", "held-out")
 
 DATA = Path(__file__).parent / "data"
@@ -67,6 +71,7 @@ class Record:
                   context_tokens = prompt_tokens + output_tokens − 1. Its memory belongs to the
                   generation of the same shape and stays None, weights and cache apart.
     `generation`  prefill and output_tokens − 1 decode steps, as a caller waits for them.
+    `training`    steps over batch × prompt_tokens, labels given: what `step` says of them.
 
     Raw samples are kept, statistics are derived. Unknown is None.
     """
@@ -80,7 +85,7 @@ class Record:
     runtime: str
     runtime_version: str | None
     attention: str | None  # what was asked for and what ran: "naive", "sdpa:flash"
-    phase: Literal["prefill", "decode", "generation"]
+    phase: Literal["prefill", "decode", "generation", "training"]
     batch: int
     prompt_tokens: int
     output_tokens: int
@@ -92,14 +97,18 @@ class Record:
     schema: int = SCHEMA
     suite: str | None = None
     split: Literal["calibration", "held-out"] | None = None
+    point: str | None = None  # the name that the point has in its suite
+    step: Mapping[str, Any] | None = None  # training: planner.Training's fields beside the sizes
     context_tokens: int | None = None  # KV length at the last decode step; None for prefill
     # time, device-synchronised
     warmup_steps: int | None = None  # passes (decode: steps) before the first timed one
-    step_s: tuple[float, ...] = ()  # prefill: every pass; decode and generation: every decode step
+    step_s: tuple[float, ...] = ()  # prefill, training: every pass; else every decode step
     ttft_s: tuple[float, ...] = ()  # generation: the first token of every repeat
     # memory
     weights_bytes: int | None = None  # parameters (tied once) and buffers, from the live module
     kv_cache_bytes: int | None = None  # from the live cache tensors at the end of the pass
+    gradients_bytes: int | None = None  # training: of the live `.grad`s before the optimizer
+    optimizer_bytes: int | None = None  # training: of the optimizer's live states
     peak_live_bytes: int | None = None  # weights + peak of storages created by the pass
     peak_op: str | None = None  # the op that reached it
     peak_allocated_bytes: int | None = None  # torch: blocks in use
@@ -111,10 +120,11 @@ class Record:
     device_reserve_bytes: int | None = None  # NVML: the driver's own, in none of the three above
     energy_j: float | None = None  # over the timed passes, where they took ≥ 1 s
     throttle_reasons: tuple[str, ...] | None = None
+    series: Mapping[str, Any] | None = None  # NVML over one pass, as profiles/sampler.py writes it
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA:
-            raise ConfigError(f"schema={shown(self.schema)} is not known: this reads {SCHEMA}")
+        if self.schema not in KNOWN_SCHEMAS:
+            raise ConfigError(f"schema={shown(self.schema)} is not known: this reads {READS}")
         check_choice("phase", self.phase, PHASES)
         check_choice("logits", self.logits, ("last", "all"))
         check_choice("mode", self.mode, ("eager", "graph"))
@@ -181,9 +191,9 @@ def from_json(line: str) -> Record:
         raise ConfigError(f"not a record: {shown(content)} is no JSON object")
     if "schema" not in content:
         raise ConfigError("field schema is missing")
-    if content["schema"] != SCHEMA:
+    if content["schema"] not in KNOWN_SCHEMAS:
         raise UnknownSchemaError(
-            f"schema={shown(content['schema'])} is not known: this version reads {SCHEMA}"
+            f"schema={shown(content['schema'])} is not known: this version reads {READS}"
         )
     return Record(**_arguments(Record, content, where=""))
 
@@ -269,7 +279,7 @@ def _arguments(kind: type, content: dict[str, Any], *, where: str) -> dict[str, 
     """A record type's constructor arguments out of JSON, each checked against its annotation."""
     required, hints = _fields_of(kind)
     if extra := sorted(content.keys() - hints.keys()):
-        raise ConfigError(f"unknown field {where}{extra[0]}: schema {SCHEMA} has no such field")
+        raise ConfigError(f"unknown field {where}{extra[0]}: the schema has no such field")
     if missing := [name for name in required if name not in content]:
         raise ConfigError(f"field {where}{missing[0]} is missing")
     return {name: _value(hints[name], value, where + name) for name, value in content.items()}

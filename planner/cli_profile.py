@@ -1,0 +1,235 @@
+"""`planner profile` and `planner compare`: measure, and hold against it. Reach for profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli_options import AsJson, Attention, Batch, CsvFile, Dtype, Output, Prompt
+from planner.cli_output import console, exit_unless, show, warn
+from planner.errors import ConfigError, shown
+from planner.format import gib, percent, seconds
+from planner.loading import load_model
+from planner.report import write_csv
+
+if TYPE_CHECKING:
+    from profiles.suite_run import Progress, Run  # noqa: TID251
+
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration_s(text: str) -> float:
+    """Seconds of "540s", "9m", "1.5h" or a plain number; ConfigError else."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS_S else (text, "s")
+    try:
+        value = float(number) * UNITS_S[unit]
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e7:
+        raise ConfigError(f"budget={shown(text)} is not allowed: a time such as 540s, 9m or 1.5h")
+    return value
+
+
+def profile_command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; none with --suite.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="A named list of points: smoke, inference, training, …"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Of a suite: begin nothing after 540s, 9m.")
+    ] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Of a suite: only what the file does not have yet.")
+    ] = False,
+    batch: Batch = 1,
+    prompt: Prompt = 512,
+    output: Output = 32,
+    device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
+    runtime: Annotated[str, typer.Option("--runtime", help="attnlab or transformers.")] = "attnlab",
+    dtype: Dtype = None,
+    attention: Attention = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each pass.")] = 5,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Records, appended.")] = Path(
+        "measurements/records.jsonl"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Run a model, or a suite of them, for real; append what was seen to a record file.
+
+    A model: prefill, decode and generation, here and now. A suite: each point in a process of its
+    own, the most valuable first. Exit 1 where something ended in an error.
+    """
+    if suite is not None:
+        if model is not None:
+            raise ConfigError(f"MODEL={shown(model)} is not allowed with --suite: it has its own")
+        _suite(suite, device=device, budget=budget, missing=missing, out=out, as_json=as_json)
+        return
+    if model is None:
+        raise ConfigError("MODEL is missing: a model as elsewhere, or --suite NAME")
+    for name, value in (("--budget", budget), ("--missing", missing or None)):
+        if value is not None:
+            raise ConfigError(f"{name} is not allowed without --suite")
+    options: dict[str, Any] = {
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "output_tokens": output,
+        "device": device,
+        "runtime": runtime,
+        "dtype": dtype,
+        "attention": attention,
+        "repeats": repeats,
+        "out": out,
+    }
+    from profiles.compare import compare  # noqa: TID251
+    from profiles.runner import profile  # noqa: TID251
+
+    described = load_model(model)
+    if as_json:
+        records = profile(described, **options)
+    else:
+        records = _with_progress(lambda report: profile(described, on_progress=report, **options))
+    rows = compare(records, on_problem=warn)
+    if as_json:
+        show({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
+    else:
+        _print_comparison(rows)
+        show(f"{len(records)} records appended to {out}")
+    exit_unless(all(record.status == "ok" for record in records))
+
+
+def compare_command(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Record files; else all found.")
+    ] = None,
+    traced: Annotated[
+        bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
+    ] = False,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+) -> None:
+    """Predicted beside measured, with signed errors, for every stored record."""
+    from profiles.compare import compare, summary, to_frame  # noqa: TID251
+    from profiles.records import default_paths, load  # noqa: TID251
+
+    for file in files or ():
+        if not file.is_file():
+            raise ConfigError(f"{file} is not a record file: no such file")
+    records, problems = load(files or default_paths())
+    for problem in problems:
+        warn(problem)
+    rows = compare(records, traced=traced, on_problem=warn)
+    if csv is not None:
+        write_csv(to_frame(rows), csv)
+    if as_json:
+        parts: dict[str, Sequence[Any]] = {"rows": rows, "summary": summary(rows)}
+        show({name: [asdict(row) for row in part] for name, part in parts.items()})
+    elif rows:
+        _print_comparison(rows)
+    elif files and problems:
+        raise typer.Exit(2)
+    else:
+        show("No measurements yet. Make some: planner profile llama-50m --device cpu")
+
+
+def _suite(
+    name: str, *, device: str, budget: str | None, missing: bool, out: Path, as_json: bool
+) -> None:
+    from profiles.compare import compare  # noqa: TID251
+    from profiles.suite_run import run_suite  # noqa: TID251
+
+    run: Run = run_suite(
+        name,
+        device=device,
+        out=out,
+        budget_s=None if budget is None else duration_s(budget),
+        only_missing=missing,
+        on_progress=_tell,
+    )
+    rows = compare(run.records, on_problem=lambda problem: None)
+    if as_json:
+        show(
+            {
+                "records": [record.id for record in run.records],
+                "skipped": list(run.skipped),
+                "rows": [asdict(row) for row in rows],
+            }
+        )
+    else:
+        if rows:
+            _print_comparison(rows)
+        for reason in run.skipped:
+            show(f"not measured: {reason}")
+        bad = [record for record in run.records if record.status != "ok"]
+        for record in bad:
+            show(f"{record.point}: {record.status}")
+        show(f"{len(run.records)} records appended to {out}, {len(bad)} of them not ok")
+    exit_unless(all(not record.status.startswith("error") for record in run.records))
+
+
+def _tell(progress: Progress) -> None:
+    """A line for each point that ended: piped into a file it is a log."""
+    from rich.console import Console
+
+    record = progress.record
+    if record is None:
+        return
+    eta = "" if progress.eta_s is None else f", {progress.eta_s:4.0f} s to go"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"{progress.done:3d} of {progress.total} after {progress.elapsed_s:4.0f} s{eta}  "
+        f"{record.status[:60]:6} {progress.what}",
+        markup=False,
+    )
+
+
+def _print_comparison(rows: Sequence[Any]) -> None:
+    from rich.table import Table
+
+    view = Table(title="Predicted beside measured", title_justify="left")
+    for column in ("device", "model", "phase", "quantity"):
+        view.add_column(column)
+    traced = ["traced"] * any(row.traced is not None for row in rows)
+    for column in ("predicted", *traced, "measured", "error"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        show = gib if row.quantity.endswith("_bytes") else seconds
+        view.add_row(
+            row.device,
+            row.model,
+            row.phase,
+            row.quantity,
+            "not predicted" if row.predicted is None else show(row.predicted),
+            *("" if row.traced is None else show(row.traced) for _ in traced),
+            show(row.measured),
+            _error(row.relative_error),
+        )
+    console().print(view)
+
+
+def _error(relative_error: float | None) -> str:
+    if relative_error is None:
+        return ""
+    return "exact" if relative_error == 0 else percent(relative_error)
+
+
+def _with_progress(run: Callable[[Any], Any]) -> Any:
+    """Run with a bar: `report(done, total, label)` moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, transient=True, console=console, disable=hidden) as progress:
+        task = progress.add_task("building", total=None)
+
+        def report(done: int, total: int, label: str) -> None:
+            progress.update(task, completed=done, total=total, description=label)
+
+        return run(report)

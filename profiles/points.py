@@ -1,0 +1,132 @@
+"""What is measured: one phase of one workload, how often it is run, in which suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from planner import ConfigError, Training
+from planner.errors import check_choice, check_size
+from profiles.records import PHASES
+
+GENERATIVE = tuple(phase for phase in PHASES if phase != "training")
+
+DecodePhase = Literal["prefill", "decode", "generation"]
+Logits = Literal["last", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One phase of inference to measure."""
+
+    phase: DecodePhase
+    batch: int
+    prompt_tokens: int
+    output_tokens: int = 1
+    logits: Logits = "last"
+    repeats: int = 5
+    warmup: int = 2
+
+    @property
+    def context_tokens(self) -> int:
+        """KV length at the end: the last token is put out and never cached."""
+        return self.prompt_tokens + self.output_tokens - 1
+
+    @property
+    def passes(self) -> int:
+        """Timed passes. A decode pass has many steps: as many passes as `repeats` steps need."""
+        if self.phase == "decode":
+            return math.ceil(self.repeats / (self.output_tokens - 1))
+        return self.repeats
+
+    @property
+    def sizes(self) -> str:
+        """For people: "prefill 1 × 4096", "generation 8 × 512 + 32"."""
+        output = f" + {self.output_tokens}" if self.output_tokens > 1 else ""
+        logits = " all logits" if self.logits == "all" else ""
+        return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPoint:
+    """A training step to measure: the first `warmup` steps are not timed, at least one of them."""
+
+    work: Training
+    repeats: int = 5
+    warmup: int = 2
+
+    @property
+    def sizes(self) -> str:
+        """For people: "training 4 × 1024 adamw foreach, checkpointing full"."""
+        work = self.work
+        optimizer = "no optimizer"
+        if work.optimizer is not None:
+            optimizer = f"{work.optimizer} {work.optimizer_impl}"
+        method = "" if work.method == "full" else f" {work.method}"
+        precision = "" if work.precision == "pure" else f" {work.precision}"
+        return (
+            f"training {work.batch} × {work.sequence_tokens}{method} {optimizer}{precision}, "
+            f"checkpointing {work.checkpointing}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SuitePoint:
+    """A point of a suite: the model it is run on, in what, and on which side of the split."""
+
+    model: str
+    run: Point | TrainingPoint
+    split: Literal["calibration", "held-out"]
+    runtime: str = "transformers"
+    attention: str | None = None
+    dtype: str | None = None
+    series: bool = False  # keep NVML's time series of one pass
+    history: bool = False  # keep the allocator's history
+
+    @property
+    def name(self) -> str:
+        """Unique in its suite, the same in every run of it."""
+        how = " ".join(part for part in (self.runtime, self.attention, self.dtype) if part)
+        return f"{self.model} {how} {self.run.sizes}"
+
+
+def inference_points(
+    phases: Iterable[str],
+    *,
+    batch: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    logits: Logits,
+    repeats: int,
+    warmup: int,
+) -> list[Point]:
+    """A point for each phase; with one output token there is nothing to decode."""
+    sizes = {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "repeats": repeats,
+    }
+    for name, value in sizes.items():
+        check_size(name, value)
+    check_size("warmup", warmup, minimum=0)
+    check_choice("logits", logits, ("last", "all"))
+    asked = [check_choice("phases", phase, GENERATIVE) for phase in phases]
+    if output_tokens == 1:
+        asked = [phase for phase in asked if phase != "decode"]
+    if not asked:
+        raise ConfigError("phases has nothing to measure: decode needs output_tokens of 2 or more")
+    return [
+        Point(
+            phase=phase,  # type: ignore[arg-type]
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            output_tokens=1 if phase == "prefill" else output_tokens,
+            logits=logits,
+            repeats=repeats,
+            warmup=warmup,
+        )
+        for phase in asked
+    ]

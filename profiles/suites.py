@@ -1,0 +1,177 @@
+"""The named suites: lists of points, the most valuable first, each with its side of the split.
+
+The split is fixed here, before anything is measured: what a constant may be fitted on is
+calibration, a few shapes of two models; every other model and every other shape is held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from planner import ConfigError, Training
+from planner.errors import check_choice
+from profiles.points import Logits, Point, SuitePoint, TrainingPoint
+
+CALIBRATION = frozenset(
+    (
+        ("llama-3.1-8b", "prefill 1 × 1024"),
+        ("llama-3.1-8b", "generation 8 × 1024 + 16"),
+        ("gpt2", "training 8 × 512 adamw foreach, checkpointing none"),
+    )
+)
+"""(model, sizes) of the points that constants may be fitted on, in every runtime and dtype."""
+
+
+def suite_points(name: str) -> tuple[SuitePoint, ...]:
+    """The points of a suite in the order in which they are run; ConfigError for another name."""
+    points = tuple(SUITES[check_choice("suite", name, SUITES)]())
+    names = [point.name for point in points]
+    if len(set(names)) != len(names):  # a bug of ours
+        raise ConfigError(f"suite={name}: two points have one name")
+    return points
+
+
+def _point(
+    model: str,
+    run: Point | TrainingPoint,
+    *,
+    runtime: str = "transformers",
+    attention: str | None = None,
+    dtype: str | None = None,
+    series: bool = False,
+    history: bool = False,
+) -> SuitePoint:
+    split: Literal["calibration", "held-out"]
+    split = "calibration" if (model, run.sizes) in CALIBRATION else "held-out"
+    return SuitePoint(
+        model=model,
+        run=run,
+        split=split,
+        runtime=runtime,
+        attention=attention,
+        dtype=dtype,
+        series=series,
+        history=history,
+    )
+
+
+def _prefill(batch: int, tokens: int, *, logits: Logits = "last", repeats: int = 5) -> Point:
+    return Point(phase="prefill", batch=batch, prompt_tokens=tokens, logits=logits, repeats=repeats)
+
+
+def _generation(batch: int, prompt: int, output: int, *, repeats: int = 3) -> Point:
+    return Point(
+        phase="generation",
+        batch=batch,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        repeats=repeats,
+        warmup=1,
+    )
+
+
+def _step(batch: int, tokens: int, **how: Any) -> TrainingPoint:
+    return TrainingPoint(work=Training(batch=batch, sequence_tokens=tokens, **how), repeats=3)
+
+
+def _smoke() -> Iterator[SuitePoint]:
+    """Every kind of point once, on any machine, in less than a minute."""
+    short = {"repeats": 2, "warmup": 1}
+    generation = Point(
+        phase="generation",
+        batch=2,
+        prompt_tokens=64,
+        output_tokens=4,
+        **short,  # type: ignore[arg-type]
+    )
+    step = TrainingPoint(work=Training(batch=2, sequence_tokens=64), **short)
+    for runtime in ("attnlab", "transformers"):
+        yield _point("llama-50m", generation, runtime=runtime)
+        yield _point("llama-50m", step, runtime=runtime, dtype="bf16")
+
+
+LARGE = ("llama-3.1-8b", "qwen2.5-7b", "gemma-2-9b", "mistral-7b-v0.1")
+OTHERS = ("gpt2", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "olmo2-7b", "phi-2", "pythia-6.9b")
+
+
+def _inference() -> Iterator[SuitePoint]:
+    """Real shapes in transformers and in our own transformer, widely spread from the first on."""
+    yield _point("llama-3.1-8b", _prefill(1, 1024), series=True)
+    yield _point("llama-3.1-8b", _generation(8, 1024, 16), series=True)
+    for model in (*LARGE[1:], *OTHERS):
+        yield _point(model, _generation(4, 512, 16), series=model == LARGE[1])
+    for model in LARGE:
+        yield _point(model, _prefill(1, 4096))
+    for model in ("llama-3.1-8b", "gpt2", "qwen2.5-7b", "mistral-7b-v0.1"):
+        yield _point(model, _generation(8, 512, 32), runtime="attnlab")
+    for model in OTHERS:
+        yield _point(model, _prefill(2, 1024 if model == "gpt2" else 2048))
+    yield _point("llama-3.1-8b", _generation(1, 128, 64))
+    yield _point("llama-3.1-8b", _generation(64, 256, 16))
+    yield _point("llama-3.1-8b", _prefill(1, 32768, repeats=2))
+    yield _point("mistral-7b-v0.1", _generation(1, 8192, 8))
+    yield _point("gemma-2-9b", _generation(2, 6000, 8))
+    yield _point("qwen2.5-7b", _prefill(8, 2048, logits="all"))
+    yield _point("llama-3.1-8b", _prefill(1, 4096), attention="eager")
+    yield _point("llama-3.1-8b", _prefill(1, 4096), runtime="attnlab")
+    yield _point("qwen2.5-7b", _generation(128, 128, 16))
+    yield _point("qwen1.5-moe-a2.7b", _generation(32, 256, 16))
+    yield _point("deepseek-v2-lite", _generation(16, 1024, 8))
+    yield _point("olmo2-7b", _generation(32, 512, 8))
+    yield _point("phi-2", _generation(32, 256, 16))
+    yield _point("pythia-6.9b", _generation(16, 512, 16))
+    yield _point("gpt2", _generation(128, 256, 64))
+    yield _point("gpt2", _prefill(16, 1024, logits="all"), dtype="bf16")
+    yield _point("qwen3-4b", _generation(8, 1024, 16))
+    yield _point("starcoder2-3b", _generation(8, 1024, 16))
+    yield _point("gemma-3-1b", _generation(8, 2048, 16))
+    yield _point("qwen2.5-0.5b", _generation(64, 1024, 16))
+    yield _point("llama-3.2-1b", _prefill(32, 1024))
+    yield _point("qwen2.5-14b", _generation(8, 1024, 16))
+    yield _point("qwen3-30b-a3b", _generation(4, 512, 8))
+
+
+def _training() -> Iterator[SuitePoint]:
+    """Full steps, checkpointed ones, other optimizers and dtypes; LoRA."""
+    yield _point("llama-3.2-1b", _step(2, 2048), series=True)
+    yield _point("gpt2", _step(8, 512))
+    yield _point("qwen2.5-1.5b", _step(2, 2048, checkpointing="full"))
+    yield _point("llama-3.1-8b", _step(1, 4096, checkpointing="full"))
+    yield _point("llama-3.2-1b", _step(2, 1024), runtime="attnlab")
+    yield _point("llama-3.1-8b", _step(1, 2048, checkpointing="full", method="lora"))
+    yield _point("gemma-2-2b", _step(1, 2048))
+    yield _point("pythia-1.4b", _step(4, 1024, optimizer_impl="fused"))
+    yield _point("llama-3.1-8b", _step(1, 4096))
+    yield _point("gpt2", _step(16, 1024), dtype="bf16")
+    yield _point("gpt2", _step(16, 1024, checkpointing="full"))
+    yield _point("qwen3-0.6b", _step(4, 2048))
+    yield _point("llama-3.2-1b", _step(4, 2048, precision="autocast"), dtype="fp32")
+    yield _point("qwen2.5-7b", _step(2, 1024, checkpointing="full", method="lora"))
+    yield _point("llama-3.2-3b", _step(1, 2048, optimizer="sgd"))
+    yield _point("phi-2", _step(2, 1024, optimizer=None))
+    yield _point("olmo2-7b", _step(1, 2048, checkpointing="full", optimizer_impl="for-loop"))
+    yield _point("mistral-7b-v0.1", _step(1, 4096, checkpointing="full"))
+    yield _point("llama-3.2-1b", _step(2, 1024), attention="eager")
+    yield _point("llama-50m", _step(8, 1024, checkpointing="full"), runtime="attnlab")
+
+
+def _allocator() -> Iterator[SuitePoint]:
+    """Whole histories of the caching allocator, for the simulator to be held against."""
+    yield _point("llama-3.2-1b", _generation(4, 512, 16, repeats=1), history=True)
+    yield _point("llama-3.2-1b", _step(2, 1024), history=True)
+    yield _point("gemma-3-1b", _generation(2, 1024, 12, repeats=1), history=True)
+    yield _point("gpt2", _step(8, 512, checkpointing="full"), history=True)
+    yield _point("llama-3.1-8b", _prefill(1, 4096, repeats=1), history=True)
+    yield _point("qwen1.5-moe-a2.7b", _generation(2, 256, 6, repeats=1), history=True)
+    yield _point(
+        "llama-3.2-1b", _generation(4, 512, 16, repeats=1), runtime="attnlab", history=True
+    )
+
+
+SUITES = {
+    "smoke": _smoke,
+    "inference": _inference,
+    "training": _training,
+    "allocator": _allocator,
+}

@@ -1,0 +1,164 @@
+"""Training steps on a device: the same passes as a Bench makes, of forward, backward, optimizer."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner import ConfigError, Training
+from profiles.bench import Bench, attempt, random_ids
+from profiles.meters import LiveTensorMeter, Stopwatch, module_bytes, storage_bytes
+from profiles.points import TrainingPoint
+from profiles.workloads import AttnlabWorkload, Workload, attention_name
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+"""PEFT's arguments where a point says lora: every linear layer but the head."""
+
+
+class TrainingRun:
+    """A model in train mode and its optimizer: `step` is what a training loop repeats."""
+
+    def __init__(self, workload: Workload, work: Training, ids: Tensor) -> None:
+        self.work, self.workload, self.ids = work, workload, ids
+        self.module = workload.module.train()
+        self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
+        if work.method == "lora":
+            self.module = _with_lora(self.module)
+        elif work.method != "full":
+            raise ConfigError(f"method={work.method!r} is not measured: full, lora")
+        if work.checkpointing == "full" and not isinstance(workload, AttnlabWorkload):
+            hub: Any = workload.module
+            hub.activation_checkpointing_enable()
+            if work.method == "lora":
+                hub.enable_input_require_grads()
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(work, trained)
+
+    def step(self, on_gradients: Callable[[], None] = lambda: None) -> None:
+        """Forward, backward, optimizer; of the output only the loss is kept."""
+        with torch.autocast(
+            self.ids.device.type, torch.bfloat16, enabled=self.work.precision == "autocast"
+        ):
+            loss = self._forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        on_gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.module.zero_grad(set_to_none=True)
+
+    def gradients_bytes(self) -> int:
+        """What the live gradients hold."""
+        return storage_bytes(p.grad for p in self.module.parameters() if p.grad is not None)
+
+    def optimizer_bytes(self) -> int:
+        """The optimizer's states on the device."""
+        if self.optimizer is None:
+            return 0
+        states = (t for state in self.optimizer.state.values() for t in state.values())
+        where = self.ids.device.type
+        return storage_bytes(t for t in states if isinstance(t, Tensor) and t.device.type == where)
+
+    def _hub(self) -> Tensor:
+        loss: Tensor = self.module(self.ids, labels=self.ids, use_cache=False).loss
+        return loss
+
+    def _attnlab(self) -> Tensor:
+        from attnlab.training import next_token_loss
+
+        logits = self.module(self.ids, checkpointing=self.work.checkpointing)
+        return next_token_loss(logits, self.ids)
+
+
+class TrainingBench(Bench):
+    """A Bench for training points; `measure` takes the run in place of the workload."""
+
+    def train(self, workload: Workload, point: TrainingPoint, values: dict[str, Any]) -> str:
+        """Memory, then time, added to `values` as far as they came; how it ended."""
+        ids = random_ids(workload.vocab_size, point.work.batch, point.work.sequence_tokens)
+        run, status = attempt(lambda: TrainingRun(workload, point.work, ids.to(self.device)))
+        if run is None:
+            return status
+        steps = (self.step_peaks, self.step_memory, self.step_time)
+        for measurement in steps if self.on_cuda else steps[1:]:
+            found, status = attempt(partial(measurement, run, point))
+            values |= found or {}
+            run.module.zero_grad(set_to_none=True)
+            if self.on_cuda:
+                torch.cuda.empty_cache()
+            if status != "ok":
+                break
+        return status
+
+    def step_peaks(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
+        """Peaks over the first step, which makes the optimizer's states, and the second."""
+        with self.peaks() as seen:
+            for index in range(2 if run.optimizer is not None else 1):
+                self.mark(f"step {index + 1}")
+                run.step()
+            self.mark("end")
+            seen.take()
+        return seen.values
+
+    def step_memory(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
+        """Live tensors of a step of the steady state."""
+        if run.optimizer is not None and not run.optimizer.state:
+            run.step()
+        found: dict[str, Any] = {}
+
+        def note() -> None:
+            found["gradients_bytes"] = run.gradients_bytes()
+
+        gc.collect()
+        with LiveTensorMeter(device=self.device) as meter:
+            run.step(note)
+        weights, states = module_bytes(run.module), run.optimizer_bytes()
+        return found | {
+            "weights_bytes": weights,
+            "optimizer_bytes": states,
+            "attention": attention_name(run.workload.attention, [meter.take_ops()]),
+            "peak_live_bytes": weights + states + meter.peak_bytes,
+            "peak_op": meter.peak_op,
+        }
+
+    def step_time(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
+        """Every timed step, and the energy of them together."""
+        watch = Stopwatch(device=self.device)
+        for _ in range(point.warmup):
+            run.step()
+
+        def steps() -> None:
+            for _ in range(point.repeats):
+                with watch.step():
+                    run.step()
+
+        values = self.powered(steps)
+        return values | {"step_s": tuple(watch.samples_s), "warmup_steps": point.warmup}
+
+
+def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+    ways: dict[str, Any] = {
+        "foreach": work.optimizer_impl == "foreach",
+        "fused": work.optimizer_impl == "fused",
+    }
+    if work.optimizer is None:
+        return None
+    if work.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **ways)
+    return torch.optim.SGD(trained, **ways)
+
+
+def _with_lora(module: torch.nn.Module) -> torch.nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import peft
+    except ImportError:
+        raise ConfigError("method='lora' is measured with peft, which is not installed") from None
+    wrapped: torch.nn.Module = peft.get_peft_model(module, peft.LoraConfig(**LORA))
+    return wrapped
