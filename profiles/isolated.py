@@ -44,7 +44,7 @@ def run_isolated(
     sender.close()
     try:
         if not receiver.poll(timeout_s):
-            return Ended(problem=f"timed out after {timeout_s:.0f} s")
+            return Ended(problem=f"timed out after {timeout_s:g} s")
         answer, problem = receiver.recv()
         return Ended(answer=answer, problem=problem)
     except EOFError:

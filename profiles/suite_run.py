@@ -31,6 +31,9 @@ POINT_TIMEOUT_S = 180.0
 
 Report = Callable[["Progress"], None]
 
+Measure = Callable[[SuitePoint, str, str, int], Record]
+"""(point, suite, "cuda" or "cpu", torch's index of the device) → its record."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -66,12 +69,37 @@ def run_suite(
     point_timeout_s: float = POINT_TIMEOUT_S,
     on_progress: Report = lambda progress: None,
 ) -> Run:
-    """Measure the points of a suite; no point begins after the budget's end, none outlasts it.
+    """Measure the points of a suite, as `run_points` does; ConfigError for an unknown one."""
+    return run_points(
+        name,
+        suite_points(name),
+        device=device,
+        out=out,
+        budget_s=budget_s,
+        only_missing=only_missing,
+        point_timeout_s=point_timeout_s,
+        on_progress=on_progress,
+    )
 
-    Raises ConfigError for an unknown suite or device, for a file that cannot be written, and where
-    another profiler is at work on the device.
+
+def run_points(
+    name: str,
+    points: Sequence[SuitePoint],
+    *,
+    device: str = "auto",
+    out: Path | str = DEFAULT_OUT,
+    budget_s: float | None = None,
+    only_missing: bool = False,
+    point_timeout_s: float = POINT_TIMEOUT_S,
+    on_progress: Report = lambda progress: None,
+    measure: Measure | None = None,
+) -> Run:
+    """Measure points of suite `name`: none begins after the budget's end, none outlasts it.
+
+    `measure` is a module's function, called in a process of its own. Raises ConfigError for an
+    unknown device, for a file that cannot be written, and where another profiler is at work on the
+    device.
     """
-    points = suite_points(name)
     looked = run_isolated(look, (device,), timeout_s=POINT_TIMEOUT_S)
     if looked.problem is not None:
         raise ConfigError(looked.problem.removeprefix("ConfigError: "))
@@ -81,7 +109,9 @@ def run_suite(
     with ExitStack() as stack:
         for lane in lanes:
             stack.enter_context(_locked(lane.environment.device_uuid or kind))
-        work = _Work(name, kind, Path(out), budget_s, point_timeout_s, on_progress)
+        work = _Work(
+            name, kind, Path(out), budget_s, point_timeout_s, on_progress, measure or measured_point
+        )
         work.take(points, lanes, only_missing=only_missing)
         work.run(lanes)
     return Run(records=tuple(work.records), skipped=tuple(work.skipped))
@@ -107,7 +137,9 @@ class _Work:
         budget_s: float | None,
         point_timeout_s: float,
         on_progress: Report,
+        measure: Measure,
     ) -> None:
+        self._measure = measure
         self._suite, self._kind, self._out = suite, kind, out
         self._started_s, self._budget_s = time.monotonic(), budget_s
         self._point_timeout_s, self._report = point_timeout_s, on_progress
@@ -157,7 +189,7 @@ class _Work:
             self._tell(point.name)
             timeout_s = min(self._point_timeout_s, left_s)
             ended = run_isolated(
-                measured_point, (point, self._suite, self._kind, lane.index), timeout_s=timeout_s
+                self._measure, (point, self._suite, self._kind, lane.index), timeout_s=timeout_s
             )
             self._note(point, lane, ended)
 

@@ -6,8 +6,10 @@ import torch
 import planner
 from planner import ConfigError
 from profiles import environment, records, runner
+from profiles.bench import status_of
 from profiles.compare import compare
 from profiles.meters import LiveTensorMeter
+from profiles.points import GENERATIVE
 from profiles.runner import profile
 from profiles.workloads import AttnlabWorkload, attention_name, build
 
@@ -92,7 +94,7 @@ def test_every_timed_step_is_kept(measured):
 
 
 def test_a_record_says_what_ran(measured):
-    prefill, decode, generation = (measured[phase] for phase in records.PHASES)
+    prefill, decode, generation = (measured[phase] for phase in GENERATIVE)
     assert (prefill.output_tokens, prefill.context_tokens) == (1, None)
     assert (decode.output_tokens, decode.context_tokens) == (5, 20)
     assert generation.environment.device == generation.environment.gpu == "cpu"
@@ -217,7 +219,7 @@ def test_running_out_of_memory_becomes_a_record_by_that_name(llama, tmp_path, mo
     out = tmp_path / "r.jsonl"
     made = profile(llama, **WORK, device="cpu", phases=["prefill"], out=out)
     assert [r.status for r in made] == ["oom"]
-    assert runner._status(torch.OutOfMemoryError("CUDA out of memory.")) == "oom"
+    assert status_of(torch.OutOfMemoryError("CUDA out of memory.")) == "oom"
 
 
 def test_a_model_that_cannot_be_built_is_a_record_for_each_phase(llama, tmp_path, monkeypatch):
@@ -227,7 +229,7 @@ def test_a_model_that_cannot_be_built_is_a_record_for_each_phase(llama, tmp_path
     monkeypatch.setattr(runner, "build", fails)
     made = profile(llama, **WORK, device="cpu", out=tmp_path / "r.jsonl")
     assert [(r.phase, r.status) for r in made] == [
-        (phase, "error: TypeError: unbuildable") for phase in records.PHASES
+        (phase, "error: TypeError: unbuildable") for phase in GENERATIVE
     ]
 
 
