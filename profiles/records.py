@@ -207,8 +207,13 @@ def _open(path: Path) -> FileIO:
 
 
 def append(path: Path | str, record: Record) -> None:
-    """Add one line to the store: on disk when this returns, apart from a torn line before it."""
-    line = to_json(record).encode() + b"\n"
+    """Add a record to the store: on disk when this returns, apart from a torn line before it."""
+    append_line(path, to_json(record))
+
+
+def append_line(path: Path | str, text: str) -> None:
+    """Add one line to a file of JSON Lines: on disk when this returns."""
+    line = text.encode() + b"\n"
     with _open(Path(path)) as store:
         if store.seek(0, os.SEEK_END):
             store.seek(-1, os.SEEK_END)
