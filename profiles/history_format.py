@@ -44,8 +44,8 @@ def compact(
 ) -> dict[str, Any]:
     """One device's history out of torch.cuda.memory._snapshot(), as plain JSON values.
 
-    `about` is kept as it is: what ran, on what. An entry without a pool (torch before 2.12 does not
-    always say it) gets that of the segment it lies in, where the segment is still there at the end.
+    `about` is kept as it is: what ran, on what. An entry without a pool gets that of the segment it
+    lies in, where the segment is still there at the end: not every torch says it of each entry.
     ConfigError when something is freed that was there before the history began.
     """
     entries = [e for e in snapshot["device_traces"][device] if e["action"] in LETTERS]
@@ -110,7 +110,7 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """The compacted history as .json.gz; the same history gives the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False, default=str)
     path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
 
 

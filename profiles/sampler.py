@@ -62,7 +62,7 @@ class Series:
     started_utc: str
     interval_s: float
     duration_s: float
-    nvml_s: float  # spent inside the driver's calls, all samples together
+    nvml_s: float  # inside the driver's calls, all samples together, waits for the GIL included
     time_s: tuple[float, ...]
     used_bytes: tuple[int | None, ...]  # v2: the whole device, without the driver's reserve
     power_w: tuple[float | None, ...]
