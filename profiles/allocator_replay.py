@@ -1,15 +1,20 @@
 """Memory histories of real runs → events for the simulator, and what was really reserved.
 
-    torch.cuda.memory._record_memory_history()       # before the first tensor
-    ...                                              # the run
-    json.dump(torch.cuda.memory._snapshot(), file)   # one real run becomes a fixture for ever
+    with profiles.history.recorded() as history:     # before the first tensor
+        ...                                          # the run
+    history.write("run.json.gz")                     # one real run becomes a fixture for ever
+    compare(read_recording("run.json.gz")).first_difference    # None: equal reserved bytes
 
-Format: the docstring of torch.cuda.memory._snapshot (2.13). Pickled snapshots are not opened.
+Formats: the docstring of torch.cuda.memory._snapshot (2.13), as JSON, and history_format.py's, both
+also gzipped. Pickled snapshots are not opened.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
+from bisect import bisect_right, insort
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +33,7 @@ from planner.allocator import (
 from planner.allocator.settings import DEFAULTS
 from planner.allocator.simulate import Replay
 from planner.errors import ConfigError, shown
+from profiles import history_format
 
 TAKEN = ("segment_alloc", "segment_map")
 GIVEN_BACK = ("segment_free", "segment_unmap")
@@ -68,24 +74,34 @@ class ReplayComparison:
 
 
 def read_recording(path: str | Path, *, device: int = 0) -> Recording:
-    """The history of one device in a snapshot that was written as JSON; ConfigError else."""
+    """The history of one device in a file of JSON (gzipped: .gz) in either format."""
     try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raw = Path(path).read_bytes()
+        content = json.loads(gzip.decompress(raw) if Path(path).suffix == ".gz" else raw)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ConfigError(f"snapshot={shown(str(path))} cannot be read as JSON: {error}") from None
     return recording(content, device=device)
 
 
 def recording(snapshot: Mapping[str, Any], *, device: int = 0) -> Recording:
-    """The events of a snapshot's device_traces.
+    """The events of a snapshot's device_traces, or of one that history_format made compact.
 
     A run of segments given back becomes one EmptyCache: whether the program asked for it or the
     allocator had to, it returned all it could. Raises ConfigError for another format, and for a
     history that began after the first tensor (or whose beginning was overwritten).
     """
+    end_bytes = None
+    if history_format.is_compact(snapshot):  # of one device
+        end_bytes = snapshot.get("end_reserved_bytes")
+        snapshot, device = history_format.expand(snapshot), 0
     state = _Reader()
     for index, entry in enumerate(_entries(snapshot, device)):
         state.read(index, entry)
+    if end_bytes is not None and end_bytes != state.reserved_bytes:
+        raise ConfigError(
+            f"the history ends with {state.reserved_bytes} bytes reserved, the allocator had "
+            f"{end_bytes}: it is not complete"
+        )
     return Recording(
         events=tuple(state.events),
         reserved_bytes=tuple(state.after),
@@ -133,7 +149,9 @@ class _Reader:
         self.after: list[int] = []
         self.addresses: list[int | None] = []
         self.segments: list[tuple[int, int]] = []
+        self.reserved_bytes = 0
         self._ranges: dict[int, int] = {}  # of segments that are held: address → bytes
+        self._starts: list[int] = []  # their addresses, sorted
         self._live: dict[int, Hashable] = {}
         self._pool: tuple[int, ...] = SHARED
         self._giving_back = False
@@ -148,7 +166,7 @@ class _Reader:
             self._giving_back = False
         if action in TAKEN:
             address, size = _number(index, entry, "addr"), _number(index, entry, "size")
-            self._ranges[address] = size
+            self._hold(address, size)
             self.segments.append((address, size))
         elif action == "alloc":
             self._alloc(index, entry)
@@ -162,7 +180,7 @@ class _Reader:
 
     def _alloc(self, index: int, entry: Mapping[str, Any]) -> None:
         address = _number(index, entry, "addr")
-        if not any(start <= address < start + size for start, size in self._ranges.items()):
+        if not self._is_held(address):
             raise ConfigError(_begun_late(index, address))
         self._enter(tuple(entry.get("pool_id") or SHARED))
         name = (address, index)
@@ -187,25 +205,36 @@ class _Reader:
             if low >= high:
                 continue
             covered += high - low
-            del self._ranges[start]
+            self._drop(start)
             for left, right in ((start, low), (high, start + whole)):
                 if right > left:
-                    self._ranges[left] = right - left
+                    self._hold(left, right - left)
         if covered != size:
             raise ConfigError(_begun_late(index, address))
         if not self._giving_back:
             self._giving_back = True
             self._note(EmptyCache())
-        self.after[-1] = self._reserved
+        self.after[-1] = self.reserved_bytes
 
     def _note(self, event: Event, address: int | None = None) -> None:
         self.events.append(event)
         self.addresses.append(address)
-        self.after.append(self._reserved)
+        self.after.append(self.reserved_bytes)
 
-    @property
-    def _reserved(self) -> int:
-        return sum(self._ranges.values())
+    def _hold(self, start: int, size: int) -> None:
+        if start in self._ranges:
+            self._drop(start)
+        self._ranges[start] = size
+        insort(self._starts, start)
+        self.reserved_bytes += size
+
+    def _drop(self, start: int) -> None:
+        self.reserved_bytes -= self._ranges.pop(start)
+        del self._starts[bisect_right(self._starts, start) - 1]
+
+    def _is_held(self, address: int) -> bool:
+        index = bisect_right(self._starts, address) - 1
+        return index >= 0 and address < self._starts[index] + self._ranges[self._starts[index]]
 
 
 def _entries(snapshot: Mapping[str, Any], device: int) -> Iterator[Mapping[str, Any]]:

@@ -8,7 +8,9 @@ torch and NVML tell: it is what a user's process does, its kernels not yet loade
 from __future__ import annotations
 
 import gc
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +30,9 @@ ENERGY_WINDOW_S = 1.0
 
 WARMUP_TOKENS = 3
 """A warm-up pass of a generation ends after this many tokens: a prefill and two decode steps."""
+
+TRACEBACKS = "PLANNER_TRACEBACKS"
+"""Set in the environment: what becomes a record's status is also printed where it happened."""
 
 Mark = Callable[[str], None]
 """Called with what begins: the marks of a time series."""
@@ -52,6 +57,11 @@ class Bench:
         """Whether torch's allocator and NVML have anything to say."""
         return self.device.type == "cuda"
 
+    @property
+    def device_name(self) -> str:
+        """As torch names it."""
+        return torch.cuda.get_device_name(self.device) if self.on_cuda else self.device.type
+
     def measure(self, workload: Workload, point: Point, values: dict[str, Any]) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
         steps = (self.cuda_memory, self.memory, self.time)
@@ -75,9 +85,10 @@ class Bench:
             self.mark("prefill")
             for index, _ in enumerate(self._tokens(workload, point, ids)):
                 if index == 0 and point.output_tokens > 1:
+                    torch.cuda.synchronize(self.device)
                     self.mark("decode")
-            self.mark("end")
             seen.take()
+            self.mark("end")
             workload.end()
         return seen.values
 
@@ -221,6 +232,8 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
     except ConfigError:
         raise
     except Exception as error:
+        if os.environ.get(TRACEBACKS):
+            traceback.print_exc()
         status = status_of(error)
     gc.collect()  # the traceback held the pass's tensors until here
     return None, status

@@ -124,7 +124,12 @@ def _cpu_name() -> str | None:
 
 @cache
 def _git_commit() -> str | None:
-    """The commit of this code, "+dirty" where files differ from it; None outside a checkout."""
+    """The commit of this code, "+dirty" where files differ from it; None outside a checkout.
+
+    A copy of a checkout without its history may be told by PLANNER_GIT_COMMIT.
+    """
+    if told := os.environ.get("PLANNER_GIT_COMMIT"):
+        return told
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -7,18 +7,17 @@ its own. Where the parent dies, its child does too.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOADED = ("profiles.preloaded",)
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +60,7 @@ def run_isolated(
 
 def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    _die_with_server()
+    _die_with_parent()
     try:
         sender.send((function(*arguments), None))
     except Exception as error:
@@ -73,10 +72,16 @@ def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[An
     os._exit(0)  # no clean-up of a device that the system cleans up faster
 
 
-def _die_with_server() -> None:
-    """The server ends when whoever started it does; then the system ends us too."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_parent() -> None:
+    """End when whoever asked has ended: the server lives as long as one of its processes does."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _died(code: int) -> str:

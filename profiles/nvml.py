@@ -70,6 +70,32 @@ class NvmlDevice:
         """Bytes the driver keeps for itself."""
         return _ask(lambda: int(self._memory().reserved))
 
+    def total_bytes(self) -> int | None:
+        """The device's whole memory, the driver's reserve included."""
+        return _ask(lambda: int(self._memory().total))
+
+    def process_used_bytes(self, pid: int) -> int | None:
+        """Bytes that one process holds; None where the driver does not list or tell it.
+
+        MIG and WSL tell no bytes, and a container may know the process by another number.
+        """
+        listed = _ask(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+        held = [process.usedGpuMemory for process in listed or () if process.pid == pid]
+        return int(held[0]) if held and held[0] is not None else None
+
+    def power_w(self) -> float | None:
+        """Power of the board; from Ampere on the mean over the last second (GA100: now)."""
+        return _ask(lambda: pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3)  # mW
+
+    def temperature_c(self) -> int | None:
+        """Temperature of the chip in °C."""
+        sensor = pynvml.NVML_TEMPERATURE_GPU
+        return _ask(lambda: int(pynvml.nvmlDeviceGetTemperature(self._handle, sensor)))
+
+    def utilisation(self) -> float | None:
+        """Share of the last 1/6–1 s in which any kernel ran: 1.0 is not a busy chip."""
+        return _ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100)  # percent
+
     def energy_j(self) -> float | None:
         """Energy since the driver was loaded: take the difference of two readings."""
         return _ask(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)  # mJ

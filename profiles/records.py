@@ -120,7 +120,8 @@ class Record:
     device_reserve_bytes: int | None = None  # NVML: the driver's own, in none of the three above
     energy_j: float | None = None  # over the timed passes, where they took ≥ 1 s
     throttle_reasons: tuple[str, ...] | None = None
-    series: Mapping[str, Any] | None = None  # NVML over one pass, as profiles/sampler.py writes it
+    series: Mapping[str, Any] | None = None  # NVML from load on, as profiles/sampler.py writes it
+    history: str | None = None  # the allocator's, a file beside this one in histories/
 
     def __post_init__(self) -> None:
         if self.schema not in KNOWN_SCHEMAS:
@@ -217,8 +218,13 @@ def _open(path: Path) -> FileIO:
 
 
 def append(path: Path | str, record: Record) -> None:
-    """Add one line to the store: on disk when this returns, apart from a torn line before it."""
-    line = to_json(record).encode() + b"\n"
+    """Add a record to the store: on disk when this returns, apart from a torn line before it."""
+    append_line(path, to_json(record))
+
+
+def append_line(path: Path | str, text: str) -> None:
+    """Add one line to a file of JSON Lines: on disk when this returns."""
+    line = text.encode() + b"\n"
     with _open(Path(path)) as store:
         if store.seek(0, os.SEEK_END):
             store.seek(-1, os.SEEK_END)

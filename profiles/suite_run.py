@@ -31,8 +31,8 @@ POINT_TIMEOUT_S = 180.0
 
 Report = Callable[["Progress"], None]
 
-Measure = Callable[[SuitePoint, str, str, int], Record]
-"""(point, suite, "cuda" or "cpu", torch's index of the device) → its record."""
+Measure = Callable[[SuitePoint, str, str, int, str], Record]
+"""(point, suite, "cuda" or "cpu", torch's index, folder for histories) → its record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +143,7 @@ class _Work:
         self._suite, self._kind, self._out = suite, kind, out
         self._started_s, self._budget_s = time.monotonic(), budget_s
         self._point_timeout_s, self._report = point_timeout_s, on_progress
+        self._histories = str(out.parent / "histories")
         self._waiting: queue.SimpleQueue[SuitePoint] = queue.SimpleQueue()
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._total = self._done = 0
@@ -189,7 +190,9 @@ class _Work:
             self._tell(point.name)
             timeout_s = min(self._point_timeout_s, left_s)
             ended = run_isolated(
-                self._measure, (point, self._suite, self._kind, lane.index), timeout_s=timeout_s
+                self._measure,
+                (point, self._suite, self._kind, lane.index, str(self._out.parent / "histories")),
+                timeout_s=timeout_s,
             )
             self._note(point, lane, ended)
 
@@ -218,11 +221,13 @@ class _Work:
         return self._budget_s - (time.monotonic() - self._started_s)
 
 
-def measured_point(point: SuitePoint, suite: str, device: str, index: int) -> Record:
+def measured_point(
+    point: SuitePoint, suite: str, device: str, index: int, histories: str
+) -> Record:
     """What worker.measure does; asked of a process of its own."""
     from profiles.worker import measure
 
-    return measure(point, suite=suite, device=device, index=index)
+    return measure(point, suite=suite, device=device, index=index, histories=Path(histories))
 
 
 def look(device: str) -> list[Lane]:

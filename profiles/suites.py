@@ -88,7 +88,7 @@ def _smoke() -> Iterator[SuitePoint]:
     step = TrainingPoint(work=Training(batch=2, sequence_tokens=64), **short)
     for runtime in ("attnlab", "transformers"):
         yield _point("llama-50m", generation, runtime=runtime)
-        yield _point("llama-50m", step, runtime=runtime, dtype="bf16")
+        yield _point("llama-50m", step, runtime=runtime)
 
 
 LARGE = ("llama-3.1-8b", "qwen2.5-7b", "gemma-2-9b", "mistral-7b-v0.1")

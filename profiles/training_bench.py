@@ -25,7 +25,8 @@ class TrainingRun:
     """A model in train mode and its optimizer: `step` is what a training loop repeats."""
 
     def __init__(self, workload: Workload, work: Training, ids: Tensor) -> None:
-        self.work, self.workload, self.ids = work, workload, ids
+        self.work, self.workload = work, workload
+        self.ids, self.labels = ids, ids.clone()
         self.module = workload.module.train()
         self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
         if work.method == "lora":
@@ -65,14 +66,14 @@ class TrainingRun:
         return storage_bytes(t for t in states if isinstance(t, Tensor) and t.device.type == where)
 
     def _hub(self) -> Tensor:
-        loss: Tensor = self.module(self.ids, labels=self.ids, use_cache=False).loss
+        loss: Tensor = self.module(self.ids, labels=self.labels, use_cache=False).loss
         return loss
 
     def _attnlab(self) -> Tensor:
         from attnlab.training import next_token_loss
 
         logits = self.module(self.ids, checkpointing=self.work.checkpointing)
-        return next_token_loss(logits, self.ids)
+        return next_token_loss(logits, self.labels)
 
 
 class TrainingBench(Bench):
@@ -80,8 +81,7 @@ class TrainingBench(Bench):
 
     def train(self, workload: Workload, point: TrainingPoint, values: dict[str, Any]) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
-        ids = random_ids(workload.vocab_size, point.work.batch, point.work.sequence_tokens)
-        run, status = attempt(lambda: TrainingRun(workload, point.work, ids.to(self.device)))
+        run, status = attempt(lambda: TrainingRun(workload, point.work, self.ids(workload, point)))
         if run is None:
             return status
         steps = (self.step_peaks, self.step_memory, self.step_time)
@@ -95,14 +95,19 @@ class TrainingBench(Bench):
                 break
         return status
 
+    def ids(self, workload: Workload, point: TrainingPoint) -> Tensor:
+        """Token ids [batch, sequence_tokens] on the device."""
+        work = point.work
+        return random_ids(workload.vocab_size, work.batch, work.sequence_tokens).to(self.device)
+
     def step_peaks(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
         """Peaks over the first step, which makes the optimizer's states, and the second."""
         with self.peaks() as seen:
             for index in range(2 if run.optimizer is not None else 1):
                 self.mark(f"step {index + 1}")
                 run.step()
-            self.mark("end")
             seen.take()
+            self.mark("end")
         return seen.values
 
     def step_memory(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:

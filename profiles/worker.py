@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +13,24 @@ import planner
 from planner import Model
 from profiles import environment, nvml, records
 from profiles.bench import attempt
+from profiles.history import recorded
 from profiles.points import Point, SuitePoint
 from profiles.records import Record
-from profiles.training_bench import TrainingBench
-from profiles.workloads import RUNTIMES, build
+from profiles.sampler import Sampler
+from profiles.training_bench import TrainingBench, TrainingRun
+from profiles.workloads import RUNTIMES, Workload, build
 
 SIZES = ("batch", "sequence_tokens")
 
 
-def measure(point: SuitePoint, *, suite: str, device: str, index: int = 0) -> Record:
+def measure(
+    point: SuitePoint, *, suite: str, device: str, index: int = 0, histories: Path | None = None
+) -> Record:
     """Build the model with random weights, measure, and say how it ended.
 
-    `device`: "cuda" (torch's `index`-th) or "cpu". The process must not have touched it before.
+    `device`: "cuda" (torch's `index`-th) or "cpu". The process must not have touched it before. Of
+    a point whose allocator's history is wanted, that is all that is measured: it goes to a file in
+    `histories`.
     """
     model = planner.load_model(point.model)
     before = nvml.used_bytes_by_uuid() if device == "cuda" else {}
@@ -37,8 +44,12 @@ def measure(point: SuitePoint, *, suite: str, device: str, index: int = 0) -> Re
         driver = stack.enter_context(nvml.open_device(uuid) if uuid else nullcontext())
         env = environment.describe(target, driver)
         bench = TrainingBench(target, driver, before.get(uuid) if uuid else None)
-        bench.mark("load")
-        status = _measure(model, point, bench, values)
+        if point.history and histories is not None and bench.on_cuda:
+            status = _recorded(model, point, bench, values, histories)
+        elif point.series and bench.on_cuda:
+            status = _sampled(model, point, bench, values)
+        else:
+            status = _measure(model, point, bench, values)
         clocks = values.pop("clocks", {})
         return _record(model, point, suite, status, values, replace(env, **clocks))
 
@@ -48,22 +59,65 @@ def unmeasured(point: SuitePoint, *, suite: str, status: str, like: records.Envi
     return _record(planner.load_model(point.model), point, suite, status, {}, like)
 
 
+def _recorded(
+    model: Model,
+    point: SuitePoint,
+    bench: TrainingBench,
+    values: dict[str, Any],
+    histories: Path,
+) -> str:
+    """The passes of a user's process with the allocator's history, from the first weight on."""
+    name = "".join(c if c.isalnum() else "-" for c in point.name).strip("-") + ".json.gz"
+
+    def run() -> None:
+        with recorded() as history:
+            workload = _built(model, point, bench)
+            if isinstance(point.run, Point):
+                values.update(bench.cuda_memory(workload, point.run))
+            else:
+                training = TrainingRun(workload, point.run.work, bench.ids(workload, point.run))
+                values.update(bench.step_peaks(training, point.run))
+        history.write(histories / name, about={"point": point.name, "gpu": bench.device_name})
+        values["history"] = name
+
+    return attempt(run)[1]
+
+
+def _sampled(model: Model, point: SuitePoint, bench: TrainingBench, values: dict[str, Any]) -> str:
+    """As `_measure`, with NVML's series until the peaks are taken: the timed passes run alone."""
+    sampler = Sampler(bench.driver)
+    with ExitStack() as sampling:
+        sampling.enter_context(sampler)
+
+        def mark(what: str) -> None:
+            sampler.mark(what)
+            if what == "end":
+                sampling.close()
+
+        bench.mark = mark
+        status = _measure(model, point, bench, values)
+    values["series"] = sampler.series.to_json_dict()
+    return status
+
+
 def _measure(model: Model, point: SuitePoint, bench: TrainingBench, values: dict[str, Any]) -> str:
-    dtype = point.dtype or model.dtype
-    workload, status = attempt(
-        lambda: build(
-            model,
-            runtime=point.runtime,
-            attention=point.attention,
-            dtype=dtype,
-            device=bench.device,
-        )
-    )
+    bench.mark("load")
+    workload, status = attempt(lambda: _built(model, point, bench))
     if workload is None:
         return status
     if isinstance(point.run, Point):
         return bench.measure(workload, point.run, values)
     return bench.train(workload, point.run, values)
+
+
+def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
+    return build(
+        model,
+        runtime=point.runtime,
+        attention=point.attention,
+        dtype=point.dtype or model.dtype,
+        device=bench.device,
+    )
 
 
 def _record(

@@ -39,6 +39,15 @@ def driver(monkeypatch):
         "nvmlDeviceGetClockInfo": lambda handle, kind: clocks[kind],
         "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: reasons,
     }
+    edge |= {
+        "nvmlDeviceGetPowerUsage": lambda handle: 412_500,
+        "nvmlDeviceGetTemperature": lambda handle, sensor: 45,
+        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=87, memory=40),
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [
+            SimpleNamespace(pid=11, usedGpuMemory=250),
+            SimpleNamespace(pid=12, usedGpuMemory=None),
+        ],
+    }
     for name, function in edge.items():
         monkeypatch.setattr(pynvml, name, function)
     return calls
@@ -61,6 +70,13 @@ def test_readings_are_in_base_units(driver):
         assert (device.name, device.uuid, device.driver) == ("NVIDIA H200", "GPU-12ab", "580.1")
         assert device.energy_j() == 12.5
         assert device.clocks() == nvml.Clocks(sm_hz=1_980_000_000, memory_hz=3_201_000_000)
+        assert (device.power_w(), device.temperature_c(), device.utilisation()) == (412.5, 45, 0.87)
+        assert device.total_bytes() == 1000
+
+
+def test_a_process_that_is_not_listed_or_not_told_is_none(driver):
+    with nvml.open_device("GPU-12ab") as device:
+        assert [device.process_used_bytes(pid) for pid in (11, 12, 13)] == [250, None, None]
 
 
 def test_used_memory_is_the_second_version_that_leaves_the_reserve_out(driver):
@@ -115,8 +131,13 @@ def test_what_a_device_does_not_report_is_none(driver, monkeypatch, error):
             device.reserve_bytes(),
             device.energy_j(),
             device.throttle_reasons(),
+            device.total_bytes(),
+            device.process_used_bytes(11),
+            device.power_w(),
+            device.temperature_c(),
+            device.utilisation(),
         ]
-        assert readings == [None] * 6
+        assert readings == [None] * 11
         assert device.clocks() == nvml.Clocks(sm_hz=None, memory_hz=None)
 
 
