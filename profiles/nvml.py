@@ -81,6 +81,11 @@ class NvmlDevice:
             memory_hz=self._clock_hz(pynvml.NVML_CLOCK_MEM),
         )
 
+    def temperature_c(self) -> int | None:
+        """Temperature of the GPU now."""
+        sensor = pynvml.NVML_TEMPERATURE_GPU
+        return _ask(lambda: int(pynvml.nvmlDeviceGetTemperature(self._handle, sensor)))
+
     def throttle_reasons(self) -> tuple[str, ...] | None:
         """What holds the clocks down now, by NVML's names: ("SwPowerCap",); () is nothing."""
         mask = _ask(lambda: int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)))
