@@ -70,7 +70,8 @@ class Buffers:
         count = int(self.pool_bytes * SHARE[dtype]) // kind.itemsize
         generator = torch.Generator(device=self.device).manual_seed(self.seed)
         pool = torch.empty(count, dtype=kind, device=self.device)
-        for part in pool.split(DRAWN_AT_ONCE):
+        for start in range(0, count, DRAWN_AT_ONCE):
+            part = pool[start : start + DRAWN_AT_ONCE]
             if dtype == "fp8":  # torch draws no fp8
                 drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=self.device)
                 part.copy_(drawn.normal_(generator=generator))

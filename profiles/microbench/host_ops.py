@@ -22,6 +22,7 @@ from profiles.microbench.timing import (
     capture_graph,
     synchronize,
     time_on_host,
+    timing_event,
 )
 
 WIDTH = 64
@@ -146,7 +147,10 @@ class _Tiny:
 def graph_time(point: OpPoint, device: torch.device) -> Timing:
     """One replay of a graph of tiny kernels: its time on the device, or the host's to launch it."""
     x, y = torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
-    call = lambda: x.add_(y, alpha=1e-3)  # noqa: E731
+
+    def call() -> Tensor:
+        return x.add_(y, alpha=1e-3)
+
     call()
     synchronize(device)
     graph, _ = capture_graph([call] * point.shape["kernels"])
@@ -156,8 +160,7 @@ def graph_time(point: OpPoint, device: torch.device) -> Timing:
         return _clocked(graph.replay, device, method="host")
     samples = []
     for _ in range(REPLAYS):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = timing_event(), timing_event()
         start.record()
         for _ in range(REPLAYS_AT_ONCE):
             graph.replay()
@@ -173,8 +176,7 @@ def allocator_time(point: OpPoint, device: torch.device) -> Timing:
     for _ in range(REPLAYS):
         torch.cuda.empty_cache()
         if point.op == "cached":
-            del_later = _empty(point, device)
-            del del_later
+            _empty(point, device)  # dropped at once: the allocator keeps its segment
         synchronize(device)
         started = time.perf_counter()
         block = _empty(point, device)

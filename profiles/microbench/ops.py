@@ -160,5 +160,4 @@ def _choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, grouped: bool) -> str
         number = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, enable_gqa=grouped)
     except RuntimeError:
         return None
-    named = {int(backend): name for name, backend in BACKENDS.items()}
-    return named.get(number)
+    return next((name for name, backend in BACKENDS.items() if backend == SDPBackend(number)), None)

@@ -108,6 +108,11 @@ def capture_graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[obj
     return graph, outputs
 
 
+def timing_event() -> torch.cuda.Event:
+    """An event that knows when it was reached."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def _estimate(call: Call, device: torch.device) -> tuple[float, int]:
     """Rough seconds of a call, after two that load its kernels, and the bytes it allocates."""
     call()
@@ -156,10 +161,9 @@ def _event_samples(
 ) -> tuple[float, ...]:
     pairs = []
     for _ in range(REPLAYS):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = timing_event(), timing_event()
         if head_start_s:
-            torch.cuda._sleep(int(head_start_s * SPIN_HZ))
+            torch.cuda._sleep(int(head_start_s * SPIN_HZ))  # type: ignore[no-untyped-call]
         start.record()
         issue()
         end.record()
@@ -187,7 +191,7 @@ def own_stream(device: torch.device) -> torch.cuda.StreamContext | nullcontext[N
     """
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:
