@@ -44,10 +44,11 @@ class OpRecord:
     environment: str  # the hash that its environment line carries
     created_utc: str
     wall_s: float  # what measuring this point took in all
-    method: str | None = None  # how it was timed: "graph", "loop", "clock", "host", "replay"
+    method: str | None = None  # "graph", "loop", "clock", "host", "replay", "sustained"
     samples_s: tuple[float, ...] = ()
     copies: int | None = None  # calls in one sample
     ran: str | None = None  # the backend that torch took where it was free to choose
+    energy_j: float | None = None  # of one call, from a window of a second and more
     sm_clock_hz: int | None = None  # right after it
     note: str | None = None
 

@@ -58,6 +58,17 @@ def cpu_ceiling_points() -> Iterator[OpPoint]:
     yield OpPoint(family="ceiling", op="copy", shape=_rows(64 * MIB, 1024, 4), dtype="fp32")
 
 
+def sustained_points() -> Iterator[OpPoint]:
+    """More than a second of one op each: joules per FLOP and per byte, and what idling takes."""
+    square = {"m": 8192, "n": 8192, "k": 8192}
+    decode = attention_points.shape_of(LLAMA, 32, 1, 8192)
+    yield OpPoint(family="sustained", op="linear", shape=square)
+    yield OpPoint(family="sustained", op="copy", shape=_rows(2048 * MIB, WIDTH, 2))
+    yield OpPoint(family="sustained", op="sdpa", shape=decode, backend="flash")
+    yield OpPoint(family="sustained", op="linear", shape={"m": 1, "n": 128256, "k": 4096})
+    yield OpPoint(family="sustained", op="idle", shape={})
+
+
 def bandwidth_points() -> Iterator[OpPoint]:
     """Ops that compute next to nothing, over the size of their (first) tensor."""
     for i, size in enumerate(SWEEP_BYTES):

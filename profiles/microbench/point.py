@@ -20,6 +20,7 @@ FAMILIES = (
     "host",
     "graph",
     "allocator",
+    "sustained",
 )
 
 Split = Literal["calibration", "held-out"]

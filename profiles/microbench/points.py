@@ -2,8 +2,8 @@
 
 Ceilings, host cost and the graph floor come first: they are few and every estimate needs them. The
 other families are then dealt out evenly, each in an order that visits its far corners early, so
-that any prefix is spread over all of them. The splits are part of the points and were written down
-before anything was measured.
+that any prefix is spread over all of them. What heats the device comes last. The splits are part of
+the points and were written down before anything was measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
     """The list for "cuda" or "cpu", in the order it is run; `families` picks some of them."""
     chosen = [check_choice("family", family, FAMILIES) for family in families] or list(FAMILIES)
     if device == "cpu":
+        last: Iterator[OpPoint] = iter(())
         first: list[Iterator[OpPoint]] = [
             other.cpu_ceiling_points(),
             other.host_points(ops=other.HOST_OPS[:-3], dtype="fp32"),
@@ -39,6 +40,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             other.optimizer_points(largest=2**20, dtype="fp32"),
         ]
     else:
+        last = other.sustained_points()
         first = [other.ceiling_points(), other.graph_points(), other.host_points()]
         rest = [
             gemm.gemm_points(),
@@ -53,7 +55,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
     leading = [p for family in first for p in family if p.family in chosen]
     spread = [[p for p in family if p.family in chosen] for family in rest]
     following = _once(_deal([_far_first(family) for family in spread]))
-    found = [*leading, *following]
+    found = [*leading, *following, *(p for p in last if p.family in chosen)]
     if not found:
         raise ConfigError(f"family={', '.join(chosen)} has no points on a {device}")
     return [*found, *(replace(point, repeat=1) for point in following[:REPEATED])]

@@ -33,7 +33,13 @@ from profiles.microbench.op_record import (
 from profiles.microbench.ops import Preparer
 from profiles.microbench.point import OpPoint
 from profiles.microbench.points import points
-from profiles.microbench.timing import Timing, own_stream, synchronize, time_on_device
+from profiles.microbench.timing import (
+    Timing,
+    own_stream,
+    synchronize,
+    time_on_device,
+    time_sustained,
+)
 
 Progress = Callable[[int, int, str], None]
 """Called with (points done, points in all, what comes next)."""
@@ -168,6 +174,7 @@ class Bench:
             samples_s=timing.samples_s if timing else (),
             copies=timing.copies if timing else None,
             note=timing.note if timing else None,
+            energy_j=timing.energy_j if timing else None,
             flops=costs.flops(point),
             bytes=costs.floor_bytes(point),
             environment=self.environment,
@@ -208,6 +215,8 @@ class Bench:
                 return graph_time(point, self.device)
             case "allocator":
                 return allocator_time(point, self.device)
+            case "sustained":
+                return self._sustained(point, preparer)
         rotated = max(1, costs.rotated_bytes(point))
         cold_copies = math.ceil(2 * self.l2_bytes / rotated)
         return time_on_device(
@@ -217,6 +226,14 @@ class Bench:
             warm=point.cache == "warm",
             capture=point.family != "optimizer",
         )
+
+    def _sustained(self, point: OpPoint, preparer: Preparer) -> Timing:
+        def energy_j() -> float | None:
+            return self.driver.energy_j() if self.driver else None
+
+        if point.op == "idle":
+            return time_idle(energy_j)
+        return time_sustained(lambda: preparer.prepare(point), self.device, energy_j)
 
     def _recover(self) -> None:
         """Give the failed point's memory back; a device that cannot even wait is lost."""

@@ -8,6 +8,7 @@ keeps the device busy meanwhile. On a CPU calls are timed by the clock.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ KEPT_BYTES = 8 * 2**30
 SPIN_HZ = 1.9e9
 """Clock at which torch.cuda._sleep counts: a little fast, so that the head start is long enough."""
 HOST_CALLS = 200
+SUSTAINED_S = 1.5
+"""Long enough for the energy counter, which steps every 20–100 ms, and for the power limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class Timing:
     samples_s: tuple[float, ...]
     copies: int  # calls in one sample
     note: str | None = None
+    energy_j: float | None = None  # of one call, where a window of a second and more was read
 
 
 def time_on_device(
@@ -77,6 +81,49 @@ def copies_for(estimate_s: float, call_bytes: int, *, cold_copies: int) -> int:
     return min(wanted, MOST_COPIES, fits, quick)
 
 
+def time_sustained(
+    prepare: Callable[[], Call],
+    device: torch.device,
+    energy_j: Callable[[], float | None],
+    *,
+    seconds: float = SUSTAINED_S,
+) -> Timing:
+    """Mean time and energy of a call when the device does nothing else for more than a second."""
+    first = prepare()
+    estimate_s, call_bytes = _estimate(first, device)
+    copies = copies_for(estimate_s, call_bytes, cold_copies=1)
+    calls = [first, *(prepare() for _ in range(copies - 1))]
+    if device.type == "cuda":
+        graph, kept = capture_graph(calls)
+        issue: Callable[[], None] = graph.replay
+    else:
+        kept = []
+
+        def issue() -> None:
+            for call in calls:
+                call()
+
+    synchronize(device)
+    before_j, started_s, done = energy_j(), time.perf_counter(), 0
+    while (elapsed_s := time.perf_counter() - started_s) < seconds:
+        issue()
+        synchronize(device)
+        done += copies
+    after_j = energy_j()
+    del kept
+    spent_j = None if before_j is None or after_j is None else (after_j - before_j) / done
+    return Timing(method="sustained", samples_s=(elapsed_s / done,), copies=done, energy_j=spent_j)
+
+
+def time_idle(energy_j: Callable[[], float | None], *, seconds: float = SUSTAINED_S) -> Timing:
+    """What a device takes that has nothing to do: the "call" is the whole window."""
+    before_j, started_s = energy_j(), time.perf_counter()
+    time.sleep(seconds)
+    after_j, elapsed_s = energy_j(), time.perf_counter() - started_s
+    spent_j = None if before_j is None or after_j is None else after_j - before_j
+    return Timing(method="sustained", samples_s=(elapsed_s,), copies=1, energy_j=spent_j)
+
+
 def time_on_host(call: Call, device: torch.device, *, calls: int = HOST_CALLS) -> Timing:
     """What one call costs the thread that issues it, while the device keeps up."""
     for _ in range(20):
@@ -102,9 +149,13 @@ def capture_graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[obj
     """A graph of these calls on the current stream, and their outputs, which it writes into."""
     graph = torch.cuda.CUDAGraph()
     outputs: list[object] = []
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for call in calls:
-            outputs.append(call())
+    gc.disable()  # an older graph that is collected meanwhile would spoil the capture
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for call in calls:
+                outputs.append(call())
+    finally:
+        gc.enable()
     return graph, outputs
 
 
@@ -191,7 +242,7 @@ def own_stream(device: torch.device) -> torch.cuda.StreamContext | nullcontext[N
     """
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:

@@ -118,3 +118,16 @@ def test_host_cost_is_per_call():
     assert len(calls) == 20 + 10 * timing.REPLAYS
     assert timed.method == "host"
     assert max(timed.samples_s) < 1e-3
+
+
+def test_energy_is_that_of_one_call(fake_cuda):
+    readings = iter([100.0, 130.0])
+    timed = timing.time_sustained(prepared()[0], CUDA, lambda: next(readings), seconds=0.01)
+    assert timed.energy_j == pytest.approx(30.0 / timed.copies)
+    assert timed.method == "sustained"
+
+
+def test_without_a_counter_there_is_no_energy():
+    timed = timing.time_idle(lambda: None, seconds=0.01)
+    assert timed.energy_j is None
+    assert timed.samples_s[0] >= 0.01
