@@ -37,6 +37,7 @@ from profiles.microbench.timing import (
     Timing,
     own_stream,
     synchronize,
+    time_idle,
     time_on_device,
     time_sustained,
 )
