@@ -24,6 +24,8 @@ from profiles.records import Environment, UnknownSchemaError, append_lines, argu
 
 OP_SCHEMA = 1
 SYNC_S = 1.0
+DEVICE_LOST = "device lost"
+"""The note of a point after which the process could not use the device any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +92,17 @@ class OpRecords:
     problems: tuple[str, ...]
 
     def done(self, on: Environment) -> set[str]:
-        """Keys of the points measured well on a device of this name with this version of torch."""
+        """Keys of the points measured well on a device of this name with this version of torch.
+
+        One that took the device down with it is not tried again either.
+        """
         same = {
             name
             for name, known in self.environments.items()
             if (known.device_name, known.torch) == (on.device_name, on.torch)
         }
-        return {r.key for r in self.ops if r.status == "ok" and r.environment in same}
+        over = [r for r in self.ops if r.status == "ok" or r.note == DEVICE_LOST]
+        return {record.key for record in over if record.environment in same}
 
 
 def environment_hash(environment: Environment) -> str:

@@ -18,7 +18,7 @@ from profiles.microbench import gemm_points as gemm
 from profiles.microbench import other_points as other
 from profiles.microbench.point import FAMILIES, OpPoint
 
-REPEATED = 8
+REPEATED = 12
 """So many of the first interleaved points are measured again when everything else is done."""
 
 

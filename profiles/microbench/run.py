@@ -24,6 +24,7 @@ from profiles.microbench import costs
 from profiles.microbench.buffers import Buffers, l2_bytes, pool_bytes
 from profiles.microbench.host_ops import allocator_time, graph_time, host_time
 from profiles.microbench.op_record import (
+    DEVICE_LOST,
     DeviceState,
     OpRecord,
     Writer,
@@ -174,7 +175,7 @@ class Bench:
             method=timing.method if timing else None,
             samples_s=timing.samples_s if timing else (),
             copies=timing.copies if timing else None,
-            note=timing.note if timing else None,
+            note=DEVICE_LOST if self.lost else timing.note if timing else None,
             energy_j=timing.energy_j if timing else None,
             flops=costs.flops(point),
             bytes=costs.floor_bytes(point),

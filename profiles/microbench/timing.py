@@ -68,6 +68,7 @@ def time_on_device(
         return Timing(method="graph", samples_s=_graph_samples(calls), copies=copies)
     except RuntimeError as error:
         note = f"not captured: {_first_line(error)}"
+    leave_stream()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return Timing(method="loop", samples_s=_loop_samples(calls), copies=copies, note=note)
@@ -157,6 +158,11 @@ def capture_graph(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[obj
     finally:
         gc.enable()
     return graph, outputs
+
+
+def leave_stream() -> None:
+    """Go on with another stream: one whose capture failed may not be of use any more."""
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 def timing_event() -> torch.cuda.Event:

@@ -82,8 +82,8 @@ def test_bytes_are_those_of_the_tensors_that_go_in_and_come_out(point):
     assert costs.floor_bytes(point) == seen_bytes + scales
 
 
-def test_every_cuda_point_can_be_prepared_and_run_on_fake_tensors():
+def test_cuda_points_can_be_prepared_and_run_on_fake_tensors():
     with FakeTensorMode(), torch.no_grad():
         buffers = Buffers(device=torch.device("cpu"), pool_bytes=12 * 2**30)
-        for point in distinct(DEVICE_POINTS, per_op=1000):
+        for point in distinct(DEVICE_POINTS, per_op=25):
             Preparer(buffers).prepare(point)()

@@ -67,6 +67,23 @@ def test_a_point_that_fails_is_recorded_and_the_next_is_measured(few, tmp_path, 
     assert statuses[2] == "ok"
 
 
+def test_a_point_that_takes_the_device_down_ends_the_run_and_is_not_tried_again(
+    few, tmp_path, monkeypatch
+):
+    out = tmp_path / "ops.jsonl"
+
+    def die(bench, point, preparer):
+        if point is TINY[1]:
+            bench.lost = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(bench, point, preparer)
+
+    real = run.Bench._time
+    monkeypatch.setattr(run.Bench, "_time", die)
+    assert [record.status[:5] for record in run.run("cpu", out=out)] == ["ok", "error"]
+    assert [record.key for record in run.run("cpu", out=out)] == [TINY[2].key]
+
+
 def test_a_spent_budget_measures_nothing(few, tmp_path):
     assert run.run("cpu", out=tmp_path / "ops.jsonl", budget_s=0.0) == []
 

@@ -53,6 +53,8 @@ def fake_cuda(monkeypatch):
         "max_memory_allocated": lambda device: 5000,
         "reset_peak_memory_stats": lambda device: None,
         "_sleep": slept.append,
+        "Stream": lambda: "another",
+        "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return slept
