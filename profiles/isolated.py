@@ -26,6 +26,7 @@ class Ended:
 
     answer: Any = None
     problem: str | None = None
+    timed_out: bool = False
 
 
 def run_isolated(
@@ -43,7 +44,7 @@ def run_isolated(
     sender.close()
     try:
         if not receiver.poll(timeout_s):
-            return Ended(problem=f"timed out after {timeout_s:g} s")
+            return Ended(problem=f"timed out after {timeout_s:g} s", timed_out=True)
         answer, problem = receiver.recv()
         return Ended(answer=answer, problem=problem)
     except EOFError:

@@ -72,7 +72,7 @@ def from_json(line: str) -> Overhead:
         raise ConfigError(f"not a JSON record: {error}") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ConfigError(f"not an overhead of schema {SCHEMA}: {shown(content)}")
-    return Overhead(**records._arguments(Overhead, content, where=""))
+    return Overhead(**records.arguments(Overhead, content, where=""))
 
 
 def measure_overheads(
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def note(row: Overhead) -> None:
         rows.append(row)
-        records.append_line(out, to_json(row))
+        records.append_lines(out, [to_json(row)])
         print(_line(row, (growth_bytes(rows[-2:]) or [{}])[0]), flush=True)
 
     print(f"{'MiB more than before':30}{'NVML':>9}{'reserved':>9}{'alloc.':>9}")

@@ -1,14 +1,38 @@
-"""What the server of isolated processes imports once: all that takes seconds, and no device."""
+"""What the server of isolated processes imports once: all that takes seconds, and no device.
+
+A server that has touched CUDA could not be forked from: torch is told to look for devices through
+NVML alone. Nothing is computed either, for the threads of a computation do not survive a fork; a
+model on the meta device has transformers import whatever it imports late.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from typing import Any
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pynvml  # noqa: F401
-import torch  # noqa: F401
+import torch
 
 import profiles.worker  # noqa: F401
 
 with contextlib.suppress(ImportError):
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
-    from transformers.models.auto import modeling_auto  # noqa: F401
+    import torch._dynamo  # torch.optim and checkpointing reach for it
+    import torch.nn.attention.flex_attention
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig  # noqa: F401
+    from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
+
+    SMALL: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            LlamaConfig(**SMALL, num_attention_heads=1)
+        )
+with contextlib.suppress(Exception):  # peft imports much, and not every version of it imports
+    import peft  # noqa: F401

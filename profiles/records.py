@@ -161,7 +161,7 @@ class Record:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of the config's canonical JSON: equal for equal content, whatever the key order."""
-    return hashlib.sha256(_canonical(config).encode()).hexdigest()
+    return hashlib.sha256(canonical(config).encode()).hexdigest()
 
 
 def create(*, config: Mapping[str, Any], **values: Any) -> Record:
@@ -173,7 +173,7 @@ def create(*, config: Mapping[str, Any], **values: Any) -> Record:
     }
     record = Record(id="", **values)
     content = {**asdict(record), "process": os.getpid()}
-    identity = hashlib.sha256(_canonical(content).encode()).hexdigest()[:12]
+    identity = hashlib.sha256(canonical(content).encode()).hexdigest()[:12]
     return Record(id=identity, **values)
 
 
@@ -196,7 +196,7 @@ def from_json(line: str) -> Record:
         raise UnknownSchemaError(
             f"schema={shown(content['schema'])} is not known: this version reads {READS}"
         )
-    return Record(**_arguments(Record, content, where=""))
+    return Record(**arguments(Record, content, where=""))
 
 
 class UnknownSchemaError(ConfigError):
@@ -219,18 +219,18 @@ def _open(path: Path) -> FileIO:
 
 def append(path: Path | str, record: Record) -> None:
     """Add a record to the store: on disk when this returns, apart from a torn line before it."""
-    append_line(path, to_json(record))
+    append_lines(path, [to_json(record)])
 
 
-def append_line(path: Path | str, text: str) -> None:
-    """Add one line to a file of JSON Lines: on disk when this returns."""
-    line = text.encode() + b"\n"
+def append_lines(path: Path | str, lines: Iterable[str]) -> None:
+    """Add lines to a JSON Lines file, flushed and synced."""
+    content = "".join(f"{line}\n" for line in lines).encode()
     with _open(Path(path)) as store:
         if store.seek(0, os.SEEK_END):
             store.seek(-1, os.SEEK_END)
             if store.read(1) != b"\n":  # a writer was killed in the middle of a line
-                line = b"\n" + line
-        _write_all(store.fileno(), line)
+                content = b"\n" + content
+        _write_all(store.fileno(), content)
         os.fsync(store.fileno())
 
 
@@ -273,7 +273,8 @@ def _write_all(descriptor: int, content: bytes) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def _canonical(content: Mapping[str, Any]) -> str:
+def canonical(content: Mapping[str, Any]) -> str:
+    """The one JSON text of this content, whatever the order of its keys."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -281,7 +282,7 @@ def _refuse_constant(name: str) -> None:
     raise ConfigError(f"{name} is not a value a record may have: unknown is null")
 
 
-def _arguments(kind: type, content: dict[str, Any], *, where: str) -> dict[str, Any]:
+def arguments(kind: type, content: dict[str, Any], *, where: str) -> dict[str, Any]:
     """A record type's constructor arguments out of JSON, each checked against its annotation."""
     required, hints = _fields_of(kind)
     if extra := sorted(content.keys() - hints.keys()):
@@ -309,7 +310,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if origin is tuple and isinstance(value, list):
             return tuple(_value(get_args(option)[0], item, name) for item in value)
         if origin is Environment and isinstance(value, dict):
-            return Environment(**_arguments(Environment, value, where=f"{name}."))
+            return Environment(**arguments(Environment, value, where=f"{name}."))
         if origin is Mapping and isinstance(value, dict):
             return value
         if origin is str and isinstance(value, str):

@@ -188,13 +188,17 @@ class _Work:
                 self.skipped.append(f"{point.name}: the budget was used up")
                 continue
             self._tell(point.name)
-            timeout_s = min(self._point_timeout_s, left_s)
+            cut_short = left_s < self._point_timeout_s
+            timeout_s = left_s if cut_short else self._point_timeout_s
             ended = run_isolated(
                 self._measure,
                 (point, self._suite, self._kind, lane.index, str(self._out.parent / "histories")),
                 timeout_s=timeout_s,
             )
-            self._note(point, lane, ended)
+            if cut_short and ended.timed_out:  # no fault of the point's
+                self.skipped.append(f"{point.name}: the budget was used up")
+            else:
+                self._note(point, lane, ended)
 
     def _note(self, point: SuitePoint, lane: Lane, ended: Ended) -> None:
         record = ended.answer

@@ -158,15 +158,27 @@ def _training() -> Iterator[SuitePoint]:
 
 def _allocator() -> Iterator[SuitePoint]:
     """Whole histories of the caching allocator, for the simulator to be held against."""
-    yield _point("llama-3.2-1b", _generation(4, 512, 16, repeats=1), history=True)
-    yield _point("llama-3.2-1b", _step(2, 1024), history=True)
-    yield _point("gemma-3-1b", _generation(2, 1024, 12, repeats=1), history=True)
-    yield _point("gpt2", _step(8, 512, checkpointing="full"), history=True)
-    yield _point("llama-3.1-8b", _prefill(1, 4096, repeats=1), history=True)
-    yield _point("qwen1.5-moe-a2.7b", _generation(2, 256, 6, repeats=1), history=True)
-    yield _point(
-        "llama-3.2-1b", _generation(4, 512, 16, repeats=1), runtime="attnlab", history=True
+    runs: tuple[tuple[str, Point | TrainingPoint], ...] = (
+        ("llama-3.2-1b", _generation(4, 512, 16, repeats=1)),
+        ("llama-3.2-1b", _step(2, 1024)),
+        ("gemma-3-1b", _generation(2, 1024, 12, repeats=1)),
+        ("llama-3.1-8b", _step(1, 4096)),
+        ("pythia-6.9b", _generation(4, 512, 8, repeats=1)),
+        ("gpt2", _step(8, 512)),
+        ("deepseek-v2-lite", _generation(2, 256, 4, repeats=1)),
+        ("gpt2", _step(8, 512, checkpointing="full")),
+        ("olmo2-7b", _generation(4, 512, 8, repeats=1)),
+        ("phi-2", _generation(4, 512, 8, repeats=1)),
+        ("qwen1.5-moe-a2.7b", _generation(2, 256, 6, repeats=1)),
+        ("mistral-7b-v0.1", _prefill(1, 4096, repeats=1)),
+        ("gemma-2-2b", _step(1, 1024)),
+        ("llama-3.2-1b", _step(1, 1024, method="lora", checkpointing="full")),
+        ("llama-3.2-1b", _step(1, 1024, checkpointing="full")),
     )
+    for model, run in runs:
+        yield _point(model, run, history=True)
+    attnlab = _generation(4, 512, 16, repeats=1)
+    yield _point("llama-3.2-1b", attnlab, runtime="attnlab", history=True)
 
 
 SUITES = {

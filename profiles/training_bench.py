@@ -17,7 +17,12 @@ from profiles.meters import LiveTensorMeter, Stopwatch, module_bytes, storage_by
 from profiles.points import TrainingPoint
 from profiles.workloads import AttnlabWorkload, Workload, attention_name
 
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+LORA: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": "all-linear",
+    "lora_dropout": 0.0,
+}
 """PEFT's arguments where a point says lora: every linear layer but the head."""
 
 

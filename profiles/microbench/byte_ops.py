@@ -1,0 +1,150 @@
+"""Ops that move bytes and compute next to nothing, written as transformers writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from profiles.microbench.buffers import Buffers
+from profiles.microbench.point import OpPoint
+
+Call = Callable[[], object]
+Maker = Callable[[OpPoint, Buffers], Call]
+
+EPSILON = 1e-5
+TABLE_ROWS = 32768
+
+
+def llama_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """LlamaRMSNorm of transformers: in fp32, six kernels."""
+    wide = x.to(torch.float32)
+    variance = wide.pow(2).mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(variance + EPSILON)
+    return weight * wide.to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """The two halves of the last dimension exchanged, one negated."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb of transformers."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def _rows(point: OpPoint, buffers: Buffers) -> Tensor:
+    return buffers.take(point.dtype, point.shape["rows"], point.shape["width"])
+
+
+def _width(point: OpPoint, buffers: Buffers) -> Tensor:
+    return buffers.take(point.dtype, point.shape["width"])
+
+
+def _copy(point: OpPoint, buffers: Buffers) -> Call:
+    x = _rows(point, buffers)
+    return lambda: x.clone()
+
+
+def _sum(point: OpPoint, buffers: Buffers) -> Call:
+    x = _rows(point, buffers)
+    return lambda: x.sum(dtype=torch.float32)
+
+
+def _add(point: OpPoint, buffers: Buffers) -> Call:
+    x, y = _rows(point, buffers), _rows(point, buffers)
+    return lambda: x + y
+
+
+def _silu_mul(point: OpPoint, buffers: Buffers) -> Call:
+    gate, up = _rows(point, buffers), _rows(point, buffers)
+    return lambda: nn.functional.silu(gate) * up
+
+
+def _gelu_tanh(point: OpPoint, buffers: Buffers) -> Call:
+    x = _rows(point, buffers)
+    return lambda: nn.functional.gelu(x, approximate="tanh")
+
+
+def _rmsnorm(point: OpPoint, buffers: Buffers) -> Call:
+    x, weight = _rows(point, buffers), _width(point, buffers)
+    return lambda: llama_rms_norm(x, weight)
+
+
+def _fused_rms_norm(point: OpPoint, buffers: Buffers) -> Call:
+    x, weight = _rows(point, buffers), _width(point, buffers)
+    return lambda: nn.functional.rms_norm(x, (x.shape[-1],), weight, EPSILON)
+
+
+def _layer_norm(point: OpPoint, buffers: Buffers) -> Call:
+    x, weight, bias = _rows(point, buffers), _width(point, buffers), _width(point, buffers)
+    return lambda: nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, EPSILON)
+
+
+def _softmax(point: OpPoint, buffers: Buffers) -> Call:
+    """Of attention scores in eager attention: in fp32, then back."""
+    x = _rows(point, buffers)
+    return lambda: nn.functional.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+def _rope(point: OpPoint, buffers: Buffers) -> Call:
+    s = point.shape
+    T, D = s["tokens"], s["head_dim"]
+    q = buffers.take(point.dtype, 1, T, s["heads"], D).transpose(1, 2)
+    k = buffers.take(point.dtype, 1, T, s["kv_heads"], D).transpose(1, 2)
+    cos, sin = (buffers.take(point.dtype, 1, T, D) for _ in range(2))
+    return lambda: apply_rope(q, k, cos, sin)
+
+
+def _cat(point: OpPoint, buffers: Buffers) -> Call:
+    s = point.shape
+    old = buffers.take(point.dtype, s["batch"], s["kv_heads"], s["context"], s["head_dim"])
+    new = buffers.take(point.dtype, s["batch"], s["kv_heads"], 1, s["head_dim"])
+    return lambda: torch.cat((old, new), dim=-2)
+
+
+def _embedding(point: OpPoint, buffers: Buffers) -> Call:
+    """Rows of a table that is far larger than the cache on a GPU."""
+    rows = TABLE_ROWS if buffers.device.type == "cuda" else TABLE_ROWS // 16
+    table = buffers.take(point.dtype, rows, point.shape["width"])
+    ids = buffers.indices(rows, point.shape["rows"])
+    return lambda: nn.functional.embedding(ids, table)
+
+
+def _cross_entropy(point: OpPoint, buffers: Buffers) -> Call:
+    logits = _rows(point, buffers)
+    labels = buffers.indices(point.shape["width"], point.shape["rows"])
+    return lambda: nn.functional.cross_entropy(logits, labels)
+
+
+def _upcast(point: OpPoint, buffers: Buffers) -> Call:
+    logits = _rows(point, buffers)
+    return lambda: logits.float()
+
+
+def _argmax(point: OpPoint, buffers: Buffers) -> Call:
+    logits = _rows(point, buffers)
+    return lambda: logits.argmax(dim=-1)
+
+
+BYTE_OPS: dict[str, Maker] = {
+    "copy": _copy,
+    "sum": _sum,
+    "add": _add,
+    "silu_mul": _silu_mul,
+    "gelu_tanh": _gelu_tanh,
+    "rmsnorm": _rmsnorm,
+    "rms_norm": _fused_rms_norm,
+    "layer_norm": _layer_norm,
+    "softmax": _softmax,
+    "rope": _rope,
+    "cat": _cat,
+    "embedding": _embedding,
+    "cross_entropy": _cross_entropy,
+    "upcast": _upcast,
+    "argmax": _argmax,
+}

@@ -1,0 +1,163 @@
+"""What a point must compute and move at the least: from its shape, without torch.
+
+FLOPs: a multiply and an add are two; only what a matrix unit does is counted, so that an op that
+adds or normalises has 0. Causal attention counts the pairs that the mask lets through, not the
+square. Bytes: each input read once and each output written once, whatever an implementation that
+goes over its data several times really moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from profiles.microbench.point import OpPoint
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp8": 1, "uint8": 1}
+INDEX_BYTES = 8  # torch's int64
+
+Shape = Mapping[str, int]
+
+BACKWARD_PRODUCTS = {"linear": (2, 1), "sdpa": (5, 2)}
+"""Matrix products of a backward pass, and of the forward pass it belongs to (attention recomputes
+its scores)."""
+
+TENSORS = {
+    "copy": (1, 1),
+    "sum": (1, 0),
+    "add": (2, 1),
+    "rmsnorm": (1, 1),
+    "rms_norm": (1, 1),
+    "layer_norm": (1, 1),
+    "silu_mul": (2, 1),
+    "gelu_tanh": (1, 1),
+    "softmax": (1, 1),
+}
+"""Whole tensors [rows, width] that an op reads and writes."""
+
+ROW_WEIGHTS = {"rmsnorm": 1, "rms_norm": 1, "layer_norm": 2}
+"""Vectors [width] it reads beside them."""
+
+
+def flops(point: OpPoint) -> int:
+    """Operations of the matrix products in a point."""
+    s = point.shape
+    if point.op in ("linear", "scaled_mm", "grouped_mm") and "m" in s:
+        forward = 2 * s["m"] * s["n"] * s["k"]
+    elif point.op == "sdpa" and s:
+        forward = 4 * s["batch"] * s["heads"] * s["head_dim"] * _pairs(s["tokens"], s["context"])
+    else:
+        return 0
+    if point.family != "backward":
+        return forward
+    products, of = BACKWARD_PRODUCTS[point.op]
+    return forward * products // of
+
+
+def floor_bytes(point: OpPoint) -> int:
+    """Bytes of the inputs, once, and of the outputs, once; 0 where only the host is timed."""
+    if not point.shape or point.family in ("graph", "allocator"):
+        return 0
+    size = ITEMSIZE[point.dtype]
+    if point.family == "backward":
+        return _backward_bytes(point, size)
+    if point.op in TENSORS:
+        read, written = TENSORS[point.op]
+        rows, width = point.shape["rows"], point.shape["width"]
+        result = 4 if point.op == "sum" else 0
+        weights = ROW_WEIGHTS.get(point.op, 0) * width
+        return size * ((read + written) * rows * width + weights) + result
+    return _BYTES[point.op](point.shape, size)
+
+
+def rotated_bytes(point: OpPoint) -> int:
+    """The part of them that is taken from another place at every call: a GEMM's x stays."""
+    total = floor_bytes(point)
+    if point.op in ("linear", "scaled_mm", "grouped_mm") and point.family != "backward":
+        s = point.shape
+        return ITEMSIZE[point.dtype] * s.get("experts", 1) * s["n"] * s["k"]
+    return total
+
+
+def _pairs(tokens: int, context: int) -> int:
+    """Query–key pairs of a causal mask whose last query sees the whole context."""
+    return tokens * (context - tokens) + tokens * (tokens + 1) // 2
+
+
+def _gemm(s: Shape, size: int) -> int:
+    return size * (s["m"] * s["k"] + s["n"] * s["k"] + s["m"] * s["n"])
+
+
+def _scaled_mm(s: Shape, size: int) -> int:
+    """fp8 in, two fp32 scales, bf16 out."""
+    return size * (s["m"] * s["k"] + s["n"] * s["k"]) + 2 * 4 + 2 * s["m"] * s["n"]
+
+
+def _grouped_mm(s: Shape, size: int) -> int:
+    """Only experts that have a row are read."""
+    used = min(s["experts"], s["m"])
+    weights = used * s["n"] * s["k"]
+    return size * (s["m"] * s["k"] + weights + s["m"] * s["n"]) + 4 * s["experts"]
+
+
+def _sdpa(s: Shape, size: int) -> int:
+    query = s["heads"] * s["tokens"]
+    cache = s["kv_heads"] * s["context"]
+    return size * 2 * s["batch"] * s["head_dim"] * (query + cache)
+
+
+def _rope(s: Shape, size: int) -> int:
+    """q and k in and out; cosines and sines."""
+    rotated = s["tokens"] * s["head_dim"] * (s["heads"] + s["kv_heads"])
+    return size * (2 * rotated + 2 * s["tokens"] * s["head_dim"])
+
+
+def _cat(s: Shape, size: int) -> int:
+    """The old cache and one token in, both out."""
+    token = s["batch"] * s["kv_heads"] * s["head_dim"]
+    return size * 2 * token * (s["context"] + 1)
+
+
+def _embedding(s: Shape, size: int) -> int:
+    return s["rows"] * (INDEX_BYTES + 2 * size * s["width"])
+
+
+def _cross_entropy(s: Shape, size: int) -> int:
+    return s["rows"] * (size * s["width"] + INDEX_BYTES) + size
+
+
+def _upcast(s: Shape, size: int) -> int:
+    return s["rows"] * s["width"] * (size + 4)
+
+
+def _argmax(s: Shape, size: int) -> int:
+    return s["rows"] * (s["width"] * size + INDEX_BYTES)
+
+
+def _adamw(s: Shape, size: int) -> int:
+    """Parameter, gradient and two moments in; all but the gradient out."""
+    return 7 * size * s["elements"]
+
+
+_BYTES: Mapping[str, Callable[[Shape, int], int]] = {
+    "linear": _gemm,
+    "scaled_mm": _scaled_mm,
+    "grouped_mm": _grouped_mm,
+    "sdpa": _sdpa,
+    "rope": _rope,
+    "cat": _cat,
+    "embedding": _embedding,
+    "cross_entropy": _cross_entropy,
+    "upcast": _upcast,
+    "argmax": _argmax,
+    "adamw": _adamw,
+}
+
+
+def _backward_bytes(point: OpPoint, size: int) -> int:
+    """Linear: x, W and dy in, dx and dW out. Attention: q, k, v, out, dout in; dq, dk, dv out."""
+    s = point.shape
+    if point.op == "linear":
+        return size * (2 * (s["m"] * s["k"] + s["n"] * s["k"]) + s["m"] * s["n"])
+    query = s["heads"] * s["tokens"]
+    cache = s["kv_heads"] * s["context"]
+    return size * s["batch"] * s["head_dim"] * (4 * query + 4 * cache)

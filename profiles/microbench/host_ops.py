@@ -1,0 +1,205 @@
+"""Host cost, the floor of a CUDA graph's replay, and the allocator: points timed in their own way.
+
+Host cost is timed over tiny tensors, by the clock of the thread that issues the ops. The device
+finishes each before the next arrives, so that nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from profiles.microbench.buffers import DTYPES
+from profiles.microbench.byte_ops import apply_rope, llama_rms_norm
+from profiles.microbench.ops import Call
+from profiles.microbench.point import OpPoint
+from profiles.microbench.timing import (
+    REPLAYS,
+    Timing,
+    capture_graph,
+    synchronize,
+    time_on_host,
+    timing_event,
+)
+
+WIDTH = 64
+PARAMETERS = 8
+REPLAYS_AT_ONCE = 20
+
+
+def host_time(point: OpPoint, device: torch.device) -> Timing:
+    """What a call of this op costs the host."""
+    tiny = _Tiny(device, DTYPES[point.dtype])
+    grad = point.op == "linear_backward"
+    with torch.enable_grad() if grad else torch.no_grad():
+        call = tiny.call(point.op)
+        return time_on_host(call, device, calls=50 if point.op.startswith("adamw") else 200)
+
+
+class _Tiny:
+    """Calls over tensors of 64 elements or so."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def call(self, op: str) -> Call:
+        calls: dict[str, Callable[[], Call]] = {
+            "add": self._add,
+            "linear": self._linear,
+            "linear_module": lambda: self._module(nn.Linear(WIDTH, WIDTH, bias=False)),
+            "identity_module": lambda: self._module(nn.Identity()),
+            "sdpa": self._sdpa,
+            "rmsnorm": self._rmsnorm,
+            "rms_norm": self._fused_rms_norm,
+            "silu": self._silu,
+            "cat": self._cat,
+            "embedding": self._embedding,
+            "transpose_reshape": self._transpose_reshape,
+            "rope": self._rope,
+            "empty": self._empty,
+            "linear_backward": self._linear_backward,
+            "adamw_foreach": lambda: self._adamw(fused=False),
+            "adamw_fused": lambda: self._adamw(fused=True),
+            "launch_and_wait": self._launch_and_wait,
+        }
+        return calls[op]()
+
+    def _add(self) -> Call:
+        x, y = self.randn(1, WIDTH), self.randn(1, WIDTH)
+        return lambda: x + y
+
+    def _linear(self) -> Call:
+        x, w = self.randn(1, WIDTH), self.randn(WIDTH, WIDTH)
+        return lambda: nn.functional.linear(x, w)
+
+    def _module(self, module: nn.Module) -> Call:
+        x = self.randn(1, WIDTH)
+        module = module.to(device=self.device, dtype=self.dtype)
+        return lambda: module(x)
+
+    def _sdpa(self) -> Call:
+        q, k, v = (self.randn(1, 1, 8, WIDTH) for _ in range(3))
+        return lambda: nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def _rmsnorm(self) -> Call:
+        x, weight = self.randn(1, WIDTH), self.randn(WIDTH)
+        return lambda: llama_rms_norm(x, weight)
+
+    def _fused_rms_norm(self) -> Call:
+        x, weight = self.randn(1, WIDTH), self.randn(WIDTH)
+        return lambda: nn.functional.rms_norm(x, (WIDTH,), weight, 1e-5)
+
+    def _silu(self) -> Call:
+        x = self.randn(1, WIDTH)
+        return lambda: nn.functional.silu(x)
+
+    def _cat(self) -> Call:
+        x, y = self.randn(1, 1, 8, WIDTH), self.randn(1, 1, 1, WIDTH)
+        return lambda: torch.cat((x, y), dim=-2)
+
+    def _embedding(self) -> Call:
+        table = self.randn(WIDTH, WIDTH)
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        return lambda: nn.functional.embedding(ids, table)
+
+    def _transpose_reshape(self) -> Call:
+        """[B, T, H·D] → [B, H, T, D]: no kernel runs."""
+        x = self.randn(1, 1, WIDTH)
+        return lambda: x.view(1, 1, 4, -1).transpose(1, 2)
+
+    def _rope(self) -> Call:
+        q, k = self.randn(1, 4, 1, WIDTH), self.randn(1, 2, 1, WIDTH)
+        cos, sin = self.randn(1, 1, WIDTH), self.randn(1, 1, WIDTH)
+        return lambda: apply_rope(q, k, cos, sin)
+
+    def _empty(self) -> Call:
+        """A block that the allocator has at hand."""
+        return lambda: torch.empty(WIDTH, device=self.device, dtype=self.dtype)
+
+    def _linear_backward(self) -> Call:
+        x, w = self.randn(1, WIDTH).requires_grad_(), self.randn(WIDTH, WIDTH).requires_grad_()
+        y, gradient = nn.functional.linear(x, w), self.randn(1, WIDTH)
+        return lambda: torch.autograd.grad(y, (x, w), gradient, retain_graph=True)
+
+    def _adamw(self, *, fused: bool) -> Call:
+        parameters = [self.randn(WIDTH).requires_grad_() for _ in range(PARAMETERS)]
+        for parameter in parameters:
+            parameter.grad = self.randn(WIDTH)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=not fused)
+        return optimizer.step
+
+    def _launch_and_wait(self) -> Call:
+        x, y = self.randn(1, WIDTH), self.randn(1, WIDTH)
+
+        def call() -> None:
+            torch.add(x, y)
+            synchronize(self.device)
+
+        return call
+
+
+def graph_time(point: OpPoint, device: torch.device) -> Timing:
+    """One replay of a graph of tiny kernels: its time on the device, or the host's to launch it."""
+    x, y = torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
+
+    def call() -> Tensor:
+        return x.add_(y, alpha=1e-3)
+
+    call()
+    synchronize(device)
+    graph, _ = capture_graph([call] * point.shape["kernels"])
+    graph.replay()
+    synchronize(device)
+    if point.op == "launch":
+        return _clocked(graph.replay, device, method="host")
+    samples = []
+    for _ in range(REPLAYS):
+        start, end = timing_event(), timing_event()
+        start.record()
+        for _ in range(REPLAYS_AT_ONCE):
+            graph.replay()
+        end.record()
+        synchronize(device)
+        samples.append(start.elapsed_time(end) / 1e3 / REPLAYS_AT_ONCE)
+    return Timing(method="replay", samples_s=tuple(samples), copies=REPLAYS_AT_ONCE)
+
+
+def allocator_time(point: OpPoint, device: torch.device) -> Timing:
+    """cudaMalloc of a segment, cudaFree of it, or a block that the caching allocator had kept."""
+    samples = []
+    for _ in range(REPLAYS):
+        torch.cuda.empty_cache()
+        if point.op == "cached":
+            _empty(point, device)  # dropped at once: the allocator keeps its segment
+        synchronize(device)
+        started = time.perf_counter()
+        block = _empty(point, device)
+        allocated = time.perf_counter()
+        del block
+        released = time.perf_counter()
+        torch.cuda.empty_cache()
+        freed = time.perf_counter()
+        samples.append(freed - released if point.op == "segment_free" else allocated - started)
+    return Timing(method="host", samples_s=tuple(samples), copies=1)
+
+
+def _empty(point: OpPoint, device: torch.device) -> Tensor:
+    return torch.empty(point.shape["bytes"], dtype=torch.uint8, device=device)
+
+
+def _clocked(call: Callable[[], None], device: torch.device, *, method: str) -> Timing:
+    """The host's time in single calls, the device idle before each."""
+    samples = []
+    for _ in range(REPLAYS):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - started)
+    synchronize(device)
+    return Timing(method=method, samples_s=tuple(samples), copies=1)
