@@ -284,13 +284,13 @@ class Estimate:
 
 
 def speed(latency: Latency) -> str:
-    """What is known of the times, in one line."""
+    """What is known of the times, in one line: how far they may be off, what they come from."""
     known = [
-        f"{name} {seconds(time_s)}"
-        for name, time_s in (
-            ("TTFT", latency.ttft_s),
-            ("TPOT", latency.tpot_s),
-            ("step", latency.step_s),
+        f"{name} {seconds(time_s)}{off_by(time_s, interval)}"
+        for name, time_s, interval in (
+            ("TTFT", latency.ttft_s, latency.ttft_interval_s),
+            ("TPOT", latency.tpot_s, latency.tpot_interval_s),
+            ("step", latency.step_s, latency.step_interval_s),
         )
         if time_s is not None or (name == "TPOT" and latency.step_s is None)
     ]
@@ -300,7 +300,23 @@ def speed(latency: Latency) -> str:
     ):
         if per_s is not None:
             known.append(f"{per_s:,.0f} {what} tokens/s")
-    return f"{', '.join(known)} ({latency.basis})"
+    return f"{', '.join(known)} ({'; '.join((latency.basis, *binding(latency)))})"
+
+
+def off_by(time_s: float | None, interval: tuple[float, float] | None) -> str:
+    """Half of an interval as a share of the time, " ±9 %"; empty where there is none."""
+    if time_s is None or interval is None or not time_s:
+        return ""
+    return f" ±{50 * (interval[1] - interval[0]) / time_s:.0f} %"
+
+
+def binding(latency: Latency) -> list[str]:
+    """How sure the times are, and what takes most of each pass."""
+    told = [] if latency.confidence == "uncalibrated" else [latency.confidence]
+    if latency.step_s is not None:
+        return [*told, f"bound by {latency.prefill_bound_by}"]
+    bound = f"prefill bound by {latency.prefill_bound_by}"
+    return [*told, f"{bound}, decode by {latency.decode_bound_by}" if latency.tpot_s else bound]
 
 
 def verdict(estimate: Estimate) -> str:

@@ -180,9 +180,8 @@ class Products(Views):
         dims, laid = (B, H, T, v.dims[-1]), None
         if q.sizes[-1] == v.sizes[-1]:
             laid = preserved(q.sizes, q.strides)  # as the queries lie
-        out = self.aten.new(
-            kernel, name, dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
-        )
+        reads = (q, k, v) if mask is None else (q, k, v, mask)
+        out = self.aten.new(kernel, name, dims, q.itemsize, strides=laid, flops=flops, reads=reads)
         lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
         saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)
         return self._record(backward, (q, k, v), out, saved)
