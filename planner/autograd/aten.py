@@ -115,8 +115,8 @@ class Aten:
 
     def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
         """x where the mask lets through, a number elsewhere."""
-        reads = (mask, x, self.number(name, x.itemsize))
-        return self.new("where.self", name, x.dims, x.itemsize, reads=reads)
+        number = self.number(name, x.itemsize)
+        return self.elementwise("where.self", name, mask, x, number)
 
     def cast(self, x: Tensor, itemsize: int, name: str) -> Tensor:
         """x.to(dtype): x itself where it is of that dtype."""

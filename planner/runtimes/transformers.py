@@ -288,7 +288,7 @@ class Transformers:
             passes += [_decode_dims(work, context) for context in ends]
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + 2) + Regime.codes(model, dims)
+            code = code * 2 ** (len(windows(model)) + 3) + Regime.codes(model, dims)
         return code
 
     def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
