@@ -39,7 +39,7 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
     # -- parts ------------------------------------------------------------------------------------
 
     def parts(self) -> Iterator[Part]:
-        """Encoder, decoder, head; the first and, trained, the last block of each apart."""
+        """Encoder, decoder, head."""
         if self.what.kind != "decode":
             yield Part(EMBEDDING, stack="encoder")
             yield from self._blocks("encoder", self.model.towers[0].layers)
@@ -49,16 +49,20 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         yield Part(HEAD, stack="decoder")
 
     def _blocks(self, stack: str, layers: Sequence[Layer]) -> Iterator[Part]:
-        yield Part(f"first of the {stack}", 1, 0, layers[0], stack)
-        start = 1
-        for layer, run in groupby(layers[1:]):
-            count = len(list(run))
-            ends_here = self.trains and start + count == len(layers)
-            if count - ends_here:
-                yield Part(f"{stack} {start}", count - ends_here, start, layer, stack)
-            if ends_here:  # nothing waits yet for the gradients that all blocks add to
-                yield Part(f"last of the {stack}", 1, len(layers) - 1, layer, stack)
-            start += count
+        """The first block makes what all others are given.
+
+        On the way back nothing waits at the last one yet for the gradients that all add to;
+        checkpointed, the second lets go of the biases, which the first one makes again.
+        """
+        ends, last = {1}, len(layers) - 1
+        if self.trains:
+            ends |= {2, last} if self.checkpointed else {last}
+        start = 0
+        for end in (*sorted(end for end in ends if end <= last), len(layers)):
+            for layer, run in groupby(layers[start:end]):
+                count = len(list(run))
+                yield Part(f"{stack} {start}", count, start, layer, stack)
+                start += count
 
     def handed(self, part: Part) -> tuple[Buffer, Buffer]:
         """Encoder or decoder states."""
