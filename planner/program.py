@@ -119,7 +119,7 @@ def formula(shape: Shape) -> str:
 
 def symbols(dims: Dims) -> dict[str, int]:
     """The numbers that a formula's letters stand for at one point."""
-    letters = (B, T, S, PAST, C)
+    letters = (B, T, S, PAST, C, S_ENC)
     return {letter.name: letter.of(dims) for letter in letters}
 
 
@@ -127,7 +127,8 @@ def symbols(dims: Dims) -> dict[str, int]:
 class Buffer:
     """A storage that the pass allocates: what it is called, its elements, bytes of one.
 
-    `gradient`: a parameter's, which outlives the backward pass.
+    `gradient`: a parameter's, which outlives the backward pass. `lasting`: made once, and
+    found by all passes that follow (an encoder's states, the cache of cross-attention).
     """
 
     name: str
@@ -135,6 +136,7 @@ class Buffer:
     itemsize: int
     cache: bool = False
     gradient: bool = False
+    lasting: bool = False
 
     def nbytes(self, dims: Dims) -> Number:
         """Bytes of the storage."""

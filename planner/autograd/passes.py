@@ -149,19 +149,24 @@ class PassWriter(Generic[Given]):
     def _trained(self) -> list[TrainedPart]:
         """The parameters of each part, in the order of the module's."""
         h = self.model.hidden_size
-        outer = [p for p in self.model.parameters() if p.layer is None]
         trained = []
         for part in self.parts():
-            if part.layer_kind is not None:
-                own: Iterable[Parameter] = layer_parameters(part.layer_kind, h)
-            else:
-                embeds = part.label == EMBEDDING
-                own = (p for p in outer if p.name.startswith("embed") == embeds)
+            kind = part.layer_kind
+            own = self.outside(part) if kind is None else layer_parameters(kind, h)
             sizes = tuple(p.count for p in own)
-            trained.append(
-                TrainedPart(label=part.label, sizes=sizes, count=part.count, first_layer=part.layer)
-            )
+            if sizes:
+                trained.append(
+                    TrainedPart(
+                        label=part.label, sizes=sizes, count=part.count, first_layer=part.layer
+                    )
+                )
         return trained
+
+    def outside(self, part: Part) -> Iterable[Parameter]:
+        """The parameters of a part that is no layer."""
+        embeds = part.label == EMBEDDING
+        outer = self.model.outer_parameters()
+        return (p for p in outer if p.name.startswith("embed") == embeds)
 
     def _zero_gradients(self) -> None:
         """Set all gradients to None."""

@@ -66,7 +66,7 @@ class Views(Recorder):
             called = f"gradient of {like.name}"
             return [self.aten.new("select_backward", called, like.dims, like.itemsize)]
 
-        return self._record(backward, (x,), self.aten.unbind(x, dim)[0])
+        return self._record(backward, (x,), self.aten.select(x, dim))
 
     def _slice_backward(self, node: Node, flowed: Gradients) -> Gradients:
         like = node.inputs[0]

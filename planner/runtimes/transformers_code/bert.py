@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from planner.autograd.aten import ONE
+from planner.autograd.passes import EMBEDDING, Part
 from planner.autograd.tensors import Tensor
 from planner.layers import GQA, Dense, Layer, Norm
 from planner.program import B, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.regime import Shared
 from planner.runtimes.writer import INT64
+from planner.tensors import Parameter
 
 
 class MaskedLM(BlockWriter):
@@ -37,6 +41,11 @@ class MaskedLM(BlockWriter):
         out = self.norm(self._norm(), out, "hidden states", "embed_norm")
         del words, typed, placed
         return out
+
+    def outside(self, part: Part) -> Iterable[Parameter]:
+        """What stands in BertEmbeddings, and behind the layers."""
+        embeds = part.label == EMBEDDING
+        return (p for p in self.model.outer_parameters() if ("embed" in p.name) == embeds)
 
     def _norm(self) -> Norm:
         return self.model.layers[0].norm

@@ -89,10 +89,11 @@ def code_of(text_type: str) -> Code:
 
 HELD = frozenset(
     (
-        "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
+        "bert", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
         "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama",
         "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
         "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+        "t5",
     )
 )  # fmt: skip
 """Types whose programs, forward and back, equal what their classes allocate (tests/)."""

@@ -5,7 +5,8 @@ Shapes besides those of the package.  E encoder tokens, which cross-attention se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from planner.autograd.aten import ONE
@@ -18,6 +19,7 @@ from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import Pass, Regime, Shared
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
+from planner.tensors import Parameter
 
 ENCODED, DECODER = "end of the encoder", "decoder embedding"
 
@@ -29,7 +31,10 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         super().__init__(model, what, regime)
         shape = (B, S_ENC, model.hidden_size)
         names = ("encoder states", "gradient of encoder states")
-        hidden, gradient = (Buffer(name=name, shape=shape, itemsize=self.b) for name in names)
+        hidden, gradient = (
+            Buffer(name=name, shape=shape, itemsize=self.b, lasting=name == names[0])
+            for name in names
+        )
         self.encoder_hidden = hidden, gradient
         self.stack = ""
         self.encoded: Tensor | None = None
@@ -64,6 +69,12 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
                 yield Part(f"{stack} {start}", count, start, layer, stack)
                 start += count
 
+    def outside(self, part: Part) -> Iterable[Parameter]:
+        """The decoder's embedding is the encoder's."""
+        if part.label == ENCODED:
+            return self.model.towers[0].outer
+        return () if part.label == DECODER else super().outside(part)
+
     def handed(self, part: Part) -> tuple[Buffer, Buffer]:
         """Encoder or decoder states."""
         return self.encoder_hidden if part.stack == "encoder" else super().handed(part)
@@ -78,30 +89,30 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         return super().run(part, entered)
 
     def before(self) -> None:
-        """Cross-attention's keys and values and the encoder's states, for a decode step."""
+        """For a decode step the encoder's states, and every cache with that of cross-attention."""
+        if self.what.kind == "decode":
+            with self.tape.segment("cache of the encoder"):
+                dims: Dims = ((B,), (S_ENC,), (self.model.hidden_size,))
+                self.encoded = self.aten.new("mul.Tensor", "encoder states", dims, self.b)
+                self.encoded.storage.known_as(self.encoder_hidden[0])
         super().before()
-        if self.what.kind != "decode":
-            return
-        with self.tape.segment("encoder states"):
-            dims: Dims = ((B,), (S_ENC,), (self.model.hidden_size,))
-            self.encoded = self.aten.new("mul.Tensor", "encoder states", dims, self.b)
-        for part in self.parts():
-            if part.layer_kind is not None:
-                with self.tape.segment(
-                    f"cross cache of {part.label}", count=part.count, first_layer=part.layer
-                ):
-                    self.cross[part.label] = self._cross_cache(part.layer_kind)
 
-    def _cross_cache(self, layer: Layer) -> tuple[Tensor, Tensor]:
+    def _open(self, label: str, layer: Layer) -> None:
+        super()._open(label, layer)
         gqa = layer.cross_attention
-        assert gqa is not None
+        if gqa is None or self.what.kind != "decode":
+            return
         dims: Dims = ((B,), (gqa.num_key_value_heads,), (S_ENC,), (gqa.head_dim,))
         keys, values = (
-            self._marked(self.aten.new("cat", f"cached {name}", dims, self.b))
+            self._lasting(self.aten.new("cat", f"cross {name}", dims, self.b))
             for name in ("keys", "values")
         )
+        self.cross[label] = keys, values
         self.kept += (keys, values)
-        return keys, values
+
+    def _lasting(self, x: Tensor) -> Tensor:
+        x.storage.known_as(replace(x.storage.buffer, cache=True, lasting=True))
+        return x
 
     # -- T5Stack.forward --------------------------------------------------------------------------
 
@@ -260,8 +271,8 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
             return k, v
         if not crosses:
             return self.update(layer, k, v)
-        keys = self._marked(self.aten.cat((k,), -2, k.dims, "cached keys"))
-        values = self._marked(self.aten.cat((v,), -2, v.dims, "cached values"))
+        keys = self._lasting(self.aten.cat((k,), -2, k.dims, "cross keys"))
+        values = self._lasting(self.aten.cat((v,), -2, v.dims, "cross values"))
         self.kept += (keys, values)
         return keys, values
 
