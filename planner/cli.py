@@ -34,6 +34,7 @@ from planner.cli_options import (
     Checkpointing,
     CsvFile,
     Dtype,
+    EncoderTokens,
     Files,
     GpuName,
     KvDtype,
@@ -105,6 +106,7 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    encoder_tokens: EncoderTokens = None,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -118,9 +120,16 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            encoder_tokens=encoder_tokens,
         )
     else:
-        work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+        work = Inference(
+            batch=batch,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            logits=logits,  # type: ignore[arg-type]
+            encoder_tokens=encoder_tokens,
+        )
     deploy = Deployment(
         gpu=gpu,
         runtime=runtime,

@@ -17,6 +17,9 @@ GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
 Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
+EncoderTokens = Annotated[
+    int | None, typer.Option("--encoder-tokens", help="What an encoder reads beside a decoder.")
+]
 RuntimeName = Annotated[
     str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
 ]

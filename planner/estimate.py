@@ -15,13 +15,14 @@ from planner.model import Model
 from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, context_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
-from planner.prepared import Prepared, as_loaded, encoder_length, prepare, setting_of
+from planner.prepared import Prepared, as_loaded, prepare, setting_of
 from planner.program import formula, symbols
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
+from planner.runtimes.writer import INT64
 from planner.training import gradient_rows, training_phase, unfinished_row
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
@@ -69,7 +70,7 @@ def kv_cache_bytes(
         context_tokens=context_tokens,
         dtype=dtype,
         cache=cache,
-        encoder_tokens=encoder_length(model, encoder_tokens, context_tokens),
+        encoder_tokens=model.encoder_length(encoder_tokens, context_tokens),
         compute_dtype=computed,
         decoded_tokens=decoded_tokens,
     )
@@ -146,7 +147,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *overhead_rows(gpu, workspace=True, trains=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
-    torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes)
+    torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
     if gpu.vendor in WITH_CONTEXT:
         torch = AllocatorPlan(
             model=model,
@@ -172,6 +173,15 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     )
 
 
+def _inputs_bytes(model: Model, work: Inference | Training) -> int:
+    """Token ids and labels, int64; of a sequence-to-sequence model those of both sides."""
+    if not model.is_seq2seq:
+        return work.inputs_bytes
+    tokens = work.sequence_tokens if isinstance(work, Training) else work.prompt_tokens
+    encoded: int = model.encoder_length(work.encoder_tokens, tokens)
+    return INT64 * work.batch * (tokens + encoded)
+
+
 def _activation_rows(
     highest: Peak, phase: Phase, kv_bytes: int, *, note: str, apart: bool
 ) -> Iterator[Row]:
@@ -182,7 +192,7 @@ def _activation_rows(
     letters = symbols(phase.dims)
     for buffer, count, size in highest.live:
         text = formula(buffer.shape)
-        used = set(re.findall(r"[A-Z]", text))
+        used = set(re.findall(r"[A-Z]\w*", text))
         yield Row(
             component="activations",
             item=buffer.name,
@@ -225,7 +235,7 @@ def _torch_peaks(
     )
     if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
         pool = total_bytes(rows, "kv_cache") if apart else 0
-        inputs = work.inputs_bytes if runtime.on_torch else 0
+        inputs = _inputs_bytes(model, work) if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
         return Unsegmented(peak_allocated_bytes=live + inputs + workspace)
     outside = total_bytes(rows, "overhead") - workspace

@@ -64,7 +64,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
             for stage in stages
         )
 
-    prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+    encoder = model.encoder_length(work.encoder_tokens, work.prompt_tokens)
+    prompt = Dims(
+        batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
+    )
     ttft_s = seconds(rules.prefill, prompt)
     steps = work.output_tokens - 1
     tpot_s = None
@@ -72,7 +75,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
         first, last = work.prompt_tokens + 1, work.context_tokens
         contexts = np.linspace(first, last, min(steps, MAX_DECODE_POINTS), axis=-1)
         batch = np.asarray(work.batch, dtype=np.float64)[..., None]
-        step_s = seconds(rules.decode, Dims(batch=batch, tokens=1.0, context=contexts))
+        read = np.asarray(encoder, dtype=np.float64)[..., None]
+        step_s = seconds(
+            rules.decode, Dims(batch=batch, tokens=1.0, context=contexts, encoder=read)
+        )
         tpot_s = np.mean(np.broadcast_to(step_s, contexts.shape), axis=-1)
     total_s = ttft_s + steps * (0.0 if tpot_s is None else tpot_s)
     alone = np.ndim(total_s) == 0

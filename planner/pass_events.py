@@ -81,12 +81,17 @@ def script(program: Program, *, continues: bool) -> PassScript:
     living = sorted(slot for slots in alive.values() for slot in slots)
     kept = {slot for slot in living if buffers[slot].cache} | set(found)
     opened = _opened(program)
+
+    def lasting(slot: int) -> bool:
+        """What is made anew in every pass comes first, each in the order of the layers."""
+        return buffers[slot].lasting
+
     return PassScript(
         buffers=tuple(buffers),
         distinct=frozenset(buffers),
         steps=tuple(steps),
-        found=tuple(found),
-        caches=tuple(slot for slot in living if slot in kept or buffers[slot] in opened),
+        found=tuple(sorted(found, key=lasting)),
+        caches=tuple(sorted((s for s in living if s in kept or buffers[s] in opened), key=lasting)),
         left=tuple(slot for slot in living if slot not in kept and buffers[slot] not in opened),
         first_gemm=min(gemms.values(), default=None),
         starts=starts,
@@ -95,13 +100,13 @@ def script(program: Program, *, continues: bool) -> PassScript:
 
 
 def _opened(program: Program) -> set[Buffer]:
-    """Buffers that belong to a cache without being its keys or values (a layer's window size)."""
+    """What the next pass finds besides keys and values: a layer's window size, encoder states."""
     return {
         buffer
         for segment in program.segments
-        if segment.label.startswith(OPENING)
         for op in segment.ops
         for buffer in op.allocates
+        if buffer.lasting or segment.label.startswith(OPENING)
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.errors import MAX_SIZE, ConfigError, check_size, shown
+from planner.errors import MAX_SIZE, ConfigError
 from planner.ledger import Row
 from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
@@ -73,7 +73,7 @@ class Prepared:
             context_tokens=work.context_tokens,
             dtype=self.setting.kv_dtype,
             cache=self.cache,
-            encoder_tokens=encoder_length(self.model, work.encoder_tokens, work.prompt_tokens),
+            encoder_tokens=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
             compute_dtype=self.setting.dtype,
             decoded_tokens=work.output_tokens - 1,
             blocks=share.blocks,
@@ -133,17 +133,6 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
         weights_note="" if model is checkpoint else _unpacked_note(checkpoint, gpu),
         peak_note=note,
     )
-
-
-def encoder_length(model: Model, given: int | None, context_tokens: int) -> int:
-    """What cross-attention sees: as given, what the model fixes, else as many as the context."""
-    if given is None:
-        return model.encoder_tokens or context_tokens
-    if not any(layer.cross_attention for layer in model.layer_kinds()):
-        raise ConfigError(
-            f"encoder_tokens={shown(given)} is not allowed: None for {model.model_type}"
-        )
-    return check_size("encoder_tokens", given, maximum=model.encoder_tokens or MAX_SIZE)
 
 
 def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:

@@ -17,7 +17,7 @@ more than MAX_EVENTS, steps are left out evenly, and `steps_played` says how man
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from planner.allocator import (
@@ -37,6 +37,7 @@ from planner.pass_events import PassWriter, script
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
+from planner.runtimes.writer import INT64
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
 
@@ -132,6 +133,9 @@ def _play(
         batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
     )
     replay.feed(writer.opening)
+    if plan.model.is_seq2seq:
+        encoded = plan.model.encoder_length(work.encoder_tokens, work.prompt_tokens)
+        replay.feed([Alloc("encoder ids", INT64 * work.batch * encoded)])
     phases = runtime_named(plan.runtime).memory_phases(plan.model, work, plan.setting)
     prefill = phases[0]
     replay.feed(writer.write(script(prefill.program, continues=False), prefill.dims))
@@ -176,7 +180,7 @@ class _Decode:
         self._replay, self._writer, self._work = replay, writer, work
         self._first = script(phases[1].program, continues=True)
         self._steady = script(phases[-1].program, continues=True)
-        self._capacity = phases[-1].dims.capacity
+        self._last = phases[-1].dims
         self._small, self._large = _Rest(), _Rest()
         self._frees = 0
 
@@ -262,7 +266,7 @@ class _Decode:
         )
 
     def _dims(self, context: int) -> Dims:
-        return Dims(batch=self._work.batch, tokens=1, context=context, capacity=self._capacity)
+        return replace(self._last, context=context)
 
 
 class _Rest:

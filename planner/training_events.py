@@ -26,8 +26,11 @@ def training_events(
     model: Model, work: Training, setting: Setting, runtime: str, *, workspace_bytes: int
 ) -> Iterator[Event]:
     """What two steps ask for after the weights are there; without an optimizer a single one."""
-    for name in ("token ids", "labels"):
-        yield Alloc(name, INT64 * work.batch * work.sequence_tokens)
+    read = work.sequence_tokens
+    if model.is_seq2seq:
+        read = model.encoder_length(work.encoder_tokens, read)
+    for name, tokens in (("token ids", read), ("labels", work.sequence_tokens)):
+        yield Alloc(name, INT64 * work.batch * tokens)
     phase = PLANNED[runtime](model, work, setting)
     played = script(phase.program, continues=False)
     states = _states(model, work, setting)

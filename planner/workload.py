@@ -129,7 +129,8 @@ class Training:
     `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
     there; with one it is a step of the steady state, its states made before, gradients set to None
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
-    and `precision` that a runtime does not plan are refused by it.
+    and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
+    sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
     """
 
     batch: int
@@ -139,6 +140,7 @@ class Training:
     checkpointing: Literal["none", "full"] = "none"
     precision: Literal["pure", "autocast"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
+    encoder_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("batch", "sequence_tokens"):
@@ -149,6 +151,8 @@ class Training:
         check_choice("checkpointing", self.checkpointing, ("none", "full"))
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
+        if self.encoder_tokens is not None:
+            check_size("encoder_tokens", self.encoder_tokens)
 
     @property
     def inputs_bytes(self) -> int:

@@ -115,8 +115,8 @@ class Aten:
 
     def where(self, mask: Tensor, x: Tensor, name: str) -> Tensor:
         """x where the mask lets through, a number elsewhere."""
-        reads = (mask, x, self.number(name, x.itemsize))
-        return self.new("where.self", name, x.dims, x.itemsize, reads=reads)
+        number = self.number(name, x.itemsize)
+        return self.elementwise("where.self", name, mask, x, number)
 
     def cast(self, x: Tensor, itemsize: int, name: str) -> Tensor:
         """x.to(dtype): x itself where it is of that dtype."""
@@ -170,24 +170,25 @@ class Aten:
         dims[dim] = (length,)
         return replace(x, dims=tuple(dims), sizes=self.sizes(tuple(dims)), node=None, output=0)
 
-    def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
-        """x at each place of a dimension, which goes: views."""
+    def select(self, x: Tensor, dim: int) -> Tensor:
+        """x at one place of a dimension, which goes: a view."""
         at = range(len(x.dims))[dim]
 
         def without(sequence: tuple[Any, ...]) -> tuple[Any, ...]:
             return sequence[:at] + sequence[at + 1 :]
 
-        return [
-            replace(
-                x,
-                dims=without(x.dims),
-                sizes=without(x.sizes),
-                strides=without(x.strides),
-                node=None,
-                output=0,
-            )
-            for _ in range(x.sizes[at])
-        ]
+        return replace(
+            x,
+            dims=without(x.dims),
+            sizes=without(x.sizes),
+            strides=without(x.strides),
+            node=None,
+            output=0,
+        )
+
+    def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
+        """x at each place of a dimension, which goes: views."""
+        return [self.select(x, dim) for _ in range(x.sizes[dim])]
 
     def stack(self, parts: Sequence[Tensor], dim: int, name: str) -> Tensor:
         """Equal parts along a new dimension, counted from behind."""

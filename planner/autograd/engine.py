@@ -31,13 +31,15 @@ class Graph:
 def run_back(aten: Aten, graph: Graph, carried: Gradients) -> None:
     """Play the graph back. `carried` holds the gradient of its result, then that of its entrance.
 
-    The list is emptied and filled, so that no reference is left behind.
+    The list is emptied and filled, so that no reference is left behind. It is empty where the
+    result went into other graphs, from which its gradient came already.
     """
     last, entrance = graph.nodes[-1], graph.nodes[0]
-    gradient = carried.pop()
-    assert gradient is not None
-    last.waiting[0] = gradient
-    del gradient
+    if carried:
+        gradient = carried.pop()
+        assert gradient is not None
+        last.waiting[0] = gradient
+        del gradient
     for node in graph.nodes[:0:-1]:
         if node.waiting:
             aten.doing = f"{node.name} backward"

@@ -7,7 +7,7 @@ from planner.model import Model
 from planner.program import Dims
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.transformers_code.families import HELD
-from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.forward import is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.workload import Training
 
@@ -22,13 +22,15 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
                 f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
                 f"{', '.join(planned)}"
             )
-    if model.text_type not in HELD or model.towers:
+    if not is_held(model) or not model.lm_head:
         raise ConfigError(
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
-            f"yet: {', '.join(sorted(HELD))}"
+            f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
-    tokens = work.sequence_tokens
-    dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
+    tokens, encoder = work.sequence_tokens, None
+    if model.is_seq2seq or work.encoder_tokens is not None:
+        encoder = model.encoder_length(work.encoder_tokens, tokens)
+    dims = Dims(batch=work.batch, tokens=tokens, context=tokens, encoder=encoder)
     what = Pass(
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]

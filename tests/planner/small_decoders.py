@@ -16,6 +16,7 @@ NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 DROPOUTS = (
     "attention_dropout", "attn_pdrop", "dropout", "embd_pdrop", "hidden_dropout", "layerdrop",
     "resid_pdrop", "residual_dropout", "activation_dropout", "embedding_dropout",
+    "attention_probs_dropout_prob", "dropout_rate", "hidden_dropout_prob",
 )  # fmt: skip
 GROUPED = (
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",

@@ -29,7 +29,7 @@ class CacheWriter(KernelWriter):
         if self.trains:
             return
         for part in self.parts():
-            if part.layer_kind is None:
+            if part.layer_kind is None or part.stack == "encoder":
                 continue
             label = f"cache of {part.label}"
             if not self.tape.again(label, count=part.count, first_layer=part.layer):

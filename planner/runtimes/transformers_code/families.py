@@ -10,7 +10,8 @@ from typing import Literal
 class Code:
     """How one type's classes are written; llama's where nothing else is said.
 
-    `norm`: an RMSNorm that rounds before the weight ("narrow") or after it ("wide"), torch's
+    `norm`: an RMSNorm that rounds before the weight ("narrow") or after it ("wide"), or multiplies
+    what came, not its float32 copy ("mixed"); torch's
     LayerNorm of the input ("fused") or of a float32 copy ("float32"), one written in Python
     ("python"), one of 1 + weight ("shifted").
     `rotary`: rotate_half over all dimensions ("whole"), over the first ones with the rest joined
@@ -27,7 +28,7 @@ class Code:
     `masked`: a mask is always made.
     """
 
-    norm: Literal["narrow", "wide", "fused", "float32", "python", "shifted"] = "narrow"
+    norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
     rotary: Literal["whole", "joined", "joined late", "returned", "held"] = "whole"
     late_norms: bool = False
     pairs: bool = False
@@ -47,6 +48,7 @@ class Code:
 LLAMA = Code()
 FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
+    "bert": Code(norm="fused", softmax="narrow"),
     "bloom": Code(norm="fused", block="bloom", loop=True),
     "cohere": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
     "cohere2": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
@@ -75,6 +77,7 @@ CODES: dict[str, Code] = {
     "phi3": Code(rotary="joined", projections="sliced"),
     "stablelm": Code(norm="fused", rotary="held", projections="first", block="stablelm"),
     "starcoder2": FUSED,
+    "t5": Code(norm="mixed", softmax="narrow"),
 }
 """By model type; every other one is taken for a llama."""
 
@@ -86,10 +89,11 @@ def code_of(text_type: str) -> Code:
 
 HELD = frozenset(
     (
-        "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
+        "bert", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
         "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama",
         "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
         "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+        "t5",
     )
 )  # fmt: skip
 """Types whose programs, forward and back, equal what their classes allocate (tests/)."""

@@ -32,6 +32,8 @@ class PartWriter(CodeWriter):
                 return f.cast(wide, b, name)
             kept = FLOAT32 if self.what.device == "cuda" else b  # CPUs keep the input's dtype
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
+        if self.code.norm == "mixed":
+            return self._mixed_norm(x, weights[0], name)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
         if norm.plus_one:  # gemma's: its _norm names nothing
             wide = f.mul(
@@ -54,6 +56,21 @@ class PartWriter(CodeWriter):
         if self.code.norm == "wide":
             return f.cast(f.mul(weights[0], wide, f"{name}, scaled"), b, name)
         return f.mul(weights[0], f.cast(wide, b, f"{name}, normalised"), name)
+
+    def _mixed_norm(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
+        """T5LayerNorm.forward."""
+        f = self.f
+        variance = f.mean(
+            f.power(f.cast(x, FLOAT32, f"{name}, float32"), f"{name}, squares"),
+            f"{name}, mean square",
+        )
+        hidden = f.mul(
+            x,
+            f.rsqrt(f.shift(variance, f"{name}, mean square"), f"{name}, 1 / rms"),
+            f"{name}, normalised",
+        )
+        hidden = f.cast(hidden, self.b, f"{name}, normalised")
+        return f.mul(weight, hidden, name)
 
     def _mean_square(self, wide: Tensor, name: str) -> Tensor:
         return self.f.mean(self.f.power(wide, f"{name}, squares"), f"{name}, mean square")

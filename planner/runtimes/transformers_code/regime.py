@@ -12,11 +12,11 @@ from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
-from planner.program import PAST, Dims, Extent, Number, S, Symbol, T, minimum
+from planner.program import PAST, S_ENC, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
 
-SOME_BATCH, SOME_TOKENS, SOME_CONTEXT = 999_983, 1_000_003, 2_000_003
+SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017
 """Primes that stand for any size above 1 where strides are compared."""
 T_AND_ONE = Symbol("(T + 1)", lambda d: d.tokens + 1)
 """Labels with the one that is padded behind them."""
@@ -54,23 +54,26 @@ class Regime:
 
     several_batches: bool
     several_tokens: bool
+    several_encoded: bool
     masked: frozenset[int]
 
     @staticmethod
     def of(model: Model, dims: Dims) -> Regime:
         """The regime of a point, or of the first of many alike."""
-        batch, tokens, context = (np.ravel(x)[0] for x in (dims.batch, dims.tokens, dims.context))
+        sizes = (dims.batch, dims.tokens, dims.context, S_ENC.of(dims))
+        batch, tokens, context, encoded = (np.ravel(x)[0] for x in sizes)
         return Regime(
             several_batches=bool(batch > 1),
             several_tokens=bool(tokens > 1),
+            several_encoded=bool(encoded > 1),
             masked=frozenset(w for w in windows(model) if w <= context),
         )
 
     @staticmethod
     def codes(model: Model, dims: Dims) -> Number:
         """A number for each cell; cells of one regime have the same."""
-        code = (dims.batch > 1) * 1 + (dims.tokens > 1) * 2
-        for place, window in enumerate(windows(model), start=2):
+        code = (dims.batch > 1) * 1 + (dims.tokens > 1) * 2 + (S_ENC.of(dims) > 1) * 4
+        for place, window in enumerate(windows(model), start=3):
             code = code + (dims.context >= window) * 2**place
         return code
 
@@ -115,6 +118,9 @@ class Shared:
     mask: Tensor | None
     alibi: Tensor | None = None
     position_ids: Tensor | None = None
+    bias: Tensor | None = None
+    cross_bias: Tensor | None = None
+    encoded: Tensor | None = None
 
 
 class Sizes(dict[Symbol, int]):
@@ -136,7 +142,9 @@ class CodeWriter(PassWriter[Shared]):
         batch = SOME_BATCH if regime.several_batches else 1
         tokens = SOME_TOKENS if regime.several_tokens else 1
         context = SOME_CONTEXT if what.kind == "decode" else tokens
-        numbers = Sizes(Dims(batch=batch, tokens=tokens, context=context))
+        encoder = SOME_ENCODER if regime.several_encoded else 1
+        dims = Dims(batch=batch, tokens=tokens, context=context, encoder=encoder)
+        numbers = Sizes(dims)
         trains = what.kind == "training"
         super().__init__(
             model,
