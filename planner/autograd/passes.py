@@ -233,10 +233,13 @@ class PassWriter(Generic[Given]):
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
             graph, f.graph, f.frame = f.graph, Graph(), frame
             self.known = iter(leaves)
+            expected = [leaf.expected for leaf in leaves]
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
                 self.known, f.graph, f.frame = None, graph, None
+                for leaf, count in zip(leaves, expected, strict=True):
+                    leaf.expected = count  # no gradient flows through what ran again
 
         f.frame = Frame(self.aten, again, x, given)
         out = self.block(layer, x, given)
