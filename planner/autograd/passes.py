@@ -206,7 +206,7 @@ class PassWriter(Generic[Given]):
         out = self.run(part, entered)
         if part.ends:
             return graph
-        if part.label != HEAD:
+        if part.layer_kind is not None:  # what others make may live on, and is not one of these
             out.storage.known_as(self.handed(part)[0])
         carried.append(out.detach())
         return graph

@@ -395,6 +395,8 @@ def _program(
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
         device=setting.device,
+        capability=setting.capability,
+        multiprocessors=setting.multiprocessors,
         kv_dtype=setting.kv_dtype,
         logits=work.logits,
         held_whole=held_whole,

@@ -47,6 +47,8 @@ class Step:
     attention: Literal["sdpa", "naive"]
     dtype: str
     device: str
+    capability: str | None = None
+    multiprocessors: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointing: Literal["none", "full"] = "none"
@@ -75,6 +77,7 @@ class AttnlabWriter(PassWriter[Shared]):
             checkpointed=step.checkpointing == "full",
         )
         self.step, self.regime = step, regime
+        self.aten.multiprocessors = step.multiprocessors
 
 
 def gqa_of(layer: Layer) -> GQA:

@@ -36,8 +36,9 @@ class AttentionWriter(CacheWriter):
         if given.rotation is not None and gqa.rope:
             if self.code.rotary == "held":
                 turned = self.rotated(q, k, given.rotation)
-                parts = (q, k, *turned)  # slices of the first two go on
+                parts = (k, turned[1], q, turned[0])  # a tuple lets go of its last one first
                 q, k = self.joined(q, k, turned)
+                del turned
             else:
                 q, k = self.rotated(q, k, given.rotation)
         k, v = self.update(layer, k, v)
@@ -45,6 +46,8 @@ class AttentionWriter(CacheWriter):
         H, D = gqa.num_attention_heads, gqa.head_dim
         out = f.view(out, ((B,), (T,), (H * D,)))
         out = self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias)
+        if parts:
+            del q, k, v
         del parts, whole
         return out, weights
 

@@ -138,9 +138,12 @@ class CausalLM(BlockWriter, MaskWriter):
         return logits
 
     def _return(self) -> None:
-        """The model's forward returns: what it named goes."""
-        self.rotations, self.masks, self.named = {}, {}, []
-        self.ids = self.alibis = self.slopes = self.looped = None
+        """The model's forward returns: what it named goes, in the order of the names."""
+        self.ids = None
+        self.named = []
+        self.masks = {}
+        self.alibis = self.slopes = self.looped = None
+        self.rotations = {}
 
     def _loss(self, logits: Tensor) -> Tensor:
         """loss_utils.ForCausalLMLoss."""

@@ -35,6 +35,8 @@ class Pass:
     attention: Literal["sdpa", "eager"]
     dtype: str
     device: str
+    capability: str | None = None  # of a CUDA device
+    multiprocessors: int = 0  # of a CUDA device; 0: not known
     kv_dtype: str | None = None
     logits: Literal["all", "last"] = "all"
     held_whole: bool = False
@@ -155,6 +157,7 @@ class CodeWriter(PassWriter[Shared]):
         )
         self.what, self.regime = what, regime
         self.aten.watched = what.device == "cpu"
+        self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
 
     def keys_of(self, window: int | None) -> Extent:
