@@ -60,7 +60,8 @@ class Prepared:
             capability=self.setting.capability,
         )
         on_torch, pooled = self.runtime.on_torch, self.runtime.pooled
-        overhead = list(overhead_rows(self.gpu, workspace=on_torch and not pooled))
+        attention = self.setting.attention if on_torch and not pooled else None
+        overhead = list(overhead_rows(self.gpu, attention=attention, dtype=self.setting.dtype))
         if pooled:
             overhead += outside_rows(share, self.setting, self.gpu)
         return weights, overhead
@@ -89,10 +90,6 @@ class Prepared:
         return self.runtime.pool(
             share, self.setting, self.gpu, budget_bytes=budget, held_bytes=held_bytes
         )
-
-    def outside_torch_bytes(self, overhead_bytes: int) -> int:
-        """What of the overhead is not torch's allocator's."""
-        return overhead_bytes if self.apart else overhead_bytes - workspace_bytes(self.gpu)
 
     def longest_context_tokens(self) -> int:
         """The longest context that is not refused."""

@@ -33,6 +33,7 @@ class TrainingRun:
         self.work, self.workload = work, workload
         self.ids, self.labels = ids, ids.clone()
         self.module = workload.module.train()
+        _without_dropout(self.module)
         self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
         if work.method == "lora":
             self.module = _with_lora(self.module)
@@ -149,6 +150,16 @@ class TrainingBench(Bench):
 
         values = self.powered(steps)
         return values | {"step_s": tuple(watch.samples_s), "warmup_steps": point.warmup}
+
+
+def _without_dropout(module: torch.nn.Module) -> None:
+    """Every probability 0: modules', and those that attention functions are given."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
 
 
 def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:

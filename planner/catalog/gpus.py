@@ -15,7 +15,10 @@ from planner.errors import ConfigError, shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One device. `memory_bytes` is what torch sees of it; FLOP/s are dense, by dtype."""
+    """One device. `memory_bytes` is what torch sees of it; FLOP/s are dense, by dtype.
+
+    `process_bytes`: what a process holds on it besides tensors, by cause, where it was measured.
+    """
 
     name: str
     label: str
@@ -33,6 +36,7 @@ class Gpu:
     interconnect_bytes_per_s: float | None
     dense_flops_per_s: tuple[tuple[str, float], ...]
     sources: tuple[tuple[str, str], ...]
+    process_bytes: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -94,4 +98,5 @@ def _gpu(name: str, entry: dict[str, Any]) -> Gpu:
         interconnect_bytes_per_s=entry.get("interconnect_bytes_per_s"),
         dense_flops_per_s=tuple(entry["dense_flops_per_s"].items()),
         sources=tuple(entry["sources"].items()),
+        process_bytes=tuple(entry.get("process_bytes", {}).items()),
     )
