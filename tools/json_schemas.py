@@ -74,6 +74,10 @@ QUESTIONS: dict[str, list[list[str]]] = {
         [*SMALL, "--kv-dtype", "int4", "--cache", "quantised:backend=hqq"],
         ["gpt2", "--gpu", "cpu", "--runtime", "attnlab", "--train", "--sequence", "64"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "attnlab", "--train"],
+        ["llama-3.1-8b", "--gpu", "h200", "--train", "--method", "lora", "--sequence", "64"],
+        ["gpt2", "--gpu", "cpu", "--train", *"--method lora --lora-targets c_attn".split()],
+        ["gpt2", "--gpu", "cpu", "--train", *"--method lora --lora-dtype bf16".split()],
+        ["config.json", "--gpu", "cpu", "--encoder-tokens", "9"],
         ["llama-3.1-70b", "--gpu", "t4", "--runtime", "vllm", "--dtype", "fp16"],
         ["llama-3.1-8b", "--gpu", "h200", "--output", "9", "--logits", "last"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "llama.cpp"],
@@ -112,6 +116,7 @@ def answers(command: str, questions: list[list[str]]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         unpriced = FLEET.replace("price_per_hour = 2.5", "")
         files = {"FLEET": FLEET, "UNPRICED": unpriced, "LOG": LOG, "OOM": OOM}
+        files["config.json"] = '{"model_type": "t5"}'
         files["LOADED"] = "Model loading took 14.99 GiB memory"
         for name, text in files.items():
             (Path(folder) / name).write_text(text)

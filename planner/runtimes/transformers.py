@@ -12,7 +12,7 @@ from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Layer, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
@@ -236,6 +236,11 @@ class Transformers:
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
             size = tables * 2 * D
             rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
+        if model.text_type == "falcon" and isinstance(model.positions, ALiBi):  # made, not used
+            gqa = model.layers[0].attention
+            assert isinstance(gqa, GQA)
+            D = gqa.head_dim
+            rows.append(_buffer("rotary frequencies", 2, "d_h · 2", (("d_h", D),), 4 * D))
         if model.embedding_scale is not None and model.text_type.startswith("gemma"):
             rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():

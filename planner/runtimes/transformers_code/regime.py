@@ -15,6 +15,7 @@ from planner.model import Model
 from planner.program import PAST, S_ENC, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017
 """Primes that stand for any size above 1 where strides are compared."""
@@ -28,7 +29,8 @@ class Pass:
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
     `quantised`: a QuantizedCache, None for a DynamicCache; `residual_tokens` of it are unquantised
-    before the pass. Training has no cache; `checkpointed`: every layer runs again on the way back.
+    before the pass. Training has no cache; `checkpointed`: every layer runs again on the way back;
+    `lora`: adapters are trained, nothing else.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -43,6 +45,7 @@ class Pass:
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointed: bool = False
+    lora: LoRA | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +155,7 @@ class CodeWriter(PassWriter[Shared]):
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
+            lora=what.lora,
         )
         self.what, self.regime = what, regime
         self.aten.watched = what.device == "cpu"
