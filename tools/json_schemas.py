@@ -66,6 +66,7 @@ GPU KV cache size: 443,568 tokens
 Maximum concurrency for 131,072 tokens per request: 3.38x
 """
 
+ADAPTED = ["gpt2", "--gpu", "cpu", "--train", "--method", "lora"]
 SMALL = ["llama-3.1-8b", "--gpu", "rtx-4090"]
 QUESTIONS: dict[str, list[list[str]]] = {
     "estimate": [
@@ -75,8 +76,8 @@ QUESTIONS: dict[str, list[list[str]]] = {
         ["gpt2", "--gpu", "cpu", "--runtime", "attnlab", "--train", "--sequence", "64"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "attnlab", "--train"],
         ["llama-3.1-8b", "--gpu", "h200", "--train", "--method", "lora", "--sequence", "64"],
-        ["gpt2", "--gpu", "cpu", "--train", *"--method lora --lora-targets c_attn".split()],
-        ["gpt2", "--gpu", "cpu", "--train", *"--method lora --lora-dtype bf16".split()],
+        [*ADAPTED, "--lora-targets", "c_attn"],
+        [*ADAPTED, "--lora-dtype", "bf16"],
         ["config.json", "--gpu", "cpu", "--encoder-tokens", "9"],
         ["llama-3.1-70b", "--gpu", "t4", "--runtime", "vllm", "--dtype", "fp16"],
         ["llama-3.1-8b", "--gpu", "h200", "--output", "9", "--logits", "last"],
