@@ -6,7 +6,6 @@ Shapes besides those of the package.  E encoder tokens, which cross-attention se
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from planner.autograd.aten import ONE
@@ -109,10 +108,6 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         )
         self.cross[label] = keys, values
         self.kept += (keys, values)
-
-    def _lasting(self, x: Tensor) -> Tensor:
-        x.storage.known_as(replace(x.storage.buffer, cache=True, lasting=True))
-        return x
 
     # -- T5Stack.forward --------------------------------------------------------------------------
 
