@@ -48,6 +48,14 @@ OptimizerName = Annotated[
 ]
 OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
 Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
+Method = Annotated[str, typer.Option("--method", help="In training: full or lora.")]
+LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
+LoraTargets = Annotated[
+    str, typer.Option("--lora-targets", help="all-linear, or names of modules: q_proj,v_proj")
+]
+LoraDtype = Annotated[
+    str | None, typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does.")
+]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[

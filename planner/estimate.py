@@ -23,7 +23,7 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
-from planner.training import gradient_rows, training_phase, unfinished_row
+from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -137,9 +137,11 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     weights = weight_rows(model, runtime, setting.dtype, note="")
-    gradients = gradient_rows(weights)
+    adapted = adapter_rows(model, work)
+    gradients = gradient_rows(adapted or weights)
     rows = (
         *weights,
+        *adapted,
         *gradients,
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),

@@ -114,11 +114,6 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
     cache = deploy.cache
     if runtime.pooled and (cache is None or cache.kind == "paged"):
         cache = CacheSpec(kind="paged", block_tokens=setting.block_tokens)
-    if cache is not None and cache.kind == "static" and runtime.name == "transformers":
-        raise ConfigError(
-            "cache.kind='static' is not planned for runtime=transformers yet: dynamic "
-            "(kv_cache_bytes counts both)"
-        )
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     return Prepared(
         model=model,

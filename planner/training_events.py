@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator
 
 from planner.allocator import Alloc, Event, Free
 from planner.dtypes import element_bytes
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
@@ -58,9 +59,11 @@ def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
     """Two moments of each parameter; fused, its count of steps before them (else on the host)."""
     if work.optimizer != "adamw":
         return []
-    b, events = element_bytes(setting.dtype), list[Event]()
+    b, events, trained = element_bytes(setting.dtype), list[Event](), list(model.parameters())
+    if work.adapters is not None:
+        b, trained = adapter_bytes(work.adapters), adapters(model, work.adapters)
     on_device = work.optimizer_impl == "fused" or setting.device == "cpu"
-    for number, p in enumerate(model.parameters()):
+    for number, p in enumerate(trained):
         if on_device:
             events.append(Alloc(("steps", number), FLOAT32))
         events += [Alloc((moment, number), p.count * b) for moment in ("first", "second")]

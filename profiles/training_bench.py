@@ -11,19 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner import ConfigError, Training
+from planner import ConfigError, LoRA, Training
 from profiles.bench import Bench, attempt, random_ids
 from profiles.meters import LiveTensorMeter, Stopwatch, module_bytes, storage_bytes
 from profiles.points import TrainingPoint
 from profiles.workloads import AttnlabWorkload, Workload, attention_name
-
-LORA: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": "all-linear",
-    "lora_dropout": 0.0,
-}
-"""PEFT's arguments where a point says lora: every linear layer but the head."""
 
 
 class TrainingRun:
@@ -36,7 +28,7 @@ class TrainingRun:
         _without_dropout(self.module)
         self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
         if work.method == "lora":
-            self.module = _with_lora(self.module)
+            self.module = _with_lora(self.module, work.adapters or LoRA())
         elif work.method != "full":
             raise ConfigError(f"method={work.method!r} is not measured: full, lora")
         if work.checkpointing == "full" and not isinstance(workload, AttnlabWorkload):
@@ -174,12 +166,16 @@ def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim
     return torch.optim.SGD(trained, **ways)
 
 
-def _with_lora(module: torch.nn.Module) -> torch.nn.Module:
+def _with_lora(module: torch.nn.Module, lora: LoRA) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import peft
     except ImportError:
         raise ConfigError("method='lora' is measured with peft, which is not installed") from None
-    wrapped: torch.nn.Module = peft.get_peft_model(module, peft.LoraConfig(**LORA))
+    targets = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets
+    config: Any = peft.LoraConfig(r=lora.rank, target_modules=targets)
+    wrapped: torch.nn.Module = peft.get_peft_model(
+        module, config, autocast_adapter_dtype=lora.dtype is None
+    )
     return wrapped

@@ -83,7 +83,7 @@ def _call(aten: Aten, node: Node) -> Gradients:
         node.saved.clear()
     for index, like in enumerate(node.inputs):
         gradient = made[index]
-        if gradient is not None:
+        if gradient is not None and node.wants[index]:
             made[index] = None
             gradient = aten.sum_to(gradient, like, f"gradient of {like.name}")
             made[index] = aten.cast(gradient, like.itemsize, f"gradient of {like.name}")

@@ -7,7 +7,7 @@ torch 2.13 (see recording.py).
 from __future__ import annotations
 
 from planner.autograd.recording import only
-from planner.autograd.tensors import Dims, Gradients, Node, Tensor
+from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
 from planner.autograd.views import Views
 from planner.program import Shape
 
@@ -21,22 +21,22 @@ class Products(Views):
         """a · b, of matrices (mm) or as many pairs of them (bmm): each is saved for the other."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (a, b) = only(flowed), node.saved
+            gradient, kept = only(flowed), iter(node.saved)
             made: Gradients = [None, None]
             if node.wants[1]:
                 called = f"gradient of {node.inputs[1].name}"
-                made[1] = self._right_gradient(a, b, gradient, called, kernel)
+                made[1] = self._right_gradient(next(kept), node.inputs[1], gradient, called, kernel)
             if node.wants[0]:
-                turned = self.aten.transpose(b, -2, -1)
+                turned = self.aten.transpose(next(kept), -2, -1)
                 called = f"gradient of {node.inputs[0].name}"
                 made[0] = self.aten.mm(gradient, turned, called, kernel=kernel)
             return made
 
         out = self.aten.mm(a, b, name, kernel=kernel)
-        return self._record(backward, (a, b), out, (a, b))
+        return self._record(backward, (a, b), out, _needed(a, b))
 
     def _right_gradient(
-        self, a: Tensor, b: Tensor, gradient: Tensor, called: str, kernel: str
+        self, a: Tensor, b: Like, gradient: Tensor, called: str, kernel: str
     ) -> Tensor:
         """aᵀ · gradient; as its transpose where b is one of a row-major matrix (a weight)."""
         if kernel == "mm" and b.strides == (1, b.sizes[0]):
@@ -59,18 +59,18 @@ class Products(Views):
         """bias + a · b: the bias takes the gradient as it is, to be summed over the rows."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (a, b) = only(flowed), node.saved
+            gradient, kept = only(flowed), list(node.saved)
             made: Gradients = [gradient if node.wants[0] else None, None, None]
             if node.wants[1]:
-                turned = self.aten.transpose(b, 0, 1)
+                turned = self.aten.transpose(kept.pop(), 0, 1)
                 made[1] = self.aten.mm(gradient, turned, f"gradient of {node.inputs[1].name}")
             if node.wants[2]:
                 called = f"gradient of {node.inputs[2].name}"
-                made[2] = self._right_gradient(a, b, gradient, called, "mm")
+                made[2] = self._right_gradient(kept.pop(), node.inputs[2], gradient, called, "mm")
             return made
 
         out = self.aten.mm(a, b, name, kernel="addmm")
-        return self._record(backward, (bias, a, b), out, (a, b))
+        return self._record(backward, (bias, a, b), out, _needed(a, b))
 
     def baddbmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
         """bias + number · a · b of as many pairs of matrices; the bias is not trained."""
@@ -106,7 +106,7 @@ class Products(Views):
         """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (x, weight, _) = only(flowed), node.saved
+            gradient, kept = only(flowed), node.saved[:-1]
             made: Gradients = [None, None]
             for index, like in enumerate(node.inputs):
                 if not node.wants[index]:
@@ -119,7 +119,7 @@ class Products(Views):
                     like.itemsize,
                     strides=strides,
                     flops=flops,
-                    reads=(gradient, x if index else weight),
+                    reads=(gradient, kept[0 if index else -1]),
                 )
             return made
 
@@ -128,4 +128,9 @@ class Products(Views):
         out = self.aten.new(
             "_grouped_mm", name, dims, x.itemsize, flops=flops, reads=(x,), rows=(read,)
         )
-        return self._record(backward, (x, weight), out, (x, weight, offsets))
+        return self._record(backward, (x, weight), out, (*_needed(x, weight), offsets))
+
+
+def _needed(a: Tensor, b: Tensor) -> list[Tensor]:
+    """What a product saves: each factor where the other one wants a gradient, the first before."""
+    return [x for x, other in ((a, b), (b, a)) if other.node is not None]
