@@ -13,7 +13,9 @@ ModelName = Annotated[
         metavar="MODEL", help="Catalogue name, config.json or its folder, .gguf file, hf:org/name."
     ),
 ]
-GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
+GpuName = Annotated[
+    str, typer.Option("--gpu", help="Short name, such as h200 or cpu; auto: the card that is here.")
+]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
 Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]

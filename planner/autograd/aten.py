@@ -23,8 +23,21 @@ from planner.autograd.layouts import (
 from planner.autograd.reduction_scratch import column_sum_scratch
 from planner.autograd.tensors import Dims, Like, Storage, Tensor
 from planner.program import Buffer, Extent, Shape, Symbol, Tape
+from planner.program import Dims as Point
 
 ONE: Shape = (1,)
+
+
+class Sizes(dict[Symbol, int]):
+    """The number that stands for each symbol: its value at one point of a regime."""
+
+    def __init__(self, dims: Point) -> None:
+        super().__init__()
+        self._dims = dims
+
+    def __missing__(self, symbol: Symbol) -> int:
+        self[symbol] = value = int(symbol.of(self._dims))
+        return value
 
 
 class Aten:

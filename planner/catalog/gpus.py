@@ -10,6 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from planner.catalog.here import gpu_here
 from planner.errors import ConfigError, shown
 
 
@@ -61,8 +62,13 @@ def gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(name: str) -> Gpu:
-    """The device of this short name; ConfigError with the nearest names for another."""
+    """The device of this short name; ConfigError with the nearest names for another.
+
+    "auto": the card of this machine, with the memory that is free on it now.
+    """
     known = gpus()
+    if name == "auto":
+        return gpu_here()
     if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
         raise ConfigError(f"gpu={shown(name)} is not in the catalogue: {', '.join(near)}")

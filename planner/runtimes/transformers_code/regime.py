@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from planner.autograd.aten import Sizes
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
@@ -143,18 +144,6 @@ class Shared:
     bias: Tensor | None = None
     cross_bias: Tensor | None = None
     encoded: Tensor | None = None
-
-
-class Sizes(dict[Symbol, int]):
-    """The number that stands for each symbol: its value at sizes of the regime."""
-
-    def __init__(self, dims: Dims) -> None:
-        super().__init__()
-        self._dims = dims
-
-    def __missing__(self, symbol: Symbol) -> int:
-        self[symbol] = value = int(symbol.of(self._dims))
-        return value
 
 
 class CodeWriter(PassWriter[Shared]):
