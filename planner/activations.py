@@ -116,14 +116,15 @@ def peak_bytes(program: Program, dims: Dims) -> Number:
     for start in range(0, cells.size, CHUNK_CELLS):
         part = [None if x is None else x[start : start + CHUNK_CELLS] for x in flat]
         assert part[0] is not None
-        chunk = Dims(batch=part[0], tokens=part[1], context=part[2], capacity=part[3])
+        names = ("batch", "tokens", "context", "capacity", "encoder")
+        chunk = Dims(**dict(zip(names, part, strict=True)))
         found = _highest(_walks(program, chunk), chunk)
         highest.append(np.broadcast_to(found, part[0].shape))
     return np.concatenate(highest).reshape(cells.shape) if highest else np.zeros(cells.shape)
 
 
-def _sizes(dims: Dims) -> tuple[Number, Number, Number, Number | None]:
-    return dims.batch, dims.tokens, dims.context, dims.capacity
+def _sizes(dims: Dims) -> tuple[Number | None, ...]:
+    return dims.batch, dims.tokens, dims.context, dims.capacity, dims.encoder
 
 
 def _highest(walks: Iterable[tuple[Segment, Number, _Walk, int]], dims: Dims) -> Number:

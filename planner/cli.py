@@ -35,10 +35,15 @@ from planner.cli_options import (
     Checkpointing,
     CsvFile,
     Dtype,
+    EncoderTokens,
     Files,
     GpuName,
     KvDtype,
     Logits,
+    LoraDtype,
+    LoraRank,
+    LoraTargets,
+    Method,
     ModelName,
     OptimizerImpl,
     OptimizerName,
@@ -62,7 +67,7 @@ from planner.format import gib
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference, Training, cache_spec
+from planner.workload import ALL_LINEAR, Deployment, Inference, LoRA, Training, cache_spec
 
 if TYPE_CHECKING:
     from profiles.traced_estimate import TracedEstimate  # noqa: TID251
@@ -106,6 +111,11 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    method: Method = "full",
+    lora_rank: LoraRank = 8,
+    lora_targets: LoraTargets = ALL_LINEAR,
+    lora_dtype: LoraDtype = None,
+    encoder_tokens: EncoderTokens = None,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -119,9 +129,18 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            method=method,  # type: ignore[arg-type]
+            lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
+            encoder_tokens=encoder_tokens,
         )
     else:
-        work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+        work = Inference(
+            batch=batch,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            logits=logits,  # type: ignore[arg-type]
+            encoder_tokens=encoder_tokens,
+        )
     deploy = Deployment(
         gpu=gpu,
         runtime=runtime,
@@ -147,6 +166,11 @@ def estimate_command(
         result.to_csv(csv)
     show(result.to_dict() if as_json else result.explain())
     exit_unless(result.fits)
+
+
+def _lora(rank: int, targets: str, dtype: str | None) -> LoRA:
+    named = targets if targets == ALL_LINEAR else tuple(targets.split(","))
+    return LoRA(rank=rank, targets=named, dtype=dtype)
 
 
 @app.command("params")

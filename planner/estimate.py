@@ -13,16 +13,17 @@ from planner.errors import MAX_SIZE, check_choice, check_size
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
-from planner.overhead import WITH_CONTEXT, context_bytes, overhead_rows, workspace_bytes
+from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
-from planner.prepared import Prepared, as_loaded, encoder_length, prepare, setting_of
+from planner.prepared import Prepared, as_loaded, prepare, setting_of
 from planner.program import formula, symbols
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
-from planner.training import gradient_rows, training_phase, unfinished_row
+from planner.runtimes.writer import INT64
+from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -69,7 +70,7 @@ def kv_cache_bytes(
         context_tokens=context_tokens,
         dtype=dtype,
         cache=cache,
-        encoder_tokens=encoder_length(model, encoder_tokens, context_tokens),
+        encoder_tokens=model.encoder_length(encoder_tokens, context_tokens),
         compute_dtype=computed,
         decoded_tokens=decoded_tokens,
     )
@@ -108,7 +109,7 @@ def _of_share(share: Share, prepared: Prepared, work: Inference) -> Estimate:
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(prepared.model, work, setting, runtime, gpu, rows, highest)
-    outside = prepared.outside_torch_bytes(total_bytes(rows, "overhead"))
+    outside = outside_torch_bytes(rows)
     memory = _memory(rows, highest, torch, outside=outside, apart=apart)
     pool = prepared.pool(share, held_bytes=memory.weights_bytes + memory.activations_bytes)
     if pool is not None:
@@ -136,17 +137,19 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     weights = weight_rows(model, runtime, setting.dtype, note="")
-    gradients = gradient_rows(weights)
+    adapted = adapter_rows(model, work)
+    gradients = gradient_rows(adapted or weights)
     rows = (
         *weights,
+        *adapted,
         *gradients,
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
-        *overhead_rows(gpu, workspace=True, trains=True),
+        *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
-    torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + work.inputs_bytes)
+    torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
     if gpu.vendor in WITH_CONTEXT:
         torch = AllocatorPlan(
             model=model,
@@ -154,7 +157,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
             setting=setting,
             runtime=runtime.name,
             workspace_bytes=workspace_bytes(gpu),
-            capacity_bytes=max(0, gpu.memory_bytes - context_bytes(gpu)),
+            capacity_bytes=max(0, gpu.memory_bytes - outside_torch_bytes(rows)),
         )
     return Estimate(
         model=model,
@@ -163,13 +166,22 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         deploy=deploy,
         setting=setting,
         gpu=gpu,
-        memory=_memory(rows, highest, torch, outside=context_bytes(gpu), apart=False),
+        memory=_memory(rows, highest, torch, outside=outside_torch_bytes(rows), apart=False),
         peak=highest,
         peak_phase=highest.phase,
         rows=rows,
         pool=None,
         peak_note=phase.note,
     )
+
+
+def _inputs_bytes(model: Model, work: Inference | Training) -> int:
+    """Token ids and labels, int64; of a sequence-to-sequence model those of both sides."""
+    if not model.is_seq2seq:
+        return work.inputs_bytes
+    tokens = work.sequence_tokens if isinstance(work, Training) else work.prompt_tokens
+    encoded: int = model.encoder_length(work.encoder_tokens, tokens)
+    return INT64 * work.batch * (tokens + encoded)
 
 
 def _activation_rows(
@@ -182,7 +194,7 @@ def _activation_rows(
     letters = symbols(phase.dims)
     for buffer, count, size in highest.live:
         text = formula(buffer.shape)
-        used = set(re.findall(r"[A-Z]", text))
+        used = set(re.findall(r"[A-Z]\w*", text))
         yield Row(
             component="activations",
             item=buffer.name,
@@ -225,17 +237,16 @@ def _torch_peaks(
     )
     if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
         pool = total_bytes(rows, "kv_cache") if apart else 0
-        inputs = work.inputs_bytes if runtime.on_torch else 0
+        inputs = _inputs_bytes(model, work) if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
         return Unsegmented(peak_allocated_bytes=live + inputs + workspace)
-    outside = total_bytes(rows, "overhead") - workspace
     return AllocatorPlan(
         model=model,
         work=work,
         setting=setting,
         runtime=runtime.name,
         workspace_bytes=workspace,
-        capacity_bytes=max(0, gpu.memory_bytes - outside),
+        capacity_bytes=max(0, gpu.memory_bytes - outside_torch_bytes(rows)),
     )
 
 

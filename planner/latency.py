@@ -165,7 +165,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     """
     rules = runtime_named(runtime)
     passes = passes_of(model, setting, runtime, gpu)
-    prompt = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+    encoder = model.encoder_length(work.encoder_tokens, work.prompt_tokens)
+    prompt = Dims(
+        batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
+    )
     first = passes.timed(lambda stage: rules.prefill(stage, work, setting), prompt)
     steps = work.output_tokens - 1
     tpot_s = step = None
@@ -174,7 +177,8 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
             work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS), axis=-1
         )
         batch = np.asarray(work.batch, dtype=np.float64)[..., None]
-        dims = Dims(batch=batch, tokens=1.0, context=contexts)
+        read = np.asarray(encoder, dtype=np.float64)[..., None]
+        dims = Dims(batch=batch, tokens=1.0, context=contexts, encoder=read)
         step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
         tpot_s = _mean(step.time_s, contexts)
     total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)

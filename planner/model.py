@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.dtypes import element_bytes
-from planner.errors import MAX_LAYERS, ConfigError, check_size
+from planner.errors import MAX_LAYERS, MAX_SIZE, ConfigError, check_size, shown
 from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions, RoPE
 from planner.parameters import layer_parameters, norm_parameters
 from planner.quantization import Quantization, Stored
@@ -257,6 +257,24 @@ class Model:
         ]
         table = pd.DataFrame(rows, columns=["name", "group", "layer", "shape", "count"])
         return table.astype({"layer": "Int64", "group": "category"})
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether an encoder reads tokens that a decoder's cross-attention sees."""
+        return any(layer.cross_attention for layer in self.layer_kinds())
+
+    def encoder_length(self, given: int | None, tokens: Any) -> Any:
+        """What cross-attention sees: as given, what the model fixes, else as many as `tokens`.
+
+        ConfigError for a length given where there is no cross-attention.
+        """
+        if given is None:
+            return self.encoder_tokens or tokens
+        if not self.is_seq2seq:
+            raise ConfigError(
+                f"encoder_tokens={shown(given)} is not allowed: None for {self.model_type}"
+            )
+        return check_size("encoder_tokens", given, maximum=self.encoder_tokens or MAX_SIZE)
 
     def check_positions(self, tokens: int) -> None:
         """ConfigError if a sequence of `tokens` tokens reaches beyond the model's positions."""

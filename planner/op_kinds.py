@@ -66,6 +66,7 @@ class Attention:
     backward: bool
     keys: Extent | None = None
     """With a mask of its own a kernel computes all T × keys, seen or not; None: causal."""
+    backend: str = ""
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
@@ -248,25 +249,41 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
         H, D = (numbers[0] if numbers else 1), first / 4
     else:
         return None
-    keys = _keys(op, backward)
+    keys = _keys(op)
     if keys is None:
-        return Attention(H, H, D, 2, pairs, backward)
+        return Attention(H, H, D, 2, pairs, backward, None, _backend(op))
     masked = op.kernel.startswith(ATTENTION) and not backward and len(op.moved) == MASKED
     every = op.moved[1][2] if masked else None
-    return Attention(H, min(H, keys[0]), D, keys[1], pairs, backward, every)
+    return Attention(H, min(H, keys[0]), D, keys[1], pairs, backward, every, _backend(op))
 
 
-def _keys(op: Op, backward: bool) -> tuple[int, int] | None:
-    """Key-value heads and bytes of an element, from what is read of the cache."""
-    if not op.moved:
+def _backend(op: Op) -> str:
+    """The kernel that the program names: cudnn, flash or efficient; empty where it does not."""
+    found = re.match(rf"{ATTENTION}_(cudnn|flash|efficient)_attention", op.kernel)
+    return found.group(1) if found and not op.kernel.endswith("_for_cpu") else ""
+
+
+def _keys(op: Op) -> tuple[int, int] | None:
+    """Key-value heads and bytes of an element, from what is read: the fewest heads of all.
+
+    (B, heads, T, D, itemsize) each, or (2, B, G, S, D, itemsize) keys and values in one; a latent,
+    (B, S, width, itemsize), is one head's.
+    """
+    for shape in op.moved:
+        if len(shape) == 6 and shape[0] == 2 and isinstance(shape[2], int):
+            return shape[2], _fixed(shape[-1])
+        if len(op.moved) == 1 and len(shape) == 4:
+            return 1, _fixed(shape[-1])
+    tensors = [s for s in op.moved if len(s) == 5 and isinstance(s[1], int) and s[1] > 0]
+    held = [s for s in tensors if isinstance(s[3], int)]
+    if not held:
         return None
-    shape = op.moved[-1] if len(op.moved) == 1 else op.moved[2 if backward else 1]
-    numbers = [e for e in shape if isinstance(e, int)]
-    if len(shape) == 6 and shape[0] == 2:  # keys and values in one
-        numbers = numbers[1:]
-    if len(numbers) == 2:  # a latent, which all heads share
-        return 1, numbers[-1]
-    return (numbers[0], numbers[-1]) if len(numbers) >= 3 else None
+    return min(_fixed(s[1]) for s in held), _fixed(held[0][-1])
+
+
+def _fixed(extent: Extent) -> int:
+    assert isinstance(extent, int)
+    return extent
 
 
 def _byte_kind(op: Op) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.errors import MAX_SIZE, ConfigError, check_size, shown
+from planner.errors import MAX_SIZE, ConfigError
 from planner.ledger import Row
 from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
@@ -60,7 +60,8 @@ class Prepared:
             capability=self.setting.capability,
         )
         on_torch, pooled = self.runtime.on_torch, self.runtime.pooled
-        overhead = list(overhead_rows(self.gpu, workspace=on_torch and not pooled))
+        attention = self.setting.attention if on_torch and not pooled else None
+        overhead = list(overhead_rows(self.gpu, attention=attention, dtype=self.setting.dtype))
         if pooled:
             overhead += outside_rows(share, self.setting, self.gpu)
         return weights, overhead
@@ -73,7 +74,7 @@ class Prepared:
             context_tokens=work.context_tokens,
             dtype=self.setting.kv_dtype,
             cache=self.cache,
-            encoder_tokens=encoder_length(self.model, work.encoder_tokens, work.prompt_tokens),
+            encoder_tokens=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
             compute_dtype=self.setting.dtype,
             decoded_tokens=work.output_tokens - 1,
             blocks=share.blocks,
@@ -89,10 +90,6 @@ class Prepared:
         return self.runtime.pool(
             share, self.setting, self.gpu, budget_bytes=budget, held_bytes=held_bytes
         )
-
-    def outside_torch_bytes(self, overhead_bytes: int) -> int:
-        """What of the overhead is not torch's allocator's."""
-        return overhead_bytes if self.apart else overhead_bytes - workspace_bytes(self.gpu)
 
     def longest_context_tokens(self) -> int:
         """The longest context that is not refused."""
@@ -117,11 +114,6 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
     cache = deploy.cache
     if runtime.pooled and (cache is None or cache.kind == "paged"):
         cache = CacheSpec(kind="paged", block_tokens=setting.block_tokens)
-    if cache is not None and cache.kind == "static" and runtime.name == "transformers":
-        raise ConfigError(
-            "cache.kind='static' is not planned for runtime=transformers yet: dynamic "
-            "(kv_cache_bytes counts both)"
-        )
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     return Prepared(
         model=model,
@@ -133,17 +125,6 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
         weights_note="" if model is checkpoint else _unpacked_note(checkpoint, gpu),
         peak_note=note,
     )
-
-
-def encoder_length(model: Model, given: int | None, context_tokens: int) -> int:
-    """What cross-attention sees: as given, what the model fixes, else as many as the context."""
-    if given is None:
-        return model.encoder_tokens or context_tokens
-    if not any(layer.cross_attention for layer in model.layer_kinds()):
-        raise ConfigError(
-            f"encoder_tokens={shown(given)} is not allowed: None for {model.model_type}"
-        )
-    return check_size("encoder_tokens", given, maximum=model.encoder_tokens or MAX_SIZE)
 
 
 def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:

@@ -23,18 +23,20 @@ Number: TypeAlias = Any
 class Dims:
     """Batch, tokens of this pass, and tokens of context after it (cached ones included).
 
-    `capacity` is what a preallocated cache has room for; None: exactly the context.
+    `capacity` is what a preallocated cache has room for; None: exactly the context. `encoder`: what
+    a sequence-to-sequence model's encoder reads; None: as many as the tokens.
     """
 
     batch: Number
     tokens: Number
     context: Number
     capacity: Number | None = None
+    encoder: Number | None = None
 
     @property
     def is_point(self) -> bool:
         """Whether these are numbers, not arrays of them."""
-        sizes = (self.batch, self.tokens, self.context, self.capacity)
+        sizes = (self.batch, self.tokens, self.context, self.capacity, self.encoder)
         return not any(isinstance(size, np.ndarray) for size in sizes)
 
 
@@ -60,6 +62,7 @@ T = Symbol("T", lambda d: d.tokens)
 S = Symbol("S", lambda d: d.context)
 PAST = Symbol("P", lambda d: d.context - d.tokens)
 C = Symbol("C", lambda d: d.context if d.capacity is None else d.capacity)
+S_ENC = Symbol("S_enc", lambda d: d.tokens if d.encoder is None else d.encoder)
 SEVERAL_BATCHES = Symbol("(B > 1)", lambda d: (d.batch > 1) * 1)
 SEVERAL_TOKENS = Symbol("(T > 1)", lambda d: (d.tokens > 1) * 1)
 FOLDED = Symbol("(B > 1) · (T > 1)", lambda d: (d.batch > 1) * 1 * (d.tokens > 1))
@@ -116,7 +119,7 @@ def formula(shape: Shape) -> str:
 
 def symbols(dims: Dims) -> dict[str, int]:
     """The numbers that a formula's letters stand for at one point."""
-    letters = (B, T, S, PAST, C)
+    letters = (B, T, S, PAST, C, S_ENC)
     return {letter.name: letter.of(dims) for letter in letters}
 
 
@@ -124,7 +127,8 @@ def symbols(dims: Dims) -> dict[str, int]:
 class Buffer:
     """A storage that the pass allocates: what it is called, its elements, bytes of one.
 
-    `gradient`: a parameter's, which outlives the backward pass.
+    `gradient`: a parameter's, which outlives the backward pass. `lasting`: made once, and
+    found by all passes that follow (an encoder's states, the cache of cross-attention).
     """
 
     name: str
@@ -132,6 +136,7 @@ class Buffer:
     itemsize: int
     cache: bool = False
     gradient: bool = False
+    lasting: bool = False
 
     def nbytes(self, dims: Dims) -> Number:
         """Bytes of the storage."""
@@ -215,7 +220,7 @@ class Tape:
             Op(
                 name=op,
                 allocates=(out, *extra),
-                frees=extra,
+                frees=extra[::-1],
                 flops=flops,
                 reads=reads,
                 weight_bytes=weight_bytes,

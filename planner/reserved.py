@@ -17,7 +17,7 @@ more than MAX_EVENTS, steps are left out evenly, and `steps_played` says how man
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from planner.allocator import (
@@ -32,11 +32,13 @@ from planner.allocator.settings import DEFAULTS, MIN_BLOCK_BYTES, SMALL_BYTES, r
 from planner.allocator.simulate import Replay
 from planner.dtypes import element_bytes
 from planner.format import gib
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.pass_events import PassWriter, script
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
+from planner.runtimes.writer import INT64
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
 
@@ -132,6 +134,9 @@ def _play(
         batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
     )
     replay.feed(writer.opening)
+    if plan.model.is_seq2seq:
+        encoded = plan.model.encoder_length(work.encoder_tokens, work.prompt_tokens)
+        replay.feed([Alloc("encoder ids", INT64 * work.batch * encoded)])
     phases = runtime_named(plan.runtime).memory_phases(plan.model, work, plan.setting)
     prefill = phases[0]
     replay.feed(writer.write(script(prefill.program, continues=False), prefill.dims))
@@ -156,6 +161,11 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for _ in range(copies):
             yield Alloc(("weight", number), size)
             number += 1
+    if isinstance(plan.work, Training) and plan.work.adapters is not None:
+        lora = plan.work.adapters
+        for p in adapters(model, lora):
+            yield Alloc(("weight", number), p.count * adapter_bytes(lora))
+            number += 1
     for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
         for index in range(row.count):
             yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
@@ -176,7 +186,7 @@ class _Decode:
         self._replay, self._writer, self._work = replay, writer, work
         self._first = script(phases[1].program, continues=True)
         self._steady = script(phases[-1].program, continues=True)
-        self._capacity = phases[-1].dims.capacity
+        self._last = phases[-1].dims
         self._small, self._large = _Rest(), _Rest()
         self._frees = 0
 
@@ -262,7 +272,7 @@ class _Decode:
         )
 
     def _dims(self, context: int) -> Dims:
-        return Dims(batch=self._work.batch, tokens=1, context=context, capacity=self._capacity)
+        return replace(self._last, context=context)
 
 
 class _Rest:

@@ -254,16 +254,17 @@ def _attention_time(
     heads = (kind.heads, kind.kv_heads, kind.head_dim)
     several = np.asarray(dims.tokens) > 1
     family = "attention_backward" if kind.backward else "prefill"
+    backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
     triangle = (np.sqrt(1.0 + 8.0 * pairs) - 1.0) / 2.0  # T of T·(T + 1)/2 pairs
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
     if kind.backward or np.any(several):
-        fit = None if calibration is None else calibration.fit(family, speed.dtype, *speed.backends)
+        fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
         parts.append((several, fit, (B, triangle, *heads), family))
     if not kind.backward and not np.all(several):
         dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
-        fit = None if calibration is None else calibration.fit("decode", dtype, *speed.backends)
+        fit = None if calibration is None else calibration.fit("decode", dtype, *backends)
         if fit is None and calibration is not None:
-            fit = calibration.fit("decode", speed.dtype, *speed.backends)
+            fit = calibration.fit("decode", speed.dtype, *backends)
         parts.append((~several, fit, (B, pairs, *heads), "decode"))
     if any(fit is None for _, fit, _, _ in parts):
         return _unmeasured(timed, parts[0][3], speed.dtype, flops, moved, speed)

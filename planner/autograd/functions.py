@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from planner.autograd.elementwise import Elementwise
+from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.picking import Picking
-from planner.autograd.products import FLOAT32, Products
 from planner.autograd.recording import only
 from planner.autograd.reductions import Reductions
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Functions(Elementwise, Reductions, Picking, Products):
+class Functions(Elementwise, Reductions, Picking, FusedAttention):
     """The ops of torch.nn.functional that a decoder is made of, recorded in `graph`."""
 
     def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:
@@ -41,8 +41,9 @@ class Functions(Elementwise, Reductions, Picking, Products):
             kept, called = node.saved[0], f"gradient of {node.inputs[0].name}"
             return [self.aten.new("nll_loss_backward", called, kept.dims, kept.itemsize)]
 
-        loss = self.aten.new("nll_loss_forward", "loss", (), FLOAT32, reads=(log_probabilities,))
-        count = self.aten.new("nll_loss_forward", "count of labels", (), FLOAT32)
+        b, reads = log_probabilities.itemsize, (log_probabilities,)
+        loss = self.aten.new("nll_loss_forward", "loss", (), b, reads=reads)
+        count = self.aten.new("nll_loss_forward", "count of labels", (), b)
         return self._record(
             backward, (log_probabilities,), loss, (log_probabilities, count, *labels)
         )

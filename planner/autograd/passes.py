@@ -16,9 +16,9 @@ from planner.autograd.checkpointing import Frame
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
-from planner.autograd.products import FLOAT32
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
+from planner.lora import adapted, adapter_bytes, adapters_beside
 from planner.model import Model
 from planner.optimizers import OptimizerWriter
 from planner.optimizers import Part as TrainedPart
@@ -26,6 +26,7 @@ from planner.parameters import layer_parameters
 from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
+from planner.workload import LoRA
 
 Given = TypeVar("Given")
 EMBEDDING, HEAD = "embedding", "head"
@@ -36,7 +37,9 @@ class PassWriter(Generic[Given]):
 
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
     `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
-    and runs again on the way back.
+    and runs again on the way back. `crossing` are what made tensors that later parts
+    use besides what they are handed, and what their gradients are called while they wait. `lora`:
+    adapters beside the linear layers `adapted`, all that is trained then.
     """
 
     def __init__(
@@ -47,8 +50,11 @@ class PassWriter(Generic[Given]):
         *,
         trains: bool = True,
         checkpointed: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
+        self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
+        self.flows = False  # whether a gradient flows back through what is carried
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
             for name in ("hidden states", "gradient of hidden states")
@@ -59,6 +65,8 @@ class PassWriter(Generic[Given]):
         self.walking = ""  # the part that is being written
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
+        self.with_loss: list[Tensor] = []  # leaves that are no parameters: its graph holds them
+        self.crossing: list[tuple[Node, Buffer]] = []
 
     def embed(self) -> Tensor:
         """Token ids to hidden states, and what all layers share."""
@@ -79,13 +87,25 @@ class PassWriter(Generic[Given]):
     def weight(self, name: str, *shape: int) -> Tensor:
         """A parameter, trained where anything is."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
-        if not self.trains:
-            return made
+        return self._trained_leaf(made) if self.trains and self.lora is None else made
+
+    def adapter(self, name: str, *shape: int) -> Tensor:
+        """A parameter beside the frozen ones."""
+        assert self.lora is not None
+        dims = tuple((n,) for n in shape)
+        return self._trained_leaf(self.given(name, dims, adapter_bytes(self.lora)))
+
+    def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again
             return replace(made, node=next(self.known))
-        leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
+        leaf = Leaf(Like(made.dims, made.sizes, made.strides, made.itemsize, made.name))
         self.leaves[self.walking].append(leaf)
         return replace(made, node=leaf)
+
+    def keep_with_loss(self, node: Node, flowed: Gradients) -> Gradients:
+        """A leaf that is no parameter: the loss's graph holds it with its gradient."""
+        self.with_loss += [gradient for gradient in flowed if gradient is not None]
+        return []
 
     def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
         """A tensor that was there before the pass: token ids."""
@@ -122,37 +142,52 @@ class PassWriter(Generic[Given]):
             if not tape.again(label, count=part.count, first_layer=last):
                 with tape.segment(label, count=part.count, first_layer=last, layer_step=-1):
                     if part.label == HEAD:
-                        carried[0] = self.aten.new("ones_like", "gradient of the loss", (), FLOAT32)
-                        root = carried[0]
+                        root = self._ones_like(loss)
+                        carried[0] = root
                     run_back(self.aten, graphs[part.label], carried)
                     if carried and carried[0] is not None:
-                        carried[0].storage.known_as(self.hidden_gradient)
+                        carried[0].storage.known_as(self.handed(part)[1])
+                    for node, waits in self.crossing:
+                        if 0 in node.waiting:
+                            node.waiting[0].storage.known_as(waits)
         with tape.segment("end of the backward"):
             del root
         tape.phase = "optimizer step"
         if optimizer is not None:
-            OptimizerWriter(tape, optimizer, impl, self.b).write(self._trained())
+            b = self.b if self.lora is None else adapter_bytes(self.lora)
+            OptimizerWriter(tape, optimizer, impl, b).write(self._trained())
             self._zero_gradients()
         with tape.segment("end"):
             del loss
+            self.with_loss.clear()
         return tape.program(name)
+
+    def _ones_like(self, loss: Tensor) -> Tensor:
+        return self.aten.new("ones_like", "gradient of the loss", (), loss.itemsize)
 
     def _trained(self) -> list[TrainedPart]:
         """The parameters of each part, in the order of the module's."""
         h = self.model.hidden_size
-        outer = [p for p in self.model.parameters() if p.layer is None]
         trained = []
         for part in self.parts():
-            if part.layer_kind is not None:
-                own: Iterable[Parameter] = layer_parameters(part.layer_kind, h)
-            else:
-                embeds = part.label == EMBEDDING
-                own = (p for p in outer if p.name.startswith("embed") == embeds)
+            kind = part.layer_kind
+            own = self.outside(part) if kind is None else layer_parameters(kind, h)
+            if self.lora is not None:
+                own = adapters_beside(own, self.lora, self.adapted)
             sizes = tuple(p.count for p in own)
-            trained.append(
-                TrainedPart(label=part.label, sizes=sizes, count=part.count, first_layer=part.layer)
-            )
+            if sizes:
+                trained.append(
+                    TrainedPart(
+                        label=part.label, sizes=sizes, count=part.count, first_layer=part.layer
+                    )
+                )
         return trained
+
+    def outside(self, part: Part) -> Iterable[Parameter]:
+        """The parameters of a part that is no layer."""
+        embeds = part.label == EMBEDDING
+        outer = self.model.outer_parameters()
+        return (p for p in outer if p.name.startswith("embed") == embeds)
 
     def _zero_gradients(self) -> None:
         """Set all gradients to None."""
@@ -183,23 +218,34 @@ class PassWriter(Generic[Given]):
         self.walking, self.leaves[part.label] = part.label, []
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
-        if part.label == EMBEDDING:
-            out = self.embed()
-        else:
+        entered: list[Tensor] = []
+        if carried:
             x = carried.pop()
             assert x is not None
-            entered = [replace(x, node=entrance, output=0)]
+            entered.append(replace(x, node=entrance if self.flows else None, output=0))
             del x
-            if part.layer_kind is None:
-                out = self.head(entered)
-            else:
-                out = self._run_layer(part.layer_kind, entered[0])
-        if part.label != HEAD:
-            out.storage.known_as(self.hidden)
+        out = self.run(part, entered)
+        if part.ends:
+            return graph
+        self.flows = out.node is not None
+        if part.layer_kind is not None:  # what others make may live on, and is not one of these
+            out.storage.known_as(self.handed(part)[0])
         carried.append(out.detach())
         return graph
 
-    def _run_layer(self, layer: Layer, x: Tensor) -> Tensor:
+    def run(self, part: Part, entered: list[Tensor]) -> Tensor:
+        """One part on what it is handed."""
+        if part.label == EMBEDDING:
+            return self.embed()
+        if part.layer_kind is None:
+            return self.head(entered)
+        return self.run_layer(part.layer_kind, entered[0])
+
+    def handed(self, part: Part) -> tuple[Buffer, Buffer]:
+        """What goes from this part to the next, and its gradient: the same for every layer."""
+        return self.hidden, self.hidden_gradient
+
+    def run_layer(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer, which keeps its inputs alone where it is checkpointed."""
         f, given = self.f, self.shared(layer)
         if not self.checkpointed:
@@ -209,10 +255,13 @@ class PassWriter(Generic[Given]):
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
             graph, f.graph, f.frame = f.graph, Graph(), frame
             self.known = iter(leaves)
+            expected = [leaf.expected for leaf in leaves]
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
                 self.known, f.graph, f.frame = None, graph, None
+                for leaf, count in zip(leaves, expected, strict=True):
+                    leaf.expected = count  # no gradient flows through what ran again
 
         f.frame = Frame(self.aten, again, x, given)
         out = self.block(layer, x, given)
@@ -222,12 +271,17 @@ class PassWriter(Generic[Given]):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of equal layers, or what stands before or behind them."""
+    """A run of equal layers, or what stands before or behind them.
+
+    `ends`: what it makes is not handed to the next part.
+    """
 
     label: str
     count: int = 1
     layer: int | None = None
     layer_kind: Layer | None = None
+    stack: str = ""
+    ends: bool = False
 
 
 def _no_way_back(node: Node, flowed: Gradients) -> Gradients:

@@ -35,6 +35,15 @@ class Views(Recorder):
 
         return self._record(backward, (x,), self.aten.transpose(x, a, b))
 
+    def permute(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        """x with its dimensions in another order: a view."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            back = [order.index(i) for i in range(len(order))]
+            return [self.aten.permute(only(flowed), back)]
+
+        return self._record(backward, (x,), self.aten.permute(x, order))
+
     def narrow(self, x: Tensor, length: Extent, dim: int = -1) -> Tensor:
         """The first, or the last, `length` of a dimension: a view."""
         if x.dims[dim] == (length,):  # torch aliases; gradients meet at the alias
@@ -57,7 +66,7 @@ class Views(Recorder):
             called = f"gradient of {like.name}"
             return [self.aten.new("select_backward", called, like.dims, like.itemsize)]
 
-        return self._record(backward, (x,), self.aten.unbind(x, dim)[0])
+        return self._record(backward, (x,), self.aten.select(x, dim))
 
     def _slice_backward(self, node: Node, flowed: Gradients) -> Gradients:
         like = node.inputs[0]

@@ -12,7 +12,7 @@ from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Layer, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
@@ -23,7 +23,6 @@ from planner.runtimes.base import (
     Setting,
     check_cache_kind,
     check_kv_dtype,
-    check_planned,
     choose_attention,
     one_share,
     static_capacity,
@@ -38,13 +37,16 @@ from planner.runtimes.quantised_cache import (
 )
 from planner.runtimes.quantised_rows import quantised_rows
 from planner.runtimes.transformers_code.families import HELD
-from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.forward import check_written, is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime, windows
 from planner.workload import CacheSpec, Inference
 
 EXACT_PEAKS = HELD | {"deepseek_v3"}
 """Model types whose inference equals, to the byte, what their classes allocate (tests/)."""
 
+
+STATIC = HELD - {"bert", "bloom", "gpt_bigcode", "opt", "t5"}
+"""Model types whose passes over a StaticCache are held against their classes (tests/)."""
 
 WINDOWED = frozenset(
     (
@@ -121,7 +123,7 @@ class Transformers:
         A window that a class does not know, in a llama's config say, is refused: the cache is
         clipped by it while no mask is made, and eager attention fails there.
         """
-        check_planned(self.name, model)
+        check_written(self.name, model)
         for layer in () if model.text_type in WINDOWED else model.layer_kinds():
             if isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None:
                 raise ConfigError(
@@ -208,7 +210,7 @@ class Transformers:
 
     def peak_note(self, model: Model) -> str:
         """Types beyond EXACT_PEAKS run a program of their parts that was not compared yet."""
-        if model.text_type in EXACT_PEAKS and not model.towers:
+        if is_held(model) or (model.text_type in EXACT_PEAKS and not model.towers):
             return ""
         return f"approximate: the program of {model.model_type} was not compared with its class"
 
@@ -237,6 +239,11 @@ class Transformers:
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
             size = tables * 2 * D
             rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
+        if model.text_type == "falcon" and isinstance(model.positions, ALiBi):  # made, not used
+            gqa = model.layers[0].attention
+            assert isinstance(gqa, GQA)
+            D = gqa.head_dim
+            rows.append(_buffer("rotary frequencies", 2, "d_h · 2", (("d_h", D),), 4 * D))
         if model.embedding_scale is not None and model.text_type.startswith("gemma"):
             rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():
@@ -247,6 +254,8 @@ class Transformers:
         masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.text_type, 0)
         if masks:
             rows.append(_buffer("causal mask", masks, "S · S", (("S", S),), masks * S * S))
+        if model.text_type == "bert":
+            rows.append(_buffer("positions and token types", 2, "S · 8", (("S", S),), 2 * S * 8))
         if model.text_type in FLOAT32_ROUTERS and b < 4:
             routed = sum(p.count for p in model.parameters() if p.group == "router")
             values = (("parameters", routed), ("b", b))
@@ -262,12 +271,19 @@ class Transformers:
 
         Of a quantised cache: prefill, the last step that quantises all of it, the last step.
         """
+        if not model.is_decoder and work.output_tokens > 1:
+            raise ConfigError(
+                f"output_tokens={work.output_tokens} is not allowed: 1, {model.model_type} is an "
+                "encoder, which runs once over its prompt"
+            )
         if is_quantised(setting):
             return self._quantised_phases(model, work, setting)
-        dims = _prefill_dims(work)
+        if is_static(setting):
+            return self._static_phases(model, work, setting)
+        dims = _prefill_dims(model, work)
         phases = [Phase(name="prefill", program=self.prefill(model, work, setting), dims=dims)]
         if work.output_tokens > 1:
-            dims = _decode_dims(work, work.prompt_tokens + 1)
+            dims = _decode_dims(model, work, work.prompt_tokens + 1)
             first = _program(model, work, setting, dims, kind="decode", held_whole=True)
             phases.append(Phase(name="first decode step", program=first, dims=dims))
         if work.output_tokens > 2:
@@ -275,21 +291,42 @@ class Transformers:
                 Phase(
                     name="last decode step",
                     program=self.decode(model, work, setting),
-                    dims=_decode_dims(work, work.context_tokens),
+                    dims=_decode_dims(model, work, work.context_tokens),
                 )
             )
         return phases
 
     def alike(self, model: Model, work: Inference) -> Number:
         """A number for each cell of a grid: those of the same one run the same programs."""
-        passes = [_prefill_dims(work)]
+        passes = [_prefill_dims(model, work)]
         if work.output_tokens > 1:
             ends = (work.prompt_tokens + 1, work.context_tokens)
-            passes += [_decode_dims(work, context) for context in ends]
+            passes += [_decode_dims(model, work, context) for context in ends]
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + 2) + Regime.codes(model, dims)
+            code = code * 2 ** (len(windows(model)) + 4) + Regime.codes(model, dims)
         return code
+
+    def _static_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """Prefill, the first decode step and the last, whose windows may be full."""
+        if model.text_type not in STATIC or isinstance(model.positions, ALiBi):
+            raise ConfigError(
+                f"cache.kind='static' of model_type={model.model_type} is not planned for "
+                f"runtime=transformers yet: dynamic (kv_cache_bytes counts both), or "
+                f"{', '.join(sorted(STATIC))}"
+            )
+        capacity = static_capacity(setting.cache, work.context_tokens)
+        passes = [("prefill", "prefill", _prefill_dims(model, work))]
+        for step, name in {work.output_tokens - 1: "last", 1: "first"}.items():
+            if 1 <= step < work.output_tokens:
+                dims = _decode_dims(model, work, work.prompt_tokens + step)
+                passes.insert(1, (f"{name} decode step", "decode", dims))
+        phases = []
+        for name, kind, dims in passes:
+            dims = replace(dims, capacity=capacity)
+            program = _program(model, work, setting, dims, kind=kind)
+            phases.append(Phase(name=name, program=program, dims=dims))
+        return phases
 
     def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         prompt, steps = work.prompt_tokens, work.output_tokens - 1
@@ -297,7 +334,7 @@ class Transformers:
 
         def phase(name: str, step: int) -> Phase:
             """`step` 0 is the prefill; before step i, i − 1 tokens came one at a time."""
-            dims = _decode_dims(work, prompt + step) if step else _prefill_dims(work)
+            dims = _decode_dims(model, work, prompt + step) if step else _prefill_dims(model, work)
             program = _program(
                 model,
                 work,
@@ -324,11 +361,11 @@ class Transformers:
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt in one forward."""
-        return _program(model, work, setting, _prefill_dims(work), kind="prefill")
+        return _program(model, work, setting, _prefill_dims(model, work), kind="prefill")
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence; over a quantised cache, the step after it was filled."""
-        dims = _decode_dims(work, work.context_tokens)
+        dims = _decode_dims(model, work, work.context_tokens)
         return _program(model, work, setting, dims, kind="decode")
 
 
@@ -357,6 +394,11 @@ def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
 def is_quantised(setting: Setting) -> bool:
     """Whether a deployment's cache is quantised."""
     return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "quantised"
+
+
+def is_static(setting: Setting) -> bool:
+    """Whether a deployment's cache is allocated once."""
+    return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "static"
 
 
 def _as_cached(model: Model) -> Model:
@@ -389,6 +431,8 @@ def _program(
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
         device=setting.device,
+        capability=setting.capability,
+        multiprocessors=setting.multiprocessors,
         kv_dtype=setting.kv_dtype,
         logits=work.logits,
         held_whole=held_whole,
@@ -396,16 +440,24 @@ def _program(
         if is_quantised(setting)
         else None,
         residual_tokens=residual_tokens,
+        static=is_static(setting),
     )
     return pass_program(model, what, Regime.of(model, dims))
 
 
-def _prefill_dims(work: Inference) -> Dims:
-    return Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+def _prefill_dims(model: Model, work: Inference) -> Dims:
+    prompt, encoder = work.prompt_tokens, _encoder(model, work)
+    return Dims(batch=work.batch, tokens=prompt, context=prompt, encoder=encoder)
 
 
-def _decode_dims(work: Inference, context: Number) -> Dims:
-    return Dims(batch=work.batch, tokens=1, context=context)
+def _decode_dims(model: Model, work: Inference, context: Number) -> Dims:
+    return Dims(batch=work.batch, tokens=1, context=context, encoder=_encoder(model, work))
+
+
+def _encoder(model: Model, work: Inference) -> Number | None:
+    if not model.is_seq2seq:
+        return None
+    return model.encoder_length(work.encoder_tokens, work.prompt_tokens)
 
 
 def _slides(layer: Layer) -> bool:

@@ -10,7 +10,8 @@ from typing import Literal
 class Code:
     """How one type's classes are written; llama's where nothing else is said.
 
-    `norm`: an RMSNorm that rounds before the weight ("narrow") or after it ("wide"), torch's
+    `norm`: an RMSNorm that rounds before the weight ("narrow") or after it ("wide"), or multiplies
+    what came, not its float32 copy ("mixed"); torch's
     LayerNorm of the input ("fused") or of a float32 copy ("float32"), one written in Python
     ("python"), one of 1 + weight ("shifted").
     `rotary`: rotate_half over all dimensions ("whole"), over the first ones with the rest joined
@@ -24,10 +25,10 @@ class Code:
     `softmax`: in float32, or in the dtype of the scores ("narrow").
     `block`: the layer's forward. `loop`: the model's loop holds what a layer returned until the
     next one returns, eager attention's weights among it.
-    `masked`: a mask is always made.
+    `masked`: a mask is always made. `hands_positions`: layers are given the position ids.
     """
 
-    norm: Literal["narrow", "wide", "fused", "float32", "python", "shifted"] = "narrow"
+    norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
     rotary: Literal["whole", "joined", "joined late", "returned", "held"] = "whole"
     late_norms: bool = False
     pairs: bool = False
@@ -42,13 +43,15 @@ class Code:
     ] = "placed"
     loop: bool = False
     masked: bool = False
+    hands_positions: bool = True
 
 
 LLAMA = Code()
 FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
+    "bert": Code(norm="fused", softmax="narrow"),
     "bloom": Code(norm="fused", block="bloom", loop=True),
-    "cohere": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
+    "cohere": Code(norm="python", pairs=True, float32_rotary=True, late_norms=True, block="cohere"),
     "cohere2": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
     "falcon": Code(
         norm="fused",
@@ -63,7 +66,7 @@ CODES: dict[str, Code] = {
     "glm": Code(rotary="joined late", pairs=True),
     "glm4": Code(rotary="joined late", pairs=True),
     "gpt2": Code(norm="fused", projections="split", conv1d=True, softmax="narrow", block="gpt2"),
-    "gpt_bigcode": Code(norm="fused", projections="split", block="gpt2"),
+    "gpt_bigcode": Code(norm="fused", projections="split", block="gpt2", hands_positions=False),
     "gpt_neox": Code(norm="fused", rotary="joined late", projections="chunked", block="neox"),
     "nemotron": Code(norm="shifted", rotary="returned"),
     "olmo": Code(norm="float32", projections="first", float32_tables=True),
@@ -75,6 +78,7 @@ CODES: dict[str, Code] = {
     "phi3": Code(rotary="joined", projections="sliced"),
     "stablelm": Code(norm="fused", rotary="held", projections="first", block="stablelm"),
     "starcoder2": FUSED,
+    "t5": Code(norm="mixed", softmax="narrow"),
 }
 """By model type; every other one is taken for a llama."""
 
@@ -86,10 +90,11 @@ def code_of(text_type: str) -> Code:
 
 HELD = frozenset(
     (
-        "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
+        "bert", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
         "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama",
         "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
         "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+        "t5",
     )
 )  # fmt: skip
 """Types whose programs, forward and back, equal what their classes allocate (tests/)."""

@@ -1,175 +1,66 @@
-"""<Type>ForCausalLM.forward: embedding, masks, positions, layers, head, loss.
-
-A training step is in train mode with dropout 0, without a cache; of its output only the loss is
-kept. Inference is in eval mode under no_grad; it returns logits and cache.
-"""
+"""Which class is run, and its program."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from planner.autograd.aten import ONE
-from planner.autograd.tensors import Dims, Tensor
-from planner.layers import GQA, ALiBi, Layer, LearnedPositions, RoPE
+from planner.errors import ConfigError
 from planner.model import Model
-from planner.program import B, Program, S, T
+from planner.program import Program
+from planner.runtimes.base import check_planned
+from planner.runtimes.transformers_code.bert import MaskedLM
 from planner.runtimes.transformers_code.blocks import BlockWriter
-from planner.runtimes.transformers_code.masks import MaskWriter
-from planner.runtimes.transformers_code.regime import (
-    T_AND_ONE,
-    Pass,
-    Regime,
-    Shared,
-    window_of,
-)
-from planner.runtimes.writer import FLOAT32, INT64
+from planner.runtimes.transformers_code.causal_lm import CausalLM
+from planner.runtimes.transformers_code.families import HELD
+from planner.runtimes.transformers_code.regime import Pass, Regime
+from planner.runtimes.transformers_code.t5 import Seq2SeqLM
+
+WRITERS: dict[str, type[BlockWriter]] = {"bert": MaskedLM, "t5": Seq2SeqLM}
+"""By model type; every other one is a causal language model."""
+
+
+def is_held(model: Model) -> bool:
+    """Whether a test holds this model's programs, forward and back, against its class."""
+    if model.text_type in WRITERS:
+        return _unwritten_head(model) is None
+    return model.text_type in HELD and not model.towers
+
+
+def check_written(runtime: str, model: Model) -> None:
+    """ConfigError for a model, or a head, whose passes are not written as programs yet."""
+    if model.text_type not in WRITERS:
+        check_planned(runtime, model)
+        return
+    head = _unwritten_head(model)
+    if head is not None:
+        raise ConfigError(
+            f"runtime={runtime} does not plan {head} of model_type={model.model_type} yet: "
+            "parameters and kv_cache_bytes are known, `planner estimate --traced` has the peak"
+        )
+
+
+def _unwritten_head(model: Model) -> str | None:
+    """What of the class is not written, in a word: BertModel and heads for words are."""
+    if model.text_type == "t5":
+        return None if model.lm_head and model.is_seq2seq else "classes without a head for words"
+    known = ("embeddings.", "cls.predictions." if model.lm_head else "pooler.")
+    beside = [
+        p for p in model.extra_parameters if not p.name.removeprefix("bert.").startswith(known)
+    ]
+    pooled = any("pooler." in p.name for p in model.extra_parameters)
+    return "this head" if beside or pooled == model.lm_head else None
 
 
 @lru_cache(maxsize=256)
 def pass_program(model: Model, what: Pass, regime: Regime) -> Program:
     """One pass in one regime of sizes."""
-    writer = _Forward(model, what, regime)
+    if model.text_type == "t5" and what.dtype == "fp16":
+        raise ConfigError(
+            "dtype='fp16' is not planned for t5 in runtime=transformers: bf16 or fp32 (its class "
+            "keeps its last products in float32 then)"
+        )
+    writer = WRITERS.get(model.text_type, CausalLM)(model, what, regime)
     writer.before()
     if what.kind == "training":
         return writer.write_step("transformers training step", what.optimizer, what.optimizer_impl)
     return writer.write_forward(f"transformers {what.kind}")
-
-
-class _Forward(BlockWriter, MaskWriter):
-    """Runs a causal language model."""
-
-    def embed(self) -> Tensor:
-        """<Type>Model.forward before its layers."""
-        model, f = self.model, self.f
-        width = model.embedding_size or model.hidden_size
-        self.table = self.weight("embed_tokens", model.vocab_size, width)
-        self.labels = self.given("labels", ((B,), (T,)), INT64) if self.trains else None
-        ids = self.given("token ids", ((B,), (T,)), INT64)
-        x = f.embedding(self.table, ids, "input embeddings")
-        if model.embedding_scale is not None:
-            x = f.scale(x, "input embeddings")
-        self.named = [x.detach()]  # by the model's forward until it returns
-        self.ids: Tensor | None = None
-        if self.code.block == "opt":
-            x = self._opt_positions(x)
-        elif model.embedding_norm is not None:
-            x = self.norm(model.embedding_norm, x, "hidden states", "embed_norm")
-        else:
-            self.ids = self.position_ids()
-            if isinstance(model.positions, LearnedPositions):
-                x = self._learned(x, self.ids, (ONE, (T,)))
-            elif model.embedding_size is not None:
-                x = self._projected_in(x)
-        self.alibis: Tensor | None = None
-        H = getattr(model.layers[0].attention, "num_attention_heads", 1)
-        if isinstance(model.positions, ALiBi) and self.code.block in ("bloom", "falcon"):
-            self.alibis = self.alibi(H)
-            if self.code.block == "falcon":  # counts in a mask of ones that it keeps
-                self.named.append(self.aten.new("ones", "mask of ones", ((B,), (S,)), INT64))
-                self.slopes = None
-        self.masks = self.masks_of_layers()
-        if self.code.block == "falcon" and self.alibis is not None:
-            mask = self.masks[None]
-            assert mask is not None
-            self.masks[None] = self.biased_mask(mask, self.alibis, H)
-            del mask
-        self.rotations: dict[bool, tuple[Tensor, Tensor]] = {}
-        for layer in model.layer_kinds():
-            slides = self._slides(layer)
-            rope = model.local_positions if slides else model.positions
-            if slides not in self.rotations and isinstance(rope, RoPE):
-                self.rotations[slides] = self.rotary_tables(rope)
-        if self.code.block == "falcon" and isinstance(model.positions, ALiBi):  # made, not used
-            gqa = model.layers[0].attention
-            assert isinstance(gqa, GQA)
-            unused = RoPE(rope_theta=1.0, rotary_dim=gqa.head_dim)
-            self.rotations[False] = self.rotary_tables(unused)
-        return x
-
-    def _projected_in(self, x: Tensor) -> Tensor:
-        projected = self.linear(x, "project_in", self.model.hidden_size, bias=False)
-        self.named[0] = projected.detach()
-        return projected
-
-    def _learned(self, x: Tensor, ids: Tensor, lead: Dims) -> Tensor:
-        """A row of the table for each position, added to the embedding."""
-        model, f, h = self.model, self.f, self.model.hidden_size
-        positions = model.positions
-        assert isinstance(positions, LearnedPositions)
-        rows = (model.max_position_embeddings or 0) + positions.offset
-        table = self.weight("embed_positions", rows, h)
-        seen = self.aten.as_view(ids, lead)
-        assert seen is not None
-        embedded = f.embedding(table, seen, "position embeddings")
-        if model.embedding_size is not None:
-            x = self._projected_in(x)
-        self.named.append(embedded.detach())
-        return f.add(x, embedded, "hidden states")
-
-    def _opt_positions(self, x: Tensor) -> Tensor:
-        """OPTDecoder.forward: positions are counted in a mask of ones."""
-        counted, ones = self.counted_ids()
-        self.ids = counted
-        self.named.append(ones)
-        shifted = self.aten.new("add.Tensor", "positions", ((B,), (T,)), INT64, reads=(counted,))
-        return self._learned(x, shifted, shifted.dims)
-
-    def _slides(self, layer: Layer) -> bool:
-        """Whether the layer turns by positions of its own, as gemma3's sliding ones."""
-        return self.model.local_positions is not None and window_of(layer) is not None
-
-    def shared(self, layer: Layer) -> Shared:
-        """The rotation and the mask of this kind of layer."""
-        rotation = self.rotations.get(self._slides(layer))
-        return Shared(
-            rotation=rotation,
-            mask=self.masks[window_of(layer)],
-            alibi=self.alibis,
-            position_ids=self.ids,
-        )
-
-    def head(self, hidden: list[Tensor]) -> Tensor:
-        """Last norm, head, ForCausalLMLoss."""
-        model, f = self.model, self.f
-        x, V = hidden.pop(), model.vocab_size
-        if model.final_norm is not None:
-            x = self.norm(model.final_norm, x, "final norm", "norm")
-        if model.embedding_size is not None:
-            x = self.linear(x, "project_out", model.embedding_size, bias=False)
-        self._return()
-        if not model.lm_head:
-            self.kept.append(x.detach())
-            return x
-        head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, x.sizes[-1])
-        bias = self.weight("lm_head.bias", V) if model.lm_head_bias else None
-        seen = f.narrow(x, 1, 1) if self.what.logits == "last" else x
-        logits = f.linear(seen, head, bias, "logits")
-        del seen
-        if model.logit_scale is not None:
-            logits = f.scale(logits, "logits")
-        if model.final_logit_softcapping is not None:
-            logits = f.scale(logits, "logits", kernel="div.Tensor")
-            logits = f.pointwise(logits, "logits", "tanh", saves="result")
-            logits = f.scale(logits, "logits")
-        if self.trains:
-            return self._loss(logits)
-        self.kept.append(logits)
-        return logits
-
-    def _return(self) -> None:
-        """The model's forward returns: what it named goes."""
-        self.rotations, self.masks, self.named = {}, {}, []
-        self.ids = self.alibis = self.slopes = self.looped = None
-
-    def _loss(self, logits: Tensor) -> Tensor:
-        """loss_utils.ForCausalLMLoss."""
-        f = self.f
-        wide = f.cast(logits, FLOAT32, "float32 logits")
-        padded = self.aten.new("constant_pad_nd", "padded labels", ((B,), (T_AND_ONE,)), INT64)
-        shifted = padded  # of one sequence the slice behind the first is contiguous
-        if self.regime.several_batches:
-            shifted = self.aten.new("clone", "shifted labels", ((B,), (T,)), INT64, reads=(padded,))
-        wide = f.view(wide, ((B, T), (self.model.vocab_size,)))
-        loss = f.nll_loss(f.softmax(wide, "log-probabilities", kernel="_log_softmax"), shifted)
-        del shifted, padded
-        return loss

@@ -32,6 +32,8 @@ class PartWriter(CodeWriter):
                 return f.cast(wide, b, name)
             kept = FLOAT32 if self.what.device == "cuda" else b  # CPUs keep the input's dtype
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
+        if self.code.norm == "mixed":
+            return self._mixed_norm(x, weights[0], name)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
         if norm.plus_one:  # gemma's: its _norm names nothing
             wide = f.mul(
@@ -55,6 +57,21 @@ class PartWriter(CodeWriter):
             return f.cast(f.mul(weights[0], wide, f"{name}, scaled"), b, name)
         return f.mul(weights[0], f.cast(wide, b, f"{name}, normalised"), name)
 
+    def _mixed_norm(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
+        """T5LayerNorm.forward."""
+        f = self.f
+        variance = f.mean(
+            f.power(f.cast(x, FLOAT32, f"{name}, float32"), f"{name}, squares"),
+            f"{name}, mean square",
+        )
+        hidden = f.mul(
+            x,
+            f.rsqrt(f.shift(variance, f"{name}, mean square"), f"{name}, 1 / rms"),
+            f"{name}, normalised",
+        )
+        hidden = f.cast(hidden, self.b, f"{name}, normalised")
+        return f.mul(weight, hidden, name)
+
     def _mean_square(self, wide: Tensor, name: str) -> Tensor:
         return self.f.mean(self.f.power(wide, f"{name}, squares"), f"{name}, mean square")
 
@@ -76,6 +93,27 @@ class PartWriter(CodeWriter):
         return f.cast(wide, self.b, name)
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
+        """The forward of a linear layer, with its adapters where it has some.
+
+        peft/tuners/lora/layer.py, Linear.forward.
+        """
+        if module not in self.adapted:
+            return self._linear(x, module, out, bias=bias, name=name)
+        assert self.lora is not None
+        f, rank = self.f, self.lora.rank
+        result = self._linear(x, module, out, bias=bias, name=name)
+        into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
+        back = self.adapter(f"{module}.lora_B", out, rank)
+        x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
+        called = f"{module}, adapters"
+        result = f.add(
+            result,
+            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
+            f"{module} with adapters",
+        )
+        return f.cast(result, self.b, name or module)
+
+    def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """nn.Linear.forward, Conv1D.forward or FalconLinear.forward."""
         f, into = self.f, x.sizes[-1]
         if self.code.conv1d:
