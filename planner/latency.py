@@ -139,8 +139,10 @@ class Passes:
         )
 
     def _host(self, program: Program) -> float:
+        """None where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
         known = self.speed.calibration
-        if self.setting.mode == "graph" or known is None or known.host is None:
+        graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
+        if graph or known is None or known.host is None:
             return 0.0
         return host_seconds(program, known.host, self.runtime)
 

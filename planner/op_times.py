@@ -43,7 +43,7 @@ class Roof:
         computing = (flops + self.extra_flops) / (peak * self.compute)
         moving = (moved + self.extra_bytes) / (bandwidth * self.bandwidth)
         p = self.power
-        larger = np.maximum(computing, moving)  # taken out, so that no power under- or overflows
+        larger = np.maximum(np.maximum(computing, moving), 1e-30)  # no power under- or overflows
         both: Number = larger * ((computing / larger) ** p + (moving / larger) ** p) ** (1 / p)
         return self.floor_s + both
 

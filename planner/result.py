@@ -10,11 +10,14 @@ from planner.activations import Peak
 from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
+from planner.errors import check_choice
 from planner.format import gib, seconds
-from planner.latency import Latency, latency, training_latency
+from planner.latency import Latency, latency, passes_of, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
+from planner.op_table import op_table
 from planner.parallel import Share
+from planner.program import Dims
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
@@ -176,6 +179,29 @@ class Estimate:
         if isinstance(self.work, Training):
             return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
         return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
+
+    def op_times(self, which: str = "decode") -> pd.DataFrame:
+        """Where the time goes in "prefill", in the last "decode" step, or in a training step.
+
+        A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
+        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
+        """
+        passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
+        if isinstance(self.work, Training):
+            phase = training_phase(self.model, self.work, self.deploy, self.setting)
+            return op_table(passes, iter([(phase.program, phase.dims)]))
+        check_choice("which", which, ("prefill", "decode"))
+        rules, work = runtime_named(self.deploy.runtime), self.work
+        decodes = which == "decode"
+        context = work.context_tokens if decodes else work.prompt_tokens
+        dims = Dims(
+            batch=work.batch,
+            tokens=1 if decodes else work.prompt_tokens,
+            context=context,
+            encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
+        )
+        make = rules.decode if decodes else rules.prefill
+        return op_table(passes, ((make(s, work, self.setting), dims) for s in passes.stages))
 
     @property
     def headroom_bytes(self) -> int:

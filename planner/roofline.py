@@ -321,7 +321,12 @@ def _unmeasured(
 
 
 def floor_s(flops: Number, moved: Number, speed: Speed) -> Number:
-    """FLOPs over peak, and bytes over bandwidth where an op moves more than the L2 cache holds."""
+    """FLOPs over peak, and bytes over bandwidth where an op moves more than the L2 cache holds.
+
+    Of a CPU the catalogue knows neither: what was measured of it is in its fits.
+    """
+    if speed.gpu.is_cpu:
+        return 0.0
     streamed = moved * (np.asarray(moved) > (speed.gpu.l2_bytes or 0))
     return maximum(
         flops / speed.gpu.flops_per_s(speed.product_dtype or speed.dtype),

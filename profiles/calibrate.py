@@ -39,6 +39,8 @@ POINTS: Mapping[str, int] = {
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
 LARGEST_FILE_BYTES = 200_000
+BEST = 1.1
+"""A CPU's ceilings are taken to be so much above the best that was seen of it."""
 BOUND = 1.25
 """A pass that takes so much longer than its kernels waits for the host."""
 
@@ -139,12 +141,17 @@ def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
     if family == "all_reduce":
         family, dtype = ":".join(name.split(":")[:2]), ""
     points = POINTS.get(":".join(name.split(":")[:2]), OTHER_POINTS)
+    peak, bandwidth = gpu.flops_per_s(dtype or "bf16"), gpu.memory_bandwidth_bytes_per_s
+    if gpu.is_cpu:  # which one it is, the catalogue does not know
+        flops, moved = family_named(family).work(*samples.sizes.T, dtype)
+        peak = max(1e9, BEST * float((flops / samples.seconds).max()))
+        bandwidth = max(1e8, BEST * float((moved / samples.seconds).max()))
     return fit_family(
         family_named(family),
         dtype,
         samples,
-        peak=gpu.flops_per_s(dtype or "bf16"),
-        bandwidth=gpu.memory_bandwidth_bytes_per_s,
+        peak=peak,
+        bandwidth=bandwidth,
         source=source,
         points=points,
     )
