@@ -56,8 +56,8 @@ class HostCost:
     """Seconds that the host needs to issue one op, by what runs it; "other" for the rest.
 
     `scale` multiplies them all: one number an engine, from its calibration rows (`scaled_on`), for
-    what Python does between the ops. `spread` is how far the same work was seen to vary, as a share
-    of its median.
+    what Python does between ops. `spread`: how far single steps of the same work vary, and twice
+    what the factor leaves of its own rows, as a share.
     """
 
     op_s: Mapping[str, float] = field(hash=False)

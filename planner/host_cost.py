@@ -1,6 +1,6 @@
 """What the host needs to issue a pass one kernel at a time: eager PyTorch is often bound by it.
 
-    host = scale · Σ cost(op)
+    host = scale · Σ cost(op) + backward · Σ cost(op of the backward)
 
 `cost` is measured by ops that compute nothing (profiles/microbench/host_ops.py); an op that nobody
 timed costs as much as an addition. `scale`, one number an engine, stands for what Python does
@@ -24,12 +24,28 @@ ENGINES = ("transformers", "attnlab")
 def host_seconds(program: Program, host: HostCost, engine: str) -> float:
     """Time to issue all ops of a pass."""
     scale = host.scale.get(engine) or host.scale.get(ENGINES[0], 1.0)
-    return scale * unscaled_seconds(program, host)
+    forward, backward = _issued(program, host)
+    return scale * forward + _backward_scale(host) * backward
 
 
 def unscaled_seconds(program: Program, host: HostCost) -> float:
     """The sum over the ops, as they were timed alone."""
-    return sum(timed.count * _cost(timed, host) for timed in timed_ops(program))
+    return sum(_issued(program, host))
+
+
+def _issued(program: Program, host: HostCost) -> tuple[float, float]:
+    """Seconds of the ops that Python calls, and of those that autograd's thread does."""
+    parts = [0.0, 0.0]
+    for timed in timed_ops(program):
+        parts[timed.op.name.endswith("backward")] += timed.count * _cost(timed, host)
+    return parts[0], parts[1]
+
+
+def _backward_scale(host: HostCost) -> float:
+    """What autograd adds: a linear layer's backward over its two products, both timed alone."""
+    if "linear_backward" not in host.op_s:
+        return 1.0
+    return host.op_s["linear_backward"] / (2.0 * host.op_s["linear"])
 
 
 @lru_cache(maxsize=4096)

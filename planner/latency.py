@@ -20,7 +20,7 @@ from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
 from planner.host_cost import host_seconds
 from planner.model import Model
-from planner.program import Dims, Number, Program, maximum
+from planner.program import Dims, Number, Program
 from planner.roofline import Speed, pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
@@ -105,25 +105,25 @@ class Passes:
         extrapolated: Number = 0.0
         flops: Number = 0.0
         moved: Number = 0.0
+        waited: Number = 0.0
         for stage in self.stages:
-            made = program(stage)
-            cost = pass_cost(made, dims, speed)
-            gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
-            extrapolated = extrapolated + cost.extrapolated_s
-            square = square + cost.error_s**2
-            host += self._host(made)
+            for made in by_phase(program(stage)):
+                cost = pass_cost(made, dims, speed)
+                gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
+                extrapolated = extrapolated + cost.extrapolated_s
+                square = square + cost.error_s**2
+                issuing = self._host(made)
+                host += issuing
+                waited = waited + np.maximum(issuing - cost.time_s, 0.0)
         said = communication_cost(self.model, setting, dims, speed)
         time_s, error = gpu + said.time_s, np.sqrt(square + said.error_s**2)
         known = speed.calibration
         if setting.mode == "graph":
             if known is not None and known.graph is not None:
                 time_s = time_s + known.graph.replay_s
-        elif host:
-            assert known is not None
-            assert known.host is not None
-            waits = np.asarray(host > time_s)
-            error = np.where(waits, host * known.host.spread, error)
-            time_s = maximum(time_s, host) if np.ndim(time_s) == 0 else np.maximum(time_s, host)
+        elif host and known is not None and known.host is not None:
+            error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
+            time_s = time_s + waited
         return PassTime(
             time_s=time_s,
             error_s=error,
@@ -145,6 +145,22 @@ class Passes:
         if graph or known is None or known.host is None:
             return 0.0
         return host_seconds(program, known.host, self.runtime)
+
+
+@lru_cache(maxsize=256)
+def by_phase(program: Program) -> tuple[Program, ...]:
+    """Forward, backward and optimizer apart, where a program has them.
+
+    A host that is ahead in one has used it up before the next: only some 1 000 kernels wait for a
+    GPU at a time.
+    """
+    phases = dict.fromkeys(segment.phase for segment in program.segments)
+    if len(phases) == 1:
+        return (program,)
+    return tuple(
+        Program(name=program.name, segments=tuple(s for s in program.segments if s.phase == phase))
+        for phase in phases
+    )
 
 
 def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:

@@ -234,15 +234,16 @@ def _warm_or_cold(kind: str, cold: Fit, sizes: tuple[Number, ...], speed: Speed)
 
 
 def _covering(speed: Speed, family: str, dtype: str, sizes: tuple[Number, ...]) -> Fit | None:
-    """The runtime's own fit where it covers the shape, else the one that does, else the first."""
-    if speed.calibration is None:
+    """The runtime's own fit where it covers the shape, else one that does, else its own."""
+    calibration = speed.calibration
+    if calibration is None:
         return None
-    first = speed.calibration.fit(family, dtype, *speed.backends)
-    if first is None or first.covers(sizes[-2:], start=len(sizes) - 2):
-        return first
-    other = speed.calibration.fit(family, dtype, "vllm")
-    covered = other is not None and other.covers(sizes[-2:], start=len(sizes) - 2)
-    return other if covered else first
+    found = [
+        calibration.fit(family, dtype, *backends) for backends in (speed.backends, (), ("vllm",))
+    ]
+    start = len(sizes) - 2
+    inside = (fit for fit in found if fit is not None and fit.covers(sizes[start:], start))
+    return next(inside, found[0])
 
 
 def _attention_time(

@@ -249,7 +249,7 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     if "add" not in costs:
         return {}
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
-    scale, named = dict[str, float](), list[str]()
+    scale, named, apart = dict[str, float](), list[str](), 0.0
     mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
     for engine in sorted({r.runtime for r in mine}):
         rows = []
@@ -260,11 +260,12 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
         factor = host_scale(rows)
         if factor is not None:
             scale[engine] = round(factor, 3)
+            apart = max(apart, *(_missed(row, factor) for row in rows))
     return {
         "host": {
             "op_s": costs,
             "scale": scale,
-            "spread": round(_spread(mine), 3),
+            "spread": round(float(np.hypot(_spread(mine), 2 * apart)), 3),
             "scaled_on": sorted(set(named)),
             "source": "records",
         }
@@ -280,6 +281,12 @@ def _spread(records: list[Record]) -> float:
         for step in r.step_s
     ]
     return float(np.quantile(off, 0.9)) if off else 0.3
+
+
+def _missed(row: tuple[float, float, float], factor: float) -> float:
+    """|log| of what the factor leaves of a calibration row that waits for the host."""
+    measured, gpu, host = row
+    return abs(float(np.log(factor * host / measured))) if factor * host > gpu else 0.0
 
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
