@@ -1,9 +1,10 @@
 """TTFT, TPOT, throughput, utilisation and energy from the times of the passes.
 
-TTFT: one prefill of the whole prompt; an engine that takes at most so many tokens a pass cuts it
-into chunks, one after the other. TPOT: the mean over the decode steps, each over one token more
+TTFT: one prefill of the whole prompt, as one pass; an engine that cuts it into chunks of some 8 192
+tokens multiplies as fast in each. TPOT: the mean over the decode steps, each over one token more
 than the last. End to end: TTFT and output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes
-over time · bandwidth, over the whole workload, of all GPUs.
+over time · bandwidth, over the whole workload, of all GPUs. What an engine's scheduler does between
+the passes is not in any of them.
 """
 
 from __future__ import annotations

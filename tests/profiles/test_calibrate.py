@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner import ConfigError
+import planner
+from planner import ConfigError, roofline
 from planner.calibration import from_dict
 from planner.cli import main
 from planner.op_families import DECODE, GEMM
@@ -16,6 +17,7 @@ from profiles.calibrate import calibration, host_scale, write
 from profiles.fitting import Samples, errors, fit_family, levenberg_marquardt, spread
 from profiles.microbench import attention_points, gemm_points
 from profiles.microbench.op_record import load
+from profiles.microbench.run import run
 from profiles.op_samples import samples_of_records
 from profiles.op_tables import held_out, package_folder
 
@@ -168,3 +170,30 @@ def test_the_shell_writes_a_calibration(tmp_path, capsys):
         told["fits"][0]
     )
     assert from_dict(json.loads(out.read_text())).host.scale["transformers"] > 1
+
+
+@pytest.fixture(scope="module")
+def this_cpu(tmp_path_factory):
+    """A few seconds of products and streams of bytes, timed here."""
+    out = tmp_path_factory.mktemp("cpu") / "cpu.jsonl"
+    run("cpu", budget_s=6, out=out, families=["gemm", "bandwidth", "prefill", "decode"])
+    return from_dict(calibration("cpu", records=load(out)))
+
+
+def test_this_cpu_is_calibrated_from_its_own_ops(this_cpu):
+    fit = this_cpu.fit("gemm", "fp32")
+    small, large = (fit.seconds((float(m), 512.0, 512.0)) for m in (1, 512))
+    assert 1e-7 < small < large < 1.0
+    assert fit.peak_flops_per_s > 2 * 512**3 / large  # the best that was seen, and a tenth
+
+
+def test_a_calibrated_cpu_times_a_model_by_what_was_measured(this_cpu, monkeypatch):
+    monkeypatch.setattr(roofline, "calibration_of", lambda gpu: this_cpu)
+    model = planner.load_model("llama-50m")
+    work = planner.Inference(batch=1, prompt_tokens=61, output_tokens=5, logits="last")
+    deploy = planner.Deployment(gpu="cpu", runtime="attnlab", dtype="fp32", mode="eager")
+    latency = planner.estimate(model, work, deploy).latency
+    assert latency.basis == "ops measured on cpu"
+    assert 1e-4 < latency.tpot_s < latency.ttft_s < 60
+    low, high = latency.tpot_interval_s
+    assert low < latency.tpot_s < high
