@@ -125,6 +125,7 @@ def calibration_of(gpu: Gpu) -> Calibration | None:
         own = None if measured is None else transferred(measured, gpu, known[kin])
     if own is None or gpu.is_cpu:
         return own
+    own = replace(own, fits={**own.fits, **_in_float32(own.fits, gpu)})
     reference = load(REFERENCE)
     if reference is None or gpu.name == REFERENCE:
         return own
@@ -137,6 +138,22 @@ def calibration_of(gpu: Gpu) -> Calibration | None:
         host=own.host or reference.host,
         graph=own.graph or reference.graph,
     )
+
+
+def _in_float32(fits: Mapping[str, Fit], gpu: Gpu) -> dict[str, Fit]:
+    """Products and attention in fp32, which nobody timed: bf16's shares of fp32's peak."""
+    if any(fit.dtype == "fp32" for fit in fits.values()):
+        return {}
+    return {
+        name.replace(":bf16", ":fp32"): replace(
+            fit,
+            dtype="fp32",
+            peak_flops_per_s=gpu.flops_per_s("fp32"),
+            source=f"{TRANSFERRED} bf16",
+        )
+        for name, fit in fits.items()
+        if fit.dtype == "bf16"
+    }
 
 
 def kin_of(gpu: Gpu) -> str | None:
