@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import plotly.graph_objects as go
 
 import planner
-from planner.format import gib, percent, seconds
+from planner.format import gib, of_quantity, percent, seconds
 from planner.timeline import Moment
 from profiles.compare import QUANTITIES, Row
 
@@ -316,17 +316,7 @@ def parity(rows: Iterable[Row], *, unit: str) -> go.Figure:
 
 def label(quantity: str) -> str:
     """A quantity's name as people read it."""
-    return {
-        "weights_bytes": "Weights",
-        "kv_cache_bytes": "KV cache",
-        "peak_live_bytes": "Peak, live",
-        "peak_allocated_bytes": "Peak, allocated",
-        "peak_reserved_bytes": "Peak, reserved",
-        "device_used_bytes": "Device used",
-        "ttft_s": "TTFT",
-        "tpot_s": "TPOT",
-        "step_s": "Decode step",
-    }.get(quantity, quantity)
+    return of_quantity(quantity)
 
 
 def value(quantity: str, number: float | None) -> str:
