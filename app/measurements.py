@@ -67,7 +67,9 @@ def nearest(
 
 
 def workload(record: Record) -> str:
-    """Batch × (prompt + output) of a record."""
+    """Batch × (prompt + output) of a record; of a training step, batch × tokens."""
+    if record.phase == "training":
+        return f"{record.batch:,} × {record.prompt_tokens:,}"
     return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
 
 

@@ -52,8 +52,6 @@ def title(record: Record) -> str:
     """A run's name in the list."""
     series = " · with a time series" if record.series is not None else ""
     work = measurements.workload(record)
-    if record.phase == "training":
-        work = f"{record.batch:,} × {record.prompt_tokens:,}"
     return f"{record.model} · {record.phase} {work} · {record.runtime}{series} · {record.id}"
 
 
@@ -61,7 +59,8 @@ def about(record: Record) -> str:
     """What ran on what, and when."""
     environment = record.environment
     parts = [
-        f"batch × (prompt + output) {measurements.workload(record)}",
+        f"batch × {'tokens' if record.phase == 'training' else '(prompt + output)'}: "
+        f"{measurements.workload(record)}",
         f"{record.runtime} {record.runtime_version or ''}".strip(),
         f"{record.attention or 'default'} attention",
         record.dtype,
