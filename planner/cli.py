@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli_compare import compare_command
 from planner.cli_explain_log import explain_log_command
 from planner.cli_fit import fit_command, gpus_command
 from planner.cli_layout import (
@@ -55,7 +56,7 @@ from planner.cli_options import (
     WeightDtype,
 )
 from planner.cli_output import exit_unless, refuse, show, show_table
-from planner.cli_profile import compare_command, profile_command
+from planner.cli_profile import profile_command
 from planner.cli_report import report_command
 from planner.cli_schema import schema_command
 from planner.cli_sweep import diff_command, sweep_command
