@@ -54,6 +54,10 @@ def profile_command(
     missing: Annotated[
         bool, typer.Option("--missing", help="Of a suite: only what the file does not have yet.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Of a suite: over a Ray cluster; local."),
+    ] = None,
     batch: Batch = 1,
     prompt: Prompt = 512,
     output: Output = 32,
@@ -75,11 +79,12 @@ def profile_command(
     if suite is not None:
         if model is not None:
             raise ConfigError(f"MODEL={shown(model)} is not allowed with --suite: it has its own")
-        _suite(suite, device=device, budget=budget, missing=missing, out=out, as_json=as_json)
+        how = {"device": device, "budget": budget, "missing": missing, "ray": ray}
+        _suite(suite, **how, out=out, as_json=as_json)  # type: ignore[arg-type]
         return
     if model is None:
         raise ConfigError("MODEL is missing: a model as elsewhere, or --suite NAME")
-    for name, value in (("--budget", budget), ("--missing", missing or None)):
+    for name, value in (("--budget", budget), ("--missing", missing or None), ("--ray", ray)):
         if value is not None:
             raise ConfigError(f"{name} is not allowed without --suite")
     options: dict[str, Any] = {
@@ -111,7 +116,14 @@ def profile_command(
 
 
 def _suite(
-    name: str, *, device: str, budget: str | None, missing: bool, out: Path, as_json: bool
+    name: str,
+    *,
+    device: str,
+    budget: str | None,
+    missing: bool,
+    ray: str | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     from profiles.compare import compare  # noqa: TID251
     from profiles.suite_run import run_suite  # noqa: TID251
@@ -119,14 +131,22 @@ def _suite(
     seconds_left = None if budget is None else duration_s(budget)
     if name in APART:
         raise typer.Exit(_apart(name, device, seconds_left, missing=missing, out=out))
-    run: Run = run_suite(
-        name,
-        device=device,
-        out=out,
-        budget_s=seconds_left,
-        only_missing=missing,
-        on_progress=_tell,
-    )
+    run: Run
+    if ray is not None:
+        from profiles.ray_run import run_on_ray  # noqa: TID251
+
+        address = None if ray == "local" else ray
+        on = "cuda" if device == "auto" else device
+        run = run_on_ray(name, address=address, device=on, out=out, on_progress=_tell)
+    else:
+        run = run_suite(
+            name,
+            device=device,
+            out=out,
+            budget_s=seconds_left,
+            only_missing=missing,
+            on_progress=_tell,
+        )
     rows = compare(run.records, on_problem=lambda problem: None)
     if as_json:
         show(
