@@ -47,6 +47,7 @@ from planner.cli_options import (
     OptimizerImpl,
     OptimizerName,
     Output,
+    Padded,
     Prompt,
     RuntimeName,
     SequenceTokens,
@@ -114,6 +115,7 @@ def estimate_command(
     lora_targets: LoraTargets = ALL_LINEAR,
     lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
+    padded: Padded = False,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -127,6 +129,7 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            padded=padded,
             method=method,  # type: ignore[arg-type]
             lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
             encoder_tokens=encoder_tokens,
@@ -138,6 +141,7 @@ def estimate_command(
             output_tokens=output,
             logits=logits,  # type: ignore[arg-type]
             encoder_tokens=encoder_tokens,
+            padded=padded,
         )
     deploy = Deployment(
         gpu=gpu,

@@ -45,6 +45,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointed=work.checkpointing == "full",
         lora=work.adapters,
+        padded=work.padded,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = NOTE if setting.device == "cuda" else ""

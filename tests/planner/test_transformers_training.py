@@ -21,6 +21,7 @@ from tests.planner.small_decoders import (
     built,
     decoders,
     described,
+    takes_padding,
     training_meter,
 )
 
@@ -39,15 +40,17 @@ def predicted(model, batch, tokens, **what):
     tokens=st.integers(1, 45),
     eager=st.booleans(),
     checkpointed=st.booleans(),
+    padded=st.booleans(),
 )
-def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed):
+def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed, padded):
+    padded = padded and takes_padding(config)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
     if checkpointed:
         live.activation_checkpointing_enable()
-    meter = training_meter(live, batch, tokens)
+    meter = training_meter(live, batch, tokens, padded=padded)
     model = planner.read_config(live.config.to_dict())
-    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed}
+    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed, "padded": padded}
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
 
 
