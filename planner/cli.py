@@ -27,6 +27,7 @@ from planner.cli_layout import (
     layout,
 )
 from planner.cli_options import (
+    Accumulation,
     AsJson,
     Attention,
     Batch,
@@ -110,6 +111,7 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    accumulation: Accumulation = 1,
     method: Method = "full",
     lora_rank: LoraRank = 8,
     lora_targets: LoraTargets = ALL_LINEAR,
@@ -130,6 +132,7 @@ def estimate_command(
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
             padded=padded,
+            accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]
             lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
             encoder_tokens=encoder_tokens,

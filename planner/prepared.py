@@ -137,6 +137,15 @@ def check_padded(work: Inference | Training, runtime: str) -> None:
         raise ConfigError(f"padded=True is not planned for runtime={runtime}: transformers")
 
 
+def check_accumulation(work: Training, runtime: str) -> None:
+    """ConfigError for accumulated gradients in a runtime whose programs know none."""
+    if work.accumulation_steps > 1 and runtime != "transformers":
+        raise ConfigError(
+            f"accumulation_steps={work.accumulation_steps} is not planned for runtime={runtime}: "
+            "1, or transformers"
+        )
+
+
 def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
     """The deployment with its defaults filled in."""
     dtype = deploy.dtype or model.dtype

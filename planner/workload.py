@@ -163,7 +163,8 @@ class Training:
     and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
     sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
     `lora`: the adapters of method "lora"; None: a LoRA() of all defaults. `padded`: as of
-    Inference.
+    Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its loss
+    dropped before the next, whose gradients are added up before the optimizer's step.
     """
 
     batch: int
@@ -176,9 +177,10 @@ class Training:
     encoder_tokens: int | None = None
     lora: LoRA | None = None
     padded: bool = False
+    accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("batch", "sequence_tokens"):
+        for field in ("batch", "sequence_tokens", "accumulation_steps"):
             check_size(field, getattr(self, field))
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)

@@ -46,6 +46,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         checkpointed=work.checkpointing == "full",
         lora=work.adapters,
         padded=work.padded,
+        accumulates=work.accumulation_steps > 1,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = NOTE if setting.device == "cuda" else ""

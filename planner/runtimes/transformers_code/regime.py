@@ -32,7 +32,7 @@ class Pass:
     `padded`: an attention mask hides padding. `static`: a StaticCache. `quantised`: a
     QuantizedCache; with neither a DynamicCache. Of it `residual_tokens` are unquantised before the
     pass. Training has no cache; `checkpointed`: every layer runs again on the way back; `lora`:
-    adapters are trained, nothing else.
+    adapters are trained, nothing else; `accumulates`: earlier steps left gradients.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -50,6 +50,7 @@ class Pass:
     optimizer_impl: str = "foreach"
     checkpointed: bool = False
     lora: LoRA | None = None
+    accumulates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +177,7 @@ class CodeWriter(PassWriter[Shared]):
             trains=trains,
             checkpointed=what.checkpointed,
             lora=what.lora,
+            accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
         self.aten.watched = what.device == "cpu"
