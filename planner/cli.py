@@ -28,6 +28,7 @@ from planner.cli_layout import (
     layout,
 )
 from planner.cli_options import (
+    Accumulation,
     AsJson,
     Attention,
     Batch,
@@ -48,6 +49,7 @@ from planner.cli_options import (
     OptimizerImpl,
     OptimizerName,
     Output,
+    Padded,
     Prompt,
     RuntimeName,
     SequenceTokens,
@@ -111,11 +113,13 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    accumulation: Accumulation = 1,
     method: Method = "full",
     lora_rank: LoraRank = 8,
     lora_targets: LoraTargets = ALL_LINEAR,
     lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
+    padded: Padded = False,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -129,6 +133,8 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            padded=padded,
+            accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]
             lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
             encoder_tokens=encoder_tokens,
@@ -140,6 +146,7 @@ def estimate_command(
             output_tokens=output,
             logits=logits,  # type: ignore[arg-type]
             encoder_tokens=encoder_tokens,
+            padded=padded,
         )
     deploy = Deployment(
         gpu=gpu,

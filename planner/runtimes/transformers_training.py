@@ -46,6 +46,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointed=work.checkpointing == "full",
         lora=work.adapters,
+        padded=work.padded,
+        accumulates=work.accumulation_steps > 1,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
