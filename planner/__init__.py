@@ -46,4 +46,5 @@ from planner.traffic import Traffic as Traffic
 from planner.workload import CacheSpec as CacheSpec
 from planner.workload import Deployment as Deployment
 from planner.workload import Inference as Inference
+from planner.workload import LoRA as LoRA
 from planner.workload import Training as Training

@@ -40,6 +40,10 @@ from planner.cli_options import (
     GpuName,
     KvDtype,
     Logits,
+    LoraDtype,
+    LoraRank,
+    LoraTargets,
+    Method,
     ModelName,
     OptimizerImpl,
     OptimizerName,
@@ -63,7 +67,7 @@ from planner.format import gib
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference, Training, cache_spec
+from planner.workload import ALL_LINEAR, Deployment, Inference, LoRA, Training, cache_spec
 
 if TYPE_CHECKING:
     from profiles.traced_estimate import TracedEstimate  # noqa: TID251
@@ -107,6 +111,10 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    method: Method = "full",
+    lora_rank: LoraRank = 8,
+    lora_targets: LoraTargets = ALL_LINEAR,
+    lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
     traced: Traced = False,
     as_json: AsJson = False,
@@ -121,6 +129,8 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            method=method,  # type: ignore[arg-type]
+            lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
             encoder_tokens=encoder_tokens,
         )
     else:
@@ -156,6 +166,11 @@ def estimate_command(
         result.to_csv(csv)
     show(result.to_dict() if as_json else result.explain())
     exit_unless(result.fits)
+
+
+def _lora(rank: int, targets: str, dtype: str | None) -> LoRA:
+    named = targets if targets == ALL_LINEAR else tuple(targets.split(","))
+    return LoRA(rank=rank, targets=named, dtype=dtype)
 
 
 @app.command("params")

@@ -13,7 +13,9 @@ ModelName = Annotated[
         metavar="MODEL", help="Catalogue name, config.json or its folder, .gguf file, hf:org/name."
     ),
 ]
-GpuName = Annotated[str, typer.Option("--gpu", help="Short name, such as h200 or cpu.")]
+GpuName = Annotated[
+    str, typer.Option("--gpu", help="Short name, such as h200 or cpu; auto: the card that is here.")
+]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at once.")]
 Prompt = Annotated[int, typer.Option("--prompt", help="Prompt tokens of each sequence.")]
 Output = Annotated[int, typer.Option("--output", help="Output tokens of each sequence.")]
@@ -48,6 +50,14 @@ OptimizerName = Annotated[
 ]
 OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
 Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
+Method = Annotated[str, typer.Option("--method", help="In training: full or lora.")]
+LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
+LoraTargets = Annotated[
+    str, typer.Option("--lora-targets", help="all-linear, or names of modules: q_proj,v_proj")
+]
+LoraDtype = Annotated[
+    str | None, typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does.")
+]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[

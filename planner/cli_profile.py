@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,9 @@ from planner.loading import load_model
 
 if TYPE_CHECKING:
     from profiles.suite_run import Progress, Run  # noqa: TID251
+
+APART = ("microbench", "overheads")
+"""Suites whose records are not those of models: times of ops, and what a process holds."""
 
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -39,7 +44,9 @@ def profile_command(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="A named list of points: smoke, inference, training, …"),
+        typer.Option(
+            "--suite", help="smoke, inference, training, allocator, microbench or overheads."
+        ),
     ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="Of a suite: begin nothing after 540s, 9m.")
@@ -109,11 +116,14 @@ def _suite(
     from profiles.compare import compare  # noqa: TID251
     from profiles.suite_run import run_suite  # noqa: TID251
 
+    seconds_left = None if budget is None else duration_s(budget)
+    if name in APART:
+        raise typer.Exit(_apart(name, device, seconds_left, missing=missing, out=out))
     run: Run = run_suite(
         name,
         device=device,
         out=out,
-        budget_s=None if budget is None else duration_s(budget),
+        budget_s=seconds_left,
         only_missing=missing,
         on_progress=_tell,
     )
@@ -136,6 +146,16 @@ def _suite(
             show(f"{record.point}: {record.status}")
         show(f"{len(run.records)} records appended to {out}, {len(bad)} of them not ok")
     exit_unless(all(not record.status.startswith("error") for record in run.records))
+
+
+def _apart(name: str, device: str, budget_s: float | None, *, missing: bool, out: Path) -> int:
+    """A suite with a program of its own, in a process that has not touched the device."""
+    command = [sys.executable, "-m", f"profiles.{name}", "--out", str(out)]
+    if name == "microbench":
+        command += ["--device", device]
+        command += ["--missing"] * missing
+        command += [] if budget_s is None else ["--budget", f"{budget_s:g}"]
+    return subprocess.call(command)
 
 
 def _tell(progress: Progress) -> None:

@@ -13,7 +13,7 @@ from planner.errors import MAX_SIZE, check_choice, check_size
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
-from planner.overhead import WITH_CONTEXT, context_bytes, overhead_rows, workspace_bytes
+from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
 from planner.prepared import Prepared, as_loaded, prepare, setting_of
 from planner.program import formula, symbols
@@ -23,7 +23,7 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
-from planner.training import gradient_rows, training_phase, unfinished_row
+from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -109,7 +109,7 @@ def _of_share(share: Share, prepared: Prepared, work: Inference) -> Estimate:
     activations = list(_activation_rows(highest, phase, kv_bytes, note=note, apart=apart))
     rows = (*weights, *kv, *activations, *overhead)
     torch = _torch_peaks(prepared.model, work, setting, runtime, gpu, rows, highest)
-    outside = prepared.outside_torch_bytes(total_bytes(rows, "overhead"))
+    outside = outside_torch_bytes(rows)
     memory = _memory(rows, highest, torch, outside=outside, apart=apart)
     pool = prepared.pool(share, held_bytes=memory.weights_bytes + memory.activations_bytes)
     if pool is not None:
@@ -137,14 +137,16 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     weights = weight_rows(model, runtime, setting.dtype, note="")
-    gradients = gradient_rows(weights)
+    adapted = adapter_rows(model, work)
+    gradients = gradient_rows(adapted or weights)
     rows = (
         *weights,
+        *adapted,
         *gradients,
         *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
-        *overhead_rows(gpu, workspace=True, trains=True),
+        *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
@@ -155,7 +157,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
             setting=setting,
             runtime=runtime.name,
             workspace_bytes=workspace_bytes(gpu),
-            capacity_bytes=max(0, gpu.memory_bytes - context_bytes(gpu)),
+            capacity_bytes=max(0, gpu.memory_bytes - outside_torch_bytes(rows)),
         )
     return Estimate(
         model=model,
@@ -164,7 +166,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         deploy=deploy,
         setting=setting,
         gpu=gpu,
-        memory=_memory(rows, highest, torch, outside=context_bytes(gpu), apart=False),
+        memory=_memory(rows, highest, torch, outside=outside_torch_bytes(rows), apart=False),
         peak=highest,
         peak_phase=highest.phase,
         rows=rows,
@@ -238,14 +240,13 @@ def _torch_peaks(
         inputs = _inputs_bytes(model, work) if runtime.on_torch else 0
         live = total_bytes(rows, "weights") + highest.live_bytes + pool
         return Unsegmented(peak_allocated_bytes=live + inputs + workspace)
-    outside = total_bytes(rows, "overhead") - workspace
     return AllocatorPlan(
         model=model,
         work=work,
         setting=setting,
         runtime=runtime.name,
         workspace_bytes=workspace,
-        capacity_bytes=max(0, gpu.memory_bytes - outside),
+        capacity_bytes=max(0, gpu.memory_bytes - outside_torch_bytes(rows)),
     )
 
 

@@ -21,7 +21,7 @@ from planner.parallel import Share
 from planner.prepared import Prepared
 from planner.program import Number, maximum
 from planner.runtimes.base import Pool
-from planner.runtimes.transformers import is_quantised
+from planner.runtimes.transformers import is_quantised, is_static
 from planner.workload import Inference
 
 Cells = NDArray[np.float64]
@@ -66,8 +66,11 @@ class Times:
 
 
 def takes_arrays(prepared: Prepared) -> bool:
-    """Whether the rules take arrays: the steps of a quantised cache differ by size."""
-    return prepared.runtime.name != "transformers" or not is_quantised(prepared.setting)
+    """Whether the rules take arrays: the steps of quantised and static caches differ by size."""
+    setting = prepared.setting
+    return prepared.runtime.name != "transformers" or not (
+        is_quantised(setting) or is_static(setting)
+    )
 
 
 def memory_grid(prepared: Prepared, work: Workloads) -> Grid:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.program import Buffer, Shape, Tape
 from planner.workload import Training
@@ -37,6 +38,10 @@ def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> 
         return []
     elements, tensors = model.parameter_count, sum(t for t, _ in model.parameter_groups().values())
     b = element_bytes(dtype)
+    if work.adapters is not None:
+        trained = adapters(model, work.adapters)
+        elements, tensors = sum(p.count for p in trained), len(trained)
+        b = adapter_bytes(work.adapters)
     moments = Row(
         component="optimizer",
         item="moments of AdamW",

@@ -8,7 +8,7 @@ token's ids are made, as a greedy loop does.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -20,14 +20,22 @@ OPENING = "cache of "
 """How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
 
 
+BIASED = "addmm"
+"""The product with a bias, which torch has cuBLASLt do."""
+
+LT_WORKSPACE_BYTES = 2**20
+"""ATen/cuda/CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE; seen on an H200 (profiles/data/overheads)."""
+
+
 @dataclass(frozen=True, slots=True)
 class PassScript:
     """The allocations of a program in order, every instance of a buffer a slot of its own.
 
     `buffers` are what the slots hold, `distinct` each of them once. `steps` are (made, slot) or
     (freed, slot). `found` are the slots that the pass before left; `caches` those that live on, in
-    order; `left` what is dropped. Before step `first_gemm` the first matrix product has run; of a
-    program with phases, `starts` has the step that each begins with, and `phase_gemms` its own.
+    order; `left` what is dropped. `starts` has the step that each phase begins with; before step
+    `gemms[phase]` its first matrix product runs, before `biased_gemms[phase]` the first with a
+    bias: what they take, they take behind their output.
     """
 
     buffers: tuple[Buffer, ...]
@@ -36,9 +44,9 @@ class PassScript:
     found: tuple[int, ...]
     caches: tuple[int, ...]
     left: tuple[int, ...]
-    first_gemm: int | None
     starts: dict[str, int]
-    phase_gemms: dict[str, int]
+    gemms: dict[str, int]
+    biased_gemms: dict[str, int]
 
     def sizes(self, dims: Dims) -> dict[Buffer, int]:
         """Bytes of every buffer."""
@@ -59,6 +67,7 @@ def script(program: Program, *, continues: bool) -> PassScript:
     born: dict[Buffer, str] = {}
     starts: dict[str, int] = {}
     gemms: dict[str, int] = {}
+    biased: dict[str, int] = {}
     for segment in program.segments:
         phase = segment.phase
         starts.setdefault(phase, len(steps))
@@ -75,6 +84,8 @@ def script(program: Program, *, continues: bool) -> PassScript:
                     steps.append((True, slot))
             if op.flops is not None:
                 gemms.setdefault(phase, len(steps))
+            if op.kernel == BIASED:
+                biased.setdefault(phase, len(steps))
             for buffer in op.frees:
                 same = born[buffer] == phase
                 steps.append((False, alive[buffer].popleft() if same else alive[buffer].pop()))
@@ -93,9 +104,9 @@ def script(program: Program, *, continues: bool) -> PassScript:
         found=tuple(sorted(found, key=lasting)),
         caches=tuple(sorted((s for s in living if s in kept or buffers[s] in opened), key=lasting)),
         left=tuple(slot for slot in living if slot not in kept and buffers[slot] not in opened),
-        first_gemm=min(gemms.values(), default=None),
         starts=starts,
-        phase_gemms=gemms,
+        gemms=gemms,
+        biased_gemms=biased,
     )
 
 
@@ -110,12 +121,33 @@ def _opened(program: Program) -> set[Buffer]:
     }
 
 
+def workspace_events(
+    script: PassScript, workspace_bytes: int, there: Set[Hashable] = frozenset()
+) -> dict[int, list[Event]]:
+    """Before which step cuBLAS and cuBLASLt have torch allocate a workspace; none where none is.
+
+    Each thread has its own, and the way back has a thread: the ids are (library, phase). `there`:
+    those that a pass before this one made.
+    """
+    found: dict[int, list[Event]] = defaultdict(list)
+    if not workspace_bytes:
+        return found
+    for name, size, places in (
+        ("cuBLAS", workspace_bytes, script.gemms),
+        ("cuBLASLt", LT_WORKSPACE_BYTES, script.biased_gemms),
+    ):
+        for phase, place in places.items():
+            if (name, phase) not in there:
+                found[place].append(Alloc((name, phase), size))
+    return found
+
+
 class PassWriter:
     """Turns scripts into events, one pass after another."""
 
     def __init__(self, *, batch: int, prompt_tokens: int, workspace_bytes: int) -> None:
         self._batch = batch
-        self._workspace_bytes = workspace_bytes
+        self._workspace_bytes, self._workspaces = workspace_bytes, set[Hashable]()
         self._caches: list[tuple[bool, Hashable]] = []
         self._made = 0
         self.token: Hashable = None  # the id of the last token's ids
@@ -126,15 +158,15 @@ class PassWriter:
         sizes = script.sizes(dims)
         names = self._named(script)
         events: list[Event] = []
-        gemm = script.first_gemm if self._workspace_bytes else None
+        workspaces = workspace_events(script, self._workspace_bytes, self._workspaces)
+        self._workspaces |= {
+            e.id for made in workspaces.values() for e in made if isinstance(e, Alloc)
+        }
         for index, (makes, slot) in enumerate(script.steps):
-            if index == gemm:
-                events.append(Alloc("cuBLAS workspace", self._workspace_bytes))
-                self._workspace_bytes = 0
-            if makes:
-                events.append(Alloc(names[slot], sizes[script.buffers[slot]]))
-            else:
-                events.append(Free(names[slot]))
+            events += workspaces.get(index, ())
+            size = sizes[script.buffers[slot]]
+            if size:  # torch asks for nothing where nothing is held
+                events.append(Alloc(names[slot], size) if makes else Free(names[slot]))
         token = ("token", self._made)
         events.append(Alloc(token, INT64 * self._batch))
         events += [Free(names[slot]) for slot in script.left]
@@ -151,7 +183,7 @@ class PassWriter:
         events: list[Event] = [
             Alloc(names[slot], sizes[buffers[slot]]) if makes else Free(names[slot])
             for makes, slot in script.steps
-            if buffers[slot] in only
+            if buffers[slot] in only and sizes[buffers[slot]]
         ]
         return events + [Free(names[slot]) for slot in script.left if buffers[slot] in only]
 

@@ -60,7 +60,8 @@ class Prepared:
             capability=self.setting.capability,
         )
         on_torch, pooled = self.runtime.on_torch, self.runtime.pooled
-        overhead = list(overhead_rows(self.gpu, workspace=on_torch and not pooled))
+        attention = self.setting.attention if on_torch and not pooled else None
+        overhead = list(overhead_rows(self.gpu, attention=attention, dtype=self.setting.dtype))
         if pooled:
             overhead += outside_rows(share, self.setting, self.gpu)
         return weights, overhead
@@ -90,10 +91,6 @@ class Prepared:
             share, self.setting, self.gpu, budget_bytes=budget, held_bytes=held_bytes
         )
 
-    def outside_torch_bytes(self, overhead_bytes: int) -> int:
-        """What of the overhead is not torch's allocator's."""
-        return overhead_bytes if self.apart else overhead_bytes - workspace_bytes(self.gpu)
-
     def longest_context_tokens(self) -> int:
         """The longest context that is not refused."""
         limit = self.model.max_position_embeddings or MAX_SIZE
@@ -117,11 +114,6 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
     cache = deploy.cache
     if runtime.pooled and (cache is None or cache.kind == "paged"):
         cache = CacheSpec(kind="paged", block_tokens=setting.block_tokens)
-    if cache is not None and cache.kind == "static" and runtime.name == "transformers":
-        raise ConfigError(
-            "cache.kind='static' is not planned for runtime=transformers yet: dynamic "
-            "(kv_cache_bytes counts both)"
-        )
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     return Prepared(
         model=model,

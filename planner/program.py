@@ -220,7 +220,7 @@ class Tape:
             Op(
                 name=op,
                 allocates=(out, *extra),
-                frees=extra,
+                frees=extra[::-1],
                 flops=flops,
                 reads=reads,
                 weight_bytes=weight_bytes,

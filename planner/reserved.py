@@ -32,6 +32,7 @@ from planner.allocator.settings import DEFAULTS, MIN_BLOCK_BYTES, SMALL_BYTES, r
 from planner.allocator.simulate import Replay
 from planner.dtypes import element_bytes
 from planner.format import gib
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.pass_events import PassWriter, script
 from planner.program import Dims
@@ -159,6 +160,11 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     for _, size, copies in sizes:
         for _ in range(copies):
             yield Alloc(("weight", number), size)
+            number += 1
+    if isinstance(plan.work, Training) and plan.work.adapters is not None:
+        lora = plan.work.adapters
+        for p in adapters(model, lora):
+            yield Alloc(("weight", number), p.count * adapter_bytes(lora))
             number += 1
     for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
         for index in range(row.count):

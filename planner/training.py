@@ -8,6 +8,7 @@ from dataclasses import replace
 from planner.activations import Peak
 from planner.errors import ConfigError
 from planner.ledger import Row, total_bytes
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
@@ -37,6 +38,25 @@ def training_phase(model: Model, work: Training, deploy: Deployment, setting: Se
             f"max_position_embeddings={limit} of {model.name}"
         )
     return PLANNED[deploy.runtime](model, work, setting)
+
+
+def adapter_rows(model: Model, work: Training) -> list[Row]:
+    """The adapters beside the weights, where nothing else is trained."""
+    lora = work.adapters
+    if lora is None:
+        return []
+    trained, b = adapters(model, lora), adapter_bytes(lora)
+    elements = sum(p.count for p in trained)
+    return [
+        Row(
+            component="weights",
+            item=f"adapters of rank {lora.rank}, {len(trained)} tensors",
+            count=1,
+            formula="parameters · b",
+            values=(("parameters", elements), ("b", b)),
+            size_bytes=elements * b,
+        )
+    ]
 
 
 def gradient_rows(weights: list[Row]) -> list[Row]:

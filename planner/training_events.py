@@ -11,8 +11,9 @@ from collections.abc import Hashable, Iterator
 
 from planner.allocator import Alloc, Event, Free
 from planner.dtypes import element_bytes
+from planner.lora import adapter_bytes, adapters
 from planner.model import Model
-from planner.pass_events import PassScript, script
+from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
 from planner.runtimes.writer import FLOAT32, INT64
@@ -37,10 +38,7 @@ def training_events(
     for step in range(TRAINING_STEPS if work.optimizer else 1):
         inserted: dict[int, list[Event]] = {}
         if step == 0:
-            if workspace_bytes:
-                for part, place in played.phase_gemms.items():
-                    event = Alloc(("cuBLAS workspace", part), workspace_bytes)
-                    inserted.setdefault(place, []).append(event)
+            inserted = workspace_events(played, workspace_bytes)
             if "optimizer step" in played.starts:
                 inserted.setdefault(played.starts["optimizer step"], []).extend(states)
         yield from _step(played, phase.dims, step, inserted)
@@ -53,16 +51,19 @@ def _step(
     for index, (makes, slot) in enumerate(played.steps):
         yield from inserted.get(index, ())
         name: Hashable = (step, slot)
-        yield Alloc(name, sizes[buffers[slot]]) if makes else Free(name)
+        if size := sizes[buffers[slot]]:  # torch asks for nothing where nothing is held
+            yield Alloc(name, size) if makes else Free(name)
 
 
 def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
     """Two moments of each parameter; fused, its count of steps before them (else on the host)."""
     if work.optimizer != "adamw":
         return []
-    b, events = element_bytes(setting.dtype), list[Event]()
+    b, events, trained = element_bytes(setting.dtype), list[Event](), list(model.parameters())
+    if work.adapters is not None:
+        b, trained = adapter_bytes(work.adapters), adapters(model, work.adapters)
     on_device = work.optimizer_impl == "fused" or setting.device == "cpu"
-    for number, p in enumerate(model.parameters()):
+    for number, p in enumerate(trained):
         if on_device:
             events.append(Alloc(("steps", number), FLOAT32))
         events += [Alloc((moment, number), p.count * b) for moment in ("first", "second")]

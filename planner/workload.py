@@ -120,6 +120,35 @@ MAX_GPUS = 65_536
 OPTIMIZERS = ("adamw", "sgd")
 """torch's, with the arguments that they have by default: sgd has no momentum."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRA:
+    """Low-rank adapters as peft puts them in: nothing else is trained.
+
+    `targets`: "all-linear", every linear layer but the head, or the last words of the names of
+    some, "q_proj" say. `dtype`: what the adapters are kept and computed in; None: fp32, as peft
+    does by default whatever the model's.
+    """
+
+    rank: int = 8
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_size("lora.rank", self.rank)
+        if self.targets != ALL_LINEAR:
+            named = isinstance(self.targets, tuple) and all(
+                isinstance(t, str) for t in self.targets
+            )
+            if not named or not self.targets:
+                raise ConfigError(
+                    f"lora.targets={shown(self.targets)} is not allowed: {ALL_LINEAR!r} or a tuple "
+                    "of names"
+                )
+        if self.dtype is not None:
+            check_choice("lora.dtype", self.dtype, COMPUTE_DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +160,7 @@ class Training:
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
     and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
     sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
+    `lora`: the adapters of method "lora"; None: a LoRA() of all defaults.
     """
 
     batch: int
@@ -141,6 +171,7 @@ class Training:
     precision: Literal["pure", "autocast"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
     encoder_tokens: int | None = None
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         for field in ("batch", "sequence_tokens"):
@@ -148,11 +179,23 @@ class Training:
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("method", self.method, ("full", "lora", "qlora"))
+        if self.lora is not None and (
+            not isinstance(self.lora, LoRA) or self.method not in ("lora", "qlora")
+        ):
+            raise ConfigError(
+                f"lora={shown(self.lora)} is not allowed: None for method={self.method!r}, "
+                "a LoRA for 'lora'"
+            )
         check_choice("checkpointing", self.checkpointing, ("none", "full"))
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """The adapters that are trained; None where the whole model is."""
+        return None if self.method == "full" else self.lora or LoRA()
 
     @property
     def inputs_bytes(self) -> int:
@@ -165,8 +208,10 @@ class Training:
         optimizer = "no optimizer"
         if self.optimizer is not None:
             optimizer = f"{self.optimizer} ({self.optimizer_impl})"
+        method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
         return (
-            f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {optimizer}"
+            f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
+            f"{optimizer}"
         )
 
 

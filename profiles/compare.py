@@ -146,10 +146,18 @@ def estimate_of(record: Record) -> planner.Estimate:
 
 
 def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:
+    step = dict(step)
+    if dropout := step.pop("dropout", 0.0):
+        raise ConfigError(f"step.dropout={dropout} is not planned: 0")
+    if lora := step.pop("lora", None):
+        targets = lora["targets"]
+        step["lora"] = planner.LoRA(
+            **{**lora, "targets": tuple(targets) if isinstance(targets, list) else targets}
+        )
     known = {field.name for field in fields(planner.Training)}
     if unknown := sorted(step.keys() - known):
         raise ConfigError(f"step.{unknown[0]} is not known: this planner has no such field")
-    return planner.Training(batch=record.batch, sequence_tokens=record.prompt_tokens, **dict(step))
+    return planner.Training(batch=record.batch, sequence_tokens=record.prompt_tokens, **step)
 
 
 def _row(record: Record, quantity: str, prediction: float | None, value: float) -> Row:

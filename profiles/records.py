@@ -98,7 +98,9 @@ class Record:
     suite: str | None = None
     split: Literal["calibration", "held-out"] | None = None
     point: str | None = None  # the name that the point has in its suite
-    step: Mapping[str, Any] | None = None  # training: planner.Training's fields beside the sizes
+    step: Mapping[str, Any] | None = (
+        None  # training: planner.Training's fields beside the sizes, dropout
+    )
     context_tokens: int | None = None  # KV length at the last decode step; None for prefill
     # time, device-synchronised
     warmup_steps: int | None = None  # passes (decode: steps) before the first timed one

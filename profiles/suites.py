@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from planner import ConfigError, Training
+from planner import ConfigError, LoRA, Training
 from planner.errors import check_choice
 from profiles.points import Logits, Point, SuitePoint, TrainingPoint
 
@@ -21,6 +21,9 @@ CALIBRATION = frozenset(
     )
 )
 """(model, sizes) of the points that constants may be fitted on, in every runtime and dtype."""
+
+
+LORA = LoRA(rank=16)
 
 
 def suite_points(name: str) -> tuple[SuitePoint, ...]:
@@ -139,7 +142,7 @@ def _training() -> Iterator[SuitePoint]:
     yield _point("qwen2.5-1.5b", _step(2, 2048, checkpointing="full"))
     yield _point("llama-3.1-8b", _step(1, 4096, checkpointing="full"))
     yield _point("llama-3.2-1b", _step(2, 1024), runtime="attnlab")
-    yield _point("llama-3.1-8b", _step(1, 2048, checkpointing="full", method="lora"))
+    yield _point("llama-3.1-8b", _step(1, 2048, checkpointing="full", method="lora", lora=LORA))
     yield _point("gemma-2-2b", _step(1, 2048))
     yield _point("pythia-1.4b", _step(4, 1024, optimizer_impl="fused"))
     yield _point("llama-3.1-8b", _step(1, 4096))
@@ -147,7 +150,7 @@ def _training() -> Iterator[SuitePoint]:
     yield _point("gpt2", _step(16, 1024, checkpointing="full"))
     yield _point("qwen3-0.6b", _step(4, 2048))
     yield _point("llama-3.2-1b", _step(4, 2048, precision="autocast"), dtype="fp32")
-    yield _point("qwen2.5-7b", _step(2, 1024, checkpointing="full", method="lora"))
+    yield _point("qwen2.5-7b", _step(2, 1024, checkpointing="full", method="lora", lora=LORA))
     yield _point("llama-3.2-3b", _step(1, 2048, optimizer="sgd"))
     yield _point("phi-2", _step(2, 1024, optimizer=None))
     yield _point("olmo2-7b", _step(1, 2048, checkpointing="full", optimizer_impl="for-loop"))
@@ -172,7 +175,7 @@ def _allocator() -> Iterator[SuitePoint]:
         ("qwen1.5-moe-a2.7b", _generation(2, 256, 6, repeats=1)),
         ("mistral-7b-v0.1", _prefill(1, 4096, repeats=1)),
         ("gemma-2-2b", _step(1, 1024)),
-        ("llama-3.2-1b", _step(1, 1024, method="lora", checkpointing="full")),
+        ("llama-3.2-1b", _step(1, 1024, method="lora", lora=LORA, checkpointing="full")),
         ("llama-3.2-1b", _step(1, 1024, checkpointing="full")),
     )
     for model, run in runs:

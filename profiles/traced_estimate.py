@@ -12,7 +12,7 @@ from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
 from planner.format import gib
 from planner.ledger import Component, Row, ledger_table, total_bytes
-from planner.overhead import overhead_rows, workspace_bytes
+from planner.overhead import outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.report import write_csv
 from planner.result import Memory, Unsegmented
 from profiles.trace import TracedModel
@@ -136,7 +136,7 @@ def traced_estimate(model: TracedModel, work: Inference, deploy: Deployment) -> 
         torch=Unsegmented(
             peak_allocated_bytes=live + 8 * work.batch * work.prompt_tokens + workspace_bytes(gpu)
         ),
-        outside_torch_bytes=overhead - workspace_bytes(gpu),
+        outside_torch_bytes=outside_torch_bytes(rows),
     )
     return TracedEstimate(model=model, work=work, gpu=gpu, dtype=dtype, memory=memory, rows=rows)
 
@@ -164,4 +164,4 @@ def _rows(
         peak_bytes - kv_bytes,
         f"{where}; fake tensors, the kernels of a CPU",
     )
-    yield from overhead_rows(gpu, workspace=True)
+    yield from overhead_rows(gpu, attention="sdpa", dtype=dtype)

@@ -11,19 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner import ConfigError, Training
+from planner import ConfigError, LoRA, Training
 from profiles.bench import Bench, attempt, random_ids
 from profiles.meters import LiveTensorMeter, Stopwatch, module_bytes, storage_bytes
 from profiles.points import TrainingPoint
 from profiles.workloads import AttnlabWorkload, Workload, attention_name
-
-LORA: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": "all-linear",
-    "lora_dropout": 0.0,
-}
-"""PEFT's arguments where a point says lora: every linear layer but the head."""
 
 
 class TrainingRun:
@@ -33,9 +25,10 @@ class TrainingRun:
         self.work, self.workload = work, workload
         self.ids, self.labels = ids, ids.clone()
         self.module = workload.module.train()
+        _without_dropout(self.module)
         self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
         if work.method == "lora":
-            self.module = _with_lora(self.module)
+            self.module = _with_lora(self.module, work.adapters or LoRA())
         elif work.method != "full":
             raise ConfigError(f"method={work.method!r} is not measured: full, lora")
         if work.checkpointing == "full" and not isinstance(workload, AttnlabWorkload):
@@ -151,6 +144,16 @@ class TrainingBench(Bench):
         return values | {"step_s": tuple(watch.samples_s), "warmup_steps": point.warmup}
 
 
+def _without_dropout(module: torch.nn.Module) -> None:
+    """Every probability 0: modules', and those that attention functions are given."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
 def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
     ways: dict[str, Any] = {
         "foreach": work.optimizer_impl == "foreach",
@@ -163,12 +166,16 @@ def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim
     return torch.optim.SGD(trained, **ways)
 
 
-def _with_lora(module: torch.nn.Module) -> torch.nn.Module:
+def _with_lora(module: torch.nn.Module, lora: LoRA) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import peft
     except ImportError:
         raise ConfigError("method='lora' is measured with peft, which is not installed") from None
-    wrapped: torch.nn.Module = peft.get_peft_model(module, peft.LoraConfig(**LORA))
+    targets = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets
+    config: Any = peft.LoraConfig(r=lora.rank, target_modules=targets)
+    wrapped: torch.nn.Module = peft.get_peft_model(
+        module, config, autocast_adapter_dtype=lora.dtype is None
+    )
     return wrapped

@@ -164,5 +164,5 @@ def _work(point: SuitePoint) -> dict[str, Any]:
         "prompt_tokens": work.sequence_tokens,
         "output_tokens": 1,
         "logits": "all",
-        "step": {k: v for k, v in asdict(work).items() if k not in SIZES},
+        "step": {k: v for k, v in asdict(work).items() if k not in SIZES} | {"dropout": 0.0},
     }

@@ -66,6 +66,7 @@ GPU KV cache size: 443,568 tokens
 Maximum concurrency for 131,072 tokens per request: 3.38x
 """
 
+ADAPTED = ["gpt2", "--gpu", "cpu", "--train", "--method", "lora"]
 SMALL = ["llama-3.1-8b", "--gpu", "rtx-4090"]
 QUESTIONS: dict[str, list[list[str]]] = {
     "estimate": [
@@ -74,6 +75,10 @@ QUESTIONS: dict[str, list[list[str]]] = {
         [*SMALL, "--kv-dtype", "int4", "--cache", "quantised:backend=hqq"],
         ["gpt2", "--gpu", "cpu", "--runtime", "attnlab", "--train", "--sequence", "64"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "attnlab", "--train"],
+        ["llama-3.1-8b", "--gpu", "h200", "--train", "--method", "lora", "--sequence", "64"],
+        [*ADAPTED, "--lora-targets", "c_attn"],
+        [*ADAPTED, "--lora-dtype", "bf16"],
+        ["config.json", "--gpu", "cpu", "--encoder-tokens", "9"],
         ["llama-3.1-70b", "--gpu", "t4", "--runtime", "vllm", "--dtype", "fp16"],
         ["llama-3.1-8b", "--gpu", "h200", "--output", "9", "--logits", "last"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "llama.cpp"],
@@ -112,6 +117,7 @@ def answers(command: str, questions: list[list[str]]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         unpriced = FLEET.replace("price_per_hour = 2.5", "")
         files = {"FLEET": FLEET, "UNPRICED": unpriced, "LOG": LOG, "OOM": OOM}
+        files["config.json"] = '{"model_type": "t5"}'
         files["LOADED"] = "Model loading took 14.99 GiB memory"
         for name, text in files.items():
             (Path(folder) / name).write_text(text)

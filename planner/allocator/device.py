@@ -10,8 +10,8 @@ alloc_block, should_split, free_block, release_cached_blocks), in its order:
    the large one when *more* than 1 MiB is left: 33.7 MiB in a segment of 34 MiB own all of it;
 5. no room: return every segment without a live block to the device and try once more.
 
-Segments lie at rising addresses: which address cudaMalloc returns is the driver's business, and it
-matters only between free blocks of one size. Thread safety, peer access and IPC are left out, as
+Where segments lie is the driver's business and matters only between free blocks of one size: see
+addresses.py. Thread safety, peer access and IPC are left out, as
 are callbacks that free memory, `use_on_oom` pools, and a table of `roundup_power2_divisions` by
 size (one number for all sizes is known).
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 
+from planner.allocator.addresses import AddressSpace
 from planner.allocator.blocks import Block, FreeBlocks
 from planner.allocator.expandable import ExpandableSegments
 from planner.allocator.results import OutOfMemory, OutOfMemoryError, Usage
@@ -39,7 +40,7 @@ class DeviceAllocator:
 
     `capacity_bytes` is what the device can give in all (its memory less the CUDA context and what
     others hold); None: no end. `place` gives the address of a new segment of so many bytes; None:
-    above all segments before it.
+    as addresses.py has it.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class DeviceAllocator:
         self.segments = {True: 0, False: 0}  # by is_small
         self.device_allocs = self.device_frees = self.retries = 0
         self.at_peak = self.usage()
-        self._place = place or self.addresses
-        self._top = 1 << 40  # the next address
+        self._place = place or AddressSpace().take
+        self._top = 1 << 40  # the next range of an expandable segment
         self._pools: dict[Hashable | None, dict[int, tuple[FreeBlocks, FreeBlocks]]] = {None: {}}
         self._shared = self._pools[None]
         self._current = self._shared
@@ -247,7 +248,7 @@ class DeviceAllocator:
         self.device_frees += 1
 
     def addresses(self, size: int) -> int:
-        """Addresses above all that were given before."""
+        """A range for an expandable segment, above all that were given before."""
         start, self._top = self._top, self._top + size
         return start
 

@@ -20,10 +20,24 @@ from planner.autograd.layouts import (
     preserved,
     view,
 )
+from planner.autograd.reduction_scratch import column_sum_scratch
 from planner.autograd.tensors import Dims, Like, Storage, Tensor
 from planner.program import Buffer, Extent, Shape, Symbol, Tape
+from planner.program import Dims as Point
 
 ONE: Shape = (1,)
+
+
+class Sizes(dict[Symbol, int]):
+    """The number that stands for each symbol: its value at one point of a regime."""
+
+    def __init__(self, dims: Point) -> None:
+        super().__init__()
+        self._dims = dims
+
+    def __missing__(self, symbol: Symbol) -> int:
+        self[symbol] = value = int(symbol.of(self._dims))
+        return value
 
 
 class Aten:
@@ -37,6 +51,7 @@ class Aten:
     def __init__(self, tape: Tape, numbers: Mapping[Symbol, int]) -> None:
         self.tape, self.numbers = tape, numbers
         self.watched = True
+        self.multiprocessors = 0  # of the CUDA device; 0: not known, or none
         self.doing = ""  # the node whose backward runs
         self.made = 0  # allocations so far
         self.last: int | None = None  # from here on nothing is allocated any more
@@ -102,6 +117,11 @@ class Aten:
         width = itemsize or max(x.itemsize for x in operands)
         return self.new(kernel, name, dims, width, strides=strides, reads=operands)
 
+    def add_into(self, total: Tensor, x: Tensor) -> None:
+        """total += x, in place."""
+        moved = tuple((*y.shape, y.itemsize) for y in (total, x, total))
+        self.tape.run(self.doing or total.name, moved=moved, kernel="add_.Tensor")
+
     def number(self, name: str, itemsize: int) -> Tensor:
         """A number made a tensor."""
         return self.new("scalar_tensor", name, (), itemsize)
@@ -131,13 +151,18 @@ class Aten:
             return x
         return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,))
 
+    def _seen(self, x: Tensor, dims: Dims, sizes: Ints, strides: Ints) -> Tensor:
+        return replace(
+            x, dims=dims, sizes=sizes, strides=strides, node=None, output=0, is_view=True
+        )
+
     def as_view(self, x: Tensor, dims: Dims) -> Tensor | None:
         """x.view(dims); None where it cannot be one."""
         sizes = self.sizes(dims)
         strides = view(x.sizes, x.strides, sizes)
         if strides is None:
             return None
-        return replace(x, dims=dims, sizes=sizes, strides=strides, node=None, output=0)
+        return self._seen(x, dims, sizes, strides)
 
     def reshape(self, x: Tensor, dims: Dims) -> Tensor:
         """x.reshape(dims): a view where it can be one, else a copy."""
@@ -156,6 +181,7 @@ class Aten:
             strides=tuple(x.strides[i] for i in order),
             node=None,
             output=0,
+            is_view=True,
         )
 
     def transpose(self, x: Tensor, a: int, b: int) -> Tensor:
@@ -168,7 +194,7 @@ class Aten:
         """A part of one dimension: a view."""
         dims = list(x.dims)
         dims[dim] = (length,)
-        return replace(x, dims=tuple(dims), sizes=self.sizes(tuple(dims)), node=None, output=0)
+        return self._seen(x, tuple(dims), self.sizes(tuple(dims)), x.strides)
 
     def select(self, x: Tensor, dim: int) -> Tensor:
         """x at one place of a dimension, which goes: a view."""
@@ -184,6 +210,7 @@ class Aten:
             strides=without(x.strides),
             node=None,
             output=0,
+            is_view=True,
         )
 
     def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
@@ -205,7 +232,7 @@ class Aten:
             s if n == wanted else 0
             for n, s, wanted in zip(x.sizes, x.strides, sizes[lead:], strict=True)
         )
-        return replace(x, dims=dims, sizes=sizes, strides=strides, node=None, output=0)
+        return self._seen(x, dims, sizes, strides)
 
     def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
         """The parts one behind the other along `dim`, `whole` in all."""
@@ -221,6 +248,14 @@ class Aten:
         flops = (2, *(e for dim in (*dims, k) for e in dim))
         return self.new(kernel, name, dims, a.itemsize, flops=flops, reads=(a, b))
 
+    def _sum_scratch(self, x: Tensor, summed: Sequence[int]) -> list[tuple[Shape, int]]:
+        """Of a sum over the leading dimensions, on a CUDA device that is known."""
+        lead = len(summed)
+        if list(summed) != list(range(lead)) or not is_contiguous(x.sizes, x.strides):
+            return []
+        rows = tuple(extent for dim in x.dims[:lead] for extent in dim)
+        return column_sum_scratch(rows, prod(x.sizes[lead:]), self.multiprocessors)
+
     def sum_to(self, x: Tensor, like: Like, name: str) -> Tensor:
         """The gradient of something that was repeated: summed to its size (at::sum_to)."""
         lead = len(x.sizes) - len(like.sizes)
@@ -230,7 +265,14 @@ class Aten:
         if not repeated:
             return x
         dims = tuple(ONE if i in repeated else dim for i, dim in enumerate(x.dims))
-        total = self.new("sum.dim_IntList", name, dims, x.itemsize, reads=(x,))
+        total = self.new(
+            "sum.dim_IntList",
+            name,
+            dims,
+            x.itemsize,
+            reads=(x,),
+            scratch=self._sum_scratch(x, repeated),
+        )
         seen = self.as_view(total, like.dims)
         assert seen is not None
         return seen

@@ -7,7 +7,7 @@ torch/csrc/autograd/engine.cpp and its neighbours, torch 2.13, on one thread:
 * what flowed into a node lives until its outputs are made and validated: the gradient of something
   repeated is summed to its size, one of another dtype is cast;
 * then what it saved goes, and only then its outputs flow on. Where a gradient waits already, the
-  two are added into a third tensor (input_buffer.cpp), and both go;
+  two are added, into the one that waits or into a third tensor (input_buffer.cpp);
 * what has to be computed again comes when the node begins, and goes with its formula;
 * a leaf takes the gradient as it is, if that lies as the leaf does, else a copy
   (accumulate_grad.h). A tied weight is summed up before, while it waits.
@@ -15,10 +15,15 @@ torch/csrc/autograd/engine.cpp and its neighbours, torch 2.13, on one thread:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 
 from planner.autograd.aten import Aten
-from planner.autograd.tensors import Gradients, Leaf, Node
+from planner.autograd.layouts import is_dense
+from planner.autograd.tensors import Gradients, Leaf, Node, Tensor
+
+ALONE = 2
+"""References of what one name has, as sys.getrefcount counts: the name and its own argument."""
 
 
 @dataclass(slots=True)
@@ -78,7 +83,7 @@ def _call(aten: Aten, node: Node) -> Gradients:
         node.saved.clear()
     for index, like in enumerate(node.inputs):
         gradient = made[index]
-        if gradient is not None:
+        if gradient is not None and node.wants[index]:
             made[index] = None
             gradient = aten.sum_to(gradient, like, f"gradient of {like.name}")
             made[index] = aten.cast(gradient, like.itemsize, f"gradient of {like.name}")
@@ -88,21 +93,37 @@ def _call(aten: Aten, node: Node) -> Gradients:
 def _add(aten: Aten, target: Node, output: int, made: Gradients, index: int) -> None:
     new, made[index] = made[index], None
     assert new is not None
-    old = target.waiting.get(output)
-    if old is None:
-        target.waiting[output] = new
-    else:
-        target.waiting[output] = aten.elementwise("add.Tensor", new.name, old, new)
+    waiting: Gradients = [target.waiting.pop(output, None)]
+    target.waiting[output] = _summed(aten, waiting, new)
 
 
 def _meet(aten: Aten, leaf: Leaf, made: Gradients, index: int) -> None:
     new, made[index] = made[index], None
     assert new is not None
     leaf.expected -= 1
-    if leaf.waiting is None:
-        leaf.waiting = new
-    else:
-        leaf.waiting = aten.elementwise("add.Tensor", new.name, leaf.waiting, new)
+    waiting: Gradients = [leaf.waiting]
+    leaf.waiting = None
+    if waiting[0] is None and leaf.expected and not aten.watched:
+        _name(leaf, new)  # more will be added to it where it lies
+    leaf.waiting = _summed(aten, waiting, new)
+
+
+def _summed(aten: Aten, waiting: Gradients, new: Tensor) -> Tensor:
+    """What waits and what arrives: added in place where nobody else has what waits, or its bytes.
+
+    torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace: a view keeps what it is one of, so
+    its bytes are never its own. Under a dispatch mode never.
+    """
+    old = waiting.pop()
+    if old is None:
+        return new
+    alone = (
+        not old.is_view and sys.getrefcount(old) == ALONE and sys.getrefcount(old.storage) == ALONE
+    )
+    if alone and not aten.watched and is_dense(old.sizes, old.strides):
+        aten.add_into(old, new)
+        return old
+    return aten.elementwise("add.Tensor", new.name, old, new)
 
 
 def _accumulate(aten: Aten, leaf: Leaf) -> None:
@@ -114,6 +135,12 @@ def _accumulate(aten: Aten, leaf: Leaf) -> None:
     )
     if not obeys:
         new = aten.new("clone", new.name, like.dims, like.itemsize, reads=(new,))
-    buffer = new.storage.buffer
-    new.storage.known_as(replace(buffer, name=f"gradient of {like.name}", gradient=True))
+    if not new.storage.buffer.gradient:
+        _name(leaf, new)
     leaf.grad = new
+
+
+def _name(leaf: Leaf, gradient: Tensor) -> None:
+    name = f"gradient of {leaf.tensor.name}"
+    buffer = gradient.storage.buffer
+    gradient.storage.known_as(replace(buffer, name=name, gradient=True))

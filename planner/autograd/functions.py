@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from planner.autograd.elementwise import Elementwise
+from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.picking import Picking
-from planner.autograd.products import Products
 from planner.autograd.recording import only
 from planner.autograd.reductions import Reductions
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Functions(Elementwise, Reductions, Picking, Products):
+class Functions(Elementwise, Reductions, Picking, FusedAttention):
     """The ops of torch.nn.functional that a decoder is made of, recorded in `graph`."""
 
     def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:

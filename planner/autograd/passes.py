@@ -18,6 +18,7 @@ from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
+from planner.lora import adapted, adapter_bytes, adapters_beside
 from planner.model import Model
 from planner.optimizers import OptimizerWriter
 from planner.optimizers import Part as TrainedPart
@@ -25,6 +26,7 @@ from planner.parameters import layer_parameters
 from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
+from planner.workload import LoRA
 
 Given = TypeVar("Given")
 EMBEDDING, HEAD = "embedding", "head"
@@ -36,7 +38,8 @@ class PassWriter(Generic[Given]):
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
     `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
     and runs again on the way back. `crossing` are what made tensors that later parts
-    use besides what they are handed, and what their gradients are called while they wait.
+    use besides what they are handed, and what their gradients are called while they wait. `lora`:
+    adapters beside the linear layers `adapted`, all that is trained then.
     """
 
     def __init__(
@@ -47,8 +50,11 @@ class PassWriter(Generic[Given]):
         *,
         trains: bool = True,
         checkpointed: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
+        self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
+        self.flows = False  # whether a gradient flows back through what is carried
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
             for name in ("hidden states", "gradient of hidden states")
@@ -81,13 +87,25 @@ class PassWriter(Generic[Given]):
     def weight(self, name: str, *shape: int) -> Tensor:
         """A parameter, trained where anything is."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
-        if not self.trains:
-            return made
+        return self._trained_leaf(made) if self.trains and self.lora is None else made
+
+    def adapter(self, name: str, *shape: int) -> Tensor:
+        """A parameter beside the frozen ones."""
+        assert self.lora is not None
+        dims = tuple((n,) for n in shape)
+        return self._trained_leaf(self.given(name, dims, adapter_bytes(self.lora)))
+
+    def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again
             return replace(made, node=next(self.known))
-        leaf = Leaf(Like(made.dims, made.sizes, made.strides, self.b, name))
+        leaf = Leaf(Like(made.dims, made.sizes, made.strides, made.itemsize, made.name))
         self.leaves[self.walking].append(leaf)
         return replace(made, node=leaf)
+
+    def keep_with_loss(self, node: Node, flowed: Gradients) -> Gradients:
+        """A leaf that is no parameter: the loss's graph holds it with its gradient."""
+        self.with_loss += [gradient for gradient in flowed if gradient is not None]
+        return []
 
     def given(self, name: str, dims: Dims, itemsize: int) -> Tensor:
         """A tensor that was there before the pass: token ids."""
@@ -136,7 +154,8 @@ class PassWriter(Generic[Given]):
             del root
         tape.phase = "optimizer step"
         if optimizer is not None:
-            OptimizerWriter(tape, optimizer, impl, self.b).write(self._trained())
+            b = self.b if self.lora is None else adapter_bytes(self.lora)
+            OptimizerWriter(tape, optimizer, impl, b).write(self._trained())
             self._zero_gradients()
         with tape.segment("end"):
             del loss
@@ -153,6 +172,8 @@ class PassWriter(Generic[Given]):
         for part in self.parts():
             kind = part.layer_kind
             own = self.outside(part) if kind is None else layer_parameters(kind, h)
+            if self.lora is not None:
+                own = adapters_beside(own, self.lora, self.adapted)
             sizes = tuple(p.count for p in own)
             if sizes:
                 trained.append(
@@ -201,12 +222,13 @@ class PassWriter(Generic[Given]):
         if carried:
             x = carried.pop()
             assert x is not None
-            entered.append(replace(x, node=entrance, output=0))
+            entered.append(replace(x, node=entrance if self.flows else None, output=0))
             del x
         out = self.run(part, entered)
         if part.ends:
             return graph
-        if part.label != HEAD:
+        self.flows = out.node is not None
+        if part.layer_kind is not None:  # what others make may live on, and is not one of these
             out.storage.known_as(self.handed(part)[0])
         carried.append(out.detach())
         return graph

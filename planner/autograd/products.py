@@ -1,4 +1,4 @@
-"""Matrix products, linear layers and fused attention.
+"""Matrix products and linear layers.
 
 Formulas, saved tensors and order of gradients are those of tools/autograd/derivatives.yaml of
 torch 2.13 (see recording.py).
@@ -6,40 +6,37 @@ torch 2.13 (see recording.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from planner.autograd.layouts import preserved
 from planner.autograd.recording import only
 from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
 from planner.autograd.views import Views
-from planner.program import Extent, Shape, Symbol
+from planner.program import Shape
 
 FLOAT32 = 4
 
 
 class Products(Views):
-    """Matrix products and fused attention."""
+    """Matrix products."""
 
     def matmul(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
         """a · b, of matrices (mm) or as many pairs of them (bmm): each is saved for the other."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (a, b) = only(flowed), node.saved
+            gradient, kept = only(flowed), iter(node.saved)
             made: Gradients = [None, None]
             if node.wants[1]:
                 called = f"gradient of {node.inputs[1].name}"
-                made[1] = self._right_gradient(a, b, gradient, called, kernel)
+                made[1] = self._right_gradient(next(kept), node.inputs[1], gradient, called, kernel)
             if node.wants[0]:
-                turned = self.aten.transpose(b, -2, -1)
+                turned = self.aten.transpose(next(kept), -2, -1)
                 called = f"gradient of {node.inputs[0].name}"
                 made[0] = self.aten.mm(gradient, turned, called, kernel=kernel)
             return made
 
         out = self.aten.mm(a, b, name, kernel=kernel)
-        return self._record(backward, (a, b), out, (a, b))
+        return self._record(backward, (a, b), out, _needed(a, b))
 
     def _right_gradient(
-        self, a: Tensor, b: Tensor, gradient: Tensor, called: str, kernel: str
+        self, a: Tensor, b: Like, gradient: Tensor, called: str, kernel: str
     ) -> Tensor:
         """aᵀ · gradient; as its transpose where b is one of a row-major matrix (a weight)."""
         if kernel == "mm" and b.strides == (1, b.sizes[0]):
@@ -62,18 +59,18 @@ class Products(Views):
         """bias + a · b: the bias takes the gradient as it is, to be summed over the rows."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (a, b) = only(flowed), node.saved
+            gradient, kept = only(flowed), list(node.saved)
             made: Gradients = [gradient if node.wants[0] else None, None, None]
             if node.wants[1]:
-                turned = self.aten.transpose(b, 0, 1)
+                turned = self.aten.transpose(kept.pop(), 0, 1)
                 made[1] = self.aten.mm(gradient, turned, f"gradient of {node.inputs[1].name}")
             if node.wants[2]:
                 called = f"gradient of {node.inputs[2].name}"
-                made[2] = self._right_gradient(a, b, gradient, called, "mm")
+                made[2] = self._right_gradient(kept.pop(), node.inputs[2], gradient, called, "mm")
             return made
 
         out = self.aten.mm(a, b, name, kernel="addmm")
-        return self._record(backward, (bias, a, b), out, (a, b))
+        return self._record(backward, (bias, a, b), out, _needed(a, b))
 
     def baddbmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
         """bias + number · a · b of as many pairs of matrices; the bias is not trained."""
@@ -109,7 +106,7 @@ class Products(Views):
         """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (x, weight, _) = only(flowed), node.saved
+            gradient, kept = only(flowed), node.saved[:-1]
             made: Gradients = [None, None]
             for index, like in enumerate(node.inputs):
                 if not node.wants[index]:
@@ -122,7 +119,7 @@ class Products(Views):
                     like.itemsize,
                     strides=strides,
                     flops=flops,
-                    reads=(gradient, x if index else weight),
+                    reads=(gradient, kept[0 if index else -1]),
                 )
             return made
 
@@ -131,69 +128,9 @@ class Products(Views):
         out = self.aten.new(
             "_grouped_mm", name, dims, x.itemsize, flops=flops, reads=(x,), rows=(read,)
         )
-        return self._record(backward, (x, weight), out, (x, weight, offsets))
-
-    def flash_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        name: str,
-        *,
-        pairs: Extent,
-        cuda: bool,
-    ) -> Tensor:
-        """Fused attention: saves q, k, v, mask, output and log-sum-exp.
-
-        q [B, H, T, D], k and v [B, G, T, D]; the output lies as q, gradients as [B, T, heads, D].
-        Values of another width are for passes without a way back.
-        `pairs` of query and key are computed, twice forward and five times on the way back (the
-        scores are made again). On CUDA the way back has scratch (flash_attn/flash_api.cpp,
-        mha_bwd): a float32 gradient of q, row sums, and gradients of k and v for every query head.
-        """
-        kernel = "_scaled_dot_product_flash_attention"
-        if not cuda:
-            kernel += "_for_cpu"
-
-        def backward(node: Node, flowed: Gradients) -> Gradients:
-            made: Gradients = []
-            reads = (only(flowed), *node.saved)
-            for index, like in enumerate(node.inputs):
-                B, H, T, D = like.dims
-                first, last = index == 0, index == 2
-                lying = self.aten.new(
-                    f"{kernel}_backward",
-                    f"gradient of {like.name}",
-                    (B, T, H, D),
-                    like.itemsize,
-                    flops=(10, *B, *H, *D, pairs) if first else None,
-                    reads=reads if first else (),
-                    scratch=_flash_scratch(node.inputs) if last and cuda else (),
-                )
-                made.append(self.aten.transpose(lying, 1, 2))
-            return made
-
-        B, H, T, _ = q.dims
-        widths = q.sizes[-1] + v.sizes[-1]
-        flops = (2, *B, *H, widths, pairs)
-        dims, laid = (B, H, T, v.dims[-1]), None
-        if q.sizes[-1] == v.sizes[-1]:
-            laid = preserved(q.sizes, q.strides)  # as the queries lie
-        out = self.aten.new(
-            kernel, name, dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
-        )
-        lse = self.aten.new(kernel, "log-sum-exp", (B, H, T), FLOAT32)
-        saved = (q, k, v, *(() if mask is None else (mask,)), out, lse)
-        return self._record(backward, (q, k, v), out, saved)
+        return self._record(backward, (x, weight), out, (*_needed(x, weight), offsets))
 
 
-def _flash_scratch(inputs: Sequence[Like]) -> list[tuple[Shape, int]]:
-    """What mha_bwd of CUDA's flash attention allocates inside: (shape, itemsize)."""
-    B, H, T, (D,) = inputs[0].dims
-    assert isinstance(D, int)
-    rows = (*B, *H, Symbol("ceil128(T)", lambda d: -(-d.tokens // 128) * 128))
-    scratch: list[tuple[Shape, int]] = [(rows, FLOAT32), ((*rows, D + -D % 32), FLOAT32)]
-    if inputs[1].dims[1] != H:
-        scratch += [((*B, *T, *H, D), inputs[0].itemsize)] * 2
-    return scratch
+def _needed(a: Tensor, b: Tensor) -> list[Tensor]:
+    """What a product saves: each factor where the other one wants a gradient, the first before."""
+    return [x for x, other in ((a, b), (b, a)) if other.node is not None]

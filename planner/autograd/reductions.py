@@ -58,6 +58,8 @@ class Reductions(Recorder):
                     like.itemsize,
                     reads=reads if index == 0 else (),
                 )
+                if node.wants[index]
+                else None
                 for index, like in enumerate(node.inputs)
             ]
 

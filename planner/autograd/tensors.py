@@ -45,6 +45,7 @@ class Tensor:
     """A view of a storage: `sizes` are the numbers that `dims` stand for in the regime at hand.
 
     `node` is what made it, `output` which of that node's outputs it is; None: no gradient wanted.
+    `is_view`: of a tensor that torch keeps for as long.
     """
 
     storage: Storage
@@ -55,6 +56,7 @@ class Tensor:
     name: str
     node: Node | Leaf | None = None
     output: int = 0
+    is_view: bool = False
 
     @property
     def shape(self) -> Shape:

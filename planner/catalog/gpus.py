@@ -10,12 +10,16 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from planner.catalog.here import gpu_here
 from planner.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One device. `memory_bytes` is what torch sees of it; FLOP/s are dense, by dtype."""
+    """One device. `memory_bytes` is what torch sees of it; FLOP/s are dense, by dtype.
+
+    `process_bytes`: what a process holds on it besides tensors, by cause, where it was measured.
+    """
 
     name: str
     label: str
@@ -33,6 +37,7 @@ class Gpu:
     interconnect_bytes_per_s: float | None
     dense_flops_per_s: tuple[tuple[str, float], ...]
     sources: tuple[tuple[str, str], ...]
+    process_bytes: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_cpu(self) -> bool:
@@ -57,8 +62,13 @@ def gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(name: str) -> Gpu:
-    """The device of this short name; ConfigError with the nearest names for another."""
+    """The device of this short name; ConfigError with the nearest names for another.
+
+    "auto": the card of this machine, with the memory that is free on it now.
+    """
     known = gpus()
+    if name == "auto":
+        return gpu_here()
     if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
         raise ConfigError(f"gpu={shown(name)} is not in the catalogue: {', '.join(near)}")
@@ -94,4 +104,5 @@ def _gpu(name: str, entry: dict[str, Any]) -> Gpu:
         interconnect_bytes_per_s=entry.get("interconnect_bytes_per_s"),
         dense_flops_per_s=tuple(entry["dense_flops_per_s"].items()),
         sources=tuple(entry["sources"].items()),
+        process_bytes=tuple(entry.get("process_bytes", {}).items()),
     )

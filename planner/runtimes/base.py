@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, shown
 from planner.layers import GQA, MLA, ALiBi, LearnedPositions, MoE, RoPE, Sinusoidal
@@ -256,7 +258,7 @@ def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:
     capacity = None if cache is None else cache.capacity_tokens
     if capacity is None:
         return context_tokens
-    if capacity < context_tokens:
+    if np.any(capacity < context_tokens):
         raise ConfigError(
             f"cache.capacity_tokens={capacity} is less than the context of {context_tokens} tokens"
         )

@@ -12,7 +12,7 @@ from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Layer, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share
@@ -44,6 +44,9 @@ from planner.workload import CacheSpec, Inference
 EXACT_PEAKS = HELD | {"deepseek_v3"}
 """Model types whose inference equals, to the byte, what their classes allocate (tests/)."""
 
+
+STATIC = HELD - {"bert", "bloom", "gpt_bigcode", "opt", "t5"}
+"""Model types whose passes over a StaticCache are held against their classes (tests/)."""
 
 WINDOWED = frozenset(
     (
@@ -236,6 +239,11 @@ class Transformers:
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
             size = tables * 2 * D
             rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
+        if model.text_type == "falcon" and isinstance(model.positions, ALiBi):  # made, not used
+            gqa = model.layers[0].attention
+            assert isinstance(gqa, GQA)
+            D = gqa.head_dim
+            rows.append(_buffer("rotary frequencies", 2, "d_h · 2", (("d_h", D),), 4 * D))
         if model.embedding_scale is not None and model.text_type.startswith("gemma"):
             rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():
@@ -270,6 +278,8 @@ class Transformers:
             )
         if is_quantised(setting):
             return self._quantised_phases(model, work, setting)
+        if is_static(setting):
+            return self._static_phases(model, work, setting)
         dims = _prefill_dims(model, work)
         phases = [Phase(name="prefill", program=self.prefill(model, work, setting), dims=dims)]
         if work.output_tokens > 1:
@@ -294,8 +304,29 @@ class Transformers:
             passes += [_decode_dims(model, work, context) for context in ends]
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + 3) + Regime.codes(model, dims)
+            code = code * 2 ** (len(windows(model)) + 4) + Regime.codes(model, dims)
         return code
+
+    def _static_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
+        """Prefill, the first decode step and the last, whose windows may be full."""
+        if model.text_type not in STATIC or isinstance(model.positions, ALiBi):
+            raise ConfigError(
+                f"cache.kind='static' of model_type={model.model_type} is not planned for "
+                f"runtime=transformers yet: dynamic (kv_cache_bytes counts both), or "
+                f"{', '.join(sorted(STATIC))}"
+            )
+        capacity = static_capacity(setting.cache, work.context_tokens)
+        passes = [("prefill", "prefill", _prefill_dims(model, work))]
+        for step, name in {work.output_tokens - 1: "last", 1: "first"}.items():
+            if 1 <= step < work.output_tokens:
+                dims = _decode_dims(model, work, work.prompt_tokens + step)
+                passes.insert(1, (f"{name} decode step", "decode", dims))
+        phases = []
+        for name, kind, dims in passes:
+            dims = replace(dims, capacity=capacity)
+            program = _program(model, work, setting, dims, kind=kind)
+            phases.append(Phase(name=name, program=program, dims=dims))
+        return phases
 
     def _quantised_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         prompt, steps = work.prompt_tokens, work.output_tokens - 1
@@ -365,6 +396,11 @@ def is_quantised(setting: Setting) -> bool:
     return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "quantised"
 
 
+def is_static(setting: Setting) -> bool:
+    """Whether a deployment's cache is allocated once."""
+    return cache_kind(setting.cache, setting.kv_dtype, setting.dtype) == "static"
+
+
 def _as_cached(model: Model) -> Model:
     """The model with the heads that this runtime caches, where they are not the kv heads."""
 
@@ -395,6 +431,8 @@ def _program(
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
         device=setting.device,
+        capability=setting.capability,
+        multiprocessors=setting.multiprocessors,
         kv_dtype=setting.kv_dtype,
         logits=work.logits,
         held_whole=held_whole,
@@ -402,6 +440,7 @@ def _program(
         if is_quantised(setting)
         else None,
         residual_tokens=residual_tokens,
+        static=is_static(setting),
     )
     return pass_program(model, what, Regime.of(model, dims))
 

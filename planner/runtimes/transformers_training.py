@@ -7,7 +7,7 @@ from planner.model import Model
 from planner.program import Dims
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.transformers_code.families import HELD
-from planner.runtimes.transformers_code.forward import is_held, pass_program
+from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.workload import Training
 
@@ -16,7 +16,7 @@ NOTE = "approximate: written from transformers' source and torch's, not measured
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
-    for field, planned in (("method", ("full",)), ("precision", ("pure",))):
+    for field, planned in (("method", ("full", "lora")), ("precision", ("pure",))):
         if getattr(work, field) not in planned:
             raise ConfigError(
                 f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
@@ -27,6 +27,11 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
             f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
+    if work.adapters is not None and model.text_type in WRITERS:
+        raise ConfigError(
+            f"method={work.method!r} of model_type={model.model_type} is not planned for "
+            "runtime=transformers yet: full"
+        )
     tokens, encoder = work.sequence_tokens, None
     if model.is_seq2seq or work.encoder_tokens is not None:
         encoder = model.encoder_length(work.encoder_tokens, tokens)
@@ -36,9 +41,12 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
         device=setting.device,
+        capability=setting.capability,
+        multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
         checkpointed=work.checkpointing == "full",
+        lora=work.adapters,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = NOTE if setting.device == "cuda" else ""

@@ -42,6 +42,7 @@ class Writer:
             flops=(2, *rows, into, out),
             reads=(x,),
             weight_bytes=self.b * out * (into + bias),
+            kernel="addmm" if bias else "mm",
         )
 
     def rotate(self, x: Buffer, rows: Shape, D: int, rotary: int) -> Buffer:

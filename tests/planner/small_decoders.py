@@ -170,13 +170,24 @@ def words(config: hf.PretrainedConfig, batch: int, tokens: int) -> torch.Tensor:
 
 
 def inference_peaks(
-    live: torch.nn.Module, batch: int, tokens: int, *, steps: int, last: bool = False
+    live: torch.nn.Module,
+    batch: int,
+    tokens: int,
+    *,
+    steps: int,
+    last: bool = False,
+    capacity: int | None = None,
 ) -> list[int]:
-    """Peaks of a prefill and the decode steps behind it; of the last logits alone if `last`."""
+    """Peaks of a prefill and the decode steps behind it; of the last logits alone if `last`.
+
+    `capacity`: in a StaticCache of so many tokens.
+    """
     ids, seen = words(live.config, batch, tokens), []
     kept = {"logits_to_keep": 1} if last else {}
     with torch.no_grad(), LiveTensorMeter() as meter:
         cache, step = None, ids
+        if capacity is not None:
+            cache = hf.StaticCache(config=live.config, max_cache_len=capacity)
         for _ in range(1 + steps):
             meter.reset_peak()
             out = live(step, past_key_values=cache, use_cache=True, **kept)

@@ -90,7 +90,7 @@ def test_backends_that_a_class_refuses_are_refused():
         ({"mode": "turbo"}, "mode='turbo'"),
         ({"memory_utilization": 1.5}, r"memory_utilization=1\.5"),
         ({"weight_dtype": "fp4"}, "weight_dtype='fp4' is not allowed"),
-        ({"cache": CacheSpec(kind="static")}, "is not planned for runtime=transformers yet"),
+        ({"cache": CacheSpec(kind="ring")}, "cache.kind='ring' is not in runtime=transformers"),
     ],
 )
 def test_bad_deployments_are_named(fields, message):

@@ -152,7 +152,10 @@ def test_the_device_holds_the_context_and_what_torch_reserves():
     memory = planner.estimate(planner.load_model("gpt2"), work, Deployment(gpu="h200")).memory
     assert memory.peak_allocated_bytes >= memory.peak_live_bytes + 8 * 512 + 32 * MIB
     assert memory.peak_reserved_bytes > memory.peak_allocated_bytes
-    assert memory.device_used_bytes == memory.peak_reserved_bytes + int(0.51 * 2**30)
+    outside = memory.device_used_bytes - memory.peak_reserved_bytes
+    assert (
+        outside == 720_175_104
+    )  # an H200: profiles/data/overheads, float32 has no cuDNN attention
 
 
 def test_what_runs_out_of_memory_says_at_what_and_what_it_would_need():
@@ -167,10 +170,10 @@ def test_what_runs_out_of_memory_says_at_what_and_what_it_would_need():
 
 def test_torch_empties_its_cache_before_it_gives_up():
     """A card that the blocks fit, and the segments do not."""
-    work = Inference(batch=16, prompt_tokens=500, output_tokens=200, logits="last")
-    plan = plan_of(planner.load_model("llama-3.1-8b"), work)
+    work = Inference(batch=8, prompt_tokens=500, output_tokens=300, logits="last")
+    plan = plan_of(planner.load_model("olmo2-7b"), work)
     room = plan.peak_reserved_bytes - plan.peak_allocated_bytes
-    tight = replace(plan, capacity_bytes=plan.peak_allocated_bytes + 6 * room // 10)
+    tight = replace(plan, capacity_bytes=plan.peak_allocated_bytes + 7 * room // 10)
     played = reserved.reserved(tight)
     assert played.oom is None
     assert played.stats.retries > 0

@@ -14,6 +14,7 @@ QUESTIONS = {
         ["mixtral-8x7b", "--gpu", "h200", "--output", "9"],
         ["gpt2", "--gpu", "h100-80gb", "--runtime", "attnlab", "--dtype", "bf16", "--train"],
         ["gemma-2-9b", "--gpu", "l40s", "--runtime", "llama.cpp"],
+        ["gpt2", "--gpu", "t4", "--dtype", "fp16", "--train", "--method", "lora"],
     ],
     "fit": [
         ["gpt2", "--gpu", "t4", "--runtime", "attnlab", "--traffic", "fixed"],

@@ -40,7 +40,7 @@ def trained(config, dtype, attention, checkpointed):
     return live
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     config=berts(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -54,7 +54,7 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
     assert held(live, config, work, dtype, attention) == encoding_peak(live, batch, tokens)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     config=berts(headed=True),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -75,7 +75,7 @@ def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, checkp
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -94,7 +94,7 @@ def test_a_generation_of_t5_is_exact(config, dtype, attention, batch, encoded, t
     assert held(live, config, work, dtype, attention) == max(seen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),

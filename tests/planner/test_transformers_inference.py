@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import planner
 from planner.activations import peak
 from planner.program import Dims
-from planner.runtimes.transformers import EXACT_PEAKS
+from planner.runtimes import runtime_named
+from planner.runtimes.transformers import EXACT_PEAKS, STATIC
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
@@ -48,6 +49,51 @@ def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager,
     model = planner.read_config(live.config.to_dict())
     what = {"attention": attention, "dtype": dtype, "logits": logits}
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    config=decoders(tuple(kind for kind in KINDS if kind in STATIC)),
+    dtype=st.sampled_from(tuple(DTYPES)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    steps=st.integers(0, 4),
+    more=st.integers(0, 9),
+    eager=st.booleans(),
+    logits=st.sampled_from(("all", "last")),
+)
+def test_passes_over_a_static_cache_are_exact(
+    config, dtype, batch, tokens, steps, more, eager, logits
+):
+    assume(not config.get("alibi"))
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    capacity = tokens + steps + more
+    live = built(described(config), dtype, attention).eval()
+    seen = inference_peaks(
+        live, batch, tokens, steps=steps, last=logits == "last", capacity=capacity
+    )
+    model = planner.read_config(live.config.to_dict())
+    work = planner.Inference(
+        batch=batch, prompt_tokens=tokens, output_tokens=1 + steps, logits=logits
+    )
+    spec = planner.CacheSpec(kind="static", capacity_tokens=capacity)
+    deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention, cache=spec)
+    memory = planner.estimate(model, work, deploy).memory
+    assert memory.peak_live_bytes - memory.weights_bytes == max(seen)
+    phases = runtime_named("transformers").memory_phases(
+        model, work, planner.estimate(model, work, deploy).setting
+    )
+    found = [peak(phase.program, phase.dims).live_bytes for phase in phases]
+    assert found[0] == seen[0]
+    assert max(found[1:], default=0) == max(seen[1:], default=0)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "opt", "gpt_bigcode"])
+def test_static_caches_of_other_types_are_refused(kind):
+    model = planner.read_config({"model_type": kind})
+    deploy = planner.Deployment(gpu="cpu", cache=planner.CacheSpec(kind="static"))
+    with pytest.raises(planner.ConfigError, match=f"'static' of model_type={kind} is not planned"):
+        planner.estimate(model, planner.Inference(batch=1, prompt_tokens=8), deploy)
 
 
 def test_every_type_that_is_called_exact_is_drawn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
+from planner.autograd.fused_attention import fused_kernel
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA, QKNorm
 from planner.program import B, Shape, T, visible_pairs
@@ -135,6 +136,13 @@ class AttentionWriter(PositionWriter):
             reads = (added, *(self.aten.number("mask", self.b) for _ in ("0", "-inf")))
             added = self.aten.new("where.self", "mask", added.dims, self.b, reads=reads)
             del reads
-        pairs = visible_pairs(window_of(gqa))
-        cuda = self.step.device == "cuda"
-        return self.f.flash_attention(q, k, v, added, "attention", pairs=pairs, cuda=cuda)
+        return self.f.fused_attention(
+            q,
+            k,
+            v,
+            added,
+            "attention",
+            pairs=visible_pairs(window_of(gqa)),
+            kernel=fused_kernel(self.step.device, self.step.capability, self.b),
+            trains=True,
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from planner.autograd.aten import Sizes
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
-from planner.program import B, Dims, Symbol, T
+from planner.program import Dims, Symbol
 
 SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
 """Primes that stand for any size above 1 where strides are compared."""
@@ -47,6 +48,8 @@ class Step:
     attention: Literal["sdpa", "naive"]
     dtype: str
     device: str
+    capability: str | None = None
+    multiprocessors: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointing: Literal["none", "full"] = "none"
@@ -67,7 +70,7 @@ class AttnlabWriter(PassWriter[Shared]):
     def __init__(self, model: Model, step: Step, regime: Regime) -> None:
         tokens = SOME_TOKENS if regime.several_tokens else 1
         batch = SOME_BATCH if regime.several_batches else 1
-        numbers = {B: batch, T: tokens, T_AND_SINK: tokens + 1}
+        numbers = Sizes(Dims(batch=batch, tokens=tokens, context=tokens))
         super().__init__(
             model,
             element_bytes(step.dtype),
@@ -75,6 +78,7 @@ class AttnlabWriter(PassWriter[Shared]):
             checkpointed=step.checkpointing == "full",
         )
         self.step, self.regime = step, regime
+        self.aten.multiprocessors = step.multiprocessors
 
 
 def gqa_of(layer: Layer) -> GQA:

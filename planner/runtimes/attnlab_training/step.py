@@ -44,6 +44,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
         device=setting.device,
+        capability=setting.capability,
+        multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
         checkpointing=work.checkpointing,

@@ -36,8 +36,9 @@ class AttentionWriter(CacheWriter):
         if given.rotation is not None and gqa.rope:
             if self.code.rotary == "held":
                 turned = self.rotated(q, k, given.rotation)
-                parts = (q, k, *turned)  # slices of the first two go on
+                parts = (k, turned[1], q, turned[0])  # a tuple lets go of its last one first
                 q, k = self.joined(q, k, turned)
+                del turned
             else:
                 q, k = self.rotated(q, k, given.rotation)
         k, v = self.update(layer, k, v)
@@ -45,6 +46,8 @@ class AttentionWriter(CacheWriter):
         H, D = gqa.num_attention_heads, gqa.head_dim
         out = f.view(out, ((B,), (T,), (H * D,)))
         out = self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias)
+        if parts:
+            del q, k, v
         del parts, whole
         return out, weights
 
@@ -59,6 +62,8 @@ class AttentionWriter(CacheWriter):
             return self._of_one(gqa, x)
         if self.code.projections == "first":
             return *self._first_all_three(gqa, x), None
+        if self.code.block == "cohere":
+            return *self._normed_when_all_are_there(gqa, x), None
         q = self.f.transpose(self._by_heads(gqa, x, "q", H), 1, 2)
         k = self.f.transpose(self._by_heads(gqa, x, "k", G), 1, 2)
         v = self.f.transpose(self._by_heads(gqa, x, "v", G), 1, 2)
@@ -66,6 +71,18 @@ class AttentionWriter(CacheWriter):
             q = self.norm(gqa.qk_norm.norm, q, "q norm", "q_norm")
             k = self.norm(gqa.qk_norm.norm, k, "k norm", "k_norm")
         return q, k, v, None
+
+    def _normed_when_all_are_there(self, gqa: GQA, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CohereAttention.forward: norms of [B, T, heads, D]."""
+        f, H, G = self.f, gqa.num_attention_heads, gqa.num_key_value_heads
+        q, k, v = (
+            self._by_heads(gqa, x, letter, n) for letter, n in zip("qkv", (H, G, G), strict=True)
+        )
+        if gqa.qk_norm is not None:
+            q = self.norm(gqa.qk_norm.norm, q, "q norm", "q_norm", *q.sizes[2:])
+            k = self.norm(gqa.qk_norm.norm, k, "k norm", "k_norm", *k.sizes[2:])
+        q, k, v = f.transpose(q, 1, 2), f.transpose(k, 1, 2), f.transpose(v, 1, 2)
+        return q, k, v
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """[B, T, heads · D] as [B, heads, T, D]."""

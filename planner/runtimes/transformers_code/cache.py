@@ -11,7 +11,7 @@ from planner.layers import GQA, MLA, Layer
 from planner.program import PAST, B, Extent, S, T
 from planner.runtimes.quantised_program import QuantisedLayer
 from planner.runtimes.transformers_code.kernels import KernelWriter
-from planner.runtimes.transformers_code.regime import kept_tokens, window_of
+from planner.runtimes.transformers_code.regime import kept_tokens, static_tokens, window_of
 from planner.runtimes.writer import INT64
 
 
@@ -38,6 +38,9 @@ class CacheWriter(KernelWriter):
 
     def _open(self, label: str, layer: Layer) -> None:
         window = window_of(layer)
+        if self.what.static:
+            self._open_static(label, layer)
+            return
         if window is not None:
             self.kept.append(self.aten.new("tensor", "window size", ((1,),), INT64))
         decodes = self.what.kind == "decode"
@@ -59,6 +62,49 @@ class CacheWriter(KernelWriter):
             tokens: Extent = PAST if whole else kept_tokens((window or 0) + 1, PAST)
             keys, values = self._cached(layer, tokens)
             self.past[label] = keys, values
+
+    def _open_static(self, label: str, layer: Layer) -> None:
+        """StaticLayer.__init__: how many tokens there are; after the prefill keys and values."""
+        length = self.aten.new("tensor", "cached tokens", (), INT64)
+        length.storage.known_as(replace(length.storage.buffer, lasting=True))
+        self.kept.append(length)
+        if self.what.kind == "decode":
+            held = static_tokens(window_of(layer))
+            keys, values = (self._lasting(x) for x in self._cached(layer, held))
+            self.past[label] = keys, values
+            self.kept += (keys, values)
+
+    def _lasting(self, x: Tensor) -> Tensor:
+        x.storage.known_as(replace(x.storage.buffer, cache=True, lasting=True))
+        return x
+
+    def _static(self, layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """StaticLayer.update, StaticSlidingWindowLayer.update: new tokens are copied into the old.
+
+        A prompt longer than the window is attended to as it came; behind a full window all that
+        is cached moves up by one.
+        """
+        aten, window = self.aten, window_of(layer)
+        if self.walking in self.past:
+            keys, values = self.past[self.walking]
+        else:
+            held = (static_tokens(window),)
+            keys, values = (
+                self._lasting(aten.new("zeros", name, (*x.dims[:2], held, x.dims[3]), self.b))
+                for x, name in ((k, "cached keys"), (v, "cached values"))
+            )
+            self.kept += (keys, values)
+        if window in self.regime.exceeded:
+            if self.what.kind == "prefill":
+                return k, v
+            moved = [aten.new("roll", f"moved {x.name}", x.dims, self.b) for x in (keys, values)]
+            index = aten.new("tensor", "last place", ((1,),), INT64)
+            del moved, index
+            return keys, values
+        index = aten.new("arange", "places in the cache", ((T,),), INT64)
+        place = aten.elementwise("add.Tensor", "places in the cache", index)
+        del index, place
+        return keys, values
 
     def _cached(self, layer: Layer, tokens: Extent) -> tuple[Tensor, Tensor]:
         """Keys and values, or latents and rotated keys, of so many tokens."""
@@ -85,6 +131,8 @@ class CacheWriter(KernelWriter):
         """Cache.update: what attention gets of keys and values."""
         if self.trains:
             return k, v
+        if self.what.static:
+            return self._static(layer, k, v)
         if self.walking in self.quantised:
             return self._quantised(k, v)
         keys, values = self._joined_with_past(layer, k, v)

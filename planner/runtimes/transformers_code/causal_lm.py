@@ -7,7 +7,7 @@ kept. Inference is in eval mode under no_grad; it returns logits and cache.
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
-from planner.autograd.tensors import Dims, Tensor
+from planner.autograd.tensors import Dims, Node, Tensor
 from planner.layers import GQA, ALiBi, Layer, LearnedPositions, RoPE
 from planner.program import B, S, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
@@ -27,8 +27,13 @@ class CausalLM(BlockWriter, MaskWriter):
         self.labels = self.given("labels", ((B,), (T,)), INT64) if self.trains else None
         ids = self.given("token ids", ((B,), (T,)), INT64)
         x = f.embedding(self.table, ids, "input embeddings")
+        scaled_inside = model.text_type.startswith("gemma")
+        if not scaled_inside:
+            self._ask_gradient(x)
         if model.embedding_scale is not None:
             x = f.scale(x, "input embeddings")
+        if scaled_inside:
+            self._ask_gradient(x)
         self.named = [x.detach()]  # by the model's forward until it returns
         self.ids: Tensor | None = None
         if self.code.block == "opt":
@@ -66,6 +71,13 @@ class CausalLM(BlockWriter, MaskWriter):
             unused = RoPE(rope_theta=1.0, rotary_dim=gqa.head_dim)
             self.rotations[False] = self.rotary_tables(unused)
         return x
+
+    def _ask_gradient(self, x: Tensor) -> None:
+        """PreTrainedModel.enable_input_require_grads, which checkpointing turns on."""
+        if self.checkpointed and x.node is None:
+            x.node = Node("input embeddings", self.keep_with_loss, (), ())
+            self.f.graph.nodes.append(x.node)
+            self.with_loss.append(x.detach())
 
     def _projected_in(self, x: Tensor) -> Tensor:
         projected = self.linear(x, "project_in", self.model.hidden_size, bias=False)
@@ -106,7 +118,7 @@ class CausalLM(BlockWriter, MaskWriter):
             rotation=rotation,
             mask=self.masks[window_of(layer)],
             alibi=self.alibis,
-            position_ids=self.ids,
+            position_ids=self.ids if self.code.hands_positions else None,
         )
 
     def head(self, hidden: list[Tensor]) -> Tensor:
@@ -138,9 +150,12 @@ class CausalLM(BlockWriter, MaskWriter):
         return logits
 
     def _return(self) -> None:
-        """The model's forward returns: what it named goes."""
-        self.rotations, self.masks, self.named = {}, {}, []
-        self.ids = self.alibis = self.slopes = self.looped = None
+        """The model's forward returns: what it named goes, in the order of the names."""
+        self.ids = None
+        self.named = []
+        self.masks = {}
+        self.alibis = self.slopes = self.looped = None
+        self.rotations = {}
 
     def _loss(self, logits: Tensor) -> Tensor:
         """loss_utils.ForCausalLMLoss."""

@@ -25,7 +25,7 @@ class Code:
     `softmax`: in float32, or in the dtype of the scores ("narrow").
     `block`: the layer's forward. `loop`: the model's loop holds what a layer returned until the
     next one returns, eager attention's weights among it.
-    `masked`: a mask is always made.
+    `masked`: a mask is always made. `hands_positions`: layers are given the position ids.
     """
 
     norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
@@ -43,6 +43,7 @@ class Code:
     ] = "placed"
     loop: bool = False
     masked: bool = False
+    hands_positions: bool = True
 
 
 LLAMA = Code()
@@ -50,7 +51,7 @@ FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
     "bert": Code(norm="fused", softmax="narrow"),
     "bloom": Code(norm="fused", block="bloom", loop=True),
-    "cohere": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
+    "cohere": Code(norm="python", pairs=True, float32_rotary=True, late_norms=True, block="cohere"),
     "cohere2": Code(norm="python", pairs=True, float32_rotary=True, block="cohere"),
     "falcon": Code(
         norm="fused",
@@ -65,7 +66,7 @@ CODES: dict[str, Code] = {
     "glm": Code(rotary="joined late", pairs=True),
     "glm4": Code(rotary="joined late", pairs=True),
     "gpt2": Code(norm="fused", projections="split", conv1d=True, softmax="narrow", block="gpt2"),
-    "gpt_bigcode": Code(norm="fused", projections="split", block="gpt2"),
+    "gpt_bigcode": Code(norm="fused", projections="split", block="gpt2", hands_positions=False),
     "gpt_neox": Code(norm="fused", rotary="joined late", projections="chunked", block="neox"),
     "nemotron": Code(norm="shifted", rotary="returned"),
     "olmo": Code(norm="float32", projections="first", float32_tables=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
+from planner.autograd.fused_attention import fused_kernel
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA, MLA
 from planner.program import B, visible_pairs
@@ -51,7 +52,7 @@ class KernelWriter(PositionWriter):
     ) -> Tensor:
         """F.scaled_dot_product_attention."""
         f, window = self.f, None
-        on_cuda = self.what.device == "cuda"
+        kernel = fused_kernel(self.what.device, self.what.capability, self.b)
         if isinstance(attention, GQA) and mask is not None:
             window = attention.sliding_window
         added = None
@@ -63,10 +64,19 @@ class KernelWriter(PositionWriter):
         elif mask is not None:
             added = mask
         unequal = k.sizes[-1] != v.sizes[-1] or (k.sizes[1] != q.sizes[1] and mask is not None)
-        if unequal and not on_cuda:
+        grouped = k.sizes[1] != q.sizes[1]
+        if (kernel == "cpu" and unequal) or (kernel == "efficient" and grouped):
             return self._math(q, k, v, added)
-        pairs = visible_pairs(window)
-        return f.flash_attention(q, k, v, added, "attention", pairs=pairs, cuda=on_cuda)
+        return f.fused_attention(
+            q,
+            k,
+            v,
+            added,
+            "attention",
+            pairs=visible_pairs(window),
+            kernel=kernel,
+            trains=self.trains,
+        )
 
     def repeated(self, x: Tensor, heads: int, name: str) -> Tensor:
         """repeat_kv: a copy of keys or values for every query head."""

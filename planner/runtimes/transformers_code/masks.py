@@ -32,6 +32,7 @@ class MaskWriter(PositionWriter):
     def _mask(self, window: int | None) -> Tensor | None:
         """sdpa_mask where it cannot do without (_ignore_causal_mask_sdpa), eager_mask."""
         needed = (window is not None and window in self.regime.masked) or self.code.masked
+        needed = needed or (self.what.static and self.aten.sizes(((T,),)) == (1,))
         eager = self.what.attention == "eager"
         if not eager and not needed:
             return None

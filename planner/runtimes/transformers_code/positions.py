@@ -41,6 +41,8 @@ class PositionWriter(PartWriter):
         ]
         kept = FLOAT32 if self.code.float32_tables else self.b
         cos, sin = (aten.cast(table, kept, name) for table in scaled)
+        del freqs, angles
+        scaled.reverse()  # a list lets go of its last one first
         return cos, sin
 
     def rotated(

@@ -7,16 +7,19 @@ from typing import Literal
 
 import numpy as np
 
+from planner.autograd.aten import Sizes
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
-from planner.program import PAST, S_ENC, Dims, Extent, Number, S, Symbol, T, minimum
+from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017
+SOME_CAPACITY = 4_000_037
 """Primes that stand for any size above 1 where strides are compared."""
 T_AND_ONE = Symbol("(T + 1)", lambda d: d.tokens + 1)
 """Labels with the one that is padded behind them."""
@@ -27,53 +30,66 @@ class Pass:
     """A prefill into an empty cache, one decode step over a filled one, or a training step.
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
-    `quantised`: a QuantizedCache, None for a DynamicCache; `residual_tokens` of it are unquantised
-    before the pass. Training has no cache; `checkpointed`: every layer runs again on the way back.
+    `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
+    `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
+    layer runs again on the way back; `lora`: adapters are trained, nothing else.
     """
 
     kind: Literal["prefill", "decode", "training"]
     attention: Literal["sdpa", "eager"]
     dtype: str
     device: str
+    capability: str | None = None  # of a CUDA device
+    multiprocessors: int = 0  # of a CUDA device; 0: not known
     kv_dtype: str | None = None
     logits: Literal["all", "last"] = "all"
     held_whole: bool = False
+    static: bool = False
     quantised: QuantisedCache | None = None
     residual_tokens: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointed: bool = False
+    lora: LoRA | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regime:
     """What of the sizes decides which copies are made: whether they are 1, and the masks.
 
-    `masked` are the windows that the context fills (masking_utils._ignore_causal_mask_sdpa).
+    `masked` are the windows that the context, or a static cache, fills
+    (masking_utils._ignore_causal_mask_sdpa); `exceeded` those that a static cache's context passes.
     """
 
     several_batches: bool
     several_tokens: bool
     several_encoded: bool
+    several_held: bool
     masked: frozenset[int]
+    exceeded: frozenset[int] = frozenset()
 
     @staticmethod
     def of(model: Model, dims: Dims) -> Regime:
         """The regime of a point, or of the first of many alike."""
-        sizes = (dims.batch, dims.tokens, dims.context, S_ENC.of(dims))
-        batch, tokens, context, encoded = (np.ravel(x)[0] for x in sizes)
+        sizes = (dims.batch, dims.tokens, dims.context, S_ENC.of(dims), C.of(dims))
+        batch, tokens, context, encoded, held = (np.ravel(x)[0] for x in sizes)
         return Regime(
             several_batches=bool(batch > 1),
             several_tokens=bool(tokens > 1),
             several_encoded=bool(encoded > 1),
-            masked=frozenset(w for w in windows(model) if w <= context),
+            several_held=bool(held > 1),
+            masked=frozenset(w for w in windows(model) if w <= held),
+            exceeded=frozenset(
+                w for w in windows(model) if dims.capacity is not None and w < context
+            ),
         )
 
     @staticmethod
     def codes(model: Model, dims: Dims) -> Number:
         """A number for each cell; cells of one regime have the same."""
         code = (dims.batch > 1) * 1 + (dims.tokens > 1) * 2 + (S_ENC.of(dims) > 1) * 4
-        for place, window in enumerate(windows(model), start=3):
+        code = code + (C.of(dims) > 1) * 8
+        for place, window in enumerate(windows(model), start=4):
             code = code + (dims.context >= window) * 2**place
         return code
 
@@ -101,6 +117,13 @@ def kept_tokens(window: int | None, tokens: Symbol) -> Extent:
     return Symbol(f"min({tokens.name}, {kept})", lambda d: minimum(tokens.of(d), kept))
 
 
+def static_tokens(window: int | None) -> Extent:
+    """Tokens that a layer of a StaticCache has room for."""
+    if window is None:
+        return C
+    return Symbol(f"min(C, {window})", lambda d: minimum(C.of(d), window))
+
+
 def seen_tokens(window: int | None) -> Symbol:
     """Keys that one layer's attention gets: what was kept of the past, and this pass's own."""
     if not window or window == 1:
@@ -123,18 +146,6 @@ class Shared:
     encoded: Tensor | None = None
 
 
-class Sizes(dict[Symbol, int]):
-    """The number that stands for each symbol: its value at sizes of the regime."""
-
-    def __init__(self, dims: Dims) -> None:
-        super().__init__()
-        self._dims = dims
-
-    def __missing__(self, symbol: Symbol) -> int:
-        self[symbol] = value = int(symbol.of(self._dims))
-        return value
-
-
 class CodeWriter(PassWriter[Shared]):
     """A pass of transformers in one regime of sizes."""
 
@@ -143,7 +154,8 @@ class CodeWriter(PassWriter[Shared]):
         tokens = SOME_TOKENS if regime.several_tokens else 1
         context = SOME_CONTEXT if what.kind == "decode" else tokens
         encoder = SOME_ENCODER if regime.several_encoded else 1
-        dims = Dims(batch=batch, tokens=tokens, context=context, encoder=encoder)
+        held = SOME_CAPACITY if regime.several_held else 1
+        dims = Dims(batch=batch, tokens=tokens, context=context, encoder=encoder, capacity=held)
         numbers = Sizes(dims)
         trains = what.kind == "training"
         super().__init__(
@@ -152,11 +164,16 @@ class CodeWriter(PassWriter[Shared]):
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
+            lora=what.lora,
         )
         self.what, self.regime = what, regime
         self.aten.watched = what.device == "cpu"
+        self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
 
     def keys_of(self, window: int | None) -> Extent:
         """How many keys a layer of this window attends to."""
+        if self.what.static:
+            prefills = self.what.kind == "prefill"
+            return T if prefills and window in self.regime.exceeded else static_tokens(window)
         return seen_tokens(window) if self.what.kind == "decode" else T

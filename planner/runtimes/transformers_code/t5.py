@@ -6,12 +6,11 @@ Shapes besides those of the package.  E encoder tokens, which cross-attention se
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from planner.autograd.aten import ONE
 from planner.autograd.passes import EMBEDDING, HEAD, Part
-from planner.autograd.tensors import Dims, Gradients, Node, Tensor
+from planner.autograd.tensors import Dims, Node, Tensor
 from planner.layers import GQA, Dense, Layer
 from planner.model import Model
 from planner.program import S_ENC, B, Buffer, Extent, S, T
@@ -109,10 +108,6 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         )
         self.cross[label] = keys, values
         self.kept += (keys, values)
-
-    def _lasting(self, x: Tensor) -> Tensor:
-        x.storage.known_as(replace(x.storage.buffer, cache=True, lasting=True))
-        return x
 
     # -- T5Stack.forward --------------------------------------------------------------------------
 
@@ -283,16 +278,11 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         dims: Dims = (ONE, (heads,), (rows,), (keys,))
         bias = self.aten.new("zeros", "cross-attention bias", dims, self.b)
         if self.trains and self.checkpointed:
-            bias.node = Node("cross-attention bias", self._keep, (), ())
+            bias.node = Node("cross-attention bias", self.keep_with_loss, (), ())
             self.f.graph.nodes.append(bias.node)
             if self.known is None:
                 self.with_loss.append(bias.detach())
         return bias
-
-    def _keep(self, node: Node, flowed: Gradients) -> Gradients:
-        """A leaf that the loss's graph holds, with its gradient."""
-        self.with_loss += [gradient for gradient in flowed if gradient is not None]
-        return []
 
     def _bias(self, layer: Layer, heads: int, rows: Extent, keys: Extent) -> Tensor:
         """compute_bias: [1, H, rows, keys], a view of the rows of a table."""

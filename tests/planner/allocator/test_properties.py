@@ -36,6 +36,18 @@ def mixed(steps):
     return [step for i, step in enumerate(steps) if step[0] != "empty" or i % 8 == 0]
 
 
+def rising():
+    """Segments one above the other, as the reference has them."""
+    top = 1 << 40
+
+    def place(size):
+        nonlocal top
+        start, top = top, top + size
+        return start
+
+    return place
+
+
 def check(device, live):
     """Blocks tile their segments: disjoint, nothing lost, no two free ones side by side."""
     blocks = sorted([*live.values(), *device.free_blocks()], key=lambda b: b.address)
@@ -58,7 +70,9 @@ def check(device, live):
 @given(steps=STEPS.map(mixed))
 def test_random_traces_do_what_the_naive_reference_does(expandable, capacity, steps):
     device = DeviceAllocator(
-        AllocatorSettings(expandable_segments=expandable), capacity_bytes=capacity
+        AllocatorSettings(expandable_segments=expandable),
+        capacity_bytes=capacity,
+        place=rising(),
     )
     naive = Reference(expandable=expandable, capacity=capacity)
     live = {}
