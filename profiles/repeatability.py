@@ -86,19 +86,25 @@ def repeatability(found: Iterable[Repeat]) -> list[Repeatability]:
 
 
 def _point(record: Record) -> str:
-    """What makes two records repetitions of each other: all that was asked for, and what ran it."""
+    """What makes two records repetitions of each other: all that was asked for, and what ran it.
+
+    A suite's point has asked by its name, which attention is part of: that what ran is unknown (of
+    a record read off a history) makes it no other point.
+    """
     environment = record.environment
+    step = {} if record.step is None else record.step
     return canonical(
         {
             "device": environment.gpu or environment.device_name,
             "cpu": environment.cpu if environment.device == "cpu" else None,
             "torch": environment.torch,
             "config": record.config_hash,
-            "runtime": (record.runtime, record.runtime_version, record.attention, record.mode),
+            "runtime": (record.runtime, record.runtime_version, record.mode),
+            "asked": record.point or record.attention,
             "phase": (record.phase, record.logits),
             "sizes": (record.batch, record.prompt_tokens, record.output_tokens),
             "dtypes": (record.dtype, record.kv_dtype),
-            "step": dict(record.step) if record.step is not None else None,
+            "step": {name: value for name, value in step.items() if value is not None},
         }
     )
 

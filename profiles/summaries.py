@@ -28,7 +28,7 @@ class Summary:
     p90_abs_error: float | None
     worst_abs_error: float | None
     mean_error: float | None = None
-    worst_record: str | None = None
+    worst_record: str | None = None  # None too where every error is nothing
     by: str | None = None  # "model": what `group` is one of
     group: str | None = None  # None too where the rows have no suite
 
@@ -70,7 +70,7 @@ def _summarise(
         p90_abs_error=percentile(errors, 0.9) if errors else None,
         worst_abs_error=errors[-1] if errors else None,
         mean_error=statistics.fmean(error for error, _ in known) if known else None,
-        worst_record=max(known, key=lambda pair: abs(pair[0]))[1] if known else None,
+        worst_record=max(known, key=lambda k: abs(k[0]))[1] if errors and errors[-1] else None,
         by=by,
         group=group,
     )

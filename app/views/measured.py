@@ -33,12 +33,12 @@ def nothing(device: str | None) -> None:
 
 
 def problems(found: measurements.Store) -> None:
-    """What the loader and the comparison could not use."""
-    for problem in found.problems[:3]:
-        st.warning(problem)
-    if rest := found.problems[3:]:
-        with st.expander(f"{len(rest)} more problems"):
-            st.code("\n".join(rest), language=None, wrap_lines=True)
+    """What the loader and the comparison could not use: one line, or one line and a list."""
+    if len(found.problems) == 1:
+        st.warning(found.problems[0])
+    elif found.problems:
+        with st.expander(f"{len(found.problems)} records or lines are not compared"):
+            st.code("\n".join(found.problems), language=None, wrap_lines=True)
 
 
 def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:

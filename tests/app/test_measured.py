@@ -286,6 +286,16 @@ def test_a_record_that_ran_out_of_memory_is_no_measurement(store):
     assert app.info[0].value == "No measurements yet."
 
 
+def test_many_problems_are_one_line_that_opens(store):
+    for _ in range(3):
+        records.append(store, made(status="oom"))
+    records.append(store, made())
+    app = opened("measured")
+    assert not app.warning
+    assert app.expander[0].label == "3 records or lines are not compared"
+    assert app.code[0].value.count("oom") == 3
+
+
 def test_a_device_without_records_is_said_by_name(store):
     records.append(store, made())
     app = opened("measured")

@@ -131,6 +131,7 @@ def test_a_summary_has_the_bias_with_its_sign_and_the_worst_record():
     (only,) = summary(rows)
     assert only.mean_error == pytest.approx(-0.1)
     assert (only.worst_record, only.by, only.group) == ("b", None, None)
+    assert summary([row(error=0.0)])[0].worst_record is None
 
 
 @pytest.mark.parametrize("by", ["suite", "model", "phase", "device"])

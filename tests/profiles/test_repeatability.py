@@ -26,6 +26,17 @@ def test_one_point_in_two_suites_is_a_repetition():
     assert only.spread == 0
 
 
+def test_a_point_that_is_read_off_a_history_repeats_the_one_that_was_watched():
+    """What ran is not in a history, and a later version's step has more fields."""
+    point = {"point": "tiny attnlab training 2 × 16", "phase": "training", "output_tokens": 1}
+    step = {"optimizer": "adamw", "checkpointing": "none"}
+    watched = measured(attention="sdpa:cudnn", step=step, peak_reserved_bytes=1, **point)
+    later = step | {"encoder_tokens": None}
+    assert len(runs(watched, measured(attention=None, step=later, peak_reserved_bytes=1, **point)))
+    other = step | {"dropout": 0.1}
+    assert runs(watched, measured(attention=None, step=other, peak_reserved_bytes=1, **point)) == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [
