@@ -7,14 +7,13 @@ row, every kind of point has its own symbol.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
 import planner
-from planner.format import gib, percent, seconds
+from planner.format import gib, of_quantity, seconds
 from planner.timeline import Moment
-from profiles.compare import QUANTITIES, Row
 
 GIB = 2**30
 
@@ -29,12 +28,6 @@ COLOURS = {
 }
 LINE = "#7F858F"
 OVER = "#D1495B"
-
-PHASES = {
-    "prefill": ("#3A66C9", "circle"),
-    "decode": ("#CF7C00", "diamond"),
-    "generation": ("#1B9A82", "square"),
-}
 
 TOTAL = "Total"
 
@@ -150,7 +143,7 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
     top = moments[where].live_bytes
     scale, unit = (GIB, "GiB") if top >= GIB else (2**20, "MiB")
     figure = go.Figure()
-    hover = [_escaped(f"{m.op}{'' if m.layer is None else f', layer {m.layer}'}") for m in moments]
+    hover = [escaped(f"{m.op}{'' if m.layer is None else f', layer {m.layer}'}") for m in moments]
     below = ("KV cache", [m.cache_bytes for m in moments])
     if isinstance(estimate.work, planner.Training):
         below = ("Gradients", [m.gradient_bytes for m in moments])
@@ -180,7 +173,7 @@ def timeline(estimate: planner.Estimate) -> go.Figure:
     if isinstance(estimate.work, planner.Training):
         phases = [moment.phase for moment in moments]
         starts = [(phases.index(phase), phase) for phase in dict.fromkeys(phases)]
-    figure.update_layout(**_LAYOUT, height=320)
+    figure.update_layout(**LAYOUT, height=320)
     figure.update_xaxes(
         tickvals=[index for index, _ in starts],
         ticktext=[word for _, word in starts],
@@ -229,104 +222,9 @@ def _layer_starts(moments: Sequence[Moment]) -> list[tuple[int, int]]:
     return [(index, layer) for layer, index in sorted(starts.items()) if layer % every == 0]
 
 
-def errors(rows: Iterable[Row]) -> go.Figure:
-    """Every signed relative error as a point, on the row of its quantity."""
-    known = [row for row in rows if row.relative_error is not None]
-    present = {row.quantity for row in known}
-    order = [label(q) for q in QUANTITIES if q in present]
-    figure = go.Figure()
-    for phase, members in _by_phase(known):
-        colour, symbol = PHASES[phase]
-        figure.add_scatter(
-            name=phase,
-            mode="markers",
-            x=[100 * (row.relative_error or 0.0) for row in members],
-            y=[label(row.quantity) for row in members],
-            marker={"color": colour, "symbol": symbol, "size": 11, "opacity": 0.75},
-            text=[_hover(row) for row in members],
-            hovertemplate="%{text}<extra></extra>",
-        )
-    reach = max([1.0, *(abs(100 * (row.relative_error or 0.0)) for row in known)]) * 1.1
-    figure.add_vline(x=0, line_color=LINE, line_width=1.5)
-    figure.update_layout(**_LAYOUT, height=110 + 36 * max(1, len(order)))
-    figure.update_xaxes(
-        range=[-reach, reach],
-        ticksuffix=" %",
-        nticks=7,
-        zeroline=False,
-        title="predicted / measured − 1",
-        fixedrange=True,
-    )
-    figure.update_yaxes(
-        type="category",
-        categoryorder="array",
-        categoryarray=order[::-1],
-        range=[-0.6, max(1, len(order)) - 0.4],
-        automargin=True,
-        fixedrange=True,
-    )
-    return figure
-
-
-def parity(rows: Iterable[Row], *, unit: str) -> go.Figure:
-    """Predicted against measured on two logarithmic axes; on the line they are equal.
-
-    `unit` is "bytes" (drawn in GiB) or "s" (drawn in ms): quantities that end in it are drawn.
-    """
-    scale, text = (GIB, "GiB") if unit == "bytes" else (1e-3, "ms")
-    drawn = [
-        row
-        for row in rows
-        if row.quantity.endswith(f"_{unit}") and row.predicted and row.measured > 0
-    ]
-    values = [v / scale for row in drawn for v in (row.predicted or 0.0, row.measured)]
-    low, high = (min(values) / 1.6, max(values) * 1.6) if values else (0.1, 10.0)
-    figure = go.Figure()
-    figure.add_scatter(
-        name="equal",
-        mode="lines",
-        x=[low, high],
-        y=[low, high],
-        line={"color": LINE, "width": 1.5, "dash": "dash"},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    for phase, members in _by_phase(drawn):
-        colour, symbol = PHASES[phase]
-        figure.add_scatter(
-            name=phase,
-            mode="markers",
-            x=[row.measured / scale for row in members],
-            y=[(row.predicted or 0.0) / scale for row in members],
-            marker={"color": colour, "symbol": symbol, "size": 11, "opacity": 0.75},
-            text=[_hover(row) for row in members],
-            hovertemplate="%{text}<extra></extra>",
-        )
-    figure.update_layout(**_LAYOUT, height=360)
-    for update, title in ((figure.update_xaxes, "measured"), (figure.update_yaxes, "predicted")):
-        update(
-            type="log",
-            autorange=True,
-            dtick="D1" if high / low < 20 else 1,
-            title=f"{title}, {text}",
-            fixedrange=True,
-        )
-    return figure
-
-
 def label(quantity: str) -> str:
     """A quantity's name as people read it."""
-    return {
-        "weights_bytes": "Weights",
-        "kv_cache_bytes": "KV cache",
-        "peak_live_bytes": "Peak, live",
-        "peak_allocated_bytes": "Peak, allocated",
-        "peak_reserved_bytes": "Peak, reserved",
-        "device_used_bytes": "Device used",
-        "ttft_s": "TTFT",
-        "tpot_s": "TPOT",
-        "step_s": "Decode step",
-    }.get(quantity, quantity)
+    return of_quantity(quantity)
 
 
 def value(quantity: str, number: float | None) -> str:
@@ -336,7 +234,7 @@ def value(quantity: str, number: float | None) -> str:
     return seconds(number) if quantity.endswith("_s") else gib(number)
 
 
-_LAYOUT = {
+LAYOUT = {
     "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
     "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0, "title": None},
     "showlegend": True,
@@ -348,20 +246,6 @@ def _row_label(name: str, size: int) -> str:
     return f"{name}  <b>{gib(size)}</b>"
 
 
-def _by_phase(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
-    for phase in PHASES:
-        if members := [row for row in rows if row.phase == phase]:
-            yield phase, members
-
-
-def _hover(row: Row) -> str:
-    error = "no error" if row.relative_error is None else percent(row.relative_error)
-    return (
-        f"<b>{label(row.quantity)} {error}</b><br>{_escaped(row.model)} on {_escaped(row.device)}, "
-        f"{row.phase}<br>predicted {value(row.quantity, row.predicted)}, "
-        f"measured {value(row.quantity, row.measured)}"
-    )
-
-
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that a figure does not take for markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -39,12 +39,17 @@ def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[st
 
 
 def nearest(
-    found: Store, model: planner.Model, work: planner.Inference, deploy: planner.Deployment
+    found: Store,
+    model: planner.Model,
+    work: planner.Inference | planner.Training,
+    deploy: planner.Deployment,
 ) -> Record | None:
     """The record of this device and runtime that is most like the plan; None if there is none.
 
-    The same model comes before others, then the sizes decide, compared as ratios.
+    The same model comes before others, of training steps then those made in the same way; then the
+    sizes decide, compared as ratios.
     """
+    trains = isinstance(work, planner.Training)
     compared = {row.record for row in found.rows}
     candidates = [
         record
@@ -52,22 +57,30 @@ def nearest(
         if record.id in compared
         and record.environment.gpu == deploy.gpu
         and record.runtime == deploy.runtime
+        and (record.phase == "training") == trains
     ]
 
-    def distance(record: Record) -> tuple[bool, float, bool]:
-        sizes = (
-            (record.batch, work.batch),
-            (record.prompt_tokens, work.prompt_tokens),
-            (record.output_tokens, work.output_tokens),
-        )
+    def distance(record: Record) -> tuple[bool, bool, float, bool]:
+        sizes = [(record.batch, work.batch)]
+        other_way = False
+        if isinstance(work, planner.Training):
+            sizes.append((record.prompt_tokens, work.sequence_tokens))
+            step = record.step or {}
+            asked = (work.method, work.checkpointing, work.optimizer)
+            other_way = asked != tuple(map(step.get, ("method", "checkpointing", "optimizer")))
+        else:
+            sizes.append((record.prompt_tokens, work.prompt_tokens))
+            sizes.append((record.output_tokens, work.output_tokens))
         apart = sum(abs(math.log(ours / plan)) for ours, plan in sizes)
-        return record.model != model.name, apart, record.phase != "generation"
+        return record.model != model.name, other_way, apart, record.phase != "generation"
 
     return min(candidates, key=distance, default=None)
 
 
 def workload(record: Record) -> str:
-    """Batch × (prompt + output) of a record."""
+    """Batch × (prompt + output) of a record; of a training step, batch × tokens."""
+    if record.phase == "training":
+        return f"{record.batch:,} × {record.prompt_tokens:,}"
     return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
 
 

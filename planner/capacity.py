@@ -107,6 +107,7 @@ def _workloads(work: Inference, *, batch: Cells, prompt: Cells) -> Workloads:
         output_tokens=work.output_tokens,
         logits=work.logits,
         encoder_tokens=work.encoder_tokens,
+        padded=work.padded,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli_calibrate import calibrate_command
+from planner.cli_compare import compare_command
 from planner.cli_explain_log import explain_log_command
 from planner.cli_fit import fit_command, gpus_command
 from planner.cli_layout import (
@@ -28,6 +29,7 @@ from planner.cli_layout import (
     layout,
 )
 from planner.cli_options import (
+    Accumulation,
     AsJson,
     Attention,
     Batch,
@@ -48,6 +50,7 @@ from planner.cli_options import (
     OptimizerImpl,
     OptimizerName,
     Output,
+    Padded,
     Prompt,
     RuntimeName,
     SequenceTokens,
@@ -56,7 +59,7 @@ from planner.cli_options import (
     WeightDtype,
 )
 from planner.cli_output import exit_unless, refuse, show, show_table
-from planner.cli_profile import compare_command, profile_command
+from planner.cli_profile import profile_command
 from planner.cli_report import report_command
 from planner.cli_schema import schema_command
 from planner.cli_sweep import diff_command, sweep_command
@@ -111,11 +114,13 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    accumulation: Accumulation = 1,
     method: Method = "full",
     lora_rank: LoraRank = 8,
     lora_targets: LoraTargets = ALL_LINEAR,
     lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
+    padded: Padded = False,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -129,6 +134,8 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            padded=padded,
+            accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]
             lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
             encoder_tokens=encoder_tokens,
@@ -140,6 +147,7 @@ def estimate_command(
             output_tokens=output,
             logits=logits,  # type: ignore[arg-type]
             encoder_tokens=encoder_tokens,
+            padded=padded,
         )
     deploy = Deployment(
         gpu=gpu,

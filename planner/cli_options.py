@@ -50,6 +50,12 @@ OptimizerName = Annotated[
 ]
 OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
 Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
+Padded = Annotated[
+    bool, typer.Option("--padded", help="Sequences differ in length: an attention mask is given.")
+]
+Accumulation = Annotated[
+    int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
+]
 Method = Annotated[str, typer.Option("--method", help="In training: full or lora.")]
 LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
 LoraTargets = Annotated[

@@ -1,22 +1,21 @@
-"""`planner profile` and `planner compare`: measure, and hold against it. Reach for profiles."""
+"""`planner profile`: measure, and hold it against the prediction. Reaches for profiles."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli_options import AsJson, Attention, Batch, CsvFile, Dtype, Output, Prompt
-from planner.cli_output import console, exit_unless, show, warn
+from planner.cli_compare import print_rows
+from planner.cli_options import AsJson, Attention, Batch, Dtype, Output, Prompt
+from planner.cli_output import exit_unless, show, warn
 from planner.errors import ConfigError, shown
-from planner.format import gib, percent, seconds
 from planner.loading import load_model
-from planner.report import write_csv
 
 if TYPE_CHECKING:
     from profiles.suite_run import Progress, Run  # noqa: TID251
@@ -55,6 +54,10 @@ def profile_command(
     missing: Annotated[
         bool, typer.Option("--missing", help="Of a suite: only what the file does not have yet.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Of a suite: over a Ray cluster; local."),
+    ] = None,
     batch: Batch = 1,
     prompt: Prompt = 512,
     output: Output = 32,
@@ -76,11 +79,12 @@ def profile_command(
     if suite is not None:
         if model is not None:
             raise ConfigError(f"MODEL={shown(model)} is not allowed with --suite: it has its own")
-        _suite(suite, device=device, budget=budget, missing=missing, out=out, as_json=as_json)
+        how = {"device": device, "budget": budget, "missing": missing, "ray": ray}
+        _suite(suite, **how, out=out, as_json=as_json)  # type: ignore[arg-type]
         return
     if model is None:
         raise ConfigError("MODEL is missing: a model as elsewhere, or --suite NAME")
-    for name, value in (("--budget", budget), ("--missing", missing or None)):
+    for name, value in (("--budget", budget), ("--missing", missing or None), ("--ray", ray)):
         if value is not None:
             raise ConfigError(f"{name} is not allowed without --suite")
     options: dict[str, Any] = {
@@ -106,47 +110,20 @@ def profile_command(
     if as_json:
         show({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})
     else:
-        _print_comparison(rows)
+        print_rows(rows)
         show(f"{len(records)} records appended to {out}")
     exit_unless(all(record.status == "ok" for record in records))
 
 
-def compare_command(
-    files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Record files; else all found.")
-    ] = None,
-    traced: Annotated[
-        bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
-    ] = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-) -> None:
-    """Predicted beside measured, with signed errors, for every stored record."""
-    from profiles.compare import compare, summary, to_frame  # noqa: TID251
-    from profiles.records import default_paths, load  # noqa: TID251
-
-    for file in files or ():
-        if not file.is_file():
-            raise ConfigError(f"{file} is not a record file: no such file")
-    records, problems = load(files or default_paths())
-    for problem in problems:
-        warn(problem)
-    rows = compare(records, traced=traced, on_problem=warn)
-    if csv is not None:
-        write_csv(to_frame(rows), csv)
-    if as_json:
-        parts: dict[str, Sequence[Any]] = {"rows": rows, "summary": summary(rows)}
-        show({name: [asdict(row) for row in part] for name, part in parts.items()})
-    elif rows:
-        _print_comparison(rows)
-    elif files and problems:
-        raise typer.Exit(2)
-    else:
-        show("No measurements yet. Make some: planner profile llama-50m --device cpu")
-
-
 def _suite(
-    name: str, *, device: str, budget: str | None, missing: bool, out: Path, as_json: bool
+    name: str,
+    *,
+    device: str,
+    budget: str | None,
+    missing: bool,
+    ray: str | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     from profiles.compare import compare  # noqa: TID251
     from profiles.suite_run import run_suite  # noqa: TID251
@@ -154,14 +131,22 @@ def _suite(
     seconds_left = None if budget is None else duration_s(budget)
     if name in APART:
         raise typer.Exit(_apart(name, device, seconds_left, missing=missing, out=out))
-    run: Run = run_suite(
-        name,
-        device=device,
-        out=out,
-        budget_s=seconds_left,
-        only_missing=missing,
-        on_progress=_tell,
-    )
+    run: Run
+    if ray is not None:
+        from profiles.ray_run import run_on_ray  # noqa: TID251
+
+        address = None if ray == "local" else ray
+        on = "cuda" if device == "auto" else device
+        run = run_on_ray(name, address=address, device=on, out=out, on_progress=_tell)
+    else:
+        run = run_suite(
+            name,
+            device=device,
+            out=out,
+            budget_s=seconds_left,
+            only_missing=missing,
+            on_progress=_tell,
+        )
     rows = compare(run.records, on_problem=lambda problem: None)
     if as_json:
         show(
@@ -173,7 +158,7 @@ def _suite(
         )
     else:
         if rows:
-            _print_comparison(rows)
+            print_rows(rows)
         for reason in run.skipped:
             show(f"not measured: {reason}")
         bad = [record for record in run.records if record.status != "ok"]
@@ -206,36 +191,6 @@ def _tell(progress: Progress) -> None:
         f"{record.status[:60]:6} {progress.what}",
         markup=False,
     )
-
-
-def _print_comparison(rows: Sequence[Any]) -> None:
-    from rich.table import Table
-
-    view = Table(title="Predicted beside measured", title_justify="left")
-    for column in ("device", "model", "phase", "quantity"):
-        view.add_column(column)
-    traced = ["traced"] * any(row.traced is not None for row in rows)
-    for column in ("predicted", *traced, "measured", "error"):
-        view.add_column(column, justify="right")
-    for row in rows:
-        show = gib if row.quantity.endswith("_bytes") else seconds
-        view.add_row(
-            row.device,
-            row.model,
-            row.phase,
-            row.quantity,
-            "not predicted" if row.predicted is None else show(row.predicted),
-            *("" if row.traced is None else show(row.traced) for _ in traced),
-            show(row.measured),
-            _error(row.relative_error),
-        )
-    console().print(view)
-
-
-def _error(relative_error: float | None) -> str:
-    if relative_error is None:
-        return ""
-    return "exact" if relative_error == 0 else percent(relative_error)
 
 
 def _with_progress(run: Callable[[Any], Any]) -> Any:

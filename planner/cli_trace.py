@@ -115,7 +115,7 @@ def explain(traced: ModuleTrace, gpu: Gpu, answer: dict[str, Any]) -> str:
     where = f" in {peak.module}" if peak.module else ""
     lines = [
         f"{traced.name}: {len(traced.made):,} storages traced in {traced.seconds:.1f} s on fake "
-        f"tensors, played on {gpu.label} (simulated, not measured)",
+        f"tensors, played on {gpu.label} (simulated)",
         f"  peak live      {gib(answer['peak_live_bytes']):>12}  at {peak.op}{where}, {peak.phase}",
         f"  torch allocates{gib(answer['peak_allocated_bytes']):>12}",
         f"  torch reserves {gib(answer['peak_reserved_bytes']):>12}  "

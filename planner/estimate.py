@@ -15,7 +15,14 @@ from planner.model import Model
 from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
-from planner.prepared import Prepared, as_loaded, prepare, setting_of
+from planner.prepared import (
+    Prepared,
+    as_loaded,
+    check_accumulation,
+    check_padded,
+    prepare,
+    setting_of,
+)
 from planner.program import formula, symbols
 from planner.reserved import AllocatorPlan
 from planner.result import Estimate, Memory, TorchPeaks, Unsegmented
@@ -134,6 +141,8 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     """One training step. Gradients count whole; what they lack at the peak is activations' own."""
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = setting_of(model, deploy, runtime, gpu)
+    check_padded(work, runtime.name)
+    check_accumulation(work, runtime.name)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     weights = weight_rows(model, runtime, setting.dtype, note="")

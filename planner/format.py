@@ -32,3 +32,24 @@ def count(number: float) -> str:
         if abs(number) >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:g}"
+
+
+QUANTITIES = {
+    "weights_bytes": "Weights",
+    "kv_cache_bytes": "KV cache",
+    "gradients_bytes": "Gradients",
+    "optimizer_bytes": "Optimizer states",
+    "peak_live_bytes": "Peak, live",
+    "peak_allocated_bytes": "Peak, allocated",
+    "peak_reserved_bytes": "Peak, reserved",
+    "device_used_bytes": "Device used",
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "step_s": "Step",
+}
+"""What is predicted and measured, as people call it."""
+
+
+def of_quantity(name: str) -> str:
+    """A quantity's name for people; another name as it is."""
+    return QUANTITIES.get(name, name)

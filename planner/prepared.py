@@ -24,7 +24,7 @@ from planner.runtimes.vllm import batch_limits
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.runtimes.vllm_overhead import outside_rows
 from planner.weights import weight_rows
-from planner.workload import CacheSpec, Deployment, Inference
+from planner.workload import CacheSpec, Deployment, Inference, Training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +101,7 @@ class Prepared:
     def check(self, work: Inference) -> None:
         """ConfigError for a context beyond the model's positions or what an engine is set to."""
         self.model.check_positions(work.context_tokens)
+        check_padded(work, self.runtime.name)
         if self.runtime.pooled:
             _check_served(work, self.deploy)
 
@@ -125,6 +126,21 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
         weights_note="" if model is checkpoint else _unpacked_note(checkpoint, gpu),
         peak_note=note,
     )
+
+
+def check_padded(work: Inference | Training, runtime: str) -> None:
+    """ConfigError for padding in a runtime whose programs know none."""
+    if work.padded and runtime != "transformers":
+        raise ConfigError(f"padded=True is not planned for runtime={runtime}: transformers")
+
+
+def check_accumulation(work: Training, runtime: str) -> None:
+    """ConfigError for accumulated gradients in a runtime whose programs know none."""
+    if work.accumulation_steps > 1 and runtime != "transformers":
+        raise ConfigError(
+            f"accumulation_steps={work.accumulation_steps} is not planned for runtime={runtime}: "
+            "1, or transformers"
+        )
 
 
 def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:

@@ -280,6 +280,16 @@ class Tape:
         self._segments.append(again)
         return True
 
+    def open_with(
+        self, label: str, buffers: tuple[Buffer, ...], *, count: int, first_layer: int | None
+    ) -> None:
+        """Say of buffers that they were there before all that is written."""
+        found = Op(name=label, allocates=buffers)
+        segment = Segment(
+            label=label, ops=(found,), count=count, first_layer=first_layer, phase=label
+        )
+        self._segments.insert(0, segment)
+
     def program(self, name: str) -> Program:
         """What was written so far."""
         assert not self._ops, "ops outside a segment"

@@ -62,7 +62,7 @@ class Reserved:
     @property
     def note(self) -> str:
         """How far the numbers can be trusted, and what torch has to do for them."""
-        parts = ["simulated, not measured"]
+        parts = ["simulated"]
         if self.steps_played != self.steps:
             parts.append(f"{self.steps_played:,} of {self.steps:,} decode steps played")
         if self.oom is not None:

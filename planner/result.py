@@ -56,7 +56,7 @@ class Memory:
 
     `activations_bytes` is what the peak adds to weights and the finished cache; `peak_live_bytes`
     weights plus storages the passes create. `torch` has the peaks of torch's allocator, simulated
-    (not measured) when they are first asked for. `outside_torch_bytes` of `overhead_bytes` are not
+    when they are first asked for. `outside_torch_bytes` of `overhead_bytes` are not
     the allocator's; `unused_pool_bytes` is what a pool holds beyond this workload.
     """
 

@@ -82,6 +82,7 @@ class Inference:
 
     `logits`: "all", a plain forward over the prompt; "last", what `generate` does.
     `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
+    `padded`: shorter sequences are padded, and an attention mask hides that (transformers).
     """
 
     batch: int
@@ -89,6 +90,7 @@ class Inference:
     output_tokens: int = 1
     logits: Literal["all", "last"] = "all"
     encoder_tokens: int | None = None
+    padded: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch", "prompt_tokens", "output_tokens"):
@@ -160,7 +162,9 @@ class Training:
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
     and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
     sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
-    `lora`: the adapters of method "lora"; None: a LoRA() of all defaults.
+    `lora`: the adapters of method "lora"; None: a LoRA() of all defaults. `padded`: as of
+    Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its loss
+    dropped before the next, whose gradients are added up before the optimizer's step.
     """
 
     batch: int
@@ -172,9 +176,11 @@ class Training:
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
     encoder_tokens: int | None = None
     lora: LoRA | None = None
+    padded: bool = False
+    accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("batch", "sequence_tokens"):
+        for field in ("batch", "sequence_tokens", "accumulation_steps"):
             check_size(field, getattr(self, field))
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)

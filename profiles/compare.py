@@ -6,10 +6,9 @@ So an old record is always set against today's planner.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import Any
 
 import planner
 from planner import ConfigError
@@ -18,58 +17,20 @@ from planner.program import Dims, Program
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
 from profiles.records import Record
+from profiles.rows import QUANTITIES, Row, relative_error, to_frame
+from profiles.summaries import Summary, summary
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-QUANTITIES = (
-    "weights_bytes",
-    "kv_cache_bytes",
-    "gradients_bytes",
-    "optimizer_bytes",
-    "peak_live_bytes",
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "device_used_bytes",
-    "ttft_s",
-    "tpot_s",
-    "step_s",
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One quantity of one record, predicted and measured, in the quantity's own unit.
-
-    `predicted` is None where the planner refuses the record's configuration; `relative_error` is
-    predicted / measured − 1, None where that has no meaning. `traced`: the same module on fake
-    tensors, where that was asked for and has the quantity.
-    """
-
-    device: str
-    suite: str | None
-    split: str | None
-    model: str
-    phase: str
-    quantity: str
-    predicted: float | None
-    measured: float
-    relative_error: float | None
-    record: str
-    traced: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """The errors of one quantity in one split: absolute values of the relative error."""
-
-    quantity: str
-    split: str | None
-    n: int
-    unpredicted: int
-    mean_abs_error: float | None
-    p90_abs_error: float | None
-    worst_abs_error: float | None
+__all__ = [
+    "QUANTITIES",
+    "Row",
+    "Summary",
+    "compare",
+    "estimate_of",
+    "measured",
+    "predicted",
+    "summary",
+    "to_frame",
+]
 
 
 def compare(
@@ -225,43 +186,6 @@ def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:
     return planner.Training(batch=record.batch, sequence_tokens=record.prompt_tokens, **step)
 
 
-def summary(rows: Iterable[Row]) -> list[Summary]:
-    """Mean, 90th percentile and worst absolute error, by quantity and split."""
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.quantity, row.split), []).append(row)
-    order = sorted(groups, key=lambda group: (QUANTITIES.index(group[0]), group[1] or ""))
-    return [_summarise(quantity, split, groups[quantity, split]) for quantity, split in order]
-
-
-def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows as a table, one column a field."""
-    import pandas as pd
-
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(Row.__dataclass_fields__))
-
-
-def _summarise(quantity: str, split: str | None, rows: list[Row]) -> Summary:
-    errors = sorted(abs(row.relative_error) for row in rows if row.relative_error is not None)
-    return Summary(
-        quantity=quantity,
-        split=split,
-        n=len(errors),
-        unpredicted=sum(row.predicted is None for row in rows),
-        mean_abs_error=statistics.fmean(errors) if errors else None,
-        p90_abs_error=_percentile(errors, 0.9) if errors else None,
-        worst_abs_error=errors[-1] if errors else None,
-    )
-
-
-def _percentile(ordered: list[float], fraction: float) -> float:
-    """Linear between neighbours, as numpy's default."""
-    position = fraction * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def _row(record: Record, quantity: str, prediction: float | None, value: float) -> Row:
     return Row(
         device=record.environment.gpu or record.environment.device_name,
@@ -272,17 +196,9 @@ def _row(record: Record, quantity: str, prediction: float | None, value: float) 
         quantity=quantity,
         predicted=prediction,
         measured=value,
-        relative_error=_relative_error(prediction, value),
+        relative_error=relative_error(prediction, value),
         record=record.id,
     )
-
-
-def _relative_error(prediction: float | None, value: float) -> float | None:
-    if prediction is None:
-        return None
-    if value == 0:
-        return 0.0 if prediction == 0 else None
-    return prediction / value - 1
 
 
 def _tell(on_problem: Callable[[str], None] | None, message: str) -> None:

@@ -152,13 +152,18 @@ class Record:
         return statistics.median(samples) if samples else None
 
     @property
-    def median_tpot_s(self) -> float | None:
-        """Median over the repeats of the mean time of a token after the first (generation)."""
+    def repeat_tpot_s(self) -> tuple[float, ...]:
+        """The mean time of a token after the first, of each repeat (generation)."""
         steps = self.output_tokens - 1
-        if self.phase != "generation" or not steps or not self.step_s:
-            return None
+        if self.phase != "generation" or not steps:
+            return ()
         starts = range(0, len(self.step_s), steps)
-        return statistics.median(statistics.fmean(self.step_s[i : i + steps]) for i in starts)
+        return tuple(statistics.fmean(self.step_s[i : i + steps]) for i in starts)
+
+    @property
+    def median_tpot_s(self) -> float | None:
+        """Median of `repeat_tpot_s`."""
+        return statistics.median(self.repeat_tpot_s) if self.repeat_tpot_s else None
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ class _Work:
         record = ended.answer
         if record is None:
             status = f"error: {ended.problem}"
-            record = _unmeasured(point, self._suite, status, lane.environment)
+            record = unmeasured(point, self._suite, status, lane.environment)
         with self._lock:
             records.append(self._out, record)
             self.records.append(record)
@@ -251,10 +251,11 @@ def look(device: str) -> list[Lane]:
     return lanes
 
 
-def _unmeasured(point: SuitePoint, suite: str, status: str, like: records.Environment) -> Record:
-    from profiles.worker import unmeasured
+def unmeasured(point: SuitePoint, suite: str, status: str, like: records.Environment) -> Record:
+    """The record of a point whose process gave no answer."""
+    from profiles import worker
 
-    return unmeasured(point, suite=suite, status=status, like=like)
+    return worker.unmeasured(point, suite=suite, status=status, like=like)
 
 
 def _measured(out: Path, suite: str, here: records.Environment) -> set[str]:

@@ -95,7 +95,7 @@ QUESTIONS: dict[str, list[list[str]]] = {
     ],
     "diff": [[*SMALL, "--change", "gpu=h200"]],
     "report": [["FLEET"], ["UNPRICED"]],
-    "compare": [[]],
+    "compare": [[], ["--by", "suite", "--baselines"]],
     "trace": [["gpt2", "--tokens", "16"]],
     "explain-log": [
         ["LOG", "--model", "llama-3.1-8b", "--gpu", "h100-80gb"],

@@ -1,17 +1,15 @@
 """Measured: what was seen on real devices, beside what the planner says today."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 import planner
-from app import charts, measurements
-from planner.report import csv_text
-from profiles.compare import Row, summary, to_frame
+from app import measured_charts, measured_filters, measured_tables, measurements, one_run
+from profiles.rows import Row
 
-ALL = "all devices"
+GROUPS = {"quantity": None, "model": "model", "phase": "phase", "suite": "suite"}
 
 
 def label(device: str) -> str:
@@ -35,184 +33,66 @@ def nothing(device: str | None) -> None:
 
 
 def problems(found: measurements.Store) -> None:
-    """What the loader and the comparison could not use."""
-    for problem in found.problems[:3]:
-        st.warning(problem)
-    if rest := found.problems[3:]:
-        with st.expander(f"{len(rest)} more problems"):
-            st.code("\n".join(rest), language=None, wrap_lines=True)
+    """What the loader and the comparison could not use: one line, or one line and a list."""
+    if len(found.problems) == 1:
+        st.warning(found.problems[0])
+    elif found.problems:
+        with st.expander(f"{len(found.problems)} records or lines are not compared"):
+            st.code("\n".join(found.problems), language=None, wrap_lines=True)
 
 
-def narrow(name: str, options: Sequence[str], key: str) -> list[str]:
-    """Those chosen of the options; all of them where nothing is chosen."""
-    chosen = st.multiselect(
-        name, options, key=key, bind="query-params", placeholder="all", select_all=False
-    )
-    return list(chosen) or list(options)
-
-
-def filtered(found: measurements.Store, device: str) -> list[Row]:
-    """The rows that the filters leave."""
-    rows = [row for row in found.rows if device in (ALL, row.device)]
-    runtime_of = {record.id: record.runtime for record in found.records.values()}
-    models = sorted({row.model for row in rows})
-    runtimes = sorted({runtime_of[row.record] for row in rows})
-    phases = [phase for phase in charts.PHASES if any(row.phase == phase for row in rows)]
-    for column, options in zip(
-        st.columns(3),
-        (
-            ("Model", models, "of_model"),
-            ("Runtime", runtimes, "in_runtime"),
-            ("Phase", phases, "in_phase"),
-        ),
-        strict=True,
-    ):
-        with column:
-            kept = narrow(*options)
-        if options[0] == "Model":
-            models = kept
-        elif options[0] == "Runtime":
-            runtimes = kept
-        else:
-            phases = kept
-    return [
-        row
-        for row in rows
-        if row.model in models and runtime_of[row.record] in runtimes and row.phase in phases
-    ]
-
-
-def per_quantity(rows: Sequence[Row]) -> None:
-    """Mean, p90 and worst error of each quantity."""
+def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:
+    """Repeatability first, then the errors in a few numbers and each of them as a point."""
     st.subheader("How far off")
-    table = pd.DataFrame(
-        [
-            (
-                charts.label(s.quantity),
-                s.split or "none",
-                s.n,
-                *(
-                    None if e is None else 100 * e
-                    for e in (s.mean_abs_error, s.p90_abs_error, s.worst_abs_error)
-                ),
-                s.unpredicted,
+    measured_tables.repeatable(found, rows)
+    asked = st.segmented_control(
+        "By", list(GROUPS), default="quantity", key="by", bind="query-params"
+    )
+    measured_tables.errors(rows, by=GROUPS[asked or "quantity"])
+    st.caption(
+        "Filled points: held-out. Hollow: calibration, constants may be fitted on them. Hollow "
+        "with a dot: outside the suites."
+    )
+    lines = "model" if asked == "model" else "quantity"
+    for column, (_, title, members) in beside(rows):
+        with column:
+            st.markdown(f"**{title}**, every error")
+            chart(
+                measured_charts.residuals(members, by=lines),
+                measured_charts.residuals_in_words(members, title=title),
             )
-            for s in summary(rows)
-        ],
-        columns=["quantity", "split", "n", "mean |error|", "p90", "worst", "not predicted"],
-    )
-    share = st.column_config.NumberColumn(format="%.2f %%")
-    st.dataframe(
-        table,
-        hide_index=True,
-        column_config={"mean |error|": share, "p90": share, "worst": share},
-        alt="Error of each quantity: how many, mean, 90th percentile and worst",
-    )
+    if len({row.model for row in rows}) > 1 and any(r.relative_error is not None for r in rows):
+        st.markdown("**Mean error in %** of each model: blue is predicted too little")
+        chart(measured_charts.heat_map(rows), measured_charts.heat_map_in_words(rows))
 
 
-def drawn(rows: Sequence[Row]) -> None:
-    """Every error as a point, and predicted against measured; bytes and times apart."""
+def against(rows: Sequence[Row]) -> None:
+    """Predicted against measured; bytes and times apart."""
+    if not any(row.predicted for row in rows):
+        return
+    st.subheader("Predicted against measured")
+    for column, (unit, title, members) in beside(rows):
+        with column:
+            st.markdown(f"**{title}**: equal on the dashed line")
+            chart(
+                measured_charts.parity(members, unit=unit),
+                f"{title}: {len(members)} values predicted against measured on logarithmic axes",
+            )
+
+
+def beside(rows: Sequence[Row]) -> Iterable[tuple[Any, tuple[str, str, list[Row]]]]:
+    """A column for memory and one for time, whichever there is."""
     units = [
         (unit, title, members)
         for unit, title in (("bytes", "Memory"), ("s", "Time"))
         if (members := [r for r in rows if r.quantity.endswith(f"_{unit}") and r.predicted])
     ]
-    if not units:
-        return
-    for column, (_, title, members) in zip(st.columns(len(units)), units, strict=True):
-        with column:
-            st.markdown(f"**{title}**, every error")
-            chart(charts.errors(members), f"{title}: signed relative error of each measurement")
-    st.subheader("Predicted against measured")
-    for column, (unit, title, members) in zip(st.columns(len(units)), units, strict=True):
-        with column:
-            st.markdown(f"**{title}**: equal on the dashed line")
-            chart(
-                charts.parity(members, unit=unit),
-                f"{title}: predicted against measured on logarithmic axes",
-            )
+    return zip(st.columns(len(units)), units, strict=True) if units else ()
 
 
 def chart(figure: object, words: str) -> None:
     """A figure as all of them are shown here."""
     st.plotly_chart(figure, width="stretch", config={"displayModeBar": False}, alt=words)
-
-
-def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:
-    """The rows as a table and as a file."""
-    rows = with_traces(rows)
-    beside = any(row.traced is not None for row in rows)
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.subheader("Every measurement")
-        st.download_button(
-            "Download CSV",
-            csv_text(to_frame(rows)),
-            file_name="measured.csv",
-            mime="text/csv",
-            on_click="ignore",
-            icon=":material/download:",
-        )
-    lines = []
-    for row in rows:
-        record = found.records[row.record]
-        lines.append(
-            (
-                row.device,
-                row.model,
-                record.runtime,
-                record.attention,
-                record.dtype,
-                row.phase,
-                measurements.workload(record),
-                charts.label(row.quantity),
-                charts.value(row.quantity, row.predicted),
-                charts.value(row.quantity, row.traced),
-                charts.value(row.quantity, row.measured),
-                None if row.relative_error is None else 100 * row.relative_error,
-                row.record,
-                record.created_utc[:10],
-            )
-        )
-    right = st.column_config.TextColumn(alignment="right")
-    st.dataframe(
-        pd.DataFrame(
-            lines,
-            columns=[
-                "device", "model", "runtime", "attention", "dtype", "phase",
-                "batch × (prompt + output)", "quantity", "predicted", "traced", "measured",
-                "error", "record", "measured on",
-            ],
-        ),
-        hide_index=True,
-        column_order=[
-            "model", "phase", "quantity", "predicted", *["traced"] * beside, "measured",
-            "error", "device", "runtime", "attention", "dtype", "batch × (prompt + output)",
-            "record", "measured on",
-        ],
-        column_config={
-            "predicted": right,
-            "traced": right,
-            "measured": right,
-            "error": st.column_config.NumberColumn(format="%+.2f %%"),
-        },
-        alt="Every measured quantity with its prediction and the signed error",
-    )  # fmt: skip
-
-
-def with_traces(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows, with what the same modules hold on fake tensors if that is asked for."""
-    asked = st.toggle(
-        "Traced beside them",
-        key="traced",
-        bind="query-params",
-        help="Runs every module on fake tensors, without the device: a second or so each.",
-    )
-    if not asked:
-        return rows
-    traced, problems = measurements.traced(tuple(dict.fromkeys(row.record for row in rows)))
-    for problem in problems[:3]:
-        st.warning(problem)
-    return [replace(row, traced=traced.get((row.record, row.quantity))) for row in rows]
 
 
 def unmeasured(found: measurements.Store) -> None:
@@ -232,18 +112,18 @@ except planner.ConfigError as error:
     st.stop()
 
 problems(stored)
-seen = list(dict.fromkeys(row.device for row in stored.rows))
-others = [name for name in planner.gpus() if name not in seen]
-device = str(st.selectbox("Device", [ALL, *seen, *others], key="device", bind="query-params"))
-of_device = [row for row in stored.rows if device in (ALL, row.device)]
+device = measured_filters.device(stored)
+of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
 if not of_device:
-    nothing(None if device == ALL else device)
+    nothing(None if device == measured_filters.ALL else device)
 else:
-    shown = filtered(stored, device)
+    shown = measured_filters.filtered(stored, of_device)
     if shown:
-        per_quantity(shown)
-        drawn(shown)
-        every_row(stored, shown)
+        how_far_off(stored, shown)
+        against(shown)
+        one_run.opened(stored, shown)
+        measured_tables.others(stored, shown)
+        measured_tables.every_row(stored, shown)
     else:
         st.info("The filters leave no measurement.")
 unmeasured(stored)

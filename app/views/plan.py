@@ -50,13 +50,12 @@ def trust(e: planner.Estimate) -> str:
         found = measurements.store()
     except planner.ConfigError as error:
         return f"Measurements cannot be read: {error}"
-    if isinstance(e.work, planner.Training):
-        return "Predicted, not measured: no training step was measured yet."
     record = measurements.nearest(found, e.model, e.work, e.deploy)
     if record is None:
         elsewhere = any(r.environment.gpu == e.gpu.name for r in found.records.values())
         where = f"in {e.deploy.runtime} on {e.gpu.label}" if elsewhere else f"on {e.gpu.label}"
-        return f"Predicted, not measured: nothing was measured {where} yet."
+        what = "no training step" if isinstance(e.work, planner.Training) else "nothing"
+        return f"Predicted, not measured: {what} was measured {where} yet."
     seen = ", ".join(
         f"{charts.label(row.quantity)} {percent(row.relative_error)}"
         for row in found.rows

@@ -10,7 +10,8 @@ torch/csrc/autograd/engine.cpp and its neighbours, torch 2.13, on one thread:
   two are added, into the one that waits or into a third tensor (input_buffer.cpp);
 * what has to be computed again comes when the node begins, and goes with its formula;
 * a leaf takes the gradient as it is, if that lies as the leaf does, else a copy
-  (accumulate_grad.h). A tied weight is summed up before, while it waits.
+  (accumulate_grad.h); where it has one already, the new one is added to it in place. A tied
+  weight is summed up before, while it waits.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def _accumulate(aten: Aten, leaf: Leaf) -> None:
     new, leaf.waiting = leaf.waiting, None
     assert new is not None
     like = leaf.tensor
+    if leaf.grad is not None:
+        return
     obeys = all(
         n == 1 or s == w for n, s, w in zip(new.sizes, new.strides, like.strides, strict=True)
     )

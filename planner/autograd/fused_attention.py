@@ -15,6 +15,7 @@ from planner.autograd.layouts import preserved
 from planner.autograd.products import FLOAT32, Products
 from planner.autograd.recording import only
 from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
+from planner.dtypes import element_bytes
 from planner.program import Dims as Sizes
 from planner.program import Extent, Number, Shape, Symbol, evaluate, formula, maximum, minimum
 
@@ -45,6 +46,13 @@ def fused_kernel(device: str, capability: str | None, itemsize: int) -> FusedKer
     if itemsize == FLOAT32:
         return "efficient"
     return "cudnn" if (capability or "").split(".")[0] in ("9", "10") else "flash"
+
+
+def kernel_note(device: str, capability: str | None, dtype: str) -> str:
+    """What has to be said of a training step there: whose scratch was not seen on a GPU."""
+    if fused_kernel(device, capability, element_bytes(dtype)) != "flash":
+        return ""
+    return "approximate: the scratch of flash attention is from its source, not measured"
 
 
 class FusedAttention(Products):

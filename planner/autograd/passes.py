@@ -39,7 +39,8 @@ class PassWriter(Generic[Given]):
     `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
     and runs again on the way back. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
-    adapters beside the linear layers `adapted`, all that is trained then.
+    adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
+    gradients of earlier steps are there, and those of this one are added to them.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class PassWriter(Generic[Given]):
         trains: bool = True,
         checkpointed: bool = False,
         lora: LoRA | None = None,
+        accumulates: bool = False,
     ) -> None:
+        self.accumulates = accumulates
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
         self.flows = False  # whether a gradient flows back through what is carried
@@ -100,7 +103,17 @@ class PassWriter(Generic[Given]):
             return replace(made, node=next(self.known))
         leaf = Leaf(Like(made.dims, made.sizes, made.strides, made.itemsize, made.name))
         self.leaves[self.walking].append(leaf)
+        if self.accumulates:
+            leaf.grad = self._accumulated(leaf.tensor)
         return replace(made, node=leaf)
+
+    def _accumulated(self, like: Like) -> Tensor:
+        """The gradient of earlier steps."""
+        shape = tuple(extent for dim in like.dims for extent in dim)
+        name = f"gradient of {like.name}"
+        buffer = Buffer(name=name, shape=shape, itemsize=like.itemsize, gradient=True)
+        storage = Storage(buffer, self.tape)
+        return Tensor(storage, like.dims, like.sizes, like.strides, like.itemsize, name)
 
     def keep_with_loss(self, node: Node, flowed: Gradients) -> Gradients:
         """A leaf that is no parameter: the loss's graph holds it with its gradient."""
@@ -133,6 +146,8 @@ class PassWriter(Generic[Given]):
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
                     graphs[part.label] = self._walk(part, carried)
+        if self.accumulates:
+            self._open_with_gradients()
         tape.phase = "backward"
         loss = carried[0]
         assert loss is not None
@@ -188,6 +203,15 @@ class PassWriter(Generic[Given]):
         embeds = part.label == EMBEDDING
         outer = self.model.outer_parameters()
         return (p for p in outer if p.name.startswith("embed") == embeds)
+
+    def _open_with_gradients(self) -> None:
+        for part in self.parts():
+            grads = [leaf.grad for leaf in self.leaves[part.label]]
+            buffers = tuple(grad.storage.buffer for grad in grads if grad is not None)
+            if buffers:
+                self.tape.open_with(
+                    "gradients so far", buffers, count=part.count, first_layer=part.layer
+                )
 
     def _zero_gradients(self) -> None:
         """Set all gradients to None."""
@@ -254,14 +278,13 @@ class PassWriter(Generic[Given]):
 
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
             graph, f.graph, f.frame = f.graph, Graph(), frame
-            self.known = iter(leaves)
-            expected = [leaf.expected for leaf in leaves]
+            self.known, expected = iter(leaves), [leaf.expected for leaf in leaves]
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
                 self.known, f.graph, f.frame = None, graph, None
-                for leaf, count in zip(leaves, expected, strict=True):
-                    leaf.expected = count  # no gradient flows through what ran again
+                for leaf, gradients in zip(leaves, expected, strict=True):
+                    leaf.expected = gradients  # this graph sends none
 
         f.frame = Frame(self.aten, again, x, given)
         out = self.block(layer, x, given)

@@ -441,6 +441,7 @@ def _program(
         else None,
         residual_tokens=residual_tokens,
         static=is_static(setting),
+        padded=work.padded,
     )
     return pass_program(model, what, Regime.of(model, dims))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
 from planner.model import Model
 from planner.program import Dims
@@ -10,8 +11,6 @@ from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.workload import Training
-
-NOTE = "approximate: written from transformers' source and torch's, not measured on a GPU"
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -47,7 +46,9 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointed=work.checkpointing == "full",
         lora=work.adapters,
+        padded=work.padded,
+        accumulates=work.accumulation_steps > 1,
     )
     program = pass_program(model, what, Regime.of(model, dims))
-    note = NOTE if setting.device == "cuda" else ""
+    note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)

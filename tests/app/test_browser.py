@@ -1,5 +1,6 @@
 """The served app in headless Chromium: a model chosen, a CSV downloaded, nothing thrown."""
 
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 import planner
+from profiles import records
 
 pytestmark = pytest.mark.browser
 
@@ -163,3 +165,40 @@ def test_a_decision_is_made_on_explore_and_taken_home_as_csv(server, page, tmp_p
     most = planner.max_context_tokens(model, work, deploy)
     longest = best[best["batch"] == 1]["context_tokens"].max()
     assert longest <= most < 2 * longest
+
+
+def test_a_run_is_opened_by_a_link_drawn_under_its_levels_and_the_errors_downloaded(
+    server, page, tmp_path
+):
+    """The committed records of an H200: one with NVML's series."""
+    known, _ = records.load([records.DATA / "h200.jsonl"])
+    one = next(record for record in known if record.series is not None)
+    page.goto(f"{server}/measured?device=h200&run={one.id}")
+    settled(page)
+    page.locator(".heatmaplayer image, .heatmaplayer path").first.wait_for(state="attached")
+    drawn = page.locator('[aria-label*="NVML\'s used memory"], [alt*="NVML\'s used memory"]')
+    drawn.first.wait_for(state="attached")
+    assert page.get_by_text("peak reserved", exact=False).first.count() == 1
+    page.get_by_role("combobox", name="Split").click()
+    page.get_by_role("option", name="held-out").click()
+    page.keyboard.press("Escape")
+    run = page.get_by_role("combobox", name="Run", exact=True)
+    sync_api.expect(run).not_to_have_value(re.compile(one.id), timeout=30_000)  # it is calibration
+    settled(page)
+    assert "of_split=held-out" in page.url
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    target = tmp_path / "measured.csv"
+    download.value.save_as(target)
+    table = pd.read_csv(target)
+    assert set(table["split"]) == {"held-out"}
+    assert set(table["device"]) == {"h200"}
+
+
+def test_on_a_phone_the_measurements_are_no_wider_than_the_page(server, page):
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.goto(f"{server}/measured")
+    settled(page)
+    page.locator(".js-plotly-plot").first.wait_for()
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0

@@ -4,25 +4,9 @@ import itertools
 
 import pytest
 
-from app import charts
-from profiles.compare import Row
+from app import charts, measured_charts, run_charts
 
 KINDS = ["fits", "too large", "pool", "pool of nothing", "cpu"]
-
-
-def row(quantity="weights_bytes", predicted=2.0 * 2**30, measured=2**30, phase="prefill"):
-    return Row(
-        device="cpu",
-        suite=None,
-        split=None,
-        model="tiny",
-        phase=phase,
-        quantity=quantity,
-        predicted=predicted,
-        measured=measured,
-        relative_error=None if predicted is None else predicted / measured - 1,
-        record="r",
-    )
 
 
 def luminance(colour):
@@ -109,37 +93,6 @@ def test_every_part_has_its_size_written_on_its_row(estimates):
 @pytest.mark.parametrize("background", ["#ffffff", "#0e1117"])
 def test_fills_are_legible_on_light_and_dark_pages(background):
     """WCAG 2.1, 1.4.11: 3 to 1 for what a graphic is understood by."""
-    fills = {*charts.COLOURS.values(), *(colour for colour, _ in charts.PHASES.values())}
+    looks = {colour for colour, _ in measured_charts.LOOKS.values()}
+    fills = {*charts.COLOURS.values(), *looks, run_charts.USED}
     assert all(contrast(colour, background) >= 3 for colour in fills)
-
-
-def test_errors_keep_their_sign_and_their_quantity():
-    figure = charts.errors(
-        [row(), row("ttft_s", 1.0, 2.0, phase="generation"), row("kv_cache_bytes", None)]
-    )
-    points = {point.name: (point.x[0], point.y[0]) for point in figure.data}
-    assert points == {"prefill": (100.0, "Weights"), "generation": (-50.0, "TTFT")}
-    assert figure.layout.xaxis.range[0] == -figure.layout.xaxis.range[1]
-
-
-def test_exact_predictions_get_an_axis_of_at_least_one_percent():
-    assert charts.errors([row(predicted=2.0**30)]).layout.xaxis.range[1] >= 1
-
-
-def test_parity_draws_its_own_unit_against_the_line_of_equality():
-    rows = [row(), row("ttft_s", 0.001, 0.002)]
-    line, memory = charts.parity(rows, unit="bytes").data
-    assert line.x == line.y
-    assert (memory.x, memory.y) == ((1.0,), (2.0,))
-    assert charts.parity(rows, unit="s").data[1].x == (2.0,)  # ms
-
-
-def test_parity_without_rows_is_an_empty_figure_not_an_error():
-    assert len(charts.parity([], unit="s").data) == 1
-    assert len(charts.errors([]).data) == 0
-
-
-def test_names_from_a_record_are_not_markup():
-    text = charts.errors([row()]).data[0].text[0]
-    assert "<b>Weights +100.00%</b>" in text
-    assert "&lt;script" in charts._escaped("<script>")

@@ -169,6 +169,21 @@ def words(config: hf.PretrainedConfig, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, config.get_text_config().vocab_size, (batch, tokens))
 
 
+def takes_padding(config: dict[str, Any]) -> bool:
+    """Whether padding masks of this config are planned."""
+    return config["model_type"] not in ("bloom", "opt") and not config.get("alibi")
+
+
+def padding(batch: int, tokens: int) -> torch.Tensor:
+    """A mask [B, T] that hides a token that every window still sees.
+
+    Behind the windows of a model without full layers, padding that has left them is not masked.
+    """
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[:, max(0, tokens - 2)] = 0
+    return mask
+
+
 def inference_peaks(
     live: torch.nn.Module,
     batch: int,
@@ -177,20 +192,22 @@ def inference_peaks(
     steps: int,
     last: bool = False,
     capacity: int | None = None,
+    padded: bool = False,
 ) -> list[int]:
     """Peaks of a prefill and the decode steps behind it; of the last logits alone if `last`.
 
-    `capacity`: in a StaticCache of so many tokens.
+    `capacity`: in a StaticCache of so many tokens. `padded`: behind a mask.
     """
     ids, seen = words(live.config, batch, tokens), []
     kept = {"logits_to_keep": 1} if last else {}
+    masks = [padding(batch, tokens + count) if padded else None for count in range(1 + steps)]
     with torch.no_grad(), LiveTensorMeter() as meter:
         cache, step = None, ids
         if capacity is not None:
             cache = hf.StaticCache(config=live.config, max_cache_len=capacity)
-        for _ in range(1 + steps):
+        for mask in masks:
             meter.reset_peak()
-            out = live(step, past_key_values=cache, use_cache=True, **kept)
+            out = live(step, attention_mask=mask, past_key_values=cache, use_cache=True, **kept)
             cache, step = out.past_key_values, ids[:, :1]
             seen.append(meter.peak_bytes)
             del out
@@ -202,11 +219,14 @@ def training_meter(
     batch: int,
     tokens: int,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    padded: bool = False,
 ) -> LiveTensorMeter:
     """The meter after a step of which only the loss was kept."""
     ids = words(live.config, batch, tokens)
+    mask = padding(batch, tokens) if padded else None
     with LiveTensorMeter() as meter:
-        loss = live(ids, labels=ids, use_cache=False).loss
+        loss = live(ids, attention_mask=mask, labels=ids, use_cache=False).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()

@@ -24,7 +24,7 @@ QUESTIONS = {
     "sweep": [["gemma-2-9b", "--gpu", "t4", "--batch", "1,900", "--context", "99,99999"]],
     "diff": [["gpt2", "--gpu", "t4", "--change", "runtime=attnlab,dtype=fp16"]],
     "trace": [["llama-50m", "--tokens", "8", "--train", "--optimizer", "adamw"]],
-    "compare": [[]],
+    "compare": [[], ["--by", "device"], ["--by", "model", "--baselines"]],
 }
 
 

@@ -22,6 +22,7 @@ from tests.planner.small_decoders import (
     decoders,
     described,
     inference_peaks,
+    takes_padding,
 )
 from tests.planner.small_encoders import HEADS
 
@@ -41,13 +42,15 @@ def predicted(model, batch, tokens, step, **what):
     tokens=st.integers(1, 45),
     eager=st.booleans(),
     logits=st.sampled_from(("all", "last")),
+    padded=st.booleans(),
 )
-def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager, logits):
+def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager, logits, padded):
+    padded = padded and tokens > 1 and takes_padding(config)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).eval()
-    seen = inference_peaks(live, batch, tokens, steps=3, last=logits == "last")
+    seen = inference_peaks(live, batch, tokens, steps=3, last=logits == "last", padded=padded)
     model = planner.read_config(live.config.to_dict())
-    what = {"attention": attention, "dtype": dtype, "logits": logits}
+    what = {"attention": attention, "dtype": dtype, "logits": logits, "padded": padded}
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
 
 
@@ -94,6 +97,22 @@ def test_static_caches_of_other_types_are_refused(kind):
     deploy = planner.Deployment(gpu="cpu", cache=planner.CacheSpec(kind="static"))
     with pytest.raises(planner.ConfigError, match=f"'static' of model_type={kind} is not planned"):
         planner.estimate(model, planner.Inference(batch=1, prompt_tokens=8), deploy)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "opt", "bert", "t5"])
+def test_padding_of_types_that_count_in_masks_is_refused(kind):
+    model = planner.read_config({"model_type": kind})
+    work = planner.Inference(batch=2, prompt_tokens=8, padded=True)
+    with pytest.raises(planner.ConfigError, match=f"padded=True of model_type={kind} is not"):
+        planner.estimate(model, work, planner.Deployment(gpu="cpu"))
+
+
+def test_padding_is_refused_by_other_runtimes_and_caches():
+    model = planner.load_model("llama-3.1-8b")
+    work = planner.Inference(batch=2, prompt_tokens=8, padded=True)
+    for change in ({"runtime": "vllm"}, {"cache": planner.CacheSpec(kind="static")}):
+        with pytest.raises(planner.ConfigError, match="padded=True is not planned"):
+            planner.estimate(model, work, planner.Deployment(gpu="h200", **change))
 
 
 def test_every_type_that_is_called_exact_is_drawn():

@@ -13,7 +13,7 @@ from planner.activations import peak
 from planner.program import Dims
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
-from profiles.meters import module_bytes
+from profiles.meters import LiveTensorMeter, module_bytes
 from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import (
     DTYPES,
@@ -21,7 +21,9 @@ from tests.planner.small_decoders import (
     built,
     decoders,
     described,
+    takes_padding,
     training_meter,
+    words,
 )
 
 
@@ -39,16 +41,72 @@ def predicted(model, batch, tokens, **what):
     tokens=st.integers(1, 45),
     eager=st.booleans(),
     checkpointed=st.booleans(),
+    padded=st.booleans(),
 )
-def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed):
+def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed, padded):
+    padded = padded and takes_padding(config)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
     if checkpointed:
         live.activation_checkpointing_enable()
-    meter = training_meter(live, batch, tokens)
+    meter = training_meter(live, batch, tokens, padded=padded)
     model = planner.read_config(live.config.to_dict())
-    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed}
+    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed, "padded": padded}
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    config=decoders(),
+    dtype=st.sampled_from(tuple(DTYPES)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 30),
+    eager=st.booleans(),
+    checkpointed=st.booleans(),
+    impl=st.sampled_from((None, "foreach", "fused")),
+)
+def test_gradients_of_several_batches_add_up(
+    config, dtype, batch, tokens, eager, checkpointed, impl
+):
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), dtype, attention).train()
+    if checkpointed:
+        live.activation_checkpointing_enable()
+    adamw = None
+    if impl is not None:
+        ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
+        adamw = torch.optim.AdamW(live.parameters(), **ways)
+        training_meter(live, batch, tokens, adamw)  # makes the states
+    ids = words(live.config, batch, tokens)
+    with LiveTensorMeter() as meter:
+        for last in (False, False, True):
+            loss = live(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            if not last:
+                del loss
+        if adamw is not None:
+            adamw.step()
+            adamw.zero_grad()
+    work = planner.Training(
+        batch=batch,
+        sequence_tokens=tokens,
+        accumulation_steps=3,
+        optimizer=None if impl is None else "adamw",
+        optimizer_impl=impl or "foreach",
+        checkpointing="full" if checkpointed else "none",
+    )
+    deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention)
+    memory = planner.estimate(planner.read_config(live.config.to_dict()), work, deploy).memory
+    found = memory.peak_live_bytes - memory.weights_bytes - memory.optimizer_bytes
+    assert found == meter.peak_bytes
+
+
+def test_accumulation_is_refused_by_attnlab():
+    work = planner.Training(batch=1, sequence_tokens=8, accumulation_steps=2)
+    with pytest.raises(planner.ConfigError, match="accumulation_steps=2 is not planned"):
+        planner.estimate(
+            planner.load_model("gpt2"), work, planner.Deployment(gpu="cpu", runtime="attnlab")
+        )
 
 
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])

@@ -7,67 +7,23 @@ import pytest
 import planner
 from profiles import records
 from profiles.compare import QUANTITIES, Row, compare, estimate_of, summary, to_frame
-from profiles.records import Environment
-
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 1000,
-    "max_position_embeddings": 512,
-    "dtype": "bfloat16",
-}
+from tests.profiles.made import CONFIG, ENVIRONMENT, measured
 
 
-ENVIRONMENT = Environment(
-    device="cuda",
-    device_name="NVIDIA H200",
-    gpu="h200",
-    platform="Linux",
-    python="3.12.1",
-    torch="2.11.0+cu130",
-    total_memory_bytes=150_000_000_000,
-)
-
-
-def measured(**changes):
-    """A record of a generation on an H200 of which nothing was measured."""
+def row(*, quantity="ttft_s", error=0.1, split=None, predicted=1.0, **more):
     values = {
-        "status": "ok",
+        "device": "h200",
+        "suite": None,
+        "split": split,
         "model": "tiny",
-        "config": CONFIG,
-        "runtime": "attnlab",
-        "runtime_version": "0.1.0",
-        "attention": "sdpa:flash",
-        "phase": "generation",
-        "batch": 2,
-        "prompt_tokens": 16,
-        "output_tokens": 4,
-        "dtype": "bf16",
-        "kv_dtype": "bf16",
-        "logits": "last",
-        "mode": "eager",
-        "environment": ENVIRONMENT,
+        "phase": "prefill",
+        "quantity": quantity,
+        "predicted": predicted,
+        "measured": 1.0,
+        "relative_error": error,
+        "record": "r",
     }
-    return records.create(**(values | changes))
-
-
-def row(*, quantity="ttft_s", error=0.1, split=None, predicted=1.0):
-    return Row(
-        device="h200",
-        suite=None,
-        split=split,
-        model="tiny",
-        phase="prefill",
-        quantity=quantity,
-        predicted=predicted,
-        measured=1.0,
-        relative_error=error,
-        record="r",
-    )
+    return Row(**(values | more))
 
 
 def test_a_row_has_the_fields_of_the_contract():
@@ -168,6 +124,54 @@ def test_summary_counts_absolute_errors_by_quantity_and_split():
 
 def test_summary_of_nothing_is_empty():
     assert summary([]) == []
+
+
+def test_a_summary_has_the_bias_with_its_sign_and_the_worst_record():
+    rows = [row(error=0.1, record="a"), row(error=-0.4, record="b"), row(error=0.0, record="c")]
+    (only,) = summary(rows)
+    assert only.mean_error == pytest.approx(-0.1)
+    assert (only.worst_record, only.by, only.group) == ("b", None, None)
+    assert summary([row(error=0.0)])[0].worst_record is None
+
+
+@pytest.mark.parametrize("by", ["suite", "model", "phase", "device"])
+def test_a_summary_by_groups_keeps_splits_and_quantities_apart(by):
+    rows = [
+        row(error=0.1, split="held-out", **{by: "one"}),
+        row(error=0.3, split="calibration", **{by: "one"}),
+        row(error=0.2, split="held-out", **{by: "two"}),
+        row(error=0.0, split="held-out", quantity="weights_bytes", **{by: "two"}),
+    ]
+    found = [(s.group, s.quantity, s.split, s.worst_abs_error) for s in summary(rows, by=by)]
+    assert found == [
+        ("one", "ttft_s", "calibration", 0.3),
+        ("one", "ttft_s", "held-out", 0.1),
+        ("two", "weights_bytes", "held-out", 0.0),
+        ("two", "ttft_s", "held-out", 0.2),
+    ]
+    assert {s.by for s in summary(rows, by=by)} == {by}
+
+
+def test_a_summary_by_something_else_is_refused():
+    with pytest.raises(planner.ConfigError, match="by='weather'"):
+        summary([row()], by="weather")
+
+
+def test_a_training_step_is_held_against_the_time_of_a_step():
+    step = {"optimizer": "adamw", "checkpointing": "none"}
+    one = measured(
+        phase="training", step=step, output_tokens=1, step_s=(0.1, 0.2, 0.3), gradients_bytes=1
+    )
+    rows = {r.quantity: r for r in compare([one])}
+    assert rows["step_s"].measured == 0.2
+    assert rows["step_s"].predicted == estimate_of(one).latency.step_s
+    assert rows["gradients_bytes"].predicted == estimate_of(one).memory.gradients_bytes
+
+
+def test_a_record_of_peaks_alone_has_rows_for_them_alone():
+    """What is read off an allocator's history: no live tensors, nothing of the driver, no times."""
+    one = measured(suite="allocator", peak_allocated_bytes=2**30, peak_reserved_bytes=2**30)
+    assert [r.quantity for r in compare([one])] == ["peak_allocated_bytes", "peak_reserved_bytes"]
 
 
 def test_a_frame_has_a_column_for_each_field_even_when_empty():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from planner.autograd.fused_attention import kernel_note
 from planner.autograd.tensors import Tensor
 from planner.errors import ConfigError
 from planner.layers import Dense, Layer, LearnedPositions, RoPE, Sinusoidal
@@ -21,10 +22,6 @@ from planner.runtimes.attnlab_training.regime import Regime, Shared, Step, gqa_o
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import FLOAT32, INT64
 from planner.workload import Training
-
-NOTE = (
-    "approximate: written from the source of torch and its flash attention, not measured on a GPU"
-)
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -50,7 +47,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointing=work.checkpointing,
     )
-    note = NOTE if setting.device == "cuda" else ""
+    note = kernel_note(setting.device, setting.capability, setting.dtype)
     program = step_program(model, step, regime)
     return Phase(name="training step", program=program, dims=dims, note=note)
 

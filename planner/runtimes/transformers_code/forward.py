@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.errors import ConfigError
+from planner.layers import ALiBi
 from planner.model import Model
 from planner.program import Program
 from planner.runtimes.base import check_planned
@@ -39,6 +40,18 @@ def check_written(runtime: str, model: Model) -> None:
         )
 
 
+def _check_padded(model: Model, what: Pass) -> None:
+    """ConfigError where a padding mask is not written: types that count or bias by it, caches."""
+    by_mask = ("bert", "bloom", "opt", "t5")
+    if model.text_type in by_mask or isinstance(model.positions, ALiBi):
+        raise ConfigError(
+            f"padded=True of model_type={model.model_type} is not planned for "
+            "runtime=transformers yet: False"
+        )
+    if what.static or what.quantised is not None:
+        raise ConfigError("padded=True is not planned yet for cache.kind='static' or 'quantised'")
+
+
 def _unwritten_head(model: Model) -> str | None:
     """What of the class is not written, in a word: BertModel and heads for words are."""
     if model.text_type == "t5":
@@ -59,6 +72,8 @@ def pass_program(model: Model, what: Pass, regime: Regime) -> Program:
             "dtype='fp16' is not planned for t5 in runtime=transformers: bf16 or fp32 (its class "
             "keeps its last products in float32 then)"
         )
+    if what.padded:
+        _check_padded(model, what)
     writer = WRITERS.get(model.text_type, CausalLM)(model, what, regime)
     writer.before()
     if what.kind == "training":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from planner.autograd.aten import ONE
 from planner.autograd.tensors import Dims, Tensor
-from planner.program import B, Extent, T
+from planner.program import B, Extent, S, T
 from planner.runtimes.transformers_code.positions import PositionWriter
 from planner.runtimes.transformers_code.regime import window_of
 from planner.runtimes.writer import BOOL, INT64
@@ -33,15 +33,29 @@ class MaskWriter(PositionWriter):
         """sdpa_mask where it cannot do without (_ignore_causal_mask_sdpa), eager_mask."""
         needed = (window is not None and window in self.regime.masked) or self.code.masked
         needed = needed or (self.what.static and self.aten.sizes(((T,),)) == (1,))
-        eager = self.what.attention == "eager"
-        if not eager and not needed:
+        eager, aten = self.what.attention == "eager", self.aten
+        if not eager and not needed and not self.what.padded:
             return None
+        padding: list[Tensor] = []
+        if self.what.padded:  # the caller's mask as bool
+            padding.append(aten.new("_to_copy", "padding", ((B,), (S,)), BOOL))
         visible = self._visible(window)
+        if padding:
+            visible = self._and_no_padding(visible)
+        padding.clear()
         if not eager:
             return visible
-        aten = self.aten
         reads = (visible, *(aten.number("mask", self.b) for _ in ("0", "least")))
         return aten.new("where.self", "mask", ((B,), *visible.dims[1:]), self.b, reads=reads)
+
+    def _and_no_padding(self, visible: Tensor) -> Tensor:
+        """and_masks of what was visible and padding_mask_function: one mask for each sequence."""
+        aten, (_, one, rows, keys) = self.aten, visible.dims
+        both = aten.new("bitwise_and.Tensor", "mask", visible.dims, BOOL, reads=(visible,))
+        del visible
+        shown = aten.new("index.Tensor", "padding", ((B,), ONE, ONE, keys), BOOL)
+        dims: Dims = ((B,), one, rows, keys)
+        return aten.new("bitwise_and.Tensor", "mask", dims, BOOL, reads=(both, shown))
 
     def _visible(self, window: int | None) -> Tensor:
         """bool [1, 1, T, keys], from the places of queries and keys."""

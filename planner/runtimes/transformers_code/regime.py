@@ -30,9 +30,10 @@ class Pass:
     """A prefill into an empty cache, one decode step over a filled one, or a training step.
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
-    `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
-    `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
-    layer runs again on the way back; `lora`: adapters are trained, nothing else.
+    `padded`: an attention mask hides padding. `static`: a StaticCache. `quantised`: a
+    QuantizedCache; with neither a DynamicCache. Of it `residual_tokens` are unquantised before the
+    pass. Training has no cache; `checkpointed`: every layer runs again on the way back; `lora`:
+    adapters are trained, nothing else; `accumulates`: earlier steps left gradients.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -45,12 +46,14 @@ class Pass:
     logits: Literal["all", "last"] = "all"
     held_whole: bool = False
     static: bool = False
+    padded: bool = False
     quantised: QuantisedCache | None = None
     residual_tokens: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointed: bool = False
     lora: LoRA | None = None
+    accumulates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +168,7 @@ class CodeWriter(PassWriter[Shared]):
             trains=trains,
             checkpointed=what.checkpointed,
             lora=what.lora,
+            accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
         self.aten.watched = what.device == "cpu"

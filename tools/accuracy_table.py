@@ -1,0 +1,140 @@
+"""Writes README's accuracy tables from the committed records: `python -m tools.accuracy_table`.
+
+Run it after a prediction or a record has changed; a test holds README against what it gives.
+A device has a table: its held-out points beside those that constants may be fitted on, or one
+column of all where its records were measured outside the suites.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from planner.catalog.gpus import gpus
+from planner.format import of_quantity
+from planner.report import write_text
+from profiles import records
+from profiles.compare import compare
+from profiles.records import Record
+from profiles.repeatability import Repeatability, repeatability, repeats
+from profiles.rows import QUANTITIES, Row
+from profiles.summaries import Summary, summary
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- accuracy: written by `python -m tools.accuracy_table` -->"
+END = "<!-- /accuracy -->"
+
+
+def accuracy(found: Sequence[Record]) -> str:
+    """The part of README between the marks: GPUs first."""
+    rows = compare(found)
+    devices = sorted({row.device for row in rows}, key=lambda name: (name == "cpu", name))
+    return "\n\n".join(
+        of_device(
+            device,
+            [r for r in found if (r.environment.gpu or r.environment.device_name) == device],
+            [row for row in rows if row.device == device],
+        )
+        for device in devices
+    )
+
+
+def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
+    """One device: what was run, how repeatable it was, how far off the predictions were."""
+    compared = {row.record for row in rows if row.predicted is not None}
+    ran = [record for record in found if record.id in compared]
+    split = any(row.split for row in rows)
+    refused = len({row.record for row in rows if row.predicted is None})
+    left_out = f" The planner refuses {refused} more." if refused else ""
+    label = "CPU" if device == "cpu" else gpus()[device].label if device in gpus() else device
+    head = (
+        f"**{label}**, {days(ran)}: {len(ran)} records of "
+        f"{len({record.model for record in ran})} models; {software(ran)}.{left_out}"
+    )
+    spreads = repeatability(repeats(found))
+    return "\n\n".join((head, again(spreads), table(summary(rows), split=split)))
+
+
+def days(found: Iterable[Record]) -> str:
+    """The day of the records, or the first and the last."""
+    seen = sorted({record.created_utc[:10] for record in found})
+    return seen[0] if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+
+
+def software(found: Sequence[Record]) -> str:
+    """torch's version, and transformers' where it ran."""
+    torch = sorted({f"torch {record.environment.torch}" for record in found})
+    others = sorted(
+        {
+            f"transformers {record.environment.transformers}"
+            for record in found
+            if record.runtime == "transformers"
+        }
+    )
+    return ", ".join((*torch, *others))
+
+
+def again(spreads: Sequence[Repeatability]) -> str:
+    """How far repeated measurements are apart: what no prediction can do better than."""
+    sentences = []
+    for between, what in (("runs", "Two runs of one point"), ("passes", "The passes of one run")):
+        members = [spread for spread in spreads if spread.between == between]
+        if members:
+            listed = ", ".join(
+                f"{of_quantity(m.quantity)} {share(m.mean_spread)} (worst {share(m.worst_spread)})"
+                for m in members
+            )
+            sentences.append(f"{what} are apart by, on average: {listed}.")
+        elif between == "runs":
+            sentences.append("No point was measured by two runs yet.")
+    return "Repeatability first. " + " ".join(sentences)
+
+
+def table(summaries: Sequence[Summary], *, split: bool) -> str:
+    """Quantity × n, mean, p90 and worst of the absolute error."""
+    sides = ("held-out", "calibration") if split else (None,)
+    figures = ("mean \\|error\\|", "p90", "worst")
+    head = [name for side in sides for name in (f"{side} n" if side else "n", *figures)]
+    lines = [["quantity", *head], ["---", *["--:"] * len(head)]]
+    of = {(s.quantity, s.split): s for s in summaries}
+    for quantity in QUANTITIES:
+        cells = [cell for side in sides for cell in errors(of.get((quantity, side)))]
+        if any(cells):
+            lines.append([of_quantity(quantity), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def errors(one: Summary | None) -> list[str]:
+    """n, mean, p90, worst; empty where nothing was compared."""
+    if one is None or not one.n:
+        return [""] * 4
+    return [f"{one.n}", *map(share, (one.mean_abs_error, one.p90_abs_error, one.worst_abs_error))]
+
+
+def share(fraction: float | None) -> str:
+    """A size of an error: "0" is exact to the byte."""
+    if not fraction:
+        return "0"
+    return "< 0.01 %" if fraction < 0.0001 else f"{fraction:.2%}".replace("%", " %")
+
+
+def written(text: str, part: str) -> str:
+    """`text` with `part` between its marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+
+
+def committed() -> list[Record]:
+    """The records of profiles/data/."""
+    found, problems = records.load(sorted(records.DATA.glob("*.jsonl")))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return found
+
+
+if __name__ == "__main__":
+    write_text(written(README.read_text(encoding="utf-8"), accuracy(committed())), README)
