@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli_calibrate import calibrate_command
 from planner.cli_compare import compare_command
 from planner.cli_explain_log import explain_log_command
 from planner.cli_fit import fit_command, gpus_command
@@ -233,6 +234,7 @@ app.command("schema")(schema_command)
 app.command("trace")(trace_command)
 app.command("profile")(profile_command)
 app.command("compare")(compare_command)
+app.command("calibrate")(calibrate_command)
 app.command("explain-log")(explain_log_command)
 
 

@@ -57,9 +57,7 @@ def sweep_command(
     ] = None,
     tp: Annotated[list[int] | None, typer.Option("--tp", help="May be repeated (vllm).")] = None,
     pp: Annotated[list[int] | None, typer.Option("--pp", help="May be repeated (vllm).")] = None,
-    latency: Annotated[
-        bool, typer.Option("--latency", help="TTFT, TPOT, tokens/s: uncalibrated roofline.")
-    ] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="TTFT, TPOT, tokens/s.")] = False,
     to: Annotated[
         Path | None,
         typer.Option("--to", metavar="FILE", help="Stream to .csv or .parquet, any size."),

@@ -2,7 +2,7 @@
 
 Requests at once follow from Little's law: rate × time in the system, TTFT + (output − 1) · TPOT at
 the batch that results. A copy runs at most what its memory holds; as many copies as that takes, and
-so many GPUs. Times are those of the uncalibrated roofline, a floor: so are copies that they decide.
+so many GPUs. Times are estimates: so are copies that they decide.
 """
 
 from __future__ import annotations

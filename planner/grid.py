@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.activations import peak_bytes
-from planner.latency import BASIS, times
+from planner.latency import UNCALIBRATED, times
 from planner.ledger import total_bytes
 from planner.model import Model
 from planner.parallel import Share
@@ -62,7 +62,7 @@ class Times:
     ttft_s: Cells
     tpot_s: Cells
     output_tokens_per_s: Cells
-    basis: str = BASIS
+    basis: str = UNCALIBRATED
 
 
 def takes_arrays(prepared: Prepared) -> bool:
@@ -141,7 +141,7 @@ def _room(prepared: Prepared, pool: Pool | None, *, total: Cells, kv: Cells) -> 
 
 
 def time_grid(prepared: Prepared, work: Workloads) -> Times:
-    """Times of every cell by the plain roofline."""
+    """Times of every cell, as an estimate has them."""
     shape = np.broadcast_shapes(np.shape(work.batch), np.shape(work.prompt_tokens))
     ttft, tpot, speed = (np.full(shape, np.nan) for _ in range(3))
     for place, part in _alike(prepared, prepared.model, work, shape):
@@ -151,7 +151,7 @@ def time_grid(prepared: Prepared, work: Workloads) -> Times:
         ttft[place], speed[place] = made.ttft_s, made.output_tokens_per_s
         if made.tpot_s is not None:
             tpot[place] = made.tpot_s
-    basis = made.basis if ttft.size else BASIS
+    basis = made.basis if ttft.size else UNCALIBRATED
     return Times(ttft_s=ttft, tpot_s=tpot, output_tokens_per_s=speed, basis=basis)
 
 

@@ -1,34 +1,52 @@
-"""TTFT, TPOT and the time of a training step from the cost of the passes."""
+"""TTFT, TPOT, throughput, utilisation and energy from the times of the passes.
+
+TTFT: one prefill of the whole prompt, as one pass; an engine that cuts it into chunks of some 8 192
+tokens multiplies as fast in each. TPOT: the mean over the decode steps, each over one token more
+than the last. End to end: TTFT and output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes
+over time · bandwidth, over the whole workload, of all GPUs. What an engine's scheduler does between
+the passes is not in any of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
+from planner.energy import pass_joules
+from planner.host_cost import host_seconds
 from planner.model import Model
 from planner.program import Dims, Number, Program
-from planner.roofline import pass_cost
+from planner.roofline import Speed, pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
+from planner.speed import communication_cost, speed_for
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
-MAX_DECODE_POINTS = 64
+MAX_DECODE_POINTS = 16
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
 
-BASIS = "uncalibrated roofline"
+UNCALIBRATED = "uncalibrated roofline"
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Times by the plain roofline: `basis` says so. TPOT is the mean over the decode steps.
+    """Times of a workload. TPOT is the mean over the decode steps.
 
     `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
-    `step_s` and `trained_tokens_per_s` and nothing else.
+    `step_s` and `trained_tokens_per_s` and no TTFT. Each `…_interval_s` holds nine in ten, judged
+    by the fits' errors on ops that they never saw. `basis` says what the times come from and
+    `confidence` whether most of the time lies within what was measured ("interpolated"), beyond it
+    or by another GPU's ("extrapolated"), or by stated defaults ("uncalibrated"). `bound_by` is what
+    takes most of the time in prefill and decode: compute, memory, latency of small kernels,
+    communication, or the host.
     """
 
     ttft_s: float | None = None
@@ -36,7 +54,32 @@ class Latency:
     output_tokens_per_s: float | None = None
     step_s: float | None = None
     trained_tokens_per_s: float | None = None
-    basis: str = BASIS
+    basis: str = UNCALIBRATED
+    end_to_end_s: float | None = None
+    ttft_interval_s: Interval | None = None
+    tpot_interval_s: Interval | None = None
+    step_interval_s: Interval | None = None
+    confidence: str = "uncalibrated"
+    prefill_bound_by: str = ""
+    decode_bound_by: str = ""
+    mfu: float | None = None
+    mbu: float | None = None
+    energy_j: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTime:
+    """One pass through all stages: its time, how far it may be off, what binds it."""
+
+    time_s: Number
+    error_s: Number
+    gpu_s: Number
+    host_s: float
+    communication_s: Number
+    extrapolated_s: Number
+    flops: Number
+    moved_bytes: Number
+    energy_j: Number | None
 
 
 @lru_cache(maxsize=256)
@@ -45,49 +88,209 @@ def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: 
     return times(model, work, setting, runtime, gpu)
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """A deployment's passes: the stages, and how fast their device is."""
+
+    model: Model
+    stages: tuple[Model, ...]
+    setting: Setting
+    runtime: str
+    speed: Speed
+
+    def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
+        """A pass through the stages, one after the other."""
+        setting, speed = self.setting, self.speed
+        gpu: Number = 0.0
+        host, square = 0.0, 0.0
+        extrapolated: Number = 0.0
+        flops: Number = 0.0
+        moved: Number = 0.0
+        waited: Number = 0.0
+        for stage in self.stages:
+            for made in by_phase(program(stage)):
+                cost = pass_cost(made, dims, speed)
+                gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
+                extrapolated = extrapolated + cost.extrapolated_s
+                square = square + cost.error_s**2
+                issuing = self._host(made)
+                host += issuing
+                waited = waited + np.maximum(issuing - cost.time_s, 0.0)
+        said = communication_cost(self.model, setting, dims, speed)
+        time_s, error = gpu + said.time_s, np.sqrt(square + said.error_s**2)
+        known = speed.calibration
+        if setting.mode == "graph":
+            if known is not None and known.graph is not None:
+                time_s = time_s + known.graph.replay_s
+        elif host and known is not None and known.host is not None:
+            error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
+            time_s = time_s + waited
+        return PassTime(
+            time_s=time_s,
+            error_s=error,
+            gpu_s=gpu,
+            host_s=host,
+            communication_s=said.time_s,
+            extrapolated_s=extrapolated,
+            flops=flops,
+            moved_bytes=moved,
+            energy_j=pass_joules(
+                flops, moved, time_s, speed.gpu, dtype=speed.dtype, calibration=known
+            ),
+        )
+
+    def _host(self, program: Program) -> float:
+        """None where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
+        known = self.speed.calibration
+        graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
+        if graph or known is None or known.host is None:
+            return 0.0
+        return host_seconds(program, known.host, self.runtime)
+
+
+@lru_cache(maxsize=256)
+def by_phase(program: Program) -> tuple[Program, ...]:
+    """Forward, backward and optimizer apart, where a program has them.
+
+    A host that is ahead in one has used it up before the next: only some 1 000 kernels wait for a
+    GPU at a time.
+    """
+    phases = dict.fromkeys(segment.phase for segment in program.segments)
+    if len(phases) == 1:
+        return (program,)
+    return tuple(
+        Program(name=program.name, segments=tuple(s for s in program.segments if s.phase == phase))
+        for phase in phases
+    )
+
+
+def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:
+    """What runs one after the other."""
+    rules = runtime_named(runtime)
+    shares = rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
+    return Passes(
+        model=model,
+        stages=tuple(share.model for share in shares),
+        setting=setting,
+        runtime=runtime,
+        speed=speed_for(model, setting, runtime, gpu),
+    )
+
+
 def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
     """One prefill of the prompt, then output_tokens − 1 steps, each over one token more.
 
-    A pass goes through pipeline stages one after the other, each GPU with its share. The sizes of
-    `work` may be arrays of one shape; so are the times then.
+    The sizes of `work` may be arrays of one shape; so are the times then.
     """
     rules = runtime_named(runtime)
-    stages = [
-        share.model
-        for share in rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
-    ]
-
-    def seconds(program: Callable[..., Program], dims: Dims) -> Number:
-        """A pass through all stages, one after the other."""
-        return sum(
-            pass_cost(program(stage, work, setting), dims, gpu, dtype=setting.dtype).time_s
-            for stage in stages
-        )
-
+    passes = passes_of(model, setting, runtime, gpu)
     encoder = model.encoder_length(work.encoder_tokens, work.prompt_tokens)
     prompt = Dims(
         batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
     )
-    ttft_s = seconds(rules.prefill, prompt)
+    first = passes.timed(lambda stage: rules.prefill(stage, work, setting), prompt)
     steps = work.output_tokens - 1
-    tpot_s = None
+    tpot_s = step = None
     if steps:
-        first, last = work.prompt_tokens + 1, work.context_tokens
-        contexts = np.linspace(first, last, min(steps, MAX_DECODE_POINTS), axis=-1)
+        contexts = np.linspace(
+            work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS), axis=-1
+        )
         batch = np.asarray(work.batch, dtype=np.float64)[..., None]
         read = np.asarray(encoder, dtype=np.float64)[..., None]
-        step_s = seconds(
-            rules.decode, Dims(batch=batch, tokens=1.0, context=contexts, encoder=read)
+        dims = Dims(batch=batch, tokens=1.0, context=contexts, encoder=read)
+        step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
+        tpot_s = _mean(step.time_s, contexts)
+    total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)
+    basis = basis_of(passes.speed.calibration)
+    speed_s = work.batch * work.output_tokens / total_s
+    if np.ndim(total_s):
+        return Latency(
+            ttft_s=first.time_s,
+            tpot_s=tpot_s,
+            output_tokens_per_s=speed_s,
+            end_to_end_s=total_s,
+            basis=basis,
         )
-        tpot_s = np.mean(np.broadcast_to(step_s, contexts.shape), axis=-1)
-    total_s = ttft_s + steps * (0.0 if tpot_s is None else tpot_s)
-    alone = np.ndim(total_s) == 0
+    return _told(passes, first, step, float(total_s), steps, work, basis)
+
+
+def _told(
+    passes: Passes,
+    first: PassTime,
+    step: PassTime | None,
+    total_s: float,
+    steps: int,
+    work: Inference,
+    basis: str,
+) -> Latency:
+    """All that can be said of a single point."""
+    mean: dict[str, Any] = {}
+    if step is not None:
+        for name in ("time_s", "error_s", "flops", "moved_bytes", "energy_j", "extrapolated_s"):
+            value = getattr(step, name)
+            mean[name] = None if value is None else float(np.mean(value))
+    gpu, n = passes.speed.gpu, passes.setting.tensor_parallel
+    flops = float(first.flops) + steps * mean.get("flops", 0.0)
+    moved = float(first.moved_bytes) + steps * mean.get("moved_bytes", 0.0)
+    joules = None
+    if first.energy_j is not None:
+        joules = n * (float(first.energy_j) + steps * (mean.get("energy_j") or 0.0))
+    unsure = float(first.extrapolated_s) + steps * mean.get("extrapolated_s", 0.0)
+    stages = passes.setting.pipeline_parallel
     return Latency(
-        ttft_s=float(ttft_s) if alone else ttft_s,
-        tpot_s=float(tpot_s) if alone and tpot_s is not None else tpot_s,
+        ttft_s=float(first.time_s),
+        tpot_s=mean.get("time_s"),
         output_tokens_per_s=work.batch * work.output_tokens / total_s,
-        basis=BASIS if setting.is_one_gpu else f"{BASIS}, without communication",
+        end_to_end_s=total_s,
+        basis=basis,
+        ttft_interval_s=_interval(float(first.time_s), float(first.error_s)),
+        tpot_interval_s=None if step is None else _interval(mean["time_s"], mean["error_s"]),
+        confidence=_confidence(passes.speed.calibration, unsure, total_s),
+        prefill_bound_by=bound_by(first, passes.speed),
+        decode_bound_by="" if step is None else bound_by(step, passes.speed),
+        mfu=flops / (total_s * stages * gpu.flops_per_s(passes.speed.product_dtype)),
+        mbu=moved / (total_s * stages * gpu.memory_bandwidth_bytes_per_s),
+        energy_j=joules,
     )
+
+
+def _mean(step_s: Number, contexts: Number) -> Number:
+    return np.mean(np.broadcast_to(step_s, np.shape(contexts)), axis=-1)
+
+
+def _interval(time_s: float, error_s: float) -> Interval:
+    return max(0.0, time_s - error_s), time_s + error_s
+
+
+def bound_by(made: PassTime, speed: Speed) -> str:
+    """What takes most of a pass."""
+    gpu, host = float(np.mean(made.gpu_s)), made.host_s
+    said = float(np.mean(made.communication_s))
+    if host > gpu + said:
+        return "host"
+    if said > gpu:
+        return "communication"
+    compute = float(np.mean(made.flops)) / speed.gpu.flops_per_s(speed.product_dtype)
+    memory = float(np.mean(made.moved_bytes)) / speed.gpu.memory_bandwidth_bytes_per_s
+    if max(compute, memory) < 0.4 * gpu:
+        return "latency"
+    return "compute" if compute > memory else "memory"
+
+
+def basis_of(calibration: Calibration | None) -> str:
+    """What the times come from, in words."""
+    if calibration is None:
+        return UNCALIBRATED
+    if calibration.transferred_from is not None:
+        return f"ops measured on {calibration.transferred_from}, by the ratio of ceilings"
+    return f"ops measured on {calibration.gpu}"
+
+
+def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float) -> str:
+    if calibration is None:
+        return "uncalibrated"
+    far = calibration.transferred_from is not None or unsure_s > 0.25 * total_s
+    return "extrapolated" if far else "interpolated"
 
 
 @lru_cache(maxsize=256)
@@ -96,6 +299,18 @@ def training_latency(
 ) -> Latency:
     """One step: forward, backward and optimizer."""
     phase = training_phase(model, work, deploy, setting)
-    step_s = float(pass_cost(phase.program, phase.dims, gpu, dtype=setting.dtype).time_s)
-    tokens = work.batch * work.sequence_tokens
-    return Latency(step_s=step_s, trained_tokens_per_s=tokens / step_s)
+    passes = passes_of(model, setting, deploy.runtime, gpu)
+    made = passes.timed(lambda _: phase.program, phase.dims)
+    step_s, tokens = float(made.time_s), work.batch * work.sequence_tokens
+    calibration = passes.speed.calibration
+    return Latency(
+        step_s=step_s,
+        trained_tokens_per_s=tokens / step_s,
+        basis=basis_of(calibration),
+        step_interval_s=_interval(step_s, float(made.error_s)),
+        confidence=_confidence(calibration, float(made.extrapolated_s), step_s),
+        prefill_bound_by=bound_by(made, passes.speed),
+        mfu=float(made.flops) / (step_s * gpu.flops_per_s(passes.speed.product_dtype)),
+        mbu=float(made.moved_bytes) / (step_s * gpu.memory_bandwidth_bytes_per_s),
+        energy_j=None if made.energy_j is None else float(made.energy_j),
+    )

@@ -10,11 +10,14 @@ from planner.activations import Peak
 from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
+from planner.errors import check_choice
 from planner.format import gib, seconds
-from planner.latency import Latency, latency, training_latency
+from planner.latency import Latency, latency, passes_of, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
+from planner.op_table import op_table
 from planner.parallel import Share
+from planner.program import Dims
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
@@ -177,6 +180,29 @@ class Estimate:
             return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
         return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
 
+    def op_times(self, which: str = "decode") -> pd.DataFrame:
+        """Where the time goes in "prefill", in the last "decode" step, or in a training step.
+
+        A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
+        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
+        """
+        passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
+        if isinstance(self.work, Training):
+            phase = training_phase(self.model, self.work, self.deploy, self.setting)
+            return op_table(passes, iter([(phase.program, phase.dims)]))
+        check_choice("which", which, ("prefill", "decode"))
+        rules, work = runtime_named(self.deploy.runtime), self.work
+        decodes = which == "decode"
+        context = work.context_tokens if decodes else work.prompt_tokens
+        dims = Dims(
+            batch=work.batch,
+            tokens=1 if decodes else work.prompt_tokens,
+            context=context,
+            encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
+        )
+        make = rules.decode if decodes else rules.prefill
+        return op_table(passes, ((make(s, work, self.setting), dims) for s in passes.stages))
+
     @property
     def headroom_bytes(self) -> int:
         """What is left of the GPU's memory; of the pool's, in vllm. Negative: what is missing."""
@@ -284,13 +310,13 @@ class Estimate:
 
 
 def speed(latency: Latency) -> str:
-    """What is known of the times, in one line."""
+    """What is known of the times, in one line: how far they may be off, what they come from."""
     known = [
-        f"{name} {seconds(time_s)}"
-        for name, time_s in (
-            ("TTFT", latency.ttft_s),
-            ("TPOT", latency.tpot_s),
-            ("step", latency.step_s),
+        f"{name} {seconds(time_s)}{off_by(time_s, interval)}"
+        for name, time_s, interval in (
+            ("TTFT", latency.ttft_s, latency.ttft_interval_s),
+            ("TPOT", latency.tpot_s, latency.tpot_interval_s),
+            ("step", latency.step_s, latency.step_interval_s),
         )
         if time_s is not None or (name == "TPOT" and latency.step_s is None)
     ]
@@ -300,7 +326,23 @@ def speed(latency: Latency) -> str:
     ):
         if per_s is not None:
             known.append(f"{per_s:,.0f} {what} tokens/s")
-    return f"{', '.join(known)} ({latency.basis})"
+    return f"{', '.join(known)} ({'; '.join((latency.basis, *binding(latency)))})"
+
+
+def off_by(time_s: float | None, interval: tuple[float, float] | None) -> str:
+    """Half of an interval as a share of the time, " ±9 %"; empty where there is none."""
+    if time_s is None or interval is None or not time_s:
+        return ""
+    return f" ±{50 * (interval[1] - interval[0]) / time_s:.0f} %"
+
+
+def binding(latency: Latency) -> list[str]:
+    """How sure the times are, and what takes most of each pass."""
+    told = [] if latency.confidence == "uncalibrated" else [latency.confidence]
+    if latency.step_s is not None:
+        return [*told, f"bound by {latency.prefill_bound_by}"]
+    bound = f"prefill bound by {latency.prefill_bound_by}"
+    return [*told, f"{bound}, decode by {latency.decode_bound_by}" if latency.tpot_s else bound]
 
 
 def verdict(estimate: Estimate) -> str:

@@ -1,68 +1,348 @@
-"""Op → seconds by the plain roofline: the larger of FLOPs over peak and bytes over bandwidth.
+"""Op → seconds, and a pass as the sum of its ops: by fits where a device was measured.
 
-Uncalibrated: datasheet peaks, no launch or host cost, no reuse in caches. A floor, not a forecast.
+A pass that a CUDA graph replays takes what its kernels take, one after the other, and the replay's
+floor. An eager pass takes the longer of that and of what the host needs to issue the ops
+(host_cost.py). Without a calibration stated efficiencies of the datasheet's ceilings stand in, with
+a wide band. No op is faster than FLOPs over peak, nor, for traffic beyond the L2 cache, than bytes
+over bandwidth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from planner.calibration import TRANSFERRED, Calibration, calibration_of
 from planner.catalog.gpus import Gpu
-from planner.program import Dims, Number, Op, Program, evaluate, maximum
+from planner.op_families import ALIAS
+from planner.op_kinds import (
+    Attention,
+    Batched,
+    Bytes,
+    Grouped,
+    Nothing,
+    Product,
+    Timed,
+    moved_bytes,
+    timed_ops,
+)
+from planner.op_times import Fit, Roof
+from planner.program import Dims, Number, Program, evaluate, maximum
+
+DEFAULT = Roof(
+    floor_s=3e-6, compute=0.7, bandwidth=0.75, extra_flops=0.0, extra_bytes=1e6, power=3.0
+)
+"""An op of a GPU that nobody measured: shares that large ops reach on those that were measured
+(products 0.71–0.82 of peak, streams 0.7–0.9 of bandwidth, from 2 to 5 µs at the least)."""
+DEFAULT_ERROR = 0.4
+"""How far a time by `DEFAULT` may be off: the spec roofline's own median error over 35 742 products
+of an H200 was 43 %."""
+NO_KERNEL_BYTES = 512.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """How fast a device is taken to be: its ceilings, its calibration, what the runtime runs.
+
+    `backends` are the attention kernels to look for, best first. `weight_ratio` is what stored
+    weights of linear layers take of plain ones; `product_dtype` what their products run in.
+    """
+
+    gpu: Gpu
+    dtype: str
+    calibration: Calibration | None
+    backends: tuple[str, ...] = ()
+    weight_ratio: float = 1.0
+    product_dtype: str = ""
+    fused: bool = False
+    gpus: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one pass computes and moves, and the time of its ops one after the other."""
+    """What one pass computes and moves, and the time of its kernels one after the other.
+
+    `by_family_s` has the seconds of each family, and `error_s` how far the sum may be off: the 90th
+    percentiles of the families' held-out errors, as if families erred apart and ops of one family
+    together.
+    """
 
     flops: Number
     moved_bytes: Number
     time_s: Number
+    kernels: Number = 0
+    by_family_s: dict[str, Number] = field(default_factory=dict, hash=False)
+    error_s: Number = 0.0
+    extrapolated_s: Number = 0.0
 
 
-def pass_cost(program: Program, dims: Dims, gpu: Gpu, *, dtype: str) -> Cost:
-    """Sum over the ops of max(FLOPs / peak, bytes / bandwidth), over every cell of `dims`."""
-    flops: Number = 0
-    moved: Number = 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpTime:
+    """One kind of op of a pass: how often, its seconds once, and where the number comes from."""
+
+    timed: Timed
+    family: str
+    seconds: Number
+    flops: Number
+    moved_bytes: Number
+    error: float
+    basis: str  # "interpolated" | "extrapolated" | "uncalibrated"
+
+
+def speed_of(
+    gpu: Gpu,
+    dtype: str,
+    *,
+    backends: tuple[str, ...] = (),
+    fused: bool = False,
+    weight_ratio: float = 1.0,
+    product_dtype: str = "",
+    gpus: int = 1,
+) -> Speed:
+    """A device with the calibration that there is for it."""
+    return Speed(
+        gpu=gpu,
+        dtype=dtype,
+        calibration=calibration_of(gpu),
+        backends=backends,
+        fused=fused,
+        weight_ratio=weight_ratio,
+        product_dtype=product_dtype or dtype,
+        gpus=gpus,
+    )
+
+
+def pass_cost(program: Program, dims: Dims, speed: Speed) -> Cost:
+    """Sum over the ops, over every cell of `dims`."""
+    flops: Number = 0.0
+    moved: Number = 0.0
     time_s: Number = 0.0
-    peak, bandwidth = gpu.flops_per_s(dtype), gpu.memory_bandwidth_bytes_per_s
-    walked: dict[int, tuple[Number, Number, Number]] = {}
-    for segment in program.segments:
-        key = id(segment.ops)
-        if key not in walked:
-            walked[key] = _walk(segment.ops, dims, peak, bandwidth)
-        f, m, t = walked[key]
-        flops = flops + segment.count * f
-        moved = moved + segment.count * m
-        time_s = time_s + segment.count * t
-    return Cost(flops=flops, moved_bytes=moved, time_s=time_s)
+    kernels: Number = 0
+    extrapolated: Number = 0.0
+    by_family: dict[str, Number] = {}
+    errors: dict[str, Number] = {}
+    for made in op_times(program, dims, speed):
+        n = made.timed.count
+        seconds = n * made.seconds
+        flops = flops + n * made.flops
+        moved = moved + n * made.moved_bytes
+        time_s = time_s + seconds
+        kernels = kernels + n
+        by_family[made.family] = by_family.get(made.family, 0.0) + seconds
+        errors[made.family] = errors.get(made.family, 0.0) + made.error * seconds
+        if made.basis != "interpolated":
+            extrapolated = extrapolated + seconds
+    square: Number = 0.0
+    for off in errors.values():
+        square = square + off * off
+    return Cost(
+        flops=flops,
+        moved_bytes=moved,
+        time_s=time_s,
+        kernels=kernels,
+        by_family_s=by_family,
+        error_s=np.sqrt(square),
+        extrapolated_s=extrapolated,
+    )
 
 
-def _walk(
-    ops: tuple[Op, ...], dims: Dims, peak: float, bandwidth: float
-) -> tuple[Number, Number, Number]:
-    flops: Number = 0
-    moved: Number = 0
-    time_s: Number = 0.0
-    for op in ops:
-        f = 0 if op.flops is None else evaluate(op.flops, dims)
-        m = op_bytes(op, dims)
-        flops = flops + f
-        moved = moved + m
-        time_s = time_s + maximum(f / peak, m / bandwidth)
-    return flops, moved, time_s
+def op_times(program: Program, dims: Dims, speed: Speed) -> Iterator[OpTime]:
+    """The time of every kind of op of a pass."""
+    for timed in timed_ops(program, fused=speed.fused):
+        made = _op_time(timed, dims, speed)
+        if made is not None:
+            yield made
 
 
-def op_bytes(op: Op, dims: Dims) -> Number:
-    """Bytes an op reads and writes: its inputs, its weights, its outputs; nothing that only frees.
+def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
+    op, kind = timed.op, timed.kind
+    flops: Number = 0.0 if op.flops is None else evaluate(op.flops, dims) * 1.0
+    moved = moved_bytes(op, dims) * 1.0
+    sizes: tuple[Number, ...]
+    free: tuple[int, ...]
+    match kind:
+        case Product():
+            dtype = speed.dtype if kind.head else speed.product_dtype
+            ratio = 1.0 if kind.head else speed.weight_ratio
+            moved = moved - op.weight_bytes * (1.0 - ratio)
+            m, n, k = kind.sizes(dims)
+            if ratio < 1.0 and ALIAS.get(dtype, dtype) != "fp8":
+                n = n * ratio  # weight-only: as a product over as many bytes of weights
+            fit = _covering(speed, "gemm", dtype, (m, n, k))
+            sizes, free, family = (m, n, k), (kind.free,), "gemm"
+        case Grouped():
+            dtype = speed.product_dtype
+            sizes = (evaluate(kind.m, dims), evaluate(kind.reached, dims), kind.n, kind.k)
+            fit = _covering(speed, "grouped", dtype, sizes)
+            free, family = (0, 1), "grouped"
+        case Attention():
+            return _attention_time(timed, kind, dims, speed, flops, moved)
+        case Batched():
+            dtype = speed.dtype if kind.dtype_bytes < 4 else "fp32"
+            return _unmeasured(timed, "batched products", dtype, flops, moved, speed)
+        case Bytes():
+            sizes, free, dtype, family = (np.maximum(moved, NO_KERNEL_BYTES),), (0,), "", kind.kind
+            fit = None if speed.calibration is None else speed.calibration.fit(kind.kind)
+        case Nothing():
+            return None
+    if fit is None:
+        return _unmeasured(timed, family, dtype or speed.dtype, flops, moved, speed)
+    seconds = fit.seconds(sizes, free)
+    if isinstance(kind, Bytes):
+        seconds = _warm_or_cold(kind.kind, fit, sizes, speed)
+    if speed.fused and isinstance(kind, Product):
+        unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
+        one = _streamed(fit, moved, unpacked, speed)
+        seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
+    return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
 
-    A preallocated or inherited cache is not written by being there.
+
+LARGE_PRODUCT = (1.0, 32768.0, 8192.0)
+UNPACKING = 3
+"""Vector instructions for a quantised weight in a product of one row: convert, multiply, add."""
+
+
+def _streamed(fit: Fit, moved: Number, unpacked: Number, speed: Speed) -> Number:
+    """A compiler makes a reduction of a product of one row, which streams the weights.
+
+    At the rate that a product over 537 MB of weights reaches, without the small ones' penalties
+    (torch/_inductor/decomposition.py: mm of one row is a product and a sum). Weights that are
+    unpacked on the way keep the vector units busy, at half their FLOP/s (an instruction is no
+    multiply-add); both overlap as the fit's computing and moving do.
     """
-    if not (op.reads or op.weight_bytes or op.moved or op.flops):
-        return 0
-    total: Number = op.weight_bytes
-    for buffer in (*op.reads, *op.allocates):
-        total = total + buffer.nbytes(dims)
-    for shape in op.moved:
-        total = total + evaluate(shape, dims)
-    return total
+    _, large = fit.family.work(*LARGE_PRODUCT, fit.dtype)
+    known = None if speed.calibration is None else speed.calibration.fit("elementwise")
+    launch_s = fit.roof.floor_s if known is None else known.seconds((NO_KERNEL_BYTES,))
+    streaming = moved * fit.seconds(LARGE_PRODUCT) / large
+    if np.all(np.asarray(unpacked) == 0):
+        return launch_s + streaming
+    issuing = UNPACKING * unpacked / (speed.gpu.flops_per_s("fp32") / 2.0)
+    p = fit.roof.power
+    return launch_s + (streaming**p + issuing**p) ** (1.0 / p)
+
+
+def _warm_or_cold(kind: str, cold: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
+    """What the op before has written still lies in the cache, where all of it fits."""
+    assert speed.calibration is not None
+    warm = speed.calibration.fits.get(f"{kind}:warm")
+    if warm is None:
+        return cold.seconds(sizes)
+    fits = np.asarray(sizes[0]) <= (speed.gpu.l2_bytes or 0)
+    return np.where(fits, warm.seconds(sizes), cold.seconds(sizes))
+
+
+def _covering(speed: Speed, family: str, dtype: str, sizes: tuple[Number, ...]) -> Fit | None:
+    """The runtime's own fit where it covers the shape, else one that does, else its own."""
+    calibration = speed.calibration
+    if calibration is None:
+        return None
+    found = [
+        calibration.fit(family, dtype, *backends) for backends in (speed.backends, (), ("vllm",))
+    ]
+    start = len(sizes) - 2
+    inside = (fit for fit in found if fit is not None and fit.covers(sizes[start:], start))
+    return next(inside, found[0])
+
+
+def _attention_time(
+    timed: Timed, kind: Attention, dims: Dims, speed: Speed, flops: Number, moved: Number
+) -> OpTime:
+    """One query a sequence is decode, more are prefill over as many causal pairs."""
+    calibration, B = speed.calibration, np.asarray(dims.batch, dtype=np.float64)
+    pairs = np.asarray(kind.pairs_of(dims), dtype=np.float64)
+    heads = (kind.heads, kind.kv_heads, kind.head_dim)
+    several = np.asarray(dims.tokens) > 1
+    family = "attention_backward" if kind.backward else "prefill"
+    backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
+    triangle = (np.sqrt(1.0 + 8.0 * pairs) - 1.0) / 2.0  # T of T·(T + 1)/2 pairs
+    parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
+    if kind.backward or np.any(several):
+        fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
+        parts.append((several, fit, (B, triangle, *heads), family))
+    if not kind.backward and not np.all(several):
+        dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
+        fit = None if calibration is None else calibration.fit("decode", dtype, *backends)
+        if fit is None and calibration is not None:
+            fit = calibration.fit("decode", speed.dtype, *backends)
+        parts.append((~several, fit, (B, pairs, *heads), "decode"))
+    if any(fit is None for _, fit, _, _ in parts):
+        return _unmeasured(timed, parts[0][3], speed.dtype, flops, moved, speed)
+    seconds: Number = 0.0
+    for where, fit, sizes, _ in parts:
+        assert fit is not None
+        one = fit.seconds(sizes)
+        seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)
+    _, fit, sizes, family = parts[0]
+    assert fit is not None
+    return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
+
+
+def _timed(
+    timed: Timed,
+    family: str,
+    fit: Fit,
+    seconds: Number,
+    sizes: tuple[Number, ...],
+    flops: Number,
+    moved: Number,
+    speed: Speed,
+) -> OpTime:
+    measured = not fit.source.startswith(TRANSFERRED)
+    inside = measured and fit.covers(sizes)
+    off = 0.25 if fit.held_out is None else fit.held_out.p90
+    if not inside:
+        off = max(2 * off, 0.25)
+    seconds = maximum(seconds, floor_s(flops, moved, speed))
+    return OpTime(
+        timed=timed,
+        family=family,
+        seconds=maximum(seconds, powered_s(flops, moved, speed)),
+        flops=flops,
+        moved_bytes=moved,
+        error=off,
+        basis="interpolated" if inside else "extrapolated",
+    )
+
+
+def _unmeasured(
+    timed: Timed, family: str, dtype: str, flops: Number, moved: Number, speed: Speed
+) -> OpTime:
+    peak, bandwidth = speed.gpu.flops_per_s(dtype), speed.gpu.memory_bandwidth_bytes_per_s
+    return OpTime(
+        timed=timed,
+        family=family,
+        seconds=DEFAULT.seconds(flops, moved, peak, bandwidth),
+        flops=flops,
+        moved_bytes=moved,
+        error=DEFAULT_ERROR,
+        basis="uncalibrated",
+    )
+
+
+def floor_s(flops: Number, moved: Number, speed: Speed) -> Number:
+    """FLOPs over peak, and bytes over bandwidth where an op moves more than the L2 cache holds.
+
+    Of a CPU the catalogue knows neither: what was measured of it is in its fits.
+    """
+    if speed.gpu.is_cpu:
+        return 0.0
+    streamed = moved * (np.asarray(moved) > (speed.gpu.l2_bytes or 0))
+    return maximum(
+        flops / speed.gpu.flops_per_s(speed.product_dtype or speed.dtype),
+        streamed / speed.gpu.memory_bandwidth_bytes_per_s,
+    )
+
+
+def powered_s(flops: Number, moved: Number, speed: Speed) -> Number:
+    """What the op's joules take at the TDP: a GPU at its power cap lowers its clocks.
+
+    Ops are timed in bursts too short for that: an H200 multiplies 8192³ in 1.37 ms at first and in
+    1.62 ms when it goes on for a second. Only where joules were measured.
+    """
+    cost = None if speed.calibration is None else speed.calibration.energy
+    if cost is None or speed.gpu.tdp_w is None:
+        return 0.0
+    halved = 0.5 if ALIAS.get(speed.product_dtype) == "fp8" else 1.0  # half the width, as the rate
+    return (halved * cost.flop_j * flops + cost.byte_j * moved) / (speed.gpu.tdp_w - cost.idle_w)

@@ -250,9 +250,10 @@ def _cells(
 
 
 def _basis(prepared: Prepared) -> str:
-    from planner.latency import BASIS
+    from planner.calibration import calibration_of
+    from planner.latency import basis_of
 
-    return BASIS if prepared.setting.is_one_gpu else f"{BASIS}, without communication"
+    return basis_of(calibration_of(prepared.gpu))
 
 
 def _fill(

@@ -11,7 +11,7 @@ from planner.errors import ConfigError, check_choice, check_size, shown
 CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
 QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
-LOADED_DTYPES = ("fp8", "int8", "nf4")
+LOADED_DTYPES = ("fp8", "int8", "int4", "nf4")
 """What some runtime quantises plain weights to while it loads them."""
 
 
@@ -291,7 +291,8 @@ class Deployment:
         for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
             check_size(field, getattr(self, field), maximum=MAX_GPUS)
         for field in ("tensor_parallel", "pipeline_parallel"):
-            if getattr(self, field) != 1 and self.runtime != "vllm":
+            planned = ("vllm", "attnlab") if field == "tensor_parallel" else ("vllm",)
+            if getattr(self, field) != 1 and self.runtime not in planned:
                 raise ConfigError(
                     f"{field}={getattr(self, field)} is not planned yet for runtime="
                     f"{self.runtime}: 1 (one GPU), or runtime=vllm"

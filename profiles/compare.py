@@ -12,6 +12,10 @@ from typing import Any
 
 import planner
 from planner import ConfigError
+from planner.latency import passes_of
+from planner.program import Dims, Program
+from planner.roofline import pass_cost
+from planner.runtimes import runtime_named
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame
 from profiles.summaries import Summary, summary
@@ -143,6 +147,28 @@ def estimate_of(record: Record) -> planner.Estimate:
         mode=record.mode,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)
+
+
+def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
+    """(measured seconds, the kernels' seconds, program) of an inference record's passes."""
+    estimate = estimate_of(record)
+    if isinstance(estimate.work, planner.Training):
+        return []
+    work, setting = estimate.work, estimate.setting
+    rules = runtime_named(record.runtime)
+    passes = passes_of(estimate.share.model, setting, record.runtime, estimate.gpu)
+    found = measured(record)
+    made: list[tuple[float, float, Program]] = []
+    for quantity, make, tokens, context in (
+        ("ttft_s", rules.prefill, work.prompt_tokens, work.prompt_tokens),
+        ("tpot_s", rules.decode, 1, work.context_tokens),
+    ):
+        if quantity in found:
+            program = make(estimate.share.model, work, setting)
+            dims = Dims(batch=work.batch, tokens=tokens, context=context)
+            gpu_s = float(pass_cost(program, dims, passes.speed).time_s)
+            made.append((found[quantity], gpu_s, program))
+    return made
 
 
 def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:

@@ -12,6 +12,7 @@ from app import charts, controls, measurements
 from app.engine_log import pasted_log
 from planner.format import gib, percent, seconds
 from planner.report import csv_text
+from planner.result import binding
 from planner.runtimes import runtime_named
 
 
@@ -99,7 +100,7 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
         if e.memory.simulated:
             with reserved:
                 card("Reserved by torch", "…")
-    st.caption(f"Times: {e.latency.basis}, no measurement of the device behind them.")
+    st.caption(f"Times: {'; '.join((e.latency.basis, *binding(e.latency)))}.")
     return (*places, reserved, st.empty())
 
 
@@ -111,16 +112,20 @@ def longest_label(e: planner.Estimate) -> str:
 def times(e: planner.Estimate) -> None:
     """The times of a step, or of the first token and those after it."""
     if is_training(e):
-        card("Step", seconds(e.latency.step_s), "Forward, backward and the optimizer's step")
+        card("Step", seconds(e.latency.step_s), within(e.latency.step_interval_s))
         card("Trained tokens/s", f"{e.latency.trained_tokens_per_s:,.0f}", "Of the whole batch")
         return
-    card("TTFT", seconds(e.latency.ttft_s), "Time to the first token")
-    card(
-        "TPOT",
-        seconds(e.latency.tpot_s),
-        "Mean time of a token after the first; none with one output token",
-    )
+    card("TTFT", seconds(e.latency.ttft_s), within(e.latency.ttft_interval_s))
+    card("TPOT", seconds(e.latency.tpot_s), within(e.latency.tpot_interval_s))
     card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
+
+
+def within(interval: tuple[float, float] | None) -> str:
+    """Where nine in ten of such times lie, in words."""
+    if interval is None:
+        return "None with one output token"
+    low, high = interval
+    return f"Nine in ten within {seconds(low)} and {seconds(high)}"
 
 
 def torch_holds(e: planner.Estimate, place: DeltaGenerator, below: DeltaGenerator) -> None:

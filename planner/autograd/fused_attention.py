@@ -108,9 +108,8 @@ class FusedAttention(Products):
             self.aten.new(called, f"dropout {what}", (), SEED_BYTES)
             for what in (("seed", "offset") if kernel == "cudnn" else ())
         ]
-        out = self.aten.new(
-            called, name, dims, q.itemsize, strides=laid, flops=flops, reads=(q, k, v)
-        )
+        reads = (q, k, v) if mask is None else (q, k, v, mask)
+        out = self.aten.new(called, name, dims, q.itemsize, strides=laid, flops=flops, reads=reads)
         rows: list[Tensor] = []
         if trains or kernel in ("cpu", "flash"):
             last = (CEIL32,) if kernel == "efficient" else T

@@ -19,6 +19,23 @@ ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
         },
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     },
+    # gpt-fast's quantize.py --mode int8, --mode int4 --groupsize 32: weights of linear layers
+    "attnlab": {
+        "int8": {
+            "quant_method": "torchao",
+            "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2}},
+        },
+        "int4": {
+            "quant_method": "torchao",
+            "quant_type": {
+                "default": {
+                    "_type": "Int4WeightOnlyConfig",
+                    "_version": 2,
+                    "_data": {"group_size": 32},
+                }
+            },
+        },
+    },
 }
 """What each runtime can make of plain weights, as the quantization_config that describes it."""
 

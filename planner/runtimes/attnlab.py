@@ -8,8 +8,9 @@ from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, Dense, Layer, RoPE
 from planner.ledger import Row
 from planner.model import Model
-from planner.parallel import Share
+from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
+from planner.quantization.torchao import TorchAO
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
@@ -17,15 +18,16 @@ from planner.runtimes.base import (
     Setting,
     check_cache_kind,
     check_kv_dtype,
+    check_one_gpu,
     choose_attention,
-    one_share,
     static_capacity,
     unplanned_part,
-    whole,
 )
+from planner.runtimes.vllm_ranks import mixer_share
 from planner.workload import CacheSpec, Inference
 
 CACHE_KINDS = ("static", "dynamic", "ring", "paged")
+QUANTISED = "quantised weights"
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -44,7 +46,7 @@ class Attnlab:
 
         Raises ConfigError for a model that attnlab does not run.
         """
-        missing = missing_parts(model)
+        missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
         if missing:
             raise ConfigError(
                 f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
@@ -106,18 +108,22 @@ class Attnlab:
         )
 
     def rank(self, model: Model, tensor_parallel: int) -> Model:
-        """All of it: one GPU."""
-        return whole(self.name, model, tensor_parallel)
+        """One GPU's heads and channels; embedding and head whole, as in gpt-fast's tp.py."""
+        return tensor_parallel_share(model, tensor_parallel, mixer_share)
 
     def shares(
         self, model: Model, tensor_parallel: int, pipeline_parallel: int
     ) -> tuple[Share, ...]:
-        """All of it: one GPU."""
-        return one_share(self.name, model, tensor_parallel, pipeline_parallel)
+        """One GPU, or one of several that share heads and channels."""
+        check_one_gpu(self.name, pipeline_parallel=pipeline_parallel)
+        part = self.rank(model, tensor_parallel)
+        return (Share(model=part, whole=part, tensor_parallel=tensor_parallel),)
 
     def peak_note(self, model: Model) -> str:
-        """Nothing: the program is exact for all that attnlab runs."""
-        return ""
+        """Nothing: the program is exact for all that attnlab runs, quantised weights apart."""
+        if model.quantization is None:
+            return ""
+        return "planned as gpt-fast does it: attnlab itself keeps plain weights"
 
     def cache_note(self, setting: Setting) -> str:
         """Nothing."""
@@ -193,9 +199,14 @@ def missing_parts(model: Model) -> list[str]:
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
-        "quantised weights": model.quantization is not None,
+        QUANTISED: model.quantization is not None,
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
+
+
+def _is_planned(model: Model, part: str) -> bool:
+    """Weights that are quantised on loading are planned, though not run."""
+    return part == QUANTISED and isinstance(model.quantization, TorchAO)
 
 
 def _missing_in(layer: Layer) -> list[str]:

@@ -113,7 +113,7 @@ def test_a_link_opens_the_plan_that_the_planner_computes(model, runtime):
     verdicts = app.success if expected.fits else app.error
     assert len(verdicts) == 1
     assert ("KV pool" in metrics(app)) == (runtime == "vllm")
-    assert "uncalibrated roofline" in captions(app)
+    assert "ops measured on h200" in captions(app)
     assert "nothing was measured on NVIDIA H200 SXM yet" in captions(app)
 
 

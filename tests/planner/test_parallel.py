@@ -179,7 +179,8 @@ def test_blocks_of_fp8_are_not_cut_through():
         ({"pipeline_parallel": 33}, "pipeline_parallel=33 is not allowed: at most the 32 layers"),
         ({"tensor_parallel": 2, "gpus": 4}, "gpus=4 is not planned yet: .* = 2, no copies"),
         ({"tensor_parallel": 0}, "tensor_parallel=0 is not allowed"),
-        ({"tensor_parallel": 2, "runtime": "attnlab"}, "not planned yet for runtime=attnlab"),
+        ({"tensor_parallel": 2, "runtime": "transformers"}, "not planned yet for runtime=transf"),
+        ({"pipeline_parallel": 2, "runtime": "attnlab"}, "not planned yet for runtime=attnlab"),
         ({"pipeline_parallel": 2, "runtime": "llama.cpp"}, "not planned yet for runtime=llama.cpp"),
     ],
 )
@@ -243,10 +244,14 @@ def test_pcie_cards_connect_no_nvlink_channels():
     assert not [row for row in e.rows if row.item.startswith("NCCL")]
 
 
-def test_times_leave_out_communication_and_say_so():
+def test_sharing_heads_saves_less_time_than_its_share():
+    """Weights go by half, all-reduces come on top."""
     one, two = of("llama-3.1-8b"), of("llama-3.1-8b", tensor_parallel=2)
-    assert two.latency.tpot_s < one.latency.tpot_s
-    assert two.latency.basis == "uncalibrated roofline, without communication"
+    assert one.latency.tpot_s / 2 < two.latency.tpot_s < one.latency.tpot_s
+    assert two.latency.basis == "ops measured on h100-80gb"
+
+
+def test_stages_take_as_long_as_the_whole_and_what_they_hand_on():
     for name in ("llama-3.1-8b", "mixtral-8x7b"):  # its stages hold a head each, one computes
         whole, staged = of(name), of(name, pipeline_parallel=3)
-        assert staged.latency.tpot_s == pytest.approx(whole.latency.tpot_s, rel=0.001)
+        assert staged.latency.tpot_s == pytest.approx(whole.latency.tpot_s, rel=0.01)

@@ -58,7 +58,7 @@ def test_a_step_takes_six_flops_a_parameter_and_token():
     estimate = of(batch=8, sequence_tokens=256, optimizer=None)
     products = LLAMA.parameter_count - LLAMA.vocab_size * LLAMA.hidden_size
     floor_s = 6 * products * 8 * 256 / estimate.gpu.flops_per_s("bf16")
-    assert floor_s < estimate.latency.step_s < 2 * floor_s
+    assert floor_s < estimate.latency.step_s < 2.5 * floor_s
     assert estimate.latency.trained_tokens_per_s == 8 * 256 / estimate.latency.step_s
 
 

@@ -1,0 +1,139 @@
+"""Families of ops that are timed alike: by which sizes, and what they must compute and move.
+
+A family's time is a smooth roofline of its FLOPs and bytes times a residual over the logarithms of
+its sizes (op_times.py). Both are fitted to measured ops (profiles/calibrate.py), so what a family
+counts is written down once, here. FLOPs: a multiply and an add are two; causal attention counts the
+pairs that the mask lets through. Bytes: inputs once, outputs once.
+
+Sizes.  m, n, k of y[m, n] = x[m, k] · Wᵀ · batch B · query tokens T · cached tokens S · query heads
+H · key-value heads G · head dim D · experts E that are reached · bytes read and written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from planner.program import Number
+
+Work: TypeAlias = tuple[Number, Number]
+"""FLOPs and bytes."""
+
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
+"""Bytes of a weight, by the dtype that products run in."""
+
+ALIAS = {"fp16": "bf16", "fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
+"""Dtypes that run at one speed share a fit (the same units, the same bytes)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """`work` takes the sizes in the order of `sizes`, and the dtype."""
+
+    name: str
+    sizes: tuple[str, ...]
+    work: Callable[..., Work]
+    scales: tuple[float, ...]
+    """Octaves over which the residual at one size forgets another."""
+    free: tuple[int, ...] = (0,)
+    """Which sizes vary with batch and tokens; a model fixes the others."""
+
+
+def gemm_work(m: Number, n: Number, k: Number, dtype: str) -> Work:
+    """2·m·n·k; x and W in the dtype, y in it too but for fp8, which leaves bf16."""
+    b = WEIGHT_BYTES[dtype]
+    out = max(b, 2.0)
+    return 2.0 * m * n * k, b * (m * k + n * k) + out * m * n
+
+
+def decode_work(B: Number, S: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
+    """4·B·H·S·D; keys and values in the cache's dtype, one query and output a head in bf16."""
+    b = WEIGHT_BYTES[dtype]
+    return 4.0 * B * H * S * D, 2.0 * b * B * G * S * D + 4.0 * B * H * D
+
+
+def prefill_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
+    """4·B·H·D·T·(T + 1)/2: causal, over the prompt itself."""
+    b = WEIGHT_BYTES[dtype]
+    return 2.0 * B * H * D * T * (T + 1.0), 2.0 * b * B * T * D * (H + G)
+
+
+def grouped_work(m: Number, E: Number, n: Number, k: Number, dtype: str) -> Work:
+    """2·m·n·k, over the weights of E experts."""
+    b = WEIGHT_BYTES[dtype]
+    return 2.0 * m * n * k, b * (m * k + E * n * k + m * n)
+
+
+def backward_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
+    """Five products where forward has two; q, k, v, out and gradients of them."""
+    flops, _ = prefill_work(B, T, H, G, D, dtype)
+    return 2.5 * flops, 4.0 * WEIGHT_BYTES[dtype] * B * T * D * (H + G)
+
+
+def bytes_work(size: Number, dtype: str) -> Work:
+    """Nothing but bytes."""
+    return 0.0 * size, size
+
+
+GEMM = Family(name="gemm", sizes=("m", "n", "k"), work=gemm_work, scales=(3.0, 4.0, 4.0))
+GROUPED = Family(
+    name="grouped",
+    sizes=("m", "E", "n", "k"),
+    work=grouped_work,
+    scales=(3.0, 4.0, 4.0, 4.0),
+    free=(0, 1),
+)
+ATTENTION_SIZES = ("H", "G", "D")
+DECODE = Family(
+    name="decode",
+    sizes=("B", "S", *ATTENTION_SIZES),
+    work=decode_work,
+    scales=(2.0, 2.0, 3.0, 2.0, 2.0),
+    free=(0, 1),
+)
+PREFILL = Family(
+    name="prefill",
+    sizes=("B", "T", *ATTENTION_SIZES),
+    work=prefill_work,
+    scales=(3.0, 3.0, 4.0, 4.0, 2.0),
+    free=(0, 1),
+)
+BACKWARD = Family(
+    name="attention_backward",
+    sizes=("B", "T", *ATTENTION_SIZES),
+    work=backward_work,
+    scales=(4.0, 4.0, 4.0, 4.0, 2.0),
+    free=(0, 1),
+)
+BYTE_KINDS = (
+    "elementwise",
+    "norm",
+    "reduction",
+    "cast",
+    "rotary",
+    "cat",
+    "gather",
+    "optimizer",
+)
+"""Ops that compute next to nothing, by how well they stream."""
+COMMUNICATION = ("all_reduce:2", "all_reduce:4", "all_reduce:8")
+"""By the GPUs that take part; bytes are those of the tensor that each holds."""
+
+
+def _bytes(name: str) -> Family:
+    return Family(name=name, sizes=("bytes",), work=bytes_work, scales=(3.0,))
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GEMM,
+        GROUPED,
+        DECODE,
+        PREFILL,
+        BACKWARD,
+        *map(_bytes, BYTE_KINDS),
+        *map(_bytes, COMMUNICATION),
+    )
+}

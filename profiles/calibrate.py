@@ -1,0 +1,300 @@
+"""Measurements → planner/catalog/calibration/<gpu>.json: what `planner calibrate` does.
+
+Ops come from our own records (profiles/microbench), from the tables in aiconfigurator-core, or from
+both: where both have a family, each keeps its own fit, records without a backend's name and tables
+as ":vllm". Only calibration rows are fitted. Of end-to-end records nothing is fitted but one factor
+an engine on what the host needs, from the two rows that are named as calibration.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner import ConfigError
+from planner.calibration import SCHEMA, HostCost
+from planner.catalog.gpus import Gpu, gpu_named
+from planner.errors import shown
+from planner.op_times import Fit, family_named
+from profiles.fitting import Samples, fit_family
+from profiles.microbench.op_record import OpRecord, OpRecords
+from profiles.op_samples import samples_of_records
+from profiles.op_tables import Tables
+from profiles.records import Record
+
+POINTS: Mapping[str, int] = {
+    "gemm:bf16": 800,
+    "gemm:fp8": 400,
+    "decode:bf16": 400,
+    "decode:fp8": 200,
+    "prefill:bf16": 300,
+    "grouped:bf16": 200,
+}
+"""Calibration rows that a fit may take: more of what most time goes into."""
+OTHER_POINTS = 100
+LARGEST_FILE_BYTES = 200_000
+BEST = 1.1
+"""A CPU's ceilings are taken to be so much above the best that was seen of it."""
+BOUND = 1.25
+"""A pass that takes so much longer than its kernels waits for the host."""
+
+RECORDS_SOURCE = {
+    "name": "profiles/data/microbench",
+    "version": "1",
+    "licence": "Apache-2.0",
+    "url": "profiles/microbench",
+}
+TABLES_SOURCE = {
+    "name": "aiconfigurator-core",
+    "licence": "Apache-2.0",
+    "url": "https://pypi.org/project/aiconfigurator-core/",
+}
+
+Tell = Callable[[str, int, Fit], None]
+
+
+def calibration(
+    gpu_name: str,
+    *,
+    records: OpRecords | None = None,
+    tables: Tables | None = None,
+    end_to_end: Iterable[Record] = (),
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """The file's content."""
+    gpu = gpu_named(gpu_name)
+    fits, sources = dict[str, dict[str, Any]](), dict[str, dict[str, str]]()
+    found: dict[str, tuple[str, Samples]] = {}
+    if records is not None:
+        ops = _of_gpu(records, gpu_name)
+        sources["records"] = {**RECORDS_SOURCE, "what": _where(records, ops)}
+        for name, samples in samples_of_records(ops).items():
+            found[name] = ("records", samples)
+    if tables is not None:
+        sources["tables"] = {
+            **TABLES_SOURCE,
+            "version": tables.version,
+            "what": f"op latencies of {tables.measured_with}",
+        }
+        for name, samples in tables.samples.items():
+            twice = name in found and not name.endswith(":vllm")
+            found[f"{name}:vllm" if twice else name] = ("tables", samples)
+    if not found:
+        raise ConfigError(f"gpu={shown(gpu_name)}: nothing was measured of it")
+    for name, (source, samples) in sorted(found.items()):
+        if samples.held_out.all():
+            continue
+        fit = _fit(name, samples, gpu, source)
+        fits[name] = _entry(fit)
+        if tell is not None:
+            tell(name, len(samples), fit)
+    content: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu_name, "sources": sources, "fits": fits}
+    if records is not None:
+        content |= {**_graph(ops), **_energy(ops), **_host(ops, gpu, list(end_to_end))}
+    return content
+
+
+def write(content: Mapping[str, Any], path: Path) -> int:
+    """The file, a fit a line; its bytes. ConfigError where it grew beyond what is committed."""
+    head = {name: value for name, value in content.items() if name != "fits"}
+    lines = [
+        f'"{name}": {json.dumps(value, separators=(",", ":"))}' for name, value in head.items()
+    ]
+    fits = ",\n".join(
+        f'"{name}": {json.dumps(value, separators=(",", ":"))}'
+        for name, value in content["fits"].items()
+    )
+    text = "{\n" + ",\n".join(lines) + ',\n"fits": {\n' + fits + "\n}}\n"
+    size = len(text.encode())
+    if size > LARGEST_FILE_BYTES:
+        raise ConfigError(f"{path.name} would have {size:,} bytes: at most {LARGEST_FILE_BYTES:,}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return size
+
+
+def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
+    """One factor from rows of (measured, GPU's, host's unscaled) seconds; None where none is bound.
+
+    Least squares of log(max(GPU, factor · host) / measured): a row that the GPU explains still says
+    that the host was no slower.
+    """
+    table = np.array([row for row in rows])
+    if not len(table) or not (table[:, 0] > BOUND * table[:, 1]).any():
+        return None
+    measured, gpu, host = table.T
+    tried = np.exp(np.linspace(np.log(0.5), np.log(8.0), 800))
+    times = np.maximum(gpu[:, None], host[:, None] * tried)
+    missed = (np.log(times / measured[:, None]) ** 2).sum(axis=0)
+    return float(tried[missed.argmin()])
+
+
+def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
+    family, *rest = name.split(":")
+    dtype = rest[0] if rest and rest[0] != "warm" else ""
+    if family == "all_reduce":
+        family, dtype = ":".join(name.split(":")[:2]), ""
+    points = POINTS.get(":".join(name.split(":")[:2]), OTHER_POINTS)
+    peak, bandwidth = gpu.flops_per_s(dtype or "bf16"), gpu.memory_bandwidth_bytes_per_s
+    if gpu.is_cpu:  # which one it is, the catalogue does not know
+        flops, moved = family_named(family).work(*samples.sizes.T, dtype)
+        peak = max(1e9, BEST * float((flops / samples.seconds).max()))
+        bandwidth = max(1e8, BEST * float((moved / samples.seconds).max()))
+    return fit_family(
+        family_named(family),
+        dtype,
+        samples,
+        peak=peak,
+        bandwidth=bandwidth,
+        source=source,
+        points=points,
+    )
+
+
+def _entry(fit: Fit) -> dict[str, Any]:
+    return {
+        "source": fit.source,
+        "peak_flops_per_s": fit.peak_flops_per_s,
+        "bandwidth_bytes_per_s": fit.bandwidth_bytes_per_s,
+        "roof": asdict(fit.roof),
+        "held_out": None if fit.held_out is None else asdict(fit.held_out),
+        "points": [[_short(x) for x in row] for row in fit.points.tolist()],
+        "weights": fit.weights.tolist(),
+    }
+
+
+def _short(x: float) -> float | int:
+    return int(x) if x == int(x) else round(x, 3)
+
+
+def _of_gpu(records: OpRecords, gpu_name: str) -> list[OpRecord]:
+    """The ops that were measured on this GPU."""
+    theirs = {name for name, e in records.environments.items() if e.gpu == gpu_name}
+    ops = [op for op in records.ops if op.environment in theirs]
+    if not ops:
+        raise ConfigError(f"gpu={shown(gpu_name)}: no op record is of it")
+    return ops
+
+
+def _where(records: OpRecords, ops: list[OpRecord]) -> str:
+    environment = records.environments[ops[0].environment]
+    day = min(op.created_utc for op in ops)[:10]
+    return f"{len(ops)} ops on {environment.device_name}, torch {environment.torch}, {day}"
+
+
+def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...], float]:
+    return {
+        tuple(r.shape.values()): r.median_s
+        for r in ops
+        if (r.family, r.op, r.status) == (family, op, "ok") and r.median_s is not None
+    }
+
+
+def _graph(ops: list[OpRecord]) -> dict[str, Any]:
+    """A line through replays of graphs of 1 to 1 000 kernels."""
+    replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
+    if len(replays) < 2:
+        return {}
+    least, most = min(replays), max(replays)
+    kernel_s = (replays[most] - replays[least]) / (most - least)
+    return {
+        "graph": {
+            "replay_s": float(f"{replays[least] - kernel_s * least:.4g}"),
+            "kernel_s": float(f"{kernel_s:.4g}"),
+            "source": "records",
+        }
+    }
+
+
+def _energy(ops: list[OpRecord]) -> dict[str, Any]:
+    """Idle power, then what a product and a copy take beyond it."""
+    known = {
+        (r.op, r.shape.get("m", 0)): r
+        for r in ops
+        if r.family == "sustained" and r.energy_j is not None and r.median_s is not None
+    }
+    idle, copy, product = (
+        known.get(("idle", 0)),
+        known.get(("copy", 0)),
+        known.get(("linear", 8192)),
+    )
+    if idle is None or copy is None or product is None:
+        return {}
+    watts = idle.energy_j / idle.median_s  # type: ignore[operator]
+    byte_j = (copy.energy_j - watts * copy.median_s) / copy.bytes  # type: ignore[operator]
+    rest = product.energy_j - watts * product.median_s - byte_j * product.bytes  # type: ignore[operator]
+    return {
+        "energy": {
+            "idle_w": round(watts, 1),
+            "byte_j": float(f"{byte_j:.4g}"),
+            "flop_j": float(f"{rest / product.flops:.4g}"),
+            "source": "records",
+        }
+    }
+
+
+def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:
+    """The cost of issuing each op, the factor of each engine, and how far host times vary."""
+    costs = {
+        r.op: float(f"{r.median_s:.4g}")
+        for r in ops
+        if r.family == "host" and r.status == "ok" and r.median_s is not None
+    }
+    if "add" not in costs:
+        return {}
+    bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
+    scale, named, apart = dict[str, float](), list[str](), 0.0
+    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    for engine in sorted({r.runtime for r in mine}):
+        rows = []
+        for record in mine:
+            if record.runtime == engine and record.split == "calibration" and record.step is None:
+                rows += _host_rows(record, bare)
+                named.append(str(record.point))
+        factor = host_scale(rows)
+        if factor is not None:
+            scale[engine] = round(factor, 3)
+            apart = max(apart, *(_missed(row, factor) for row in rows))
+    return {
+        "host": {
+            "op_s": costs,
+            "scale": scale,
+            "spread": round(float(np.hypot(_spread(mine), 2 * apart)), 3),
+            "scaled_on": sorted(set(named)),
+            "source": "records",
+        }
+    }
+
+
+def _spread(records: list[Record]) -> float:
+    """90th percentile of |step / median − 1| over single decode steps: how far a host wanders."""
+    off = [
+        abs(step / statistics.median(r.step_s) - 1.0)
+        for r in records
+        if r.phase == "generation" and r.step_s
+        for step in r.step_s
+    ]
+    return float(np.quantile(off, 0.9)) if off else 0.3
+
+
+def _missed(row: tuple[float, float, float], factor: float) -> float:
+    """|log| of what the factor leaves of a calibration row that waits for the host."""
+    measured, gpu, host = row
+    return abs(float(np.log(factor * host / measured))) if factor * host > gpu else 0.0
+
+
+def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
+    """(measured, GPU's, host's) seconds of the passes of one inference record."""
+    from planner.host_cost import unscaled_seconds
+    from profiles.compare import passes_of_record
+
+    return [
+        (measured_s, gpu_s, unscaled_seconds(program, host))
+        for measured_s, gpu_s, program in passes_of_record(record)
+    ]

@@ -1,0 +1,108 @@
+"""Measured ops by family, from our own records: `profiles/microbench`.
+
+An op that runs several kernels in a row (a rotation, a norm written out) counts as so many equal
+ones, each with its part of the bytes, since programs list kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from profiles.fitting import Samples
+from profiles.microbench.op_record import OpRecord, merged
+
+SMALLEST_ROWS = 64
+"""Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """How a measured op stands in a program: its kind, kernels, and bytes of one element of it."""
+
+    kind: str
+    kernels: int
+    element_bytes: float
+    smallest_rows: int = 1
+
+
+BYTE_OPS: Mapping[str, Written] = {
+    "copy": Written(kind="elementwise", kernels=1, element_bytes=4),
+    "add": Written(kind="elementwise", kernels=1, element_bytes=6),
+    "silu_mul": Written(kind="elementwise", kernels=2, element_bytes=10),
+    "gelu_tanh": Written(kind="elementwise", kernels=1, element_bytes=4),
+    "rms_norm": Written(kind="norm", kernels=1, element_bytes=4),
+    "layer_norm": Written(kind="norm", kernels=1, element_bytes=4),
+    "softmax": Written(kind="reduction", kernels=2, element_bytes=12),
+    "cross_entropy": Written(
+        kind="reduction", kernels=1, element_bytes=8, smallest_rows=SMALLEST_ROWS
+    ),
+    "upcast": Written(kind="cast", kernels=1, element_bytes=6),
+    "rope": Written(kind="rotary", kernels=10, element_bytes=20),
+    "cat": Written(kind="cat", kernels=1, element_bytes=4),
+    "embedding": Written(kind="gather", kernels=1, element_bytes=4),
+}
+
+
+def samples_of_records(records: Iterable[OpRecord]) -> dict[str, Samples]:
+    """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
+
+    "…:warm": over what the op before has left in the cache.
+    """
+    rows: dict[str, list[tuple[list[float], float, bool]]] = {}
+    good = [r for r in merged(records).values() if r.status == "ok" and r.samples_s]
+    for record in good:
+        found = _sample(record)
+        if found is not None and record.median_s is not None:
+            name, sizes, kernels = found
+            name = f"{name}:warm" if record.cache == "warm" else name
+            row = (sizes, record.median_s / kernels, record.split == "held-out")
+            rows.setdefault(name, []).append(row)
+    return {name: as_samples(found) for name, found in rows.items()}
+
+
+def as_samples(rows: list[tuple[list[float], float, bool]]) -> Samples:
+    """Rows of sizes, seconds, held out."""
+    return Samples(
+        sizes=np.array([row[0] for row in rows], dtype=np.float64),
+        seconds=np.array([row[1] for row in rows], dtype=np.float64),
+        held_out=np.array([row[2] for row in rows], dtype=bool),
+    )
+
+
+def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
+    s, dtype = record.shape, record.dtype
+    match record.family:
+        case "gemm":
+            return f"gemm:{dtype}", [s["m"], s["n"], s["k"]], 1
+        case "moe":
+            reached = min(s["experts"], s["m"])
+            return f"grouped:{dtype}", [s["m"], reached, s["n"], s["k"]], 1
+        case "decode" | "prefill" | "backward" if record.op == "sdpa":
+            tokens = s["context"] if record.family == "decode" else s["tokens"]
+            heads = [s["heads"], s["kv_heads"], s["head_dim"]]
+            name = "attention_backward" if record.family == "backward" else record.family
+            backend = record.ran or record.backend
+            return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
+        case "optimizer" if record.backend == "fused":
+            return "optimizer", [float(record.bytes)], 1
+        case "bandwidth" if record.op in BYTE_OPS:
+            return _byte_sample(record)
+    return None
+
+
+def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
+    written, s = BYTE_OPS[record.op], record.shape
+    if record.op == "rope":
+        elements = s["tokens"] * (s["heads"] + s["kv_heads"]) * s["head_dim"]
+    elif record.op == "cat":
+        elements = s["batch"] * s["kv_heads"] * (s["context"] + 1) * s["head_dim"]
+    else:
+        elements = s["rows"] * s["width"]
+        if s["rows"] < written.smallest_rows:
+            return None
+    wider = 2 if record.dtype == "fp32" and record.op not in ("cross_entropy", "upcast") else 1
+    moved = wider * written.element_bytes * elements / written.kernels
+    return written.kind, [moved], written.kernels

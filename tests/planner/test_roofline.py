@@ -1,0 +1,225 @@
+"""Times of ops: floors that nothing undercuts, fits that hold on shapes they never saw."""
+
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+import planner
+from planner.calibration import calibration_of, load
+from planner.catalog.gpus import gpu_named, gpus
+from planner.latency import passes_of
+from planner.op_kinds import Attention, Grouped, Product, timed_ops
+from planner.op_times import Roof
+from planner.prepared import prepare
+from planner.program import Dims
+from planner.roofline import op_times
+
+LLAMA = planner.load_model("llama-3.1-8b")
+CALIBRATED = sorted(
+    p.name.removesuffix(".json")
+    for p in files("planner.catalog").joinpath("calibration").iterdir()
+    if p.name.endswith(".json") and p.name != "cpu.json"
+)
+
+
+def of(model="llama-3.1-8b", gpu="h200", runtime="vllm", mode="graph", tp=1, dtype=None, **work):
+    sizes = {"batch": 1, "prompt_tokens": 128, "output_tokens": 32, **work}
+    return planner.estimate(
+        planner.load_model(model),
+        planner.Inference(logits="last", **sizes),
+        planner.Deployment(gpu=gpu, runtime=runtime, mode=mode, tensor_parallel=tp, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "attnlab", "transformers"])
+def test_a_token_takes_at_least_the_time_to_read_the_weights(runtime):
+    """3.13 ms: 15.0 GB of weights and head at 4.8 TB/s, the floor for Llama-3.1-8B on an H200."""
+    assert 3.13e-3 < of(runtime=runtime).latency.tpot_s < 2.5 * 3.13e-3
+
+
+def test_llama_on_an_h200_lies_between_the_floors_and_the_tables_own_sum():
+    """reference figures at 1 × 128: aiconfigurator (vLLM) 4.80 ms, plain rooflines 2.9–3.1 ms."""
+    assert of().latency.tpot_s == pytest.approx(4.8e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("gpu", ["h200", "t4", "rtx-4090", "b200", "mi300x"])
+@pytest.mark.parametrize(("tokens", "context"), [(2048, 2048), (1, 4096)])
+def test_no_op_is_faster_than_its_ceilings(gpu, tokens, context):
+    deploy = planner.Deployment(gpu=gpu, runtime="vllm")
+    ready = prepare(LLAMA, deploy)
+    passes = passes_of(ready.model, ready.setting, "vllm", ready.gpu)
+    work = planner.Inference(batch=4, prompt_tokens=2048, output_tokens=2048)
+    program = ready.runtime.decode(LLAMA, work, ready.setting)
+    dims = Dims(batch=4, tokens=tokens, context=context)
+    for made in op_times(program, dims, passes.speed):
+        assert made.seconds >= made.flops / ready.gpu.flops_per_s("bf16")
+        if made.moved_bytes > (ready.gpu.l2_bytes or 0):
+            assert made.seconds >= made.moved_bytes / ready.gpu.memory_bandwidth_bytes_per_s
+
+
+@pytest.mark.parametrize("gpu", CALIBRATED)
+def test_each_fit_names_a_source_with_version_and_licence(gpu):
+    text = files("planner.catalog").joinpath("calibration", f"{gpu}.json").read_text()
+    content = json.loads(text)
+    assert len(text.encode()) <= 200_000
+    assert content["gpu"] == gpu in gpus()
+    for source in content["sources"].values():
+        assert source["licence"] == "Apache-2.0"
+        assert source["version"]
+        assert source["url"]
+        assert source["what"]
+    for part in (*content["fits"].values(), content.get("graph"), content.get("host")):
+        assert part is None or part["source"] in content["sources"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fit", "median", "p90"),
+    [
+        ("h200", "gemm:bf16", 0.045, 0.12),
+        ("h200", "gemm:bf16:vllm", 0.045, 0.12),
+        ("h100-80gb", "gemm:bf16", 0.045, 0.12),
+        ("h200", "decode:bf16:vllm", 0.04, 0.15),
+        ("h100-80gb", "decode:bf16:vllm", 0.04, 0.15),
+    ],
+)
+def test_fits_hold_on_shapes_that_they_never_saw(gpu, fit, median, p90):
+    held_out = load(gpu).fits[fit].held_out
+    assert held_out.count > 100
+    assert held_out.median <= median
+    assert held_out.p90 <= p90
+
+
+def test_a_roofline_is_a_smooth_maximum_over_a_floor():
+    roof = Roof(
+        floor_s=1e-6, compute=0.5, bandwidth=0.8, extra_flops=0.0, extra_bytes=0.0, power=2.0
+    )
+    assert roof.seconds(0.0, 0.0, 1e15, 1e12) == pytest.approx(1e-6)
+    assert roof.seconds(1e12, 1.0, 1e15, 1e12) == pytest.approx(1e-6 + 2e-3)
+    assert roof.seconds(1e3, 8e9, 1e15, 1e12) == pytest.approx(1e-6 + 1e-2)
+    both = roof.seconds(1e12, 1.6e9, 1e15, 1e12) - 1e-6
+    assert both == pytest.approx(2e-3 * 2**0.5)
+
+
+def test_a_table_of_the_residual_gives_what_the_process_gives():
+    fit = load("h200").fits["gemm:bf16"]
+    for m in (1.0, 8.0, 512.0):
+        sizes = (m, 4096.0, 4096.0)
+        logs = np.log2(np.array([sizes]))
+        alone = fit.roof_seconds(sizes) * np.exp(fit.residual(logs)[0])
+        assert fit.seconds(sizes) == pytest.approx(alone, rel=0.01)
+
+
+def test_a_gpu_that_nobody_measured_is_timed_by_its_kin_and_says_so():
+    latency = of(gpu="h100-nvl").latency
+    assert latency.confidence == "extrapolated"
+    assert latency.basis == "ops measured on h100-80gb, by the ratio of ceilings"
+    assert of(gpu="h100-80gb").latency.tpot_s < latency.tpot_s * 1.5
+    assert calibration_of(gpu_named("rtx-5090")).transferred_from == "rtx-pro-6000"
+
+
+def test_a_gpu_without_kin_is_a_roofline_with_a_wide_band():
+    latency = of(gpu="mi300x").latency
+    assert latency.confidence == "uncalibrated"
+    low, high = latency.tpot_interval_s
+    assert (high - low) / 2 > 0.15 * latency.tpot_s
+
+
+def test_eager_decoding_is_bound_by_the_host_and_a_graph_is_not():
+    eager, graph = of(runtime="transformers", mode="eager"), of(runtime="transformers")
+    assert eager.latency.decode_bound_by == "host"
+    assert graph.latency.decode_bound_by == "memory"
+    assert eager.latency.tpot_s > 3 * graph.latency.tpot_s
+
+
+def test_long_prompts_are_bound_by_compute_and_tokens_by_memory():
+    latency = of(prompt_tokens=8192).latency
+    assert latency.prefill_bound_by == "compute"
+    assert latency.decode_bound_by == "memory"
+    assert 0 < latency.mfu < 1
+    assert 0 < latency.mbu < 1
+
+
+def test_end_to_end_is_the_first_token_and_the_steps_after_it():
+    latency = of(output_tokens=11).latency
+    assert latency.end_to_end_s == pytest.approx(latency.ttft_s + 10 * latency.tpot_s)
+    assert latency.output_tokens_per_s == pytest.approx(11 / latency.end_to_end_s)
+
+
+def test_intervals_hold_the_time_between_them():
+    latency = of().latency
+    for time_s, (low, high) in (
+        (latency.ttft_s, latency.ttft_interval_s),
+        (latency.tpot_s, latency.tpot_interval_s),
+    ):
+        assert low < time_s < high
+
+
+def test_energy_is_no_more_than_the_tdp_allows():
+    estimate = of(batch=8, prompt_tokens=2048)
+    assert 0 < estimate.latency.energy_j <= 700 * estimate.latency.end_to_end_s
+    assert of(gpu="mi300x").latency.energy_j <= 750 * of(gpu="mi300x").latency.end_to_end_s
+
+
+def test_op_times_add_up_to_the_step():
+    estimate = of(output_tokens=2)
+    table = estimate.op_times("decode")
+    assert table.total_s.sum() == pytest.approx(estimate.latency.tpot_s, rel=0.01)
+    assert set(table.bound_by) <= {"memory", "compute", "latency"}
+    assert table.iloc[0].family == "gemm"
+
+
+def test_quantised_weights_are_read_faster():
+    plain, fp8 = (
+        planner.estimate(
+            LLAMA,
+            planner.Inference(batch=1, prompt_tokens=128, output_tokens=8, logits="last"),
+            planner.Deployment(gpu="h200", runtime="vllm", weight_dtype=dtype),
+        ).latency
+        for dtype in (None, "fp8")
+    )
+    assert 0.5 * plain.tpot_s < fp8.tpot_s < 0.85 * plain.tpot_s
+
+
+def kinds(model, runtime, which="decode"):
+    ready = prepare(planner.load_model(model), planner.Deployment(gpu="h200", runtime=runtime))
+    work = planner.Inference(batch=2, prompt_tokens=64, output_tokens=4, logits="last")
+    program = getattr(ready.runtime, which)(ready.model, work, ready.setting)
+    return timed_ops(program)
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "attnlab", "transformers"])
+def test_attention_is_recognised_with_its_heads(runtime):
+    found = {t.kind for t in kinds("llama-3.1-8b", runtime) if isinstance(t.kind, Attention)}
+    assert {(k.heads, k.kv_heads, k.head_dim, k.backward) for k in found} == {(32, 8, 128, False)}
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
+def test_experts_are_recognised_with_their_sizes(runtime):
+    found = [t.kind for t in kinds("mixtral-8x7b", runtime) if isinstance(t.kind, Grouped)]
+    assert {(k.n, k.k) for k in found} == {(28672, 4096), (4096, 14336)}
+
+
+def test_products_have_the_sizes_of_their_layers():
+    dims = Dims(batch=2, tokens=1, context=64)
+    found = {
+        t.op.name: t.kind.sizes(dims)
+        for t in kinds("llama-3.1-8b", "vllm")
+        if isinstance(t.kind, Product)
+    }
+    assert found["qkv_proj"] == (2, 6144, 4096)
+    assert found["down_proj"] == (2, 4096, 14336)
+    assert found["logits"] == (2, 128256, 4096)
+
+
+def test_gradients_of_weights_are_products_over_the_rows():
+    deploy = planner.Deployment(gpu="h200", runtime="transformers", mode="eager")
+    model = planner.load_model("llama-3.2-1b")
+    work = planner.Training(batch=2, sequence_tokens=256)
+    estimate = planner.estimate(model, work, deploy)
+    table = estimate.op_times()
+    assert table[table.family == "gemm"].flops.mul(table["count"]).sum() == pytest.approx(
+        3 * 2 * 512 * (model.parameter_count - 2048 * 4 * 16), rel=0.02
+    )
+    assert estimate.latency.step_interval_s[0] < estimate.latency.step_s
