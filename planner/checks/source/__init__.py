@@ -1,0 +1,1 @@
+from planner.checks.source.files import check_source as check_source
