@@ -53,10 +53,10 @@ def scaling(subject: Subject) -> Iterator[Finding]:
         ratio = scale * math.sqrt(d)
         seen = f"q·k is multiplied by {scale:.4g}, 1/√{d} is {d**-0.5:.4g}"
         if ratio > max(0.6 * math.sqrt(d), 2.2):
-            known = subject.model_type in ONE_OVER_D_BY_DESIGN and not where
+            known = subject.model_type in ONE_OVER_D_BY_DESIGN and scale == 1
             yield found(
                 "attention-unscaled",
-                seen + (" (attention_multiplier is not stated: the class default)" if known else "")
+                seen + (" (the class default of attention_multiplier)" if known else "")
                 + f"; unit-variance q and k give scores of {scale * math.sqrt(d):.3g} ± "
                 "where ± 1 is wanted",
                 where=where,

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from attnlab import alibi
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed, value, whole
+from attnlab.probes.subject import Probed, value, whole
 from attnlab.probes.watch import Attention, visible, watch
 from planner.edges import found
+from planner.errors import ConfigError
 from planner.findings import Finding
+from planner.huggingface import read_config
 
 LONGEST_WINDOW = 512
 ALIBI_TYPES = ("bloom",)
@@ -33,7 +35,7 @@ def window_reach(probed: Probed) -> Iterator[Finding]:
     windows = [w for w in stated if w is not None]
     if not windows or max(windows) > LONGEST_WINDOW:
         return
-    tokens = next_prime(max(TOKENS, max(windows) + 9))
+    tokens = next_prime(max(probed.tokens, max(windows) + 9))
     if probed.trained_tokens is not None and tokens > probed.trained_tokens > max(windows):
         tokens = probed.trained_tokens
     with mode(probed.module, training=False):
@@ -84,10 +86,14 @@ def next_prime(n: int) -> int:
 def stated_windows(probed: Probed) -> list[int | None]:
     """The window of every attention by the config; one entry: of all of them."""
     described = getattr(probed.module, "model", None)
-    layers = getattr(described, "layers", None)
-    if type(described).__name__ == "Model" and isinstance(layers, tuple):
+    if type(described).__name__ == "Model":
+        try:  # what its config says, not what was made of it
+            layers = read_config(described.config).layers
+        except ConfigError:
+            layers = described.layers
         return [
-            getattr(x.attention, "sliding_window", None) or getattr(x.attention, "masked_window", None)
+            getattr(x.attention, "sliding_window", None)
+            or getattr(x.attention, "masked_window", None)
             for x in layers
         ]
     config = probed.config
@@ -116,7 +122,7 @@ def linear_biases(probed: Probed) -> Iterator[Finding]:
     """
     declared = declares_alibi(probed)
     with mode(probed.module, training=False):
-        _, attentions = watch(probed, probed.draw(2, TOKENS))
+        _, attentions = watch(probed, probed.draw(2, probed.tokens))
     for layer, attention in enumerate(attentions):
         bias = attention.bias()
         if bias is None:

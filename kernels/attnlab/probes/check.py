@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from attnlab.probes.positions import extrapolation
 from attnlab.probes.quantised import quantised_cache
 from attnlab.probes.quiet import mode, undisturbed
 from attnlab.probes.scores import dead_heads, softmax_saturation
-from attnlab.probes.subject import TOKENS, Probed, examine, told
+from attnlab.probes.subject import Probed, examine, runs, told
+from attnlab.probes.watch import watch
 from planner.edges import found
-from planner.errors import ConfigError, check_choice
-from planner.findings import Finding, worst_first
+from planner.errors import check_choice
+from planner.findings import SHARP, Finding
 
 PROBES: dict[str, Callable[[Probed], Iterator[Finding]]] = {
     "causal_leak": causal_leak,
@@ -38,6 +40,8 @@ PROBES: dict[str, Callable[[Probed], Iterator[Finding]]] = {
     "quantised_cache": quantised_cache,
 }
 """By name; each one's docstring says what it can miss."""
+
+FOLLOW_A_LEAK = ("cache-drift", "padding-attends")
 
 
 def check(
@@ -70,7 +74,8 @@ def check(
             trained_tokens=trained_tokens,
             sample=sample,
         )
-        first = outputs_or_error(probed)
+        with mode(module, training=False):
+            probed, first = runs(probed)
         if not first.isfinite().all():
             return [not_finite(probed, first)]
         findings = []
@@ -79,29 +84,27 @@ def check(
                 findings += list(PROBES[name](probed))
             except Exception as error:  # one probe that a module does not stand is not the end
                 findings.append(found("not-checked", told(name, error), where=name))
-    return worst_first(findings)
+    return ordered(findings)
 
 
-def outputs_or_error(probed: Probed) -> Tensor:
-    """One run in eval mode; ConfigError in one line where it fails."""
-    try:
-        with mode(probed.module, training=False):
-            return probed.outputs(probed.draw(2, TOKENS))
-    except ConfigError:
-        raise
-    except Exception as error:
-        what = "token ids" if probed.takes == "ids" else "embeddings"
-        raise ConfigError(told(f"the module fails on {what} [2, {TOKENS}]", error)) from None
+def ordered(findings: list[Finding]) -> list[Finding]:
+    """The worst first, else as they were found. What a leak brings with it counts for less."""
+    if any(finding.id == "causal-leak" for finding in findings):
+        findings = [
+            replace(f, severity="medium", seen=f"{f.seen} (may follow from the causal leak)")
+            if f.id in FOLLOW_A_LEAK
+            else f
+            for f in findings
+        ]
+    return sorted(findings, key=lambda f: SHARP.index(f.severity))
 
 
 def not_finite(probed: Probed, out: Tensor) -> Finding:
     """The first submodule that made NaN or inf; rows without a key, if that was it."""
     with mode(probed.module, training=False):
         with recorded(probed.module) as made:
-            probed.outputs(probed.draw(2, TOKENS))
-        from attnlab.probes.watch import watch
-
-        _, attentions = watch(probed, probed.draw(2, TOKENS))
+            probed.outputs(probed.draw(2, probed.tokens))
+        _, attentions = watch(probed, probed.draw(2, probed.tokens))
     where = next((named(name, m) for name, m, x in made if not x.isfinite().all()), "")
     share = float((~out.isfinite()).double().mean())
     for layer, attention in enumerate(attentions):
@@ -110,8 +113,8 @@ def not_finite(probed: Probed, out: Tensor) -> Finding:
             rows = sorted(set(empty.nonzero()[:, -1].tolist()))[:5]
             return found(
                 "masked-row-nan",
-                f"attention {layer} hides every key from queries {rows}; {share:.0%} of the outputs "
-                "are NaN or inf",
+                f"attention {layer} hides every key from queries {rows}; {share:.0%} of the "
+                "outputs are NaN or inf",
                 where=where,
                 severity="critical",
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed, output_of
+from attnlab.probes.subject import Probed, output_of
 from planner.edges import found
 from planner.findings import Finding
 
@@ -23,7 +23,7 @@ DEEP, MEDIUM_DEPTH = 24, 12
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """Root mean squares by layer: activations behind each, gradients there; normed: of each token."""
+    """Root mean squares behind each layer; `normed`: whether every token has the same there."""
 
     name: str
     activations: list[float]
@@ -107,7 +107,7 @@ def measured(probed: Probed) -> Depth | None:
     norms = [m for m in layers.modules() if "norm" in type(m).__name__.lower()]
     handles = [m.register_forward_hook(norm_hook) for m in norms]
     handles += [m.register_forward_hook(layer_hook) for m in layers]
-    inputs = probed.draw(2, TOKENS, seed=8)
+    inputs = probed.draw(2, probed.tokens, seed=8)
     try:
         with torch.enable_grad():
             for p in probed.module.parameters():
@@ -138,13 +138,15 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().pow(2).mean().sqrt())
 
 
-def stack_of(module: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential | None]:
+def stack_of(
+    module: nn.Module, *, least: int = LEAST_LAYERS
+) -> tuple[str, nn.ModuleList | nn.Sequential | None]:
     """The longest list of modules of one class: in the decoder, where there are two."""
     stacks = [
         (name, m)
         for name, m in module.named_modules()
         if isinstance(m, nn.ModuleList | nn.Sequential)
-        and len(m) >= LEAST_LAYERS
+        and len(m) >= least
         and len({type(child) for child in m}) == 1
         and next(iter(m.parameters()), None) is not None
         and not isinstance(m[0], nn.Linear | nn.LayerNorm)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attnlab.probes.depth import stack_of
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed, told
+from attnlab.probes.subject import Probed, told
+from attnlab.probes.watch import watch
 from planner.edges import found
 from planner.findings import Finding
 
@@ -31,8 +33,8 @@ def mask_defects(probed: Probed) -> Iterator[Finding]:
 
 
 def _defects(probed: Probed, mask_name: str) -> Iterator[Finding]:
-    ids = probed.draw(2, TOKENS, seed=10)
-    other = probed.draw(2, TOKENS, seed=11)
+    ids = probed.draw(2, probed.tokens, seed=10)
+    other = probed.draw(2, probed.tokens, seed=11)
     full = torch.ones_like(ids)
     try:
         plain = probed.outputs(ids, **{mask_name: full})
@@ -40,9 +42,10 @@ def _defects(probed: Probed, mask_name: str) -> Iterator[Finding]:
         yield found("not-checked", told(f"{mask_name} of ones [B, S]", error), where=mask_name)
         return
     scale = float(plain.abs().max().clamp_min(1e-30))
+    padded = min(PADDED, probed.tokens // 3)
     for side in ("right", "left"):
-        real = slice(0, -PADDED) if side == "right" else slice(PADDED, None)
-        padding = slice(-PADDED, None) if side == "right" else slice(0, PADDED)
+        real = slice(0, -padded) if side == "right" else slice(padded, None)
+        padding = slice(-padded, None) if side == "right" else slice(0, padded)
         mask, changed = full.clone(), ids.clone()
         mask[:, padding], changed[:, padding] = 0, other[:, padding]
         more = {mask_name: mask, **positions(probed, mask)}
@@ -50,7 +53,7 @@ def _defects(probed: Probed, mask_name: str) -> Iterator[Finding]:
         if not one.isfinite().all():
             yield found(
                 "masked-row-nan",
-                f"{PADDED} tokens of padding on the {side}: real tokens' outputs are NaN or inf",
+                f"{padded} tokens of padding on the {side}: real tokens' outputs are NaN or inf",
                 where=mask_name,
             )
             continue
@@ -58,14 +61,24 @@ def _defects(probed: Probed, mask_name: str) -> Iterator[Finding]:
         if moved > 10 * probed.tolerance:
             yield found(
                 "padding-attends",
-                f"other tokens in {PADDED} places of padding on the {side} move real outputs by "
+                f"other tokens in {padded} places of padding on the {side} move real outputs by "
                 f"{moved:.2g} of the largest",
                 where=mask_name,
+                severity="medium" if recurrent(probed) else None,
             )
             continue
         if side == "left":
             yield from shifted(probed, ids[:, real], one, scale, mask_name)
     yield from empty_row(probed, ids, full, plain, mask_name)
+
+
+def recurrent(probed: Probed) -> bool:
+    """Whether a class of transformers has layers whose states take padding in."""
+    if not type(probed.module).__module__.startswith("transformers."):
+        return False
+    _, attentions = watch(probed, probed.draw(1, probed.tokens))
+    _, layers = stack_of(probed.module, least=1)
+    return layers is not None and len(attentions) < len(layers)
 
 
 def positions(probed: Probed, mask: Tensor) -> dict[str, Tensor]:
@@ -88,7 +101,7 @@ def shifted(
     counted = probed.has("position_ids")
     yield found(
         "left-padding-positions",
-        f"{PADDED} tokens of padding on the left move real outputs by {moved:.2g} of the largest"
+        f"padding on the left moves real outputs by {moved:.2g} of the largest"
         + (", with position_ids that count real tokens" if counted else ""),
         where="position_ids" if counted else mask_name,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed
+from attnlab.probes.subject import Probed
 from attnlab.probes.watch import watch
 from planner.edges import found
 from planner.findings import Finding
@@ -23,10 +23,10 @@ def fp16_hazards(probed: Probed) -> Iterator[Finding]:
     """The largest scores against fp16's 65 504, and a copy of the module run in fp16.
 
     Scores are taken before softmax and, where they can be followed, before they are scaled. It can
-    miss values that training makes, other inputs' values, overflow in gradients, and modules of over
-    50 million parameters, which are not copied, or whose operations lack fp16 on this device.
+    miss values that training makes, other inputs' values, overflow in gradients, and modules of
+    over 50 million parameters, which are not copied, or whose operations lack fp16 on this device.
     """
-    inputs = probed.draw(2, TOKENS, seed=12)
+    inputs = probed.draw(2, probed.tokens, seed=12)
     with mode(probed.module, training=False):
         out, attentions = watch(probed, inputs)
         if not out.isfinite().all():
@@ -83,11 +83,11 @@ def batch_dependence(probed: Probed) -> Iterator[Finding]:
     four sequences of 23 tokens) and differences within rounding (1e-5 of the largest output).
     """
     with mode(probed.module, training=False):
-        inputs = probed.draw(4, TOKENS, seed=13)
+        inputs = probed.draw(4, probed.tokens, seed=13)
         together, alone = probed.outputs(inputs), probed.outputs(inputs[:1])
         swapped = probed.outputs(inputs.flip(0))[-1:]
         neighbours = inputs.clone()
-        neighbours[1:] = probed.draw(4, TOKENS, seed=14)[1:]
+        neighbours[1:] = probed.draw(4, probed.tokens, seed=14)[1:]
         beside = probed.outputs(neighbours)[:1]
     scale = float(alone.abs().max().clamp_min(1e-30))
     for how, other in (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnlab.probes.cache import last_of, probed_prefill
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed
+from attnlab.probes.subject import Probed
 from planner.edges import found
 from planner.findings import Finding
 
@@ -29,8 +29,8 @@ def quantised_cache(probed: Probed) -> Iterator[Finding]:
     """
     if not probed.causal or probed.takes != "ids":
         return
-    ids = probed.draw(2, TOKENS, seed=4)
-    if probed.trained_tokens is not None and probed.trained_tokens < TOKENS:
+    ids = probed.draw(2, probed.tokens, seed=4)
+    if probed.trained_tokens is not None and probed.trained_tokens < probed.tokens:
         return
     with mode(probed.module, training=False):
         try:
@@ -93,7 +93,9 @@ def rounded_layer(cache: Any, layer: int, bits: int) -> Any:
         kept.keys, kept.values = rounded(kept.keys, bits), rounded(kept.values, bits)
         return cache
     return tuple(
-        tuple(rounded(x, bits) if isinstance(x, Tensor) else x for x in pair) if i == layer else pair
+        tuple(rounded(x, bits) if isinstance(x, Tensor) else x for x in pair)
+        if i == layer
+        else pair
         for i, pair in enumerate(cache)
     )
 

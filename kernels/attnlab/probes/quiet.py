@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_NAMES = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
 DROPOUTS = frozenset(
-    {
-        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-        torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout,
+    [
+        *(getattr(nn.functional, name) for name in _NAMES.split()),
+        torch.dropout,
+        torch.dropout_,
+        torch.alpha_dropout,
+        torch.feature_dropout,
         torch.native_dropout,
-    }
-)  # fmt: skip
-ATTENTION = F.scaled_dot_product_attention
+    ]
+)
+ATTENTION = nn.functional.scaled_dot_product_attention
 
 
 class NoDropout(TorchFunctionMode):
@@ -33,9 +36,7 @@ class NoDropout(TorchFunctionMode):
         super().__init__()
         self.decomposed = decomposed
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept dropouts and attention."""
         kwargs = dict(kwargs or {})
         if func in DROPOUTS:

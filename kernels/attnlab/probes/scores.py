@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnlab.probes.quiet import mode
-from attnlab.probes.subject import TOKENS, Probed, value
+from attnlab.probes.subject import Probed, value
 from attnlab.probes.watch import Attention, heads, watch
 from planner.checks.scores import ONE_OVER_D_BY_DESIGN, UNSCALED_BY_DESIGN
 from planner.edges import found
@@ -17,7 +17,7 @@ from planner.findings import Finding
 
 SATURATED, LEAST_KEYS = 0.9, 8
 LEAST_WIDTH = 8
-MOST_HEADS = 96
+MOST_HEADS = 48
 """Heads that are switched off one by one; of more, every n-th."""
 
 
@@ -26,11 +26,11 @@ def softmax_saturation(probed: Probed) -> Iterator[Finding]:
 
     Weights are watched at aten._softmax, with scaled_dot_product_attention computed in plain
     operations. It can miss attention that makes its softmax by hand, in a fused kernel of its own
-    (flex, flash, xformers) or inside TorchScript; a scale in a norm of queries and keys is taken for
-    a scale; and a trained head may be sharp on purpose, so that half the heads of a layer must be.
+    (flex, flash, xformers) or inside TorchScript; a norm of queries and keys is taken for a scale;
+    and a trained head may be sharp on purpose, so that half the heads of a layer must be.
     """
     with mode(probed.module, training=False):
-        _, attentions = watch(probed, probed.draw(2, TOKENS))
+        _, attentions = watch(probed, probed.draw(2, probed.tokens))
     yield from saturated(attentions)
     yield from scale(probed, attentions)
 
@@ -94,6 +94,7 @@ def scale(probed: Probed, attentions: list[Attention]) -> Iterator[Finding]:
                 f"q·k is multiplied by {ratio / math.sqrt(d):.4g} before softmax, 1/√{d} is "
                 f"{d**-0.5:.4g}: scores grow as √d",
                 where=f"attention {layer}",
+                severity="medium" if kind in ONE_OVER_D_BY_DESIGN else None,
             )
             return
     low = {n: (r, d) for n, (r, d) in ratios.items() if r < 1.3 / math.sqrt(d)}
@@ -117,16 +118,18 @@ def dead_heads(probed: Probed) -> Iterator[Finding]:
     other inputs than random tokens, and, in layers whose output is zero at initialisation on
     purpose, everything.
     """
-    inputs = probed.draw(2, TOKENS)
+    inputs = probed.draw(2, probed.tokens)
     with mode(probed.module, training=False):
         before, attentions = watch(probed, inputs)
-        if not 0 < len(attentions) or not before.isfinite().all():
+        if not len(attentions) > 0 or not before.isfinite().all():
             return
         places = list(heads(attentions))
         per_layer: dict[int, dict[int, float]] = {}
         if len(places) > MOST_HEADS:  # whole layers: a head is held against its neighbours
             step = math.ceil(len(places) / MOST_HEADS)
-            places = [(layer, head) for layer, head in places if layer % step == 0][:4 * MOST_HEADS]
+            places = [(layer, head) for layer, head in places if layer % step == 0][
+                : 2 * MOST_HEADS
+            ]
         for layer, head in places:
 
             def off(index: int, weights: Tensor, at: tuple[int, int] = (layer, head)) -> Tensor:

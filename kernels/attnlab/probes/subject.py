@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from planner.errors import ConfigError, shown
 # Shapes.  B batch · S tokens · D width of embeddings
 
 TOKENS = 23  # a prime, so that no other size is taken for the sequence
+SHORTER = (13, 7)
 ENCODER_TOKENS = 17
 BIDIRECTIONAL = re.compile(r"Encoder|Bert|BERT|Bidirectional|Masked|Classif|ViT|Vision")
 CACHE_NAMES = ("past_key_values", "cache_params", "past_key_value", "past")
@@ -31,9 +32,7 @@ class _FindTable(TorchDispatchMode):
         super().__init__()
         self.ids, self.rows = ids, 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Watch aten.embedding."""
         if func is torch.ops.aten.embedding.default and not self.rows:
             weight, indices = args[0], args[1]
@@ -61,7 +60,9 @@ class Probed:
     vocabulary: int = 0
     avoid: frozenset[int] = frozenset()
     encoder: bool = False
+    uncached: bool = False  # plain forwards are asked for without a cache
     trained_tokens: int | None = None
+    tokens: int = TOKENS
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def draw(self, batch: int, tokens: int, seed: int = 0) -> Tensor:
@@ -70,7 +71,9 @@ class Probed:
         if self.takes == "embeddings":
             drawn = torch.randn(batch, tokens, self.width, generator=generator)
             return drawn.to(self.device, self.dtype)
-        plain = torch.tensor([i for i in range(min(self.vocabulary, 1 << 16)) if i not in self.avoid])
+        plain = torch.tensor(
+            [i for i in range(min(self.vocabulary, 1 << 16)) if i not in self.avoid]
+        )
         chosen = torch.randint(len(plain), (batch, tokens), generator=generator)
         return plain[chosen].to(self.device)
 
@@ -93,9 +96,10 @@ class Probed:
         """The module's own answer, the same random numbers each time."""
         torch.manual_seed(0)
         fixed = {
-            name: value.expand(len(inputs), *value.shape[1:])
-            for name, value in self.fixed.items()
+            name: value.expand(len(inputs), *value.shape[1:]) for name, value in self.fixed.items()
         }
+        if self.uncached and "use_cache" not in more:
+            more["use_cache"] = False
         with NoDropout():
             if self.sequence:
                 return self.module(**{self.sequence: inputs}, **fixed, **more)
@@ -178,17 +182,37 @@ def examine(
         vocabulary=rows,
         avoid=special_ids(config) if rows > 16 else frozenset(),
         encoder=encoder,
+        uncached=type(module).__module__.startswith("transformers.") and "use_cache" in names,
         trained_tokens=trained_tokens or trained_length(config),
         fixed=fixed,
     )
+    if probed.trained_tokens is not None:
+        probed = replace(probed, tokens=min(TOKENS, probed.trained_tokens))
     return probed if probed.vocabulary or takes == "embeddings" else with_table(probed)
+
+
+def runs(probed: Probed) -> tuple[Probed, Tensor]:
+    """The probed module at a length that it takes, and its outputs there; ConfigError for none."""
+    failed: Exception | None = None
+    for tokens in (probed.tokens, *SHORTER):
+        shorter = replace(probed, tokens=min(tokens, probed.tokens))
+        try:
+            return shorter, shorter.outputs(shorter.draw(2, shorter.tokens))
+        except ConfigError:
+            raise
+        except Exception as error:
+            failed = failed or error
+    what = "token ids" if probed.takes == "ids" else "embeddings"
+    raise ConfigError(
+        told(f"the module fails on {what} [2, {probed.tokens}]", failed or ValueError())
+    )
 
 
 def with_table(probed: Probed) -> Probed:
     """With the vocabulary of the table that the ids are looked up in."""
-    from dataclasses import replace
-
-    ids = torch.randint(2, (2, TOKENS), generator=torch.Generator().manual_seed(5)).to(probed.device)
+    ids = torch.randint(2, (2, SHORTER[-1]), generator=torch.Generator().manual_seed(5)).to(
+        probed.device
+    )
     finder = _FindTable(ids)
     try:
         with finder:
@@ -210,6 +234,9 @@ def told(what: str, error: BaseException) -> str:
 
 def text_config(module: nn.Module) -> Any:
     """The module's config, of the language model inside where it is one of several."""
+    described = getattr(module, "model", None)
+    if type(described).__name__ == "Model" and isinstance(getattr(described, "config", None), dict):
+        return described.config
     config = getattr(module, "config", None)
     inner = getattr(config, "get_text_config", None)
     if callable(inner) and not value(config, "is_encoder_decoder"):
@@ -226,7 +253,9 @@ def value(config: Any, name: str) -> Any:
 
 def whole(number: Any) -> int | None:
     """A whole number above zero."""
-    return number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else None
+    return (
+        number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else None
+    )
 
 
 def trained_length(config: Any) -> int | None:
@@ -280,7 +309,8 @@ def is_causal(module: nn.Module, config: Any) -> bool:
 
 
 def _transformers_causal(module: nn.Module, config: Any) -> bool:
-    from transformers.models.auto import modeling_auto as auto
+    # asked for only by a module of its own
+    from transformers.models.auto import modeling_auto as auto  # noqa: TID251
 
     if value(config, "is_encoder_decoder"):
         return True

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,29 +66,41 @@ class Attention:
 
 PRODUCTS = {"mm", "addmm", "linear", "convolution", "embedding"}
 NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm"}
-FORGET = {"exp", "pow", "relu", "gelu", "silu", "sigmoid", "elu", "softplus", "cumsum", "sum", "mean"}
-ALTERED = "after the softmax"
+FORGET = {
+    "exp",
+    "pow",
+    "relu",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "elu",
+    "softplus",
+    "cumsum",
+    "sum",
+    "mean",
+}
 
 
 class Watch(TorchDispatchMode):
-    """Records every softmax over `tokens` queries and keys. `change` may alter its result."""
+    """Records every softmax over `tokens` queries and keys; or lets `change` alter its result."""
 
-    def __init__(
-        self, tokens: int, change: Callable[[int, Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, tokens: int, change: Callable[[int, Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.tokens, self.change = tokens, change
+        self.count = 0
         self.attentions: list[Attention] = []
-        self._origins: dict[int, tuple[Tensor, Origin]] = {}  # the tensor is kept: its id is its own
+        self._origins: dict[
+            int, tuple[Tensor, Origin]
+        ] = {}  # the tensor is kept: its id is its own
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and follow its result."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.rstrip("_") if hasattr(func, "overloadpacket") else ""
         if name == "_softmax" and self._over_keys(args):
             return self._attention(args[0], out)
+        if self.change is not None:  # altered, not followed
+            return out
         first = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(first, Tensor) or not first.is_floating_point():
             return out
@@ -111,6 +122,10 @@ class Watch(TorchDispatchMode):
         if kept.dim() > 4:
             kept = kept.flatten(1, -3)
         n = self.tokens
+        if self.change is not None:
+            changed = self.change(self.count, weights.reshape(kept.shape).clone())
+            self.count += 1
+            return changed.reshape(weights.shape)
         self.attentions.append(
             Attention(
                 scores=kept[..., :n].detach().clone(),
@@ -118,9 +133,6 @@ class Watch(TorchDispatchMode):
                 origin=self._of(scores) if scores.shape[-1] == n else None,
             )
         )
-        if self.change is not None:
-            changed = self.change(len(self.attentions) - 1, weights.reshape(kept.shape).clone())
-            weights = changed.reshape(weights.shape)
         return weights
 
     def _keep(self, made: Tensor, origin: Origin | None) -> None:
@@ -172,8 +184,11 @@ class Watch(TorchDispatchMode):
             return None
         number = _number(other)
         if number is None:
-            by_row = isinstance(other, Tensor) and other.dim() and one.shape[-1] > 1 and (
-                other.shape[-1] == 1 or other.stride(-1) == 0
+            by_row = (
+                isinstance(other, Tensor)
+                and other.dim()
+                and one.shape[-1] > 1
+                and (other.shape[-1] == 1 or other.stride(-1) == 0)
             )
             return replace(origin, normed=True) if by_row else origin
         if name == "div":
