@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-
 Severity = Literal["critical", "high", "medium", "info", "error", "warning", "note"]
 SHARP: tuple[Severity, ...] = ("critical", "high", "medium", "info")
 """How bad a sharp edge of a model is, worst first. Findings on files say error, warning, note."""

@@ -58,6 +58,8 @@ def check(
         raise ConfigError(
             f"target={shown(target)} is not allowed: a name, a path, a config or a Model"
         )
+    if not str(target):
+        raise ConfigError("target='' is not allowed: a name, a path, a config or a Model")
     path = Path(target)
     folder, file = kind_of(path)
     if path.suffix == ".py":
@@ -68,7 +70,7 @@ def check(
     sources = check_source(path, required=not configured) if folder else []
     if folder and not configured:
         return worst_first(sources)
-    name, config = load_config(target)
+    config = load_config(target)[1]
     beside = path if folder else path.parent if file and path.name == "config.json" else None
     at = path / "config.json" if folder else path if file else None
     return worst_first([*check_config(config, load, folder=beside, file=at), *sources])

@@ -258,7 +258,6 @@ def carries(theta: float) -> float:
     """Context that a base carries, between the table's points by powers."""
     points = [(math.log(base), math.log(tokens)) for tokens, base in BASE_BOUNDS]
     x = math.log(max(theta, 1.0))
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x <= x1:
-            break
+    upper = next((i for i, (at, _) in enumerate(points) if i and x <= at), len(points) - 1)
+    (x0, y0), (x1, y1) = points[upper - 1], points[upper]
     return math.exp(y0 + (x - x0) * (y1 - y0) / (x1 - x0))

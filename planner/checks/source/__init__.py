@@ -1,1 +1,3 @@
+"""Sharp edges in Python source. It is parsed, never imported or executed."""
+
 from planner.checks.source.files import check_source as check_source
