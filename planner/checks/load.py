@@ -20,6 +20,7 @@ from planner.workload import Deployment, Inference
 
 GROUPED_KV_HEADS = 8
 WINDOW_TOKENS = 4_096
+LONGEST_CONTEXT = 2**22  # positions beyond are those of a model without an end
 MORE_GPUS = (2, 4, 8, 16)
 
 
@@ -43,10 +44,15 @@ class Remedy:
 
 
 def check_load(subject: Subject) -> Iterator[Finding]:
-    """Weights and cache against the GPU, where both a GPU and a context are stated."""
+    """Weights and cache against the GPU, at the stated context or at the model's own length."""
     model, load = subject.model, subject.load
-    if model is None or load.gpu is None or load.context_tokens is None:
+    if model is None or load.gpu is None:
         return
+    if load.context_tokens is None:  # a full context
+        limit = model.max_position_embeddings
+        if limit is None or limit > LONGEST_CONTEXT:
+            return
+        load = replace(load, context_tokens=limit)
     gpu = gpu_named(load.gpu)
     room = room_of(model, load, load.deployment())
     if room is None or room.fits:

@@ -58,26 +58,26 @@ def _cell(value: Any) -> str:
 
 def markdown(findings: Sequence[Finding], target: str) -> str:
     """A table of all and a section for each."""
-    lines = [f"# {_plain(in_words(findings, target))}", ""]
+    lines = [f"# {plain(in_words(findings, target))}", ""]
     if findings:
         lines += ["| severity | finding | where | seen |", "|---|---|---|---|"]
         lines += [
-            f"| {f.severity} | {_plain(f.title)} | {_plain(f.where)} | {_plain(f.seen)} |"
+            f"| {f.severity} | {plain(f.title)} | {plain(f.where)} | {plain(f.seen)} |"
             for f in findings
         ]
     for f in findings:
-        lines += ["", f"## {_plain(f.title)}", ""]
+        lines += ["", f"## {plain(f.title)}", ""]
         words = {"Seen": f.seen, "Why": f.why, "Symptoms": f.symptoms, "Do": f.do, "Where": f.where}
-        lines += [f"- **{name}**: {_plain(text)}" for name, text in words.items() if text]
+        lines += [f"- **{name}**: {plain(text)}" for name, text in words.items() if text]
         if f.next:
             lines.append(f"- **Next**: {', '.join(f.next)}")
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that is no markup: in a table, of HTML or of Markdown."""
     escaped = html.escape(" ".join(text.split()), quote=False)
-    for sign in "\\`*_[]|":
+    for sign in "\\`*_[]|$":
         escaped = escaped.replace(sign, f"\\{sign}")
     return escaped
 
@@ -102,7 +102,6 @@ def sarif(findings: Sequence[Finding], target: str) -> str:
         "tool": {
             "driver": {
                 "name": "transformer-planner",
-                "informationUri": "https://pypi.org/project/transformer-planner/",
                 "rules": rules,
             }
         },

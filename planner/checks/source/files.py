@@ -19,7 +19,7 @@ from planner.edges import found
 from planner.errors import ConfigError, shown
 from planner.findings import Finding
 
-MOST_BYTES, MOST_FILES, DEEPEST = 4 * 2**20, 20_000, 150
+MOST_BYTES, MOST_FILES = 4 * 2**20, 20_000
 SKIPPED = {"__pycache__", "node_modules", "site-packages", "build", "dist"}
 RULES = (
     attention_rules, unmasked_modules, post_norm, generation_loops, growing_caches, position_tables,
@@ -62,9 +62,13 @@ def python_files(folder: Path) -> Iterator[Path]:
 
 def findings_of(file: Path) -> Iterator[Finding]:
     """The findings of one file; ConfigError in one line for what cannot be parsed."""
-    content = contents(file)
+    return check_text(contents(file), str(file))
+
+
+def check_text(content: bytes, file: str) -> Iterator[Finding]:
+    """The findings of a file's content, which is named `file`."""
     attends = re.search(rb"softmax|Softmax|scaled_dot_product|sdpa", content) is not None
-    source = Source(tree=parsed(file, content), file=str(file), attends=attends)
+    source = Source(tree=parsed(content, file), file=file, attends=attends)
     for rule in RULES:
         try:
             yield from rule(source)
@@ -84,7 +88,7 @@ def contents(file: Path) -> bytes:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def parsed(file: Path, content: bytes) -> ast.Module:
+def parsed(content: bytes, file: str) -> ast.Module:
     """The syntax tree; nothing of the file runs."""
     try:
         with warnings.catch_warnings():
