@@ -11,13 +11,19 @@ pytestmark = pytest.mark.usefixtures("store")
 
 def opened(**query):
     """The page as a link opens it."""
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
-    app.run()
-    app.switch_page("views/check.py")
+    app = AppTest.from_file(str(ROOT / "app" / "views" / "check.py"), default_timeout=30)
     app.query_params.update(query)
     app.run()
     assert not app.exception
     return app
+
+
+def test_the_page_is_in_the_navigation():
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    app.run()
+    app.switch_page("views/check.py").run()
+    assert not app.exception
+    assert app.header[0].value == "Check"
 
 
 def shown(app):
