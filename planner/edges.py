@@ -33,10 +33,7 @@ def edges() -> dict[str, Edge]:
     """All sharp edges by id, in the file's order."""
     text = files("planner.catalog").joinpath("edges.toml").read_text(encoding="utf-8")
     return {
-        name: Edge(
-            id=name,
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in e.items()},
-        )
+        name: Edge(id=name, found_in=tuple(e.pop("found_in")), next=tuple(e.pop("next")), **e)
         for name, e in tomllib.loads(text).items()
     }
 

@@ -73,7 +73,9 @@ def module_made_by(target: str) -> tuple[nn.Module, Any]:
         made = factory()
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:
+    except SystemExit as error:
+        raise ConfigError(f"{target} failed: it exits with {error.code}") from None
+    except Exception as error:
         raise ConfigError(_told(f"{target} failed", error)) from None
     parts = made if isinstance(made, tuple) else (made,)
     if not parts or not isinstance(parts[0], nn.Module):

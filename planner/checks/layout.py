@@ -93,8 +93,9 @@ def feed_forward_widths(subject: Subject) -> set[int]:
         match layer.feed_forward:
             case Dense(intermediate_size=width) | MoE(moe_intermediate_size=width):
                 found_widths.add(width)
-    if subject.model is None and (width := subject.size("intermediate_size")):
-        found_widths.add(width)
+    plain = subject.size("intermediate_size")
+    if subject.model is None and plain is not None:
+        found_widths.add(plain)
     return found_widths
 
 

@@ -53,8 +53,9 @@ def check_load(subject: Subject) -> Iterator[Finding]:
         if limit is None or limit > LONGEST_CONTEXT:
             return
         load = replace(load, context_tokens=limit)
-    gpu = gpu_named(load.gpu)
-    room = room_of(model, load, load.deployment())
+    deploy = load.deployment()
+    gpu = gpu_named(deploy.gpu)
+    room = room_of(model, load, deploy)
     if room is None or room.fits:
         return
     at = f"batch {load.batch} × {load.context_tokens:,} tokens in {load.runtime} on {gpu.label}"
@@ -182,7 +183,7 @@ def loading(model: Model, load: Load) -> Iterator[Remedy]:
 
 def advice(tried: list[Remedy]) -> str:
     """The first that fits with its cost, and by how much those before it miss."""
-    short = []
+    short: list[str] = []
     for remedy in tried:
         if remedy.room is None:
             continue

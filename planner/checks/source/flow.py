@@ -400,8 +400,8 @@ class Flow:
             )
         if name in ("add", "add_") and node.args:
             operand = node.func.value if base is not None else node.args[0]  # type: ignore[attr-defined]
-            made = ast.copy_location(ast.BinOp(operand, ast.Add(), node.args[-1]), node)
-            return self._plus(made, subject, args[-1])
+            summed = ast.copy_location(ast.BinOp(operand, ast.Add(), node.args[-1]), node)
+            return self._plus(summed, subject, args[-1])
         if name in KEEPS or name.endswith(("dropout", "_drop")):
             return (args[0] if args and not method else subject) if name != "to" else subject
         return self._unknown(node, name, values)

@@ -53,8 +53,8 @@ def number(node: ast.AST | None) -> float | None:
         case ast.Constant(value=int() | float() as value):
             return float(value)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            value = number(inner)
-            return None if value is None else -value
+            negated = number(inner)
+            return None if negated is None else -negated
         case ast.Call() if called(node) == "float" and node.args:
             word = node.args[0]
             if isinstance(word, ast.Constant) and isinstance(word.value, str):

@@ -87,7 +87,7 @@ def test_a_factory_is_probed(run, tmp_path):
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("own_again:stops", "own_again:stops failed: 3"),
+        ("own_again:stops", "own_again:stops failed: it exits with 3"),
         ("own_again:number", "returned int"),
         ("own_again:absent", "has no function"),
         ("no_such_module:make", "cannot be imported"),
