@@ -95,6 +95,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     grads = [(p, p.grad, p.requires_grad) for p in module.parameters()]
     fast, level = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     rng = torch.random.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     torch.backends.mha.set_fastpath_enabled(False)
     logging.disable(max(level, logging.ERROR))
     try:
@@ -105,6 +106,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         logging.disable(level)
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.random.set_rng_state(rng)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
         with torch.no_grad():
             for buffer, content in contents:
                 buffer.copy_(content)

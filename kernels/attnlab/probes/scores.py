@@ -10,12 +10,13 @@ from torch import Tensor
 
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, value
-from attnlab.probes.watch import Attention, heads, watch
+from attnlab.probes.watch import Attention, watch
+from attnlab.probes.watch import heads as all_heads
 from planner.checks.scores import ONE_OVER_D_BY_DESIGN, UNSCALED_BY_DESIGN
 from planner.edges import found
 from planner.findings import Finding
 
-SATURATED, LEAST_KEYS = 0.9, 8
+SATURATED, LEAST_KEYS, SINK = 0.8, 8, 0.9
 LEAST_WIDTH = 8
 MOST_HEADS = 48
 """Heads that are switched off one by one; of more, every n-th."""
@@ -55,12 +56,17 @@ def sharpness(attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
     return top, mean(entropy), mean(gradient)
 
 
+def first_key(attention: Attention) -> Tensor:
+    """Share of the queries that look at the very first key most, by head: a sink, learned."""
+    return (attention.weights.argmax(-1) == 0).float().mean((0, 2))
+
+
 def saturated(attentions: list[Attention]) -> Iterator[Finding]:
     """Layers in which at least half of the heads are one-hot."""
     sharp = []
     for layer, attention in enumerate(attentions):
         top, entropy, gradient = sharpness(attention)
-        hot = top > SATURATED
+        hot = (top > SATURATED) & (first_key(attention) < SINK)
         if hot.float().mean() >= 0.5:
             sharp.append((layer, int(hot.sum()), top, entropy, gradient, attention))
     if not sharp:
@@ -97,6 +103,21 @@ def scale(probed: Probed, attentions: list[Attention]) -> Iterator[Finding]:
                 severity="medium" if kind in ONE_OVER_D_BY_DESIGN else None,
             )
             return
+    heads = [int(attention.weights.shape[1]) for attention in attentions]
+    if ratios and all(
+        n > 1 and layer in ratios and abs(ratios[layer][0] * math.sqrt(n) - 1) < 0.01
+        for layer, n in enumerate(heads)
+    ):
+        ratio, d = ratios[0]
+        yield found(
+            "attention-scaled-twice",
+            f"q·k is multiplied by {ratio / math.sqrt(d):.4g} before softmax, that is 1/√{d} over "
+            f"the root of {heads[0]} heads",
+            where="attention 0",
+            severity="medium",
+            title="Scores are scaled by the model's width, not the head's",
+        )
+        return
     low = {n: (r, d) for n, (r, d) in ratios.items() if r < 1.3 / math.sqrt(d)}
     if low and len(low) == len(attentions):
         layer, (ratio, d) = next(iter(low.items()))
@@ -123,7 +144,7 @@ def dead_heads(probed: Probed) -> Iterator[Finding]:
         before, attentions = watch(probed, inputs)
         if not len(attentions) > 0 or not before.isfinite().all():
             return
-        places = list(heads(attentions))
+        places = list(all_heads(attentions))
         per_layer: dict[int, dict[int, float]] = {}
         if len(places) > MOST_HEADS:  # whole layers: a head is held against its neighbours
             step = math.ceil(len(places) / MOST_HEADS)

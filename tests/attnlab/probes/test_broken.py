@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab import masks
+from attnlab import alibi, masks
+from attnlab.kv_cache import KVCache
 from attnlab.probes import check
 from attnlab.transformer import Transformer
 from planner import read_config
@@ -28,6 +29,7 @@ BROKEN = {
     "unscaled": (("unscaled",), {"heads": 2, "width": 64}, "attention-unscaled", ""),
     "unscaled in sdpa": (("unscaled", "sdpa"), {}, "attention-unscaled", ""),
     "scaled twice": (("scaled twice",), {"heads": 2, "width": 64}, "attention-scaled-twice", ""),
+    "scaled by the width": (("scaled by width",), {}, "attention-scaled-twice", "model's width"),
     "one-hot attention": (("sharp",), {}, "softmax-saturation", ""),
     "rotary offset of the cache": (("rope", "offset"), {}, "cache-drift", ""),
     "a cache that does not grow": (("rope", "stale cache"), {}, "cache-drift", ""),
@@ -185,6 +187,54 @@ def test_attnlab_with_a_window_one_too_wide_is_caught():
     config = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
     object.__setattr__(module.model, "config_json", json.dumps(config))
     assert "window-mismatch" in [f.id for f in check(module)]
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+def test_attnlab_with_rising_alibi_is_caught(monkeypatch, attention):
+    right = alibi.slope_tensor
+    config = {
+        "model_type": "bloom", "vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+    }  # fmt: skip
+    module = Transformer(
+        read_config(config), dtype=torch.float32, device="cpu", attention=attention
+    )
+    assert [f for f in check(module) if f.id == "alibi-slopes"] == []
+    monkeypatch.setattr(alibi, "slope_tensor", lambda *a, **k: -right(*a, **k))
+    assert "alibi-slopes" in [f.id for f in check(module)]
+
+
+def test_attnlab_with_a_cache_one_off_is_caught(monkeypatch):
+    right = KVCache.begin
+
+    def late(self, T, **more):
+        held = self.lengths[0]
+        return right(self, T, **more) + (1 if held else 0)
+
+    monkeypatch.setattr(KVCache, "begin", late)
+    found = check(ours(), probes=("cache_drift",))
+    assert [f.id for f in found] == ["cache-drift"]
+
+
+class Averaged(Tiny):
+    """BatchNorm1d: it averages over the sequence in train mode alone."""
+
+    def __init__(self):
+        super().__init__("rope")
+        self.batch_norm = nn.BatchNorm1d(D)
+
+    def forward(self, input_ids, past_key_values=None, use_cache=False, attention_mask=None):
+        x = self.batch_norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, None, attention_mask)[0]
+        return self.head(x)
+
+
+def test_a_leak_of_train_mode_alone_is_caught_and_statistics_stay():
+    module = Averaged().eval()
+    (leak,) = check(module, probes=("causal_leak",))
+    assert "train mode" in leak.seen
+    assert "BatchNorm1d" in leak.where
+    assert int(module.batch_norm.num_batches_tracked) == 0
 
 
 @pytest.mark.parametrize(

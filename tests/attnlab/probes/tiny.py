@@ -108,7 +108,7 @@ class Attention(nn.Module):
         if "dead head" in faults:
             v = torch.cat((torch.zeros_like(v[:, :1]), v[:, 1:]), 1)
         d = q.shape[-1]
-        scale = {"unscaled": 1.0, "scaled twice": 1 / d}.get(
+        scale = {"unscaled": 1.0, "scaled twice": 1 / d, "scaled by width": width**-0.5}.get(
             next((f for f in faults if "scaled" in f), ""), 1 / math.sqrt(d)
         )
         hidden, distance = self.mask(T, k.shape[2])
