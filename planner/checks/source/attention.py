@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 
 from planner.checks.source.decoders import is_decoder
-from planner.checks.source.flow import Event, Flow, Source, root_factor
+from planner.checks.source.flow import TRIANGLES, Flow, Source, root_factor
 from planner.checks.source.syntax import MASK, called, dotted, keyword, number, text
+from planner.checks.source.values import Event
 from planner.edges import found
 from planner.findings import Finding
 
@@ -29,6 +30,8 @@ def attention_rules(source: Source) -> Iterator[Finding]:
                     yield from filled(source, event)
                 case "inverted":
                     yield at(source, event, "mask-inverted", "hides the lower triangle: the past")
+                case "shifted":
+                    yield shifted(source, event)
                 case "attention":
                     yield from fused(source, flow, event)
 
@@ -61,9 +64,20 @@ def into_softmax(source: Source, flow: Flow, event: Event) -> Iterator[Finding]:
         yield at(source, event, "decoder-without-mask", "no mask reaches these scores")
 
 
+def shifted(source: Source, event: Event) -> Finding:
+    """A causal mask whose edge is not the diagonal."""
+    ahead = int(event.extra)
+    if ahead < 0:
+        return at(source, event, "self-masked", "the diagonal is hidden too: diagonal=1 with triu")
+    return at(
+        source, event, "causal-leak", f"{ahead} keys ahead of the query stay visible",
+        title=f"The causal mask is {ahead} off",
+    )  # fmt: skip
+
+
 def of_scores(event: Event) -> bool:
     """Whether the probabilities are those of q·k, or what is done to them is a triangle."""
-    return event.value.has("of-scores") or event.other.has("lower", "upper", "hides-lower")
+    return event.value.has("of-scores") or event.other.has(*TRIANGLES)
 
 
 def filled(source: Source, event: Event) -> Iterator[Finding]:

@@ -25,6 +25,8 @@ from planner.checks.source.syntax import (
     parameters,
     text,
 )
+from planner.checks.source.triangles import changed, edge_tag, off_by
+from planner.checks.source.values import Event, Value
 
 SCALE = re.compile(r"scal|temp|factor|sqrt|norm|inv|alpha|coef|mult|d_k|dim|tau|beta|gain", re.I)
 NO_SCALE = re.compile(r"cos|sin|mask|gate|bias|pos|rot", re.I)
@@ -32,6 +34,7 @@ ROTATES = re.compile(r"rot|rope|pos", re.I)
 QUERY_KEY = re.compile(
     r"(^|[^a-z])x?(q|k|query|queries|key|keys|query_\w+|key_\w+|q_\w+|k_\w+)([^a-z]|$)", re.I
 )
+TRIANGLES = ("lower", "upper", "hides-lower", "hides-upper")
 KEEPS = {
     "view", "reshape", "contiguous", "float", "to", "type", "type_as", "unsqueeze", "squeeze",
     "half", "flatten", "unflatten", "expand", "clone", "dropout", "Dropout", "detach", "bfloat16",
@@ -42,46 +45,6 @@ KEEPS = {
 TRANSPOSES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "t", "mT"}
 LAST_TWO = {(-1, -2), (-2, -1), (2, 3), (3, 2), (1, 2), (2, 1)}
 TO_KEYS_LAST = {(0, 2, 3, 1), (0, 1, 3, 2), (0, 2, 1), (1, 0)}
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Tags of a value, and the parameters it comes from.
-
-    Tags: "scores" (q·k), "scaled", "root" (by 1/√d), "masked", "touched" (passed through something
-    unknown), "softmax", "turned" (last two dimensions swapped), "lower" and "upper" (true on that
-    triangle), "hides-lower" (−inf there), "zeroed" (0 written to scores), "sum" (with a residual),
-    "normed-sum".
-    """
-
-    tags: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-
-    def __or__(self, other: Value) -> Value:
-        return Value(self.tags | other.tags, self.origins | other.origins)
-
-    def plus(self, *tags: str) -> Value:
-        """With more tags."""
-        return Value(self.tags | set(tags), self.origins)
-
-    def minus(self, *tags: str) -> Value:
-        """Without some tags."""
-        return Value(self.tags - set(tags), self.origins)
-
-    def has(self, *tags: str) -> bool:
-        """Whether it has any of these tags."""
-        return bool(self.tags & set(tags))
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened: softmax, product, fill, added, attention."""
-
-    kind: str
-    node: ast.AST
-    value: Value
-    other: Value = Value()
-    extra: str = ""
 
 
 @dataclass
@@ -268,12 +231,8 @@ class Flow:
         return Value()
 
     def _turned(self, value: Value) -> Value:
-        tags = set(value.tags) - {"lower", "upper", "turned"} | {"turned"}
-        if value.has("lower"):
-            tags |= {"upper"}
-        if value.has("upper"):
-            tags |= {"lower"}
-        return Value(frozenset(tags), value.origins)
+        tags = changed(value.tags, negated=False)
+        return Value(tags ^ {"turned"} if "turned" in tags else tags | {"turned"}, value.origins)
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Value:
         value, against = self.of(left), number(right)
@@ -316,12 +275,14 @@ class Flow:
 
     def _plus(self, node: ast.BinOp, left: Value, right: Value) -> Value:
         for one, other, by in ((left, right, node.right), (right, left, node.left)):
-            mask = other.has("lower", "upper", "hides-lower") or MASK.search(text(by, 200))
+            mask = other.has(*TRIANGLES) or MASK.search(text(by, 200))
             if one.has("softmax") and not one.has("spent") and mask and not other.has("softmax"):
                 self.events.append(Event("added", node, one, other))
             if one.has("scores"):
                 if other.has("hides-lower") and not other.has("touched"):
                     self.events.append(Event("inverted", node, one, other))
+                if other.has("hides-upper") and not other.has("hides-lower", "lower"):
+                    self._shifted(node, one, other, off_by(other.tags | {"upper"}, hides=True))
                 if number(by) is None and not ROTATES.search(text(by, 200).replace("pose", "")):
                     one = one.plus("masked")
                 made = one | Value(origins=other.origins)
@@ -457,12 +418,21 @@ class Flow:
         if value.has("scores"):
             if hides(fill) and mask.has("lower") and not mask.has("upper", "touched"):
                 self.events.append(Event("inverted", node, value, mask))
+            if hides(fill):
+                self._shifted(node, value, mask, off_by(mask.tags, hides=True))
             if number(fill) == 0:
                 return value.plus("zeroed")
             return value.plus("masked")
         if hides(fill) and mask.has("lower") and not mask.has("upper"):
             return value.plus("hides-lower")
+        if hides(fill) and mask.has("upper") and not mask.has("lower"):
+            return value.plus("hides-upper", *(t for t in mask.tags if t.startswith("at:")))
         return value | Value(origins=mask.origins)
+
+    def _shifted(self, node: ast.AST, value: Value, mask: Value, ahead: int) -> None:
+        """A triangle whose edge is not the diagonal."""
+        if ahead and not mask.has("touched", "lower" if mask.has("upper") else "upper"):
+            self.events.append(Event("shifted", node, value, mask, str(ahead)))
 
     def _where(self, node: ast.Call, args: list[Value]) -> Value:
         condition, one, other = args
@@ -473,6 +443,8 @@ class Flow:
             right = condition.has("lower" if keeps else "upper")
             if hides(fill) and wrong and not right:
                 self.events.append(Event("inverted", node, value, condition))
+            elif hides(fill):
+                self._shifted(node, value, condition, off_by(condition.tags, hides=not keeps))
             return value.plus("masked")
         return one | other
 
@@ -483,8 +455,11 @@ class Flow:
         )
         full = isinstance(filled, ast.Call) and called(filled) in ("full", "full_like")
         if full and isinstance(filled, ast.Call) and any(hides(a) for a in filled.args[1:]):
-            return inner.plus("hides-lower") if name == "tril" else inner
-        return Value(origins=inner.origins).plus("lower" if name == "tril" else "upper")
+            if name == "tril":
+                return inner.plus("hides-lower")
+            return inner.plus("hides-upper", *edge_tag(node))
+        side = "lower" if name == "tril" else "upper"
+        return Value(origins=inner.origins).plus(side, *edge_tag(node))
 
 
 def _loaded(target: ast.expr) -> ast.expr:
@@ -494,12 +469,7 @@ def _loaded(target: ast.expr) -> ast.expr:
 
 
 def _inverted(value: Value) -> Value:
-    tags = set(value.tags) - {"lower", "upper"}
-    if value.has("lower"):
-        tags.add("upper")
-    if value.has("upper"):
-        tags.add("lower")
-    return Value(frozenset(tags), value.origins)
+    return Value(changed(value.tags, negated=True), value.origins)
 
 
 def _joined(values: list[Value]) -> Value:

@@ -109,6 +109,25 @@ WRONG = {
         attention(SCALED, f"s = s + torch.tril(torch.full((9, 9), {INF}))", SOFTMAX),
         "mask-inverted",
     ),
+    "a mask one off": (
+        attention(SCALED, f"s = s.masked_fill(torch.ones(9, 9).triu(2).bool(), {INF})", SOFTMAX),
+        "causal-leak",
+    ),
+    "a mask one off that keeps": (
+        attention(
+            SCALED, "tri = torch.tril(torch.ones(9, 9), diagonal=1)",
+            f"s = s.masked_fill(tri == 0, {INF})", SOFTMAX,
+        ),
+        "causal-leak",
+    ),
+    "a mask one off that is added": (
+        attention(SCALED, f"s = s + torch.triu(torch.full((9, 9), {INF}), diagonal=2)", SOFTMAX),
+        "causal-leak",
+    ),
+    "a mask that hides the diagonal": (
+        attention(SCALED, f"s = s + torch.triu(torch.full((9, 9), {INF}))", SOFTMAX),
+        "self-masked",
+    ),
     "no mask": (
         attention(SCALED, SOFTMAX).replace("x, mask", "x") + GENERATES,
         "decoder-without-mask",
@@ -191,6 +210,10 @@ RIGHT = {
         "tri = (torch.triu(torch.ones(9, 9)) == 1).transpose(0, 1)",
         f"s = s.masked_fill(tri == 0, {INF})",
         SOFTMAX,
+    ),
+    "a mask for a cache": attention(
+        SCALED, "tri = torch.ones(9, 9).triu(diagonal=past + 1)",
+        f"s = s.masked_fill(tri.bool(), {INF})", SOFTMAX,
     ),
     "where": attention(SCALED, TRIL, f"s = torch.where(tri.bool(), s, {INF})", SOFTMAX),
     "rows without keys are zeroed": attention(
