@@ -70,7 +70,7 @@ def shifted(source: Source, event: Event) -> Finding:
     if ahead < 0:
         return at(source, event, "self-masked", "the diagonal is hidden too: diagonal=1 with triu")
     return at(
-        source, event, "causal-leak", f"{ahead} keys ahead of the query stay visible",
+        source, event, "causal-leak", f"{ahead} key{'s' * (ahead > 1)} ahead of the query not hidden",
         title=f"The causal mask is {ahead} off",
     )  # fmt: skip
 
