@@ -69,10 +69,8 @@ def shifted(source: Source, event: Event) -> Finding:
     ahead = int(event.extra)
     if ahead < 0:
         return at(source, event, "self-masked", "the diagonal is hidden too: diagonal=1 with triu")
-    return at(
-        source, event, "causal-leak", f"{ahead} key{'s' * (ahead > 1)} ahead of the query not hidden",
-        title=f"The causal mask is {ahead} off",
-    )  # fmt: skip
+    seen = f"{ahead} key{'s' * (ahead > 1)} ahead of the query not hidden"
+    return at(source, event, "causal-leak", seen, title=f"The causal mask is {ahead} off")
 
 
 def of_scores(event: Event) -> bool:
