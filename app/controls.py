@@ -80,12 +80,13 @@ START = {
     "prompt": 2048,
     "output": 256,
     "sequence": 2048,
+    "context": 8192,
     "b_gpu": SAME,
     "b_kv_dtype": "fp8",
     "b_tp": SAME,
 }
 
-NUMBERS = ("batch", "prompt", "output", "sequence", "kv_group", "kv_residual")
+NUMBERS = ("batch", "prompt", "output", "sequence", "context", "kv_group", "kv_residual")
 
 
 def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]:

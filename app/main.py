@@ -19,6 +19,7 @@ st.navigation(
     [
         st.Page(HERE / "views" / "plan.py", title="Plan", default=True),
         st.Page(HERE / "views" / "explore.py", title="Explore", url_path="explore"),
+        st.Page(HERE / "views" / "check.py", title="Check", url_path="check"),
         st.Page(HERE / "views" / "measured.py", title="Measured", url_path="measured"),
     ],
     position="top",

@@ -16,7 +16,10 @@ from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus
 from planner.checkpoint import Checkpoint as Checkpoint
 from planner.checkpoint import read_checkpoint as read_checkpoint
+from planner.checks import check as check
 from planner.concurrency import max_concurrent_requests as max_concurrent_requests
+from planner.edges import Edge as Edge
+from planner.edges import edges as edges
 from planner.engine_logs import Explanation as Explanation
 from planner.engine_logs import explain_log as explain_log
 from planner.errors import ConfigError as ConfigError

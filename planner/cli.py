@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli_calibrate import calibrate_command
+from planner.cli_check import check_command
 from planner.cli_compare import compare_command
 from planner.cli_explain_log import explain_log_command
 from planner.cli_fit import fit_command, gpus_command
@@ -225,6 +226,7 @@ def params_command(
     show_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
 
 
+app.command("check")(check_command)
 app.command("fit")(fit_command)
 app.command("gpus")(gpus_command)
 app.command("sweep")(sweep_command)

@@ -62,6 +62,32 @@ def made_by(target: str, *, batch: int, tokens: int) -> tuple[nn.Module, Any, An
     return parts[0], inputs, parts[2] if len(parts) > 2 else None
 
 
+def module_made_by(target: str) -> tuple[nn.Module, Any]:
+    """(module, tensor that it takes or None) of a factory, built where its code builds it.
+
+    It returns a module, or (module, inputs, …); random numbers start from 0.
+    """
+    try:
+        factory = load_factory(target)
+        torch.manual_seed(0)
+        made = factory()
+    except ConfigError:
+        raise
+    except SystemExit as error:
+        raise ConfigError(f"{target} failed: it exits with {error.code}") from None
+    except Exception as error:
+        raise ConfigError(_told(f"{target} failed", error)) from None
+    parts = made if isinstance(made, tuple) else (made,)
+    if not parts or not isinstance(parts[0], nn.Module):
+        raise ConfigError(
+            f"{target} returned {type(made).__name__}: an nn.Module or (module, inputs)"
+        )
+    given = parts[1] if len(parts) > 1 else None
+    if isinstance(given, dict) and len(given) == 1:
+        (given,) = given.values()
+    return parts[0], given if isinstance(given, torch.Tensor) else None
+
+
 def trace_target(
     target: str,
     *,

@@ -25,6 +25,7 @@ QUESTIONS = {
     "diff": [["gpt2", "--gpu", "t4", "--change", "runtime=attnlab,dtype=fp16"]],
     "trace": [["llama-50m", "--tokens", "8", "--train", "--optimizer", "adamw"]],
     "compare": [[], ["--by", "device"], ["--by", "model", "--baselines"]],
+    "check": [["gpt2"], ["llama-2-7b", "--gpu", "t4", "--batch", "9"]],
 }
 
 
