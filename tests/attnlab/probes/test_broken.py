@@ -149,6 +149,7 @@ def test_an_encoder_may_look_ahead():
     assert check(encoder, takes="embeddings", width=D) == []
     found = check(encoder, takes="embeddings", width=D, causal=True)
     assert found[0].id == "causal-leak"
+    assert "no causal mask in attention 0" in found[0].title
 
 
 LLAMA = {
