@@ -163,3 +163,19 @@ def test_a_decision_is_made_on_explore_and_taken_home_as_csv(server, page, tmp_p
     most = planner.max_context_tokens(model, work, deploy)
     longest = best[best["batch"] == 1]["context_tokens"].max()
     assert longest <= most < 2 * longest
+
+
+def test_a_link_opens_the_check_of_a_load_and_sarif_is_downloaded(server, page, tmp_path):
+    page.goto(f"{server}/check?model=llama-2-7b&gpu=a100-80gb&batch=64&context=4096")
+    settled(page)
+    page.get_by_text("The KV cache outgrows the GPU").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download SARIF").click()
+    target = tmp_path / "found.sarif"
+    download.value.save_as(target)
+    assert '"ruleId": "kv-cache-over-gpu"' in target.read_text()
+    page.get_by_role("tab", name="Source").click()
+    box = page.get_by_role("textbox", name="Paste a model's source")
+    box.fill("def f(q, k, v):\n    return softmax(q @ k.mT, -1) @ v\n")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Scores go into softmax unscaled").wait_for()
