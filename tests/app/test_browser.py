@@ -202,3 +202,19 @@ def test_on_a_phone_the_measurements_are_no_wider_than_the_page(server, page):
     page.locator(".js-plotly-plot").first.wait_for()
     main = page.get_by_test_id("stMain")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
+
+
+def test_a_link_opens_the_check_of_a_load_and_sarif_is_downloaded(server, page, tmp_path):
+    page.goto(f"{server}/check?model=llama-2-7b&gpu=a100-80gb&batch=64&context=4096")
+    settled(page)
+    page.get_by_text("The KV cache outgrows the GPU").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download SARIF").click()
+    target = tmp_path / "found.sarif"
+    download.value.save_as(target)
+    assert '"ruleId": "kv-cache-over-gpu"' in target.read_text()
+    page.get_by_role("tab", name="Source").click()
+    box = page.get_by_role("textbox", name="Paste a model's source")
+    box.fill("def f(q, k, v):\n    return softmax(q @ k.mT, -1) @ v\n")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("Scores go into softmax unscaled").wait_for()

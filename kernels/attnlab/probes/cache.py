@@ -44,7 +44,13 @@ def cache_drift(probed: Probed) -> Iterator[Finding]:
             cached = decoded(probed, ids)
         except Exception as error:
             text = told("decoding with the cache fails", error)
-            yield found("cache-drift", text, title="Decoding with the cache fails")
+            ours = type(probed.module).__module__.startswith("transformers.")
+            yield found(
+                "cache-drift",
+                text,
+                title="Decoding with the cache fails",
+                severity="medium" if ours else "high",  # loud, and generate() may call it otherwise
+            )
             return
         if cached is None:
             return

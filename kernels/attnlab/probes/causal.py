@@ -16,7 +16,7 @@ from attnlab.probes.watch import watch
 from planner.edges import found
 from planner.findings import Finding
 
-TRIALS = 4
+TRIALS, TRIALS_IN_TRAINING = 4, 2
 KINDS = (
     (re.compile(r"[Cc]onv"), "a convolution reaches ahead"),
     (re.compile(r"[Nn]orm"), "a norm over the sequence"),
@@ -62,7 +62,7 @@ def by_change(probed: Probed) -> tuple[str, str, str] | None:
     """The largest movement before the first changed token."""
     S = probed.tokens
     worst: tuple[float, int, int, Tensor, Tensor] | None = None
-    for trial in range(TRIALS):
+    for trial in range(TRIALS_IN_TRAINING if probed.module.training else TRIALS):
         inputs = probed.draw(2, S, seed=trial)
         before = probed.outputs(inputs)
         for t in sorted({1, S // 3, S // 2 + 1, S - 1} - {0}):

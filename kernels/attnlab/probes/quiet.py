@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ DROPOUTS = frozenset(
         torch.native_dropout,
     ]
 )
+MULTI_HEAD = nn.functional.multi_head_attention_forward
 ATTENTION = nn.functional.scaled_dot_product_attention
 
 
@@ -49,7 +51,20 @@ class NoDropout(TorchFunctionMode):
                 kwargs["dropout_p"] = 0.0
             if self.decomposed:
                 return plain_attention(*args, **kwargs)
+        if func is MULTI_HEAD:
+            return self._multi_head(args, kwargs)
         return func(*args, **kwargs)
+
+    def _multi_head(self, args: Any, kwargs: Any) -> Any:
+        """torch's own module calls its parts where this mode does not reach."""
+        bound = inspect.signature(MULTI_HEAD).bind(*args, **kwargs)
+        given = bound.arguments
+        given["dropout_p"] = 0.0
+        weights = given.get("need_weights", True)
+        if self.decomposed:
+            given["need_weights"] = True
+        out, seen = MULTI_HEAD(*bound.args, **bound.kwargs)
+        return out, seen if weights else None
 
 
 def plain_attention(

@@ -20,6 +20,7 @@ def attention_rules(source: Source) -> Iterator[Finding]:
     """What goes into softmax, what is done to its result, and whether a decoder masks."""
     for flow in source.flows:
         used = any(event.kind == "product" for event in flow.events)
+        attends = any(event.kind == "softmax" for event in flow.events)  # not a pointer's scores
         for event in flow.events:
             match event.kind:
                 case "softmax" if used:
@@ -28,9 +29,9 @@ def attention_rules(source: Source) -> Iterator[Finding]:
                     yield at(source, event, "mask-after-softmax", "is added to probabilities")
                 case "filled":
                     yield from filled(source, event)
-                case "inverted":
+                case "inverted" if attends:
                     yield at(source, event, "mask-inverted", "hides the lower triangle: the past")
-                case "shifted":
+                case "shifted" if attends:
                     yield shifted(source, event)
                 case "attention":
                     yield from fused(source, flow, event)
@@ -69,7 +70,7 @@ def shifted(source: Source, event: Event) -> Finding:
     ahead = int(event.extra)
     if ahead < 0:
         return at(source, event, "self-masked", "the diagonal is hidden too: diagonal=1 with triu")
-    seen = f"{ahead} key{'s' * (ahead > 1)} ahead of the query not hidden"
+    seen = f"{ahead} ahead of the query not hidden"
     return at(source, event, "causal-leak", seen, title=f"The causal mask is {ahead} off")
 
 

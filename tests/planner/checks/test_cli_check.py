@@ -144,6 +144,6 @@ def test_text_of_others_is_neither_formula_nor_markup(tmp_path):
 
 def test_control_characters_do_not_reach_the_terminal(run, tmp_path):
     (tmp_path / "\x1b[31mred.py").write_text("def (")
-    _, out, _ = run(str(tmp_path))
+    _, out, _ = run(".")
     assert "\x1b" not in out
     assert "[31mred.py" in out
