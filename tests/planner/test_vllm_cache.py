@@ -145,7 +145,6 @@ def test_a_row_says_what_nobody_needs():
     [
         ({"runtime": "vllm", "tensor_parallel": 3}, "num_attention_heads=32 is not a multiple of"),
         ({"tensor_parallel": 2}, "tensor_parallel=2 is not planned for runtime=transformers"),
-        ({"runtime": "attnlab", "tensor_parallel": 2}, "not planned for runtime=attnlab"),
         ({"runtime": "vllm", "tensor_parallel": 0}, "tensor_parallel=0 is not allowed"),
     ],
 )
