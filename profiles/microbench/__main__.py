@@ -15,7 +15,7 @@ from profiles.microbench.point import FAMILIES
 from profiles.microbench.table import table
 
 _started_s = time.perf_counter()
-"""When this run began: torch's import counts, of a call from elsewhere what came before does not."""
+"""When the run began: the import of torch counts, what a caller did before does not."""
 
 
 def main(arguments: list[str] | None = None) -> int:
