@@ -260,9 +260,13 @@ class _Forward(AttentionWriter):
         tape.free(normed)
         if after:
             out = self.replaced(self._norm(layer.norm, out, "post norm"), out)
-        out = self._scaled(layer, out)
+        named = out if before and after and layer.residual_multiplier is not None else None
+        if named is None:
+            out = self._scaled(layer, out)
+        else:  # what a sandwich's norm makes has a name until the sum is there
+            out = tape.new("scaled", out.shape, self.b, reads=(out,))
         total = tape.new("residual", x.shape, self.b, reads=(x, out), into=into)
-        tape.free(out)
+        tape.free(out, named)
         return total
 
     def _run(self, part: GQA | Dense, x: Buffer) -> Buffer:
