@@ -1,13 +1,15 @@
 """Histories of an H200's allocator against the simulator: the very blocks, the very segments."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from planner.allocator import DeviceAllocator
+from planner.allocator import Alloc, DeviceAllocator
 from planner.allocator.simulate import Replay
 from profiles.allocator_replay import compare, read_recording
 from profiles.records import DATA
+from tests.planner.allocator.reference import rising
 
 HISTORIES = sorted((DATA / "histories").glob("*.json.gz"))
 ADDRESSES_DIFFER = ("deepseek-v2-lite",)
@@ -18,6 +20,24 @@ way."""
 def test_there_are_histories_of_inference_and_training():
     assert len(HISTORIES) == 16
     assert sum("training" in path.name for path in HISTORIES) == 7
+    models = {re.split("-(?:transformers|attnlab)-", path.name)[0] for path in HISTORIES}
+    assert len(models) == 11
+
+
+def test_readmes_count_of_allocations_is_theirs():
+    events = (event for path in HISTORIES for event in read_recording(path).events)
+    assert sum(isinstance(event, Alloc) for event in events) == 154_552
+
+
+def test_rising_addresses_would_reserve_as_much_in_half_of_them():
+    """What addresses.py says of them, and why ours go downwards."""
+    equal = 0
+    for path in HISTORIES:
+        recorded = read_recording(path)
+        device = DeviceAllocator(place=rising())
+        Replay(device).feed(recorded.events)
+        equal += device.peak_reserved_bytes == max(recorded.reserved_bytes)
+    assert equal == 8
 
 
 @pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.name.partition(".")[0])

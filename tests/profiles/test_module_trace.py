@@ -17,6 +17,7 @@ from profiles.meters import LiveTensorMeter
 from profiles.module_trace import fake_ids, trace_module
 from profiles.recording import AllocationRecorder
 from profiles.targets import trace_target
+from tests.planner.allocator.reference import rising
 from tests.planner.configs import TINY, build
 
 SIZES = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 4}
@@ -104,21 +105,9 @@ def test_two_adamw_steps_of_8b_reserve_what_an_independent_simulator_says():
     stats = traced.allocator()
     assert stats.peak_allocated_bytes / 2**20 == pytest.approx(77_197, abs=0.5)
     assert stats.peak_reserved_bytes / 2**20 == pytest.approx(83_800, rel=1e-3)
-    rising = DeviceAllocator(place=accumulate_addresses())
+    rising = DeviceAllocator(place=rising())
     Replay(rising).feed(traced.events)
     assert rising.peak_reserved_bytes / 2**20 == pytest.approx(81_760, abs=0.5)
-
-
-def accumulate_addresses():
-    """Segments one above the other."""
-    top = 1 << 40
-
-    def place(size):
-        nonlocal top
-        start, top = top, top + size
-        return start
-
-    return place
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

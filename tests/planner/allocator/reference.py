@@ -178,3 +178,15 @@ class Reference:
             missing = missing[len(run) :]
         gap = next((a, b) for a, b in segment.gaps() if a <= address < b)
         return segment, address, gap[1] - address
+
+
+def rising():
+    """Segments one above the other, as the reference has them."""
+    top = 1 << 40
+
+    def place(size):
+        nonlocal top
+        start, top = top, top + size
+        return start
+
+    return place

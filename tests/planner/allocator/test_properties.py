@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.allocator import AllocatorSettings, DeviceAllocator, OutOfMemoryError
-from tests.planner.allocator.reference import FullError, Reference
+from tests.planner.allocator.reference import FullError, Reference, rising
 
 MIB = 2**20
 
@@ -34,18 +34,6 @@ STEPS = st.lists(
 def mixed(steps):
     """The same steps with fewer empty_caches: each hides what lies before it."""
     return [step for i, step in enumerate(steps) if step[0] != "empty" or i % 8 == 0]
-
-
-def rising():
-    """Segments one above the other, as the reference has them."""
-    top = 1 << 40
-
-    def place(size):
-        nonlocal top
-        start, top = top, top + size
-        return start
-
-    return place
 
 
 def check(device, live):
