@@ -105,9 +105,9 @@ def test_two_adamw_steps_of_8b_reserve_what_an_independent_simulator_says():
     stats = traced.allocator()
     assert stats.peak_allocated_bytes / 2**20 == pytest.approx(77_197, abs=0.5)
     assert stats.peak_reserved_bytes / 2**20 == pytest.approx(83_800, rel=1e-3)
-    rising = DeviceAllocator(place=rising())
-    Replay(rising).feed(traced.events)
-    assert rising.peak_reserved_bytes / 2**20 == pytest.approx(81_760, abs=0.5)
+    upward = DeviceAllocator(place=rising())
+    Replay(upward).feed(traced.events)
+    assert upward.peak_reserved_bytes / 2**20 == pytest.approx(81_760, abs=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
