@@ -55,3 +55,16 @@ def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
         ],
         columns=columns,
     )
+
+
+def constant_row(item: str, size_bytes: int, note: str) -> Row:
+    """A figure of the overhead that is known and not computed; `note` says from where."""
+    return Row(
+        component="overhead",
+        item=item,
+        count=1,
+        formula="constant",
+        values=(("constant", size_bytes),),
+        size_bytes=size_bytes,
+        note=note,
+    )

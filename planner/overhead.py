@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from planner.autograd.fused_attention import fused_kernel
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import element_bytes
-from planner.ledger import Row
+from planner.ledger import Row, constant_row
 
 CONTEXT_BYTES = int(0.51 * 2**30)
 """A CUDA context before any tensor: 0.51 GiB in 42 of 42 single-GPU vLLM 0.19 start-up logs on
@@ -37,18 +37,18 @@ def overhead_rows(
         return
     own = dict(gpu.process_bytes)
     context, note = own.get("context", CONTEXT_BYTES), "measured" if own else PUBLISHED
-    yield _row("device context", context, note)
+    yield constant_row("device context", context, note)
     if attention is None:
         return
     if gpu.vendor == "nvidia":
         loaded = own or dict(gpu_named(MEASURED).process_bytes)
         where = "measured" if own else f"as on {gpu_named(MEASURED).label}; not measured here"
         for name, item in _libraries(gpu, attention, dtype, trains=trains):
-            yield _row(item, loaded[name], where)
+            yield constant_row(item, loaded[name], where)
     source = "32 MiB from sm_90 on, 8.125 MiB before: torch 2.13, CublasHandlePool.cpp"
-    yield _row(WORKSPACE, workspace_bytes(gpu), source)
+    yield constant_row(WORKSPACE, workspace_bytes(gpu), source)
     if trains:
-        yield _row(
+        yield constant_row(
             f"{WORKSPACE} of the backward's thread",
             workspace_bytes(gpu),
             "a handle for each thread: torch 2.13, CublasHandlePool.cpp; seen on an H200",
@@ -94,15 +94,3 @@ def _libraries(gpu: Gpu, attention: str, dtype: str, *, trains: bool) -> Iterato
         yield "backward", "cuBLAS of the backward's thread"
         if cudnn:
             yield "cudnn_attention_backward", "kernels of cuDNN's attention, backward"
-
-
-def _row(item: str, size: int, note: str) -> Row:
-    return Row(
-        component="overhead",
-        item=item,
-        count=1,
-        formula="constant",
-        values=(("constant", size),),
-        size_bytes=size,
-        note=note,
-    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from planner import ConfigError, Training
+from planner import ConfigError, Inference, Training
 from planner.errors import check_choice, check_size
 from profiles.records import PHASES
 
@@ -30,9 +30,19 @@ class Point:
     warmup: int = 2
 
     @property
+    def work(self) -> Inference:
+        """The workload, as the planner is asked for it."""
+        return Inference(
+            batch=self.batch,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            logits=self.logits,
+        )
+
+    @property
     def context_tokens(self) -> int:
         """KV length at the end: the last token is put out and never cached."""
-        return self.prompt_tokens + self.output_tokens - 1
+        return self.work.context_tokens
 
     @property
     def passes(self) -> int:

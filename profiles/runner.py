@@ -132,16 +132,7 @@ def _refuse_what_does_not_fit(
     outside the catalogue only the live tensors are known.
     """
     largest = max(points, key=lambda point: point.output_tokens)
-    estimate = planner.estimate(
-        model,
-        planner.Inference(
-            batch=largest.batch,
-            prompt_tokens=largest.prompt_tokens,
-            output_tokens=largest.output_tokens,
-            logits=largest.logits,
-        ),
-        deploy,
-    )
+    estimate = planner.estimate(model, largest.work, deploy)
     memory = estimate.memory
     needed_bytes = memory.peak_live_bytes if gpu is None else memory.peak_allocated_bytes
     if needed_bytes > free_bytes or (gpu is not None and not estimate.fits):

@@ -23,7 +23,7 @@ from planner import ConfigError
 from planner.format import gib
 from profiles import environment, nvml, records
 from profiles.isolated import Ended, run_isolated
-from profiles.points import Point, SuitePoint
+from profiles.points import SuitePoint
 from profiles.records import DEFAULT_OUT, Record
 from profiles.suites import suite_points
 
@@ -287,17 +287,6 @@ def _does_not_fit(point: SuitePoint, lane: Lane) -> str | None:
 
 def needed(point: SuitePoint, gpu: str | None) -> planner.Estimate:
     """The planner's estimate of a point; ConfigError where it has none."""
-    run = point.run
-    work = (
-        planner.Inference(
-            batch=run.batch,
-            prompt_tokens=run.prompt_tokens,
-            output_tokens=run.output_tokens,
-            logits=run.logits,
-        )
-        if isinstance(run, Point)
-        else run.work
-    )
     deploy = planner.Deployment(
         gpu=gpu or "cpu",
         runtime=point.runtime,
@@ -305,7 +294,7 @@ def needed(point: SuitePoint, gpu: str | None) -> planner.Estimate:
         dtype=point.dtype,
         mode="eager",
     )
-    return planner.estimate(planner.load_model(point.model), work, deploy)
+    return planner.estimate(planner.load_model(point.model), point.run.work, deploy)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class TrainingRun:
 
 
 class TrainingBench(Bench):
-    """A Bench for training points; `measure` takes the run in place of the workload."""
+    """A Bench for training points; `train` is what `measure` is to them."""
 
     def train(self, workload: Workload, point: TrainingPoint, values: dict[str, Any]) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from planner.catalog.gpus import Gpu
 from planner.layers import MoE
-from planner.ledger import Row
+from planner.ledger import Row, constant_row
 from planner.parallel import Share
 from planner.runtimes.base import Setting
 
@@ -100,11 +100,13 @@ def outside_rows(share: Share, setting: Setting, gpu: Gpu) -> list[Row]:
     rows = []
     if over_nvlink(gpu):
         if tensor:
-            rows.append(_row("NCCL, tensor parallel", TENSOR_COMMUNICATOR_BYTES, f"4 {LOGS}"))
+            rows.append(
+                constant_row("NCCL, tensor parallel", TENSOR_COMMUNICATOR_BYTES, f"4 {LOGS}")
+            )
         if stages:
-            rows.append(_row("NCCL, pipeline", STAGE_COMMUNICATOR_BYTES, f"2 {LOGS}"))
+            rows.append(constant_row("NCCL, pipeline", STAGE_COMMUNICATOR_BYTES, f"2 {LOGS}"))
     note = f"{LOGS}, median; taken from the pool"
-    rows.append(_row("outside torch", growth_bytes(share, setting, gpu), note))
+    rows.append(constant_row("outside torch", growth_bytes(share, setting, gpu), note))
     graphs = graphs_bytes(share, setting)
     if graphs:
         layers, mixtures = _layers(share)
@@ -127,15 +129,3 @@ def outside_rows(share: Share, setting: Setting, gpu: Gpu) -> list[Row]:
             )
         )
     return rows
-
-
-def _row(item: str, size: int, note: str) -> Row:
-    return Row(
-        component="overhead",
-        item=item,
-        count=1,
-        formula="constant",
-        values=(("constant", size),),
-        size_bytes=size,
-        note=note,
-    )

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -14,6 +15,13 @@ from profiles.points import Point, SuitePoint
 from profiles.suite_run import run_points, run_suite
 from profiles.suites import CALIBRATION, SUITES, suite_points
 from tests.profiles import doomed
+
+
+@pytest.fixture(autouse=True)
+def own_locks(tmp_path, monkeypatch):
+    """Tests run side by side: a device is locked among those of one test alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def point(model, tokens=8):
