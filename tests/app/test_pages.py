@@ -12,23 +12,14 @@ from planner.format import gib
 from profiles import records
 from profiles.compare import estimate_of
 from profiles.records import Environment
+from tests.profiles.made import CONFIG as TINY
+from tests.profiles.made import measured
 
 pytestmark = pytest.mark.usefixtures("store")
 
 ROOT = Path(__file__).parents[2]
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 1000,
-    "max_position_embeddings": 512,
-    "dtype": "bfloat16",
-}
+CONFIG = TINY | {"architectures": ["LlamaForCausalLM"]}
 
 ENVIRONMENT = Environment(
     device="cpu",
@@ -44,32 +35,20 @@ ENVIRONMENT = Environment(
 def made(**changes):
     """A record of a small model on a CPU; bytes as predicted, times as given."""
     values = {
-        "status": "ok",
-        "model": "tiny",
         "config": CONFIG,
-        "runtime": "attnlab",
-        "runtime_version": "0.1.0",
         "attention": "sdpa:math",
-        "phase": "generation",
-        "batch": 2,
-        "prompt_tokens": 16,
-        "output_tokens": 4,
-        "dtype": "bf16",
-        "kv_dtype": "bf16",
-        "logits": "last",
-        "mode": "eager",
         "environment": ENVIRONMENT,
         "ttft_s": (0.1, 0.2, 0.3),
         "step_s": (0.01, 0.01, 0.01),
     }
     values |= changes
-    memory = estimate_of(records.create(**values)).memory
+    memory = estimate_of(measured(**values)).memory
     values |= {
         "weights_bytes": memory.weights_bytes,
         "kv_cache_bytes": memory.kv_cache_bytes,
         "peak_live_bytes": memory.peak_live_bytes * 2,
     }
-    return records.create(**values)
+    return measured(**values)
 
 
 def opened(page=None, **query):

@@ -14,40 +14,16 @@ from hypothesis import strategies as st
 
 from planner import ConfigError
 from profiles import records
-from profiles.records import Environment, Record
+from profiles.records import Record
+from tests.profiles.made import measured
 
 ROOT = Path(__file__).parents[2]
 
-ENVIRONMENT = Environment(
-    device="cuda",
-    device_name="NVIDIA H200",
-    gpu="h200",
-    platform="Linux",
-    python="3.12.1",
-    torch="2.11.0+cu130",
-    total_memory_bytes=150_000_000_000,
-)
-
 
 def record(**changes):
-    values = {
-        "status": "ok",
-        "model": "tiny",
-        "config": {"model_type": "llama", "hidden_size": 64},
-        "runtime": "attnlab",
-        "runtime_version": "0.1.0",
-        "attention": "sdpa",
-        "phase": "generation",
-        "batch": 2,
-        "prompt_tokens": 16,
-        "output_tokens": 4,
-        "dtype": "bf16",
-        "kv_dtype": "bf16",
-        "logits": "last",
-        "mode": "eager",
-        "environment": ENVIRONMENT,
-    }
-    return records.create(**(values | changes))
+    """A record whose config is small enough to read."""
+    small = {"config": {"model_type": "llama", "hidden_size": 64}, "attention": "sdpa"}
+    return measured(**(small | changes))
 
 
 seconds = st.floats(min_value=0, allow_nan=False, allow_infinity=False)

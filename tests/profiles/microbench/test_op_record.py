@@ -8,17 +8,8 @@ from planner import ConfigError
 from profiles.microbench import op_record
 from profiles.microbench.op_record import DeviceState, OpRecord, Writer, environment_hash
 from profiles.microbench.point import OpPoint
-from profiles.records import Environment
+from tests.profiles.made import ENVIRONMENT
 
-ENVIRONMENT = Environment(
-    device="cuda",
-    device_name="NVIDIA H200",
-    gpu="h200",
-    platform="Linux",
-    python="3.12.1",
-    torch="2.11.0+cu130",
-    total_memory_bytes=150_000_000_000,
-)
 POINT = OpPoint(family="gemm", op="linear", shape={"m": 16, "n": 14336, "k": 4096})
 RECORD = OpRecord(
     family="gemm",
