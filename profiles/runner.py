@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from planner.errors import check_choice
 from planner.format import gib
 from profiles import environment, nvml, records
 from profiles.bench import Bench, attempt
+from profiles.measurement import record_of
 from profiles.points import GENERATIVE, Logits, Point, inference_points
 from profiles.records import DEFAULT_OUT, Record
 from profiles.workloads import RUNTIMES, TORCH_DTYPES, build
@@ -89,29 +89,20 @@ def profile(
         done: list[Record] = []
         for index, point in enumerate(points, start=1):
             report(index, 1 + len(points), point.phase)
-            values: dict[str, Any] = {"attention": attention}
+            seen: dict[str, Any] = {}
             if workload is not None:
-                status = bench.measure(workload, point, values)
-            clocks = values.pop("clocks", {})
-            record = records.create(
+                status = bench.measure(workload, point, seen)
+            record = record_of(
+                model,
+                point,
+                runtime=runtime,
+                attention=attention,
+                dtype=dtype,
+                status=status,
+                seen=seen,
+                env=env,
                 suite=suite,
                 split=split,
-                status=status,
-                model=model.name,
-                config=model.config,
-                runtime=runtime,
-                runtime_version=environment.installed(RUNTIMES[runtime].distribution),
-                phase=point.phase,
-                batch=batch,
-                prompt_tokens=prompt_tokens,
-                output_tokens=point.output_tokens,
-                context_tokens=None if point.phase == "prefill" else point.context_tokens,
-                dtype=dtype,
-                kv_dtype=dtype,
-                logits=logits,
-                mode="eager",
-                environment=replace(env, **clocks),
-                **values,
             )
             records.append(out, record)
             done.append(record)

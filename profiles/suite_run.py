@@ -32,7 +32,7 @@ POINT_TIMEOUT_S = 180.0
 Report = Callable[["Progress"], None]
 
 Measure = Callable[[SuitePoint, str, str, int, str], Record]
-"""(point, suite, "cuda" or "cpu", torch's index, folder for histories) → its record."""
+"""(point, suite, "cuda" or "cpu", torch's index, folder for histories or "") → its record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +192,7 @@ class _Work:
             timeout_s = left_s if cut_short else self._point_timeout_s
             ended = run_isolated(
                 self._measure,
-                (point, self._suite, self._kind, lane.index, str(self._out.parent / "histories")),
+                (point, self._suite, self._kind, lane.index, self._histories),
                 timeout_s=timeout_s,
             )
             if cut_short and ended.timed_out:  # no fault of the point's
@@ -231,7 +231,8 @@ def measured_point(
     """What worker.measure does; asked of a process of its own."""
     from profiles.worker import measure
 
-    return measure(point, suite=suite, device=device, index=index, histories=Path(histories))
+    folder = Path(histories) if histories else None
+    return measure(point, suite=suite, device=device, index=index, histories=folder)
 
 
 def look(device: str) -> list[Lane]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from planner import Model
 from profiles import environment, nvml, records
 from profiles.bench import attempt
 from profiles.history import recorded
+from profiles.measurement import record_of
 from profiles.points import Point, SuitePoint
 from profiles.records import Record
 from profiles.sampler import Sampler
 from profiles.training_bench import TrainingBench, TrainingRun
-from profiles.workloads import RUNTIMES, Workload, build
-
-SIZES = ("batch", "sequence_tokens")
+from profiles.workloads import Workload, build
 
 
 def measure(
@@ -50,8 +48,7 @@ def measure(
             status = _sampled(model, point, bench, values)
         else:
             status = _measure(model, point, bench, values)
-        clocks = values.pop("clocks", {})
-        return _record(model, point, suite, status, values, replace(env, **clocks))
+        return _record(model, point, suite, status, values, env)
 
 
 def unmeasured(point: SuitePoint, *, suite: str, status: str, like: records.Environment) -> Record:
@@ -125,44 +122,19 @@ def _record(
     point: SuitePoint,
     suite: str,
     status: str,
-    values: dict[str, Any],
+    seen: dict[str, Any],
     env: records.Environment,
 ) -> Record:
-    dtype = point.dtype or model.dtype
-    return records.create(
+    return record_of(
+        model,
+        point.run,
+        runtime=point.runtime,
+        attention=point.attention,
+        dtype=point.dtype or model.dtype,
+        status=status,
+        seen=seen,
+        env=env,
         suite=suite,
         split=point.split,
         point=point.name,
-        status=status,
-        model=model.name,
-        config=model.config,
-        runtime=point.runtime,
-        runtime_version=environment.installed(RUNTIMES[point.runtime].distribution),
-        dtype=dtype,
-        kv_dtype=dtype,
-        mode="eager",
-        environment=env,
-        **{"attention": point.attention} | _work(point) | values,
     )
-
-
-def _work(point: SuitePoint) -> dict[str, Any]:
-    run = point.run
-    if isinstance(run, Point):
-        return {
-            "phase": run.phase,
-            "batch": run.batch,
-            "prompt_tokens": run.prompt_tokens,
-            "output_tokens": run.output_tokens,
-            "context_tokens": None if run.phase == "prefill" else run.context_tokens,
-            "logits": run.logits,
-        }
-    work = run.work
-    return {
-        "phase": "training",
-        "batch": work.batch,
-        "prompt_tokens": work.sequence_tokens,
-        "output_tokens": 1,
-        "logits": "all",
-        "step": {k: v for k, v in asdict(work).items() if k not in SIZES} | {"dropout": 0.0},
-    }

@@ -1,0 +1,70 @@
+"""What a point was and what was seen of it, put together as its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from planner import Model
+from profiles import environment, records
+from profiles.points import Point, TrainingPoint
+from profiles.records import Environment, Record
+from profiles.workloads import RUNTIMES
+
+SIZES = ("batch", "sequence_tokens")
+"""Fields of a Training that a record has as its own."""
+
+
+def record_of(
+    model: Model,
+    run: Point | TrainingPoint,
+    *,
+    runtime: str,
+    attention: str | None,
+    dtype: str,
+    status: str,
+    seen: Mapping[str, Any],
+    env: Environment,
+    **place: str | None,
+) -> Record:
+    """A record of this moment. `seen` are its fields as far as they were measured, and the clocks.
+
+    `attention`: what was asked for, where `seen` has not what ran. `place`: suite, split and point.
+    """
+    values = {"attention": attention, **_work(run), **seen}
+    clocks = values.pop("clocks", {})
+    return records.create(
+        status=status,
+        model=model.name,
+        config=model.config,
+        runtime=runtime,
+        runtime_version=environment.installed(RUNTIMES[runtime].distribution),
+        dtype=dtype,
+        kv_dtype=dtype,
+        mode="eager",
+        environment=replace(env, **clocks),
+        **values,
+        **place,
+    )
+
+
+def _work(run: Point | TrainingPoint) -> dict[str, Any]:
+    if isinstance(run, Point):
+        return {
+            "phase": run.phase,
+            "batch": run.batch,
+            "prompt_tokens": run.prompt_tokens,
+            "output_tokens": run.output_tokens,
+            "context_tokens": None if run.phase == "prefill" else run.context_tokens,
+            "logits": run.logits,
+        }
+    work = run.work
+    return {
+        "phase": "training",
+        "batch": work.batch,
+        "prompt_tokens": work.sequence_tokens,
+        "output_tokens": 1,
+        "logits": "all",
+        "step": {k: v for k, v in asdict(work).items() if k not in SIZES} | {"dropout": 0.0},
+    }
