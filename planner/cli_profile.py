@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from planner.cli_compare import print_rows
 from planner.cli_options import AsJson, Attention, Batch, Dtype, Output, Prompt
 from planner.cli_output import exit_unless, show, warn
-from planner.errors import ConfigError, shown
+from planner.errors import ConfigError, check_choice, shown
 from planner.loading import load_model
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def profile_command(
         return
     if model is None:
         raise ConfigError("MODEL is missing: a model as elsewhere, or --suite NAME")
-    for name, value in (("--budget", budget), ("--missing", missing or None), ("--ray", ray)):
-        if value is not None:
-            raise ConfigError(f"{name} is not allowed without --suite")
+    _refuse_options("no --suite", {"--budget": budget, "--missing": missing, "--ray": ray})
     options: dict[str, Any] = {
         "batch": batch,
         "prompt_tokens": prompt,
@@ -127,8 +125,14 @@ def _suite(
 ) -> None:
     from profiles.compare import compare  # noqa: TID251
     from profiles.suite_run import run_suite  # noqa: TID251
+    from profiles.suites import SUITES  # noqa: TID251
 
     seconds_left = None if budget is None else duration_s(budget)
+    check_choice("suite", name, (*SUITES, *APART))
+    if name in APART:
+        _refuse_options(f"--suite {name}", {"--ray": ray, "--json": as_json})
+    if ray is not None:
+        _refuse_options("--ray", {"--budget": budget, "--missing": missing})
     if name in APART:
         raise typer.Exit(_apart(name, device, seconds_left, missing=missing, out=out))
     run: Run
@@ -166,6 +170,13 @@ def _suite(
             show(f"{record.point}: {record.status}")
         show(f"{len(run.records)} records appended to {out}, {len(bad)} of them not ok")
     exit_unless(all(not record.status.startswith("error") for record in run.records))
+
+
+def _refuse_options(beside: str, options: Mapping[str, object]) -> None:
+    """ConfigError for an option that was given and means nothing there."""
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name} is not allowed with {beside}")
 
 
 def _apart(name: str, device: str, budget_s: float | None, *, missing: bool, out: Path) -> int:
