@@ -5,8 +5,9 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Dense, Layer, RoPE
+from planner.layers import GQA, MLA, ALiBi, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.ledger import Row
+from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -19,9 +20,9 @@ from planner.runtimes.base import (
     check_cache_kind,
     check_kv_dtype,
     check_one_gpu,
+    check_planned,
     choose_attention,
     static_capacity,
-    unplanned_part,
 )
 from planner.runtimes.vllm_ranks import mixer_share
 from planner.workload import CacheSpec, Inference
@@ -44,12 +45,15 @@ class Attnlab:
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or naive for models with a soft cap on the scores.
 
-        Raises ConfigError for a model that attnlab does not run.
+        Raises ConfigError for a model that attnlab does not run, or whose passes are not planned.
         """
-        missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
-        if missing:
+        _check_runs(model)
+        check_planned(self.name, model)
+        unplanned = unplanned_parts(model)
+        if unplanned:
             raise ConfigError(
-                f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+                f"runtime=attnlab runs {unplanned[0]} of model_type={model.model_type} and does "
+                "not plan them yet: parameters and kv_cache_bytes are known, or runtime="
                 "transformers or vllm"
             )
         attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
@@ -76,7 +80,7 @@ class Attnlab:
         A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
         mask and all positions are kept.
         """
-        self.attention(model, None)
+        _check_runs(model)
         kind = check_cache_kind(self.name, cache, CACHE_KINDS)
         check_kv_dtype(self.name, dtype, self.kv_dtypes)
         S = context_tokens
@@ -190,9 +194,10 @@ class Attnlab:
 
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
-    unplanned = unplanned_part(model)
-    if unplanned is not None:
-        return [unplanned]
+    if not model.is_decoder:
+        return ["bidirectional encoders"]
+    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
+        return [type(model.positions).__name__]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
@@ -210,17 +215,49 @@ def _is_planned(model: Model, part: str) -> bool:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa, feed_forward = layer.attention, layer.feed_forward
-    if not isinstance(gqa, GQA):
-        return ["MLA"]
-    if not isinstance(feed_forward, Dense):
-        return ["mixtures of experts"]
+    """What of a block is not there to be run."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    if isinstance(attention, Mixer):
+        return [f"{attention.kind} layers"]
     wanted = {
-        "values that are keys": gqa.attention_k_eq_v,
-        "a window that clips beside one that masks": gqa.masked_window is not None
-        and gqa.sliding_window is not None,
+        "blocks without attention or feed-forward": attention is None or feed_forward is None,
+        "norms of other names": layer.norms is not None,
+        "cross-attention": layer.cross_attention is not None,
+        "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
+        "mixtures of experts": isinstance(feed_forward, MoE),
     }
+    match attention:
+        case GQA() as gqa:
+            wanted |= {
+                "caches shared between layers": gqa.shares_cache,
+                "gated attention": gqa.output_gate,
+                "normalised values": gqa.v_norm,
+                "values that are keys": gqa.attention_k_eq_v,
+                "a window that clips beside one that masks": gqa.masked_window is not None
+                and gqa.sliding_window is not None,
+            }
+        case MLA() as mla:
+            wanted |= {
+                "sparse attention to the picks of an indexer": mla.indexer is not None,
+                "caches shared between layers": mla.shares_cache,
+            }
     return [part for part, there in wanted.items() if there]
+
+
+def unplanned_parts(model: Model) -> list[str]:
+    """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
+    latent = any(isinstance(layer.attention, MLA) for layer in model.layer_kinds())
+    return ["latent attention (MLA)"] * latent
+
+
+def _check_runs(model: Model) -> None:
+    """ConfigError for a model that attnlab does not run."""
+    missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
+    if missing:
+        raise ConfigError(
+            f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+            "transformers or vllm"
+        )
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:

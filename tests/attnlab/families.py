@@ -2,6 +2,9 @@
 
 import transformers as hf
 
+import planner
+from planner.runtimes.attnlab import unplanned_parts
+
 V = 97
 LLAMA = dict(
     vocab_size=V,
@@ -29,6 +32,11 @@ FALCON = dict(
     vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True,
     max_position_embeddings=64, ffn_hidden_size=48, pad_token_id=None, bos_token_id=None,
     eos_token_id=None,
+)  # fmt: skip
+MLA = dict(
+    **MHA, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6,
+    qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+    topk_group=1, moe_intermediate_size=12, n_shared_experts=1, first_k_dense_replace=2,
 )  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention"]
 
@@ -151,7 +159,22 @@ FAMILIES = {
     "glm": lambda: hf.GlmConfig(**LLAMA, head_dim=16),
     "glm4": lambda: hf.Glm4Config(**LLAMA, head_dim=16),
     "nemotron": lambda: hf.NemotronConfig(**LLAMA, head_dim=16),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**{**MLA, "q_lora_rank": None}),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
+    "deepseek_v3, halves": lambda: hf.DeepseekV3Config(
+        **MLA, rope_interleave=False, attention_bias=True
+    ),
+    "deepseek_v3, yarn": lambda: hf.DeepseekV3Config(
+        **MLA, rope_parameters={**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 0.9}
+    ),
     "exaone4": lambda: hf.Exaone4Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
     "seed_oss": lambda: hf.SeedOssConfig(**LLAMA, head_dim=16),
     "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA, head_dim=16),
 }  # fmt: skip
+
+PLANNED = [
+    name
+    for name, make in FAMILIES.items()
+    if not unplanned_parts(planner.read_config(make().to_dict()))
+]
+"""Those whose passes the planner's attnlab runtime writes as programs."""
