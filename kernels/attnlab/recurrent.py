@@ -141,19 +141,20 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(_rates(N, dtype).repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner, dtype=dtype))
         self.out_proj = linear(inner, hidden_size, bias=mixer.use_bias)
-        self.norms = ("dt_layernorm", "b_layernorm", "c_layernorm") if mixer.inner_norms else ()
-        for name, width in zip(self.norms, (rank, N, N), strict=False):
-            setattr(self, name, build_norm(norm, width, dtype))
+        if mixer.unscaled_norm_eps is not None:
+            norm = Norm(kind="rmsnorm", eps=mixer.unscaled_norm_eps, weight=False)
+        normed = mixer.inner_norms or mixer.unscaled_norm_eps is not None
+        self.dt_layernorm, self.b_layernorm, self.c_layernorm = (
+            build_norm(norm, width, dtype) if normed else nn.Identity() for width in (rank, N, N)
+        )
 
     def forward(self, x_BTh: Tensor, states: States | None, real: Tensor | None) -> Tensor:
         """[B, T, h] → [B, T, h]."""
         mixer, N = self.mixer, self.mixer.state_size
         x, gate = self.in_proj(_zeroed(x_BTh, real)).chunk(2, dim=-1)
         x = self.conv1d(x, states, real)
-        parts = self.x_proj(x).split([mixer.time_step_rank, N, N], dim=-1)
-        if self.norms:
-            parts = [getattr(self, name)(t) for name, t in zip(self.norms, parts, strict=True)]
-        dt, B, C = parts
+        dt, B, C = self.x_proj(x).split([mixer.time_step_rank, N, N], dim=-1)
+        dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt = softplus(self.dt_proj(dt).float())
         A = -self.A_log.float().exp()
         forms = partial(recurrences.selective_step, A), partial(recurrences.selective_scan, A)

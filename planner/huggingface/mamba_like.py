@@ -89,7 +89,9 @@ def _attention_free(fields: Fields, *, stem: str, mixer: Mamba | Mamba2) -> Mode
     )
 
 
-def read_mamba(fields: Fields, *, stem: str = "Mamba") -> Model:
+def read_mamba(
+    fields: Fields, *, stem: str = "Mamba", unscaled_norm_eps: float | None = None
+) -> Model:
     """Mamba: no attention, no feed-forward; `intermediate_size` absent: expand · hidden_size."""
     mixer = Mamba(
         intermediate_size=fields.optional_size("intermediate_size") or _expanded(fields, "expand"),
@@ -99,13 +101,15 @@ def read_mamba(fields: Fields, *, stem: str = "Mamba") -> Model:
         use_bias=fields.flag("use_bias"),
         use_conv_bias=fields.flag("use_conv_bias"),
         activation=activation(fields),
+        unscaled_norm_eps=unscaled_norm_eps,
     )
     return _attention_free(fields, stem=stem, mixer=mixer)
 
 
 def read_falcon_mamba(fields: Fields) -> Model:
     """Falcon-Mamba: mamba with norms without a weight on B, C and the time step."""
-    return read_mamba(fields, stem="FalconMamba")
+    eps = fields.number("mixer_rms_eps")
+    return read_mamba(fields, stem="FalconMamba", unscaled_norm_eps=eps)
 
 
 def read_mamba2(fields: Fields) -> Model:

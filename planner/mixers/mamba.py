@@ -19,7 +19,8 @@ from planner.tensors import Parameter, State, conv1d, linear, tensor
 class Mamba(Mixer):
     """Mamba (arXiv:2312.00752): a state of `state_size` for each channel.
 
-    `inner_norms`: RMSNorms on the time step, B and C (jamba). `activation`: the convolution's.
+    `inner_norms`: RMSNorms on the time step, B and C (jamba); `unscaled_norm_eps`: such without a
+    weight (falcon_mamba). `activation`: the convolution's.
     """
 
     intermediate_size: int
@@ -29,6 +30,7 @@ class Mamba(Mixer):
     use_bias: bool
     use_conv_bias: bool
     inner_norms: bool = False
+    unscaled_norm_eps: float | None = None
     activation: str = "silu"
 
     def __post_init__(self) -> None:
