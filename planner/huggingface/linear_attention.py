@@ -65,14 +65,14 @@ def _every(fields: Fields) -> list[str]:
 def _delta_net(
     fields: Fields, projections: Literal["fused", "split", "separate"], **sizes: int
 ) -> GatedDeltaNet:
-    names = (
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-    )
+    def size(name: str) -> int:
+        return sizes.get(name) or fields.size(name)
+
     return GatedDeltaNet(
-        **{name: sizes.get(name) or fields.size(name) for name in names},
+        linear_num_key_heads=size("linear_num_key_heads"),
+        linear_num_value_heads=size("linear_num_value_heads"),
+        linear_key_head_dim=size("linear_key_head_dim"),
+        linear_value_head_dim=size("linear_value_head_dim"),
         linear_conv_kernel_dim=fields.size("linear_conv_kernel_dim"),
         projections=projections,
         activation=activation(fields),

@@ -211,6 +211,11 @@ FAMILIES = {
     ),
     "qwen3_5": lambda: hf.Qwen3_5TextConfig(**LLAMA, **DELTA, head_dim=16),
     "olmo_hybrid": lambda: hf.OlmoHybridConfig(**LLAMA, **DELTA),
+    "kimi_linear": lambda: hf.KimiLinearConfig(
+        **MHA, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8,
+        v_head_dim=10, linear_num_heads=4, linear_head_dim=8, mlp_layer_types=["dense"] * 2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "lfm2": lambda: hf.Lfm2Config(
         **LLAMA, layer_types=["conv", "full_attention"], conv_bias=True
     ),

@@ -31,7 +31,7 @@ CHUNKS = {
     "prefill and steps past several turns": [4] + [1] * (LENGTH - 4),
 }
 WINDOWED = ["mistral", "qwen2 sliding from layer 1", "gemma2", "gemma3", "cohere2", "olmo3"]
-RECURRENT = ["falcon_mamba", "mamba2", "nemotron_h", "qwen3_next", "lfm2"]
+RECURRENT = ["falcon_mamba", "mamba2", "nemotron_h", "qwen3_next", "kimi_linear", "lfm2"]
 OTHERS = [
     *RECURRENT,
     "deepseek_v2",
