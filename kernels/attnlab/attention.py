@@ -77,18 +77,18 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
     def _project(self, x_BTh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, G, D], clipped and normed."""
+        """Queries [B, T, H, D], keys and values [B, T, G, D], normed and clipped."""
         gqa = self.gqa
         if gqa.fused_qkv:
             q, k, v = self._split(self.qkv_proj(x_BTh))
         else:
             q, k, v = self.q_proj(x_BTh), self.k_proj(x_BTh), self.v_proj(x_BTh)
-        if gqa.clip_qkv is not None:
-            c = gqa.clip_qkv
-            q, k, v = q.clamp(-c, c), k.clamp(-c, c), v.clamp(-c, c)
         norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
         if norm is not None and norm.width == "full":
             q, k = self.q_norm(q), self.k_norm(k)
+        if gqa.clip_qkv is not None:  # olmoe clips what it has normed
+            c = gqa.clip_qkv
+            q, k, v = q.clamp(-c, c), k.clamp(-c, c), v.clamp(-c, c)
         heads = (-1, gqa.head_dim)
         q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
         if norm is not None and norm.width != "full":

@@ -9,9 +9,10 @@ from attnlab.attention import Attention
 from attnlab.cache import Cache
 from attnlab.feed_forward import FeedForward
 from attnlab.masks import Mask, pattern_of
+from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
 from attnlab.supported import grouped_query
-from planner.layers import Layer
+from planner.layers import Layer, MoE
 from planner.parameters import NORMS
 
 
@@ -26,7 +27,14 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, layer: Layer, h: int, dtype: torch.dtype, *, attention: str, interleaved: bool
+        self,
+        layer: Layer,
+        h: int,
+        dtype: torch.dtype,
+        *,
+        attention: str,
+        experts: str | None,
+        interleaved: bool,
     ) -> None:
         super().__init__()
         gqa = grouped_query(layer.attention)
@@ -34,7 +42,10 @@ class Block(nn.Module):
         self.slides = gqa.sliding_window is not None
         self.multiplier = layer.residual_multiplier
         self.self_attn = Attention(gqa, h, dtype, attention=attention, interleaved=interleaved)
-        self.mlp = FeedForward(layer.feed_forward, h, dtype)
+        if isinstance(layer.feed_forward, MoE):
+            self.mlp = Mixture(layer.feed_forward, h, dtype, experts=experts)
+        else:
+            self.mlp = FeedForward(layer.feed_forward, h, dtype)
         for name in NORMS[layer.placement]:
             setattr(self, name, build_norm(layer.norm, h, dtype))
 

@@ -21,6 +21,7 @@ from attnlab.cache import Cache, check_real_tokens
 from attnlab.implementations import choose, sdpa_backend
 from attnlab.linear import Embedding, Linear
 from attnlab.masks import Keys, Mask, Pattern, make_mask, pattern_of
+from attnlab.mixture import choose_experts
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
 from attnlab.supported import check_model, grouped_query
@@ -40,7 +41,8 @@ class Transformer(nn.Module):
 
     Parameters are named and shaped as in `model.parameters()`. `attention` is naive, sdpa (also
     with its kernel pinned, "sdpa:flash") or flex; None: sdpa, or naive where a layer has what sdpa
-    lacks. Raises ConfigError for what attnlab does not run, first of it named.
+    lacks. `experts` is loop or grouped; None: grouped, or loop where torch has no such product.
+    Raises ConfigError for what attnlab does not run, first of it named.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Transformer(nn.Module):
         model: Model,
         *,
         attention: str | None = None,
+        experts: str | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -59,6 +62,7 @@ class Transformer(nn.Module):
             raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         self.attention = choose(attention, model.layers)
+        self.experts = choose_experts(experts, model, dtype)
         if self.attention == "flex" and self.device.type not in ("cuda", "meta"):
             raise ConfigError(f"attention=flex does not run on device={self.device.type}: cuda")
         self.embedding_scale = model.embedding_scale
@@ -74,6 +78,7 @@ class Transformer(nn.Module):
                     model.hidden_size,
                     dtype,
                     attention=self.attention,
+                    experts=self.experts,
                     interleaved=isinstance(positions, RoPE) and positions.interleaved,
                 )
                 for layer in model.layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Dense, Layer, RoPE
+from planner.layers import GQA, MLA, Layer, MoE, RoPE
 from planner.ledger import Row
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
@@ -44,13 +44,13 @@ class Attnlab:
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or naive for models with a soft cap on the scores.
 
-        Raises ConfigError for a model that attnlab does not run.
+        Raises ConfigError for a model that attnlab does not run, or whose passes are not planned.
         """
-        missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
-        if missing:
+        _check_runs(model)
+        if any(isinstance(layer.feed_forward, MoE) for layer in model.layer_kinds()):
             raise ConfigError(
-                f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
-                "transformers or vllm"
+                f"runtime=attnlab runs the mixtures of experts of {model.model_type}, and knows "
+                "their KV cache; their passes are not planned yet: transformers or vllm"
             )
         attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
         naive = any(gqa.logit_softcap is not None or gqa.sinks for gqa in attentions)
@@ -76,7 +76,7 @@ class Attnlab:
         A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
         mask and all positions are kept.
         """
-        self.attention(model, None)
+        _check_runs(model)
         kind = check_cache_kind(self.name, cache, CACHE_KINDS)
         check_kv_dtype(self.name, dtype, self.kv_dtypes)
         S = context_tokens
@@ -188,6 +188,16 @@ class Attnlab:
         return _program(model, work, setting, "decode")
 
 
+def _check_runs(model: Model) -> None:
+    """ConfigError for what attnlab does not run, weights apart that are quantised on loading."""
+    missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
+    if missing:
+        raise ConfigError(
+            f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+            "transformers or vllm"
+        )
+
+
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     unplanned = unplanned_part(model)
@@ -210,11 +220,9 @@ def _is_planned(model: Model, part: str) -> bool:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa, feed_forward = layer.attention, layer.feed_forward
+    gqa = layer.attention
     if not isinstance(gqa, GQA):
         return ["MLA"]
-    if not isinstance(feed_forward, Dense):
-        return ["mixtures of experts"]
     wanted = {
         "values that are keys": gqa.attention_k_eq_v,
         "a window that clips beside one that masks": gqa.masked_window is not None
