@@ -62,7 +62,8 @@ class GQA:
     keys and values are those of an earlier layer, this one projects and caches none (gemma3n).
     `attention_k_eq_v`: the values are the projected keys, there is no v_proj (gemma4). `v_norm`: a
     norm without scale on the values. `output_gate`: q_proj makes a gate on the heads' outputs
-    beside the queries (qwen3_next).
+    beside the queries (qwen3_next). `temperature`: (attn_scale, floor_scale) of queries that grow
+    with their position p, by 1 + attn_scale · ln(1 + ⌊(p + 1) / floor_scale⌋) (llama4).
     """
 
     num_attention_heads: int
@@ -87,6 +88,7 @@ class GQA:
     output_gate: bool = False
     attention_k_eq_v: bool = False
     v_norm: bool = False
+    temperature: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)

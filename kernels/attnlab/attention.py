@@ -66,6 +66,8 @@ class Attention(nn.Module):
             k = self.rotate(k, *rotation)
         if self.gqa.qk_norm is not None and self.gqa.qk_norm.after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.gqa.temperature is not None:
+            q = _grown(q, mask.query_positions, *self.gqa.temperature)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(index, k, v)
@@ -105,3 +107,9 @@ class Attention(nn.Module):
         shared = gqa.num_attention_heads // G
         q, k, v = qkv.unflatten(-1, (G, shared + 2, D)).split([shared, 1, 1], dim=-2)
         return q.flatten(-3), k.flatten(-3), v.flatten(-3)
+
+
+def _grown(q_BTHD: Tensor, positions: Tensor, scale: float, floor: float) -> Tensor:
+    """Queries · (1 + scale · ln(1 + ⌊(p + 1) / floor⌋)), p their positions [T] or [B, T]."""
+    growth = 1 + scale * torch.log1p(torch.floor((positions.float() + 1) / floor))
+    return (q_BTHD * growth[..., None, None]).to(q_BTHD.dtype)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.attention import Attention
-from attnlab.cache import Cache
+from attnlab.cache import Cache, attention_of
 from attnlab.feed_forward import FeedForward
+from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
 from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
-from attnlab.supported import grouped_query
-from planner.layers import Layer, MoE
+from planner.layers import GQA, MLA, Layer, MoE
 from planner.parameters import NORMS
 
 
@@ -33,27 +33,35 @@ class Block(nn.Module):
         dtype: torch.dtype,
         *,
         attention: str,
-        experts: str | None,
+        experts: str | None = None,
         interleaved: bool,
+        latent: Latent | None = None,
     ) -> None:
         super().__init__()
-        gqa = grouped_query(layer.attention)
-        self.pattern, self.rope, self.placement = pattern_of(gqa), gqa.rope, layer.placement
-        self.slides = gqa.sliding_window is not None
-        self.multiplier = layer.residual_multiplier
-        self.self_attn = Attention(gqa, h, dtype, attention=attention, interleaved=interleaved)
+        attends = attention_of(layer)
+        self.pattern = None if attends is None else pattern_of(attends)
+        self.slides = isinstance(attends, GQA) and attends.sliding_window is not None
+        self.placement, self.multiplier = layer.placement, layer.residual_multiplier
+        how = dict(attention=attention, interleaved=interleaved)
+        match layer.attention:
+            case GQA() as gqa:
+                self.rope = gqa.rope
+                self.self_attn = Attention(gqa, h, dtype, **how)
+            case MLA() as mla:
+                self.rope = mla.qk_rope_head_dim > 0
+                self.self_attn = LatentAttention(mla, h, dtype, **how, latent=latent)
         if isinstance(layer.feed_forward, MoE):
             self.mlp = Mixture(layer.feed_forward, h, dtype, experts=experts)
         else:
             self.mlp = FeedForward(layer.feed_forward, h, dtype)
-        for name in NORMS[layer.placement]:
+        for name in NORMS[layer.placement] if layer.norms is None else layer.norms:
             setattr(self, name, build_norm(layer.norm, h, dtype))
 
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        mask: Mask,
+        mask: Mask | None,
         cache: Cache | None,
         index: int,
     ) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from attnlab import alibi
 from attnlab.block import Block
-from attnlab.cache import Cache, check_real_tokens
+from attnlab.cache import Cache, attention_of, check_real_tokens
 from attnlab.implementations import choose, sdpa_backend
+from attnlab.latent import Latent
 from attnlab.linear import Embedding, Linear
 from attnlab.masks import Keys, Mask, Pattern, make_mask, pattern_of
 from attnlab.mixture import choose_experts
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
-from attnlab.supported import check_model, grouped_query
+from attnlab.supported import check_model
 from planner.errors import ConfigError, check_choice, check_size
-from planner.layers import ALiBi, LearnedPositions, RoPE, Sinusoidal
+from planner.layers import GQA, MLA, ALiBi, LearnedPositions, RoPE, Sinusoidal
 from planner.model import Model
 
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
@@ -41,8 +42,9 @@ class Transformer(nn.Module):
 
     Parameters are named and shaped as in `model.parameters()`. `attention` is naive, sdpa (also
     with its kernel pinned, "sdpa:flash") or flex; None: sdpa, or naive where a layer has what sdpa
-    lacks. `experts` is loop or grouped; None: grouped, or loop where torch has no such product.
-    Raises ConfigError for what attnlab does not run, first of it named.
+    lacks. `experts` is loop or grouped (mixture.py); None: grouped, or loop where torch has no such
+    product. `latent`: how MLA attends (latent.py), "expanded" or "absorbed"; None: absorbed for a
+    single token. Raises ConfigError for what attnlab does not run, first of it named.
     """
 
     def __init__(
@@ -51,10 +53,13 @@ class Transformer(nn.Module):
         *,
         attention: str | None = None,
         experts: str | None = None,
+        latent: Latent | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__()
+        if latent is not None:
+            check_choice("latent", latent, get_args(Latent))
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
@@ -80,6 +85,7 @@ class Transformer(nn.Module):
                     attention=self.attention,
                     experts=self.experts,
                     interleaved=isinstance(positions, RoPE) and positions.interleaved,
+                    latent=latent,
                 )
                 for layer in model.layers
             )
@@ -151,11 +157,12 @@ class Transformer(nn.Module):
         del positions
         for index, block in enumerate(self.layers):
             rotation = rotations[block.slides] if block.rope else None
+            mask = masks.get(block.pattern)
             if checkpointing == "full":
-                x = run_again(block, x, rotation, masks[block.pattern], None, index)
+                x = run_again(block, x, rotation, mask, None, index)
             else:
-                x = block(x, rotation, masks[block.pattern], cache, index)
-            del rotation
+                x = block(x, rotation, mask, cache, index)
+            del rotation, mask
         del rotations, masks
         if cache is not None:
             cache.advance()
@@ -186,12 +193,14 @@ class Transformer(nn.Module):
         """A mask for each pattern of layers."""
         slopes = None
         if isinstance(self.model.positions, ALiBi):
-            gqa = grouped_query(self.model.layers[0].attention)
+            gqa = self.model.layers[0].attention
+            assert isinstance(gqa, GQA), "no other attention takes a bias"
             scale = gqa.scaling if self.model.positions.scaled else 1.0
             dtype = torch.float32 if self.attention == "naive" else self.dtype
             slopes = alibi.slope_tensor(gqa.num_attention_heads, dtype, self.device, scale=scale)
         masks = {}
-        for pattern in dict.fromkeys(block.pattern for block in self.layers):
+        patterns = [block.pattern for block in self.layers if block.pattern is not None]
+        for pattern in dict.fromkeys(patterns):
             keys = Keys(positions, in_order=True) if cache is None else cache.keys(pattern)
             masks[pattern] = make_mask(
                 positions, keys, pattern, prefix_tokens=prefix_tokens, slopes=slopes
@@ -256,16 +265,29 @@ def backend_name(
         raise ConfigError("device=meta runs no attention: a device that computes")
     queries, keys = (torch.arange(n, S, device=device) for n in (S - T, 0))
     names = set()
-    for gqa in {grouped_query(layer.attention) for layer in transformer.model.layers}:
-        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
+    for attention in dict.fromkeys(map(attention_of, transformer.model.layers)):
+        if attention is None:
+            continue
+        H, G, D, D_v = _widths(attention, absorbed=T == 1)
         q = torch.empty(batch, T, H, D, dtype=transformer.dtype, device=device).transpose(1, 2)
         k = torch.empty(batch, G, S, D, dtype=transformer.dtype, device=device)
         slopes = None
         if isinstance(transformer.model.positions, ALiBi):
             slopes = torch.ones(H, dtype=transformer.dtype, device=device)
-        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(gqa), slopes=slopes)
-        names.add(sdpa_backend(q, k, k, scaling=gqa.scaling, mask=mask))
+        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(attention), slopes=slopes)
+        names.add(sdpa_backend(q, k, k[..., :D_v], scaling=attention.scaling, mask=mask))
     return "sdpa:" + "+".join(sorted(names))
+
+
+def _widths(attention: GQA | MLA, *, absorbed: bool) -> tuple[int, int, int, int]:
+    """Query heads, kv heads, width of a key, of a value."""
+    H = attention.num_attention_heads
+    if isinstance(attention, GQA):
+        return H, attention.num_key_value_heads, attention.head_dim, attention.head_dim
+    if absorbed:
+        c = attention.kv_lora_rank
+        return H, 1, c + attention.qk_rope_head_dim, c
+    return H, H, attention.qk_head_dim, attention.v_head_dim
 
 
 def by_length(model: Model) -> bool:

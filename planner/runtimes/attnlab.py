@@ -5,8 +5,9 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Layer, MoE, RoPE
+from planner.layers import GQA, MLA, ALiBi, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.ledger import Row
+from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -19,9 +20,9 @@ from planner.runtimes.base import (
     check_cache_kind,
     check_kv_dtype,
     check_one_gpu,
+    check_planned,
     choose_attention,
     static_capacity,
-    unplanned_part,
 )
 from planner.runtimes.vllm_ranks import mixer_share
 from planner.workload import CacheSpec, Inference
@@ -47,10 +48,13 @@ class Attnlab:
         Raises ConfigError for a model that attnlab does not run, or whose passes are not planned.
         """
         _check_runs(model)
-        if any(isinstance(layer.feed_forward, MoE) for layer in model.layer_kinds()):
+        check_planned(self.name, model)
+        unplanned = unplanned_parts(model)
+        if unplanned:
             raise ConfigError(
-                f"runtime=attnlab runs the mixtures of experts of {model.model_type}, and knows "
-                "their KV cache; their passes are not planned yet: transformers or vllm"
+                f"runtime=attnlab runs {unplanned[0]} of model_type={model.model_type} and does "
+                "not plan them yet: parameters and kv_cache_bytes are known, or runtime="
+                "transformers or vllm"
             )
         attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
         naive = any(gqa.logit_softcap is not None or gqa.sinks for gqa in attentions)
@@ -188,25 +192,18 @@ class Attnlab:
         return _program(model, work, setting, "decode")
 
 
-def _check_runs(model: Model) -> None:
-    """ConfigError for what attnlab does not run, weights apart that are quantised on loading."""
-    missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
-    if missing:
-        raise ConfigError(
-            f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
-            "transformers or vllm"
-        )
-
-
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
-    unplanned = unplanned_part(model)
-    if unplanned is not None:
-        return [unplanned]
+    if not model.is_decoder:
+        return ["bidirectional encoders"]
+    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
+        return [type(model.positions).__name__]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
+        "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
+        and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
         QUANTISED: model.quantization is not None,
@@ -220,15 +217,54 @@ def _is_planned(model: Model, part: str) -> bool:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa = layer.attention
-    if not isinstance(gqa, GQA):
-        return ["MLA"]
+    """What of a block is not there to be run."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    if isinstance(attention, Mixer):
+        return [f"{attention.kind} layers"]
     wanted = {
-        "values that are keys": gqa.attention_k_eq_v,
-        "a window that clips beside one that masks": gqa.masked_window is not None
-        and gqa.sliding_window is not None,
+        "blocks without attention or feed-forward": attention is None or feed_forward is None,
+        "norms of other names": layer.norms is not None,
+        "cross-attention": layer.cross_attention is not None,
+        "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
     }
+    match attention:
+        case GQA() as gqa:
+            wanted |= {
+                "caches shared between layers": gqa.shares_cache,
+                "gated attention": gqa.output_gate,
+                "normalised values": gqa.v_norm,
+                "values that are keys": gqa.attention_k_eq_v,
+                "a window that clips beside one that masks": gqa.masked_window is not None
+                and gqa.sliding_window is not None,
+            }
+        case MLA() as mla:
+            wanted |= {
+                "sparse attention to the picks of an indexer": mla.indexer is not None,
+                "caches shared between layers": mla.shares_cache,
+            }
     return [part for part, there in wanted.items() if there]
+
+
+def unplanned_parts(model: Model) -> list[str]:
+    """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
+    layers = model.layer_kinds()
+    there = {
+        "latent attention (MLA)": any(isinstance(layer.attention, MLA) for layer in layers),
+        "mixtures of experts": any(isinstance(layer.feed_forward, MoE) for layer in layers),
+    }
+    gqas = [layer.attention for layer in layers if isinstance(layer.attention, GQA)]
+    there["queries that grow with their position"] = any(gqa.temperature for gqa in gqas)
+    return [part for part, runs in there.items() if runs]
+
+
+def _check_runs(model: Model) -> None:
+    """ConfigError for a model that attnlab does not run."""
+    missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
+    if missing:
+        raise ConfigError(
+            f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+            "transformers or vllm"
+        )
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:

@@ -2,6 +2,9 @@
 
 import transformers as hf
 
+import planner
+from planner.runtimes.attnlab import unplanned_parts
+
 V = 97
 LLAMA = dict(
     vocab_size=V,
@@ -31,6 +34,11 @@ FALCON = dict(
     eos_token_id=None,
 )  # fmt: skip
 MIXTURE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16)
+MLA = dict(
+    **MHA, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6,
+    qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+    topk_group=1, moe_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1,
+)  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention"]
 
 
@@ -152,6 +160,18 @@ FAMILIES = {
     "glm": lambda: hf.GlmConfig(**LLAMA, head_dim=16),
     "glm4": lambda: hf.Glm4Config(**LLAMA, head_dim=16),
     "nemotron": lambda: hf.NemotronConfig(**LLAMA, head_dim=16),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**{**MLA, "q_lora_rank": None}),
+    "deepseek_v2, best groups": lambda: hf.DeepseekV2Config(
+        **MLA, topk_method="group_limited_greedy", routed_scaling_factor=1.5
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
+    "deepseek_v3, halves": lambda: hf.DeepseekV3Config(
+        **MLA, rope_interleave=False, attention_bias=True
+    ),
+    "deepseek_v3, yarn": lambda: hf.DeepseekV3Config(
+        **{**MLA, "first_k_dense_replace": 2},
+        rope_parameters={**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 0.9},
+    ),
     "exaone4": lambda: hf.Exaone4Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
     "seed_oss": lambda: hf.SeedOssConfig(**LLAMA, head_dim=16),
     "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA, head_dim=16),
@@ -180,6 +200,11 @@ FAMILIES = {
         **LLAMA, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, n_group=4,
         topk_group=2, moe_intermediate_size=16, first_k_dense_replace=1, routed_scaling_factor=1.5,
     ),
+    "llama4_text": lambda: hf.Llama4TextConfig(
+        **{**LLAMA, "num_hidden_layers": 4}, head_dim=16, num_local_experts=5,
+        num_experts_per_tok=2, intermediate_size_mlp=40, interleave_moe_layer_step=2,
+        attention_chunk_size=5, floor_scale=4, attn_scale=0.5,
+    ),
     "minimax_m2": lambda: hf.MiniMaxM2Config(
         **LLAMA, head_dim=16, num_local_experts=5, num_experts_per_tok=2
     ),
@@ -192,3 +217,10 @@ FAMILIES = {
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     ),
 }  # fmt: skip
+
+PLANNED = [
+    name
+    for name, make in FAMILIES.items()
+    if not unplanned_parts(planner.read_config(make().to_dict()))
+]
+"""Those whose passes the planner's attnlab runtime writes as programs."""

@@ -120,7 +120,7 @@ def test_an_unknown_attention_is_rejected(pairs):
     ("config", "message"),
     [
         ({"model_type": "mixtral", "num_hidden_layers": 1}, "does not run mixtures of experts"),
-        ({"model_type": "deepseek_v3", "num_hidden_layers": 1}, "does not run MLA"),
+        ({"model_type": "rwkv", "num_hidden_layers": 1}, "does not run NoPositions of rwkv"),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "lm_head=False does not run"),
     ],
 )

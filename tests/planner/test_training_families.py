@@ -7,13 +7,13 @@ import pytest
 import planner
 from attnlab.transformer import Transformer
 from planner.activations import peak
-from tests.attnlab.families import FAMILIES
+from tests.attnlab.families import FAMILIES, PLANNED
 from tests.planner.steps import DTYPES, curve, events, program_of, square, watched_step
 
 STRETCHED = ("dynamic", "yarn", "longrope")  # their tables have small temporaries of their own
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PLANNED)
 @pytest.mark.parametrize(
     ("attention", "dtype", "batch", "tokens", "checkpointing"),
     [
