@@ -134,23 +134,16 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
-        """A float32 table of rotary frequencies; another where sliding layers have their own."""
-        if not isinstance(model.positions, RoPE):
-            return []
+        """Tables of rotary frequencies and the routers' correction, all in float32."""
         rows = []
         for positions in (model.positions, model.local_positions):
-            if positions is not None:
+            if isinstance(positions, RoPE):
                 D = positions.rotary_dim
-                rows.append(
-                    Row(
-                        component="weights",
-                        item="rotary frequencies (buffer)",
-                        count=1,
-                        formula="d_rot · 2",
-                        values=(("d_rot", D),),
-                        size_bytes=2 * D,
-                    )
-                )
+                rows.append(_buffer("rotary frequencies", 1, "d_rot · 2", ("d_rot", D), 2 * D))
+        for layer, count in model.layer_kinds().items():
+            match layer.feed_forward:
+                case MoE(router="sigmoid-groups", num_experts=E, correction_bias=False):
+                    rows.append(_buffer("router bias", count, "E · 4", ("E", E), count * E * 4))
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
@@ -190,6 +183,17 @@ class Attnlab:
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence."""
         return _program(model, work, setting, "decode")
+
+
+def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_bytes: int) -> Row:
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=(value,),
+        size_bytes=size_bytes,
+    )
 
 
 def missing_parts(model: Model) -> list[str]:
