@@ -153,6 +153,8 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(T, device=ids.device)
         x, rotations = self._embed(ids, positions, S)
+        if self.model.residual_in_fp32:
+            x = x.float()
         masks = self._masks(positions, cache, prefix_tokens)
         del positions
         for index, block in enumerate(self.layers):
@@ -168,6 +170,8 @@ class Transformer(nn.Module):
             cache.advance()
         if logits == "last":
             x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
+        if self.model.residual_in_fp32:
+            x = x.to(self.dtype)
         if self.model.final_norm is not None:
             x = self.norm(x)
         if self.model.embedding_size is not None:

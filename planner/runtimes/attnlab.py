@@ -5,9 +5,22 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, ALiBi, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
+from planner.layers import (
+    GQA,
+    MLA,
+    ALiBi,
+    Layer,
+    LearnedPositions,
+    MoE,
+    NoPositions,
+    RoPE,
+    Sinusoidal,
+)
 from planner.ledger import Row
 from planner.mixers import Mixer
+from planner.mixers.linear import GatedDeltaNet, KimiDelta
+from planner.mixers.mamba import Mamba, Mamba2
+from planner.mixers.recurrent import ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -29,6 +42,8 @@ from planner.workload import CacheSpec, Inference
 
 CACHE_KINDS = ("static", "dynamic", "ring", "paged")
 QUANTISED = "quantised weights"
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
+"""Mixers that run (kernels/attnlab/recurrent.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -200,7 +215,7 @@ def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
         return ["bidirectional encoders"]
-    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
+    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi | NoPositions):
         return [type(model.positions).__name__]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
@@ -223,11 +238,12 @@ def _is_planned(model: Model, part: str) -> bool:
 def _missing_in(layer: Layer) -> list[str]:
     """What of a block is not there to be run."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    if isinstance(attention, Mixer):
+    alone = attention is None or feed_forward is None
+    if isinstance(attention, Mixer) and not isinstance(attention, RECURRENT):
         return [f"{attention.kind} layers"]
     wanted = {
-        "blocks without attention or feed-forward": attention is None or feed_forward is None,
-        "norms of other names": layer.norms is not None,
+        "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
+        "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
         "cross-attention": layer.cross_attention is not None,
         "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
     }
@@ -235,7 +251,6 @@ def _missing_in(layer: Layer) -> list[str]:
         case GQA() as gqa:
             wanted |= {
                 "caches shared between layers": gqa.shares_cache,
-                "gated attention": gqa.output_gate,
                 "normalised values": gqa.v_norm,
                 "values that are keys": gqa.attention_k_eq_v,
                 "a window that clips beside one that masks": gqa.masked_window is not None
@@ -251,14 +266,22 @@ def _missing_in(layer: Layer) -> list[str]:
 
 def unplanned_parts(model: Model) -> list[str]:
     """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
-    layers = model.layer_kinds()
-    there = {
-        "latent attention (MLA)": any(isinstance(layer.attention, MLA) for layer in layers),
-        "mixtures of experts": any(isinstance(layer.feed_forward, MoE) for layer in layers),
-    }
-    gqas = [layer.attention for layer in layers if isinstance(layer.attention, GQA)]
-    there["queries that grow with their position"] = any(gqa.temperature for gqa in gqas)
-    return [part for part, runs in there.items() if runs]
+    found = []
+    for layer in model.layer_kinds():
+        match layer.attention:
+            case Mixer() as mixer:
+                found.append(f"{mixer.kind} layers")
+            case MLA():
+                found.append("latent attention (MLA)")
+            case GQA(output_gate=True):
+                found.append("gated attention")
+            case GQA() as gqa if gqa.temperature:
+                found.append("queries that grow with their position")
+        if layer.attention is None or layer.feed_forward is None:
+            found.append("blocks without attention or feed-forward")
+        if isinstance(layer.feed_forward, MoE):
+            found.append("mixtures of experts")
+    return found
 
 
 def _check_runs(model: Model) -> None:
