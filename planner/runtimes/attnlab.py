@@ -244,6 +244,9 @@ def _missing_in(layer: Layer) -> list[str]:
     wanted = {
         "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
         "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
         "cross-attention": layer.cross_attention is not None,
         "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
     }
