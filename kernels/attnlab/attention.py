@@ -66,6 +66,8 @@ class Attention(nn.Module):
             k = self.rotate(k, *rotation)
         if self.gqa.qk_norm is not None and self.gqa.qk_norm.after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.gqa.temperature is not None:
+            q = _grown(q, mask.query_positions, *self.gqa.temperature)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(index, k, v)
@@ -79,7 +81,7 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
     def _project(self, x_BTh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries [B, T, H, D], keys and values [B, T, G, D], clipped and normed; a gate."""
+        """Queries [B, T, H, D], keys and values [B, T, G, D], normed and clipped; a gate."""
         gqa = self.gqa
         if gqa.fused_qkv:
             q, k, v = self._split(self.qkv_proj(x_BTh))
@@ -88,12 +90,12 @@ class Attention(nn.Module):
         gate = None
         if gqa.output_gate:  # head by head: its query, its gate
             q, gate = (x.flatten(-2) for x in q.unflatten(-1, (-1, 2 * gqa.head_dim)).chunk(2, -1))
-        if gqa.clip_qkv is not None:
-            c = gqa.clip_qkv
-            q, k, v = q.clamp(-c, c), k.clamp(-c, c), v.clamp(-c, c)
         norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
         if norm is not None and norm.width == "full":
             q, k = self.q_norm(q), self.k_norm(k)
+        if gqa.clip_qkv is not None:  # olmoe clips what it has normed
+            c = gqa.clip_qkv
+            q, k, v = q.clamp(-c, c), k.clamp(-c, c), v.clamp(-c, c)
         heads = (-1, gqa.head_dim)
         q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
         if norm is not None and norm.width != "full":
@@ -110,3 +112,9 @@ class Attention(nn.Module):
         shared = gqa.num_attention_heads // G
         q, k, v = qkv.unflatten(-1, (G, shared + 2, D)).split([shared, 1, 1], dim=-2)
         return q.flatten(-3), k.flatten(-3), v.flatten(-3)
+
+
+def _grown(q_BTHD: Tensor, positions: Tensor, scale: float, floor: float) -> Tensor:
+    """Queries · (1 + scale · ln(1 + ⌊(p + 1) / floor⌋)), p their positions [T] or [B, T]."""
+    growth = 1 + scale * torch.log1p(torch.floor((positions.float() + 1) / floor))
+    return (q_BTHD * growth[..., None, None]).to(q_BTHD.dtype)

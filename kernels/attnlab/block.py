@@ -10,9 +10,10 @@ from attnlab.cache import Cache, attention_of
 from attnlab.feed_forward import FeedForward
 from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
+from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
 from attnlab.recurrent import build_mixer
-from planner.layers import GQA, MLA, Layer
+from planner.layers import GQA, MLA, Layer, MoE
 from planner.mixers import Mixer
 from planner.parameters import NORMS
 
@@ -36,6 +37,7 @@ class Block(nn.Module):
         dtype: torch.dtype,
         *,
         attention: str,
+        experts: str | None = None,
         interleaved: bool,
         latent: Latent | None = None,
     ) -> None:
@@ -58,7 +60,9 @@ class Block(nn.Module):
                 setattr(self, self.mixes, module)
         self.recurs = isinstance(layer.attention, Mixer)
         self.alone = layer.attention is None or layer.feed_forward is None
-        if layer.feed_forward is not None:
+        if isinstance(layer.feed_forward, MoE):
+            self.mlp = Mixture(layer.feed_forward, h, dtype, experts=experts)
+        elif layer.feed_forward is not None:
             self.mlp = FeedForward(layer.feed_forward, h, dtype)
         for name in NORMS[layer.placement] if layer.norms is None else layer.norms:
             setattr(self, name, build_norm(layer.norm, h, dtype))

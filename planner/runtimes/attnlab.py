@@ -149,23 +149,16 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
-        """A float32 table of rotary frequencies; another where sliding layers have their own."""
-        if not isinstance(model.positions, RoPE):
-            return []
+        """Tables of rotary frequencies and the routers' correction, all in float32."""
         rows = []
         for positions in (model.positions, model.local_positions):
-            if positions is not None:
+            if isinstance(positions, RoPE):
                 D = positions.rotary_dim
-                rows.append(
-                    Row(
-                        component="weights",
-                        item="rotary frequencies (buffer)",
-                        count=1,
-                        formula="d_rot · 2",
-                        values=(("d_rot", D),),
-                        size_bytes=2 * D,
-                    )
-                )
+                rows.append(_buffer("rotary frequencies", 1, "d_rot · 2", ("d_rot", D), 2 * D))
+        for layer, count in model.layer_kinds().items():
+            match layer.feed_forward:
+                case MoE(router="sigmoid-groups", num_experts=E, correction_bias=False):
+                    rows.append(_buffer("router bias", count, "E · 4", ("E", E), count * E * 4))
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
@@ -207,6 +200,17 @@ class Attnlab:
         return _program(model, work, setting, "decode")
 
 
+def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_bytes: int) -> Row:
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=(value,),
+        size_bytes=size_bytes,
+    )
+
+
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
@@ -217,6 +221,8 @@ def missing_parts(model: Model) -> list[str]:
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
+        "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
+        and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
         QUANTISED: model.quantization is not None,
@@ -238,9 +244,11 @@ def _missing_in(layer: Layer) -> list[str]:
     wanted = {
         "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
         "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
         "cross-attention": layer.cross_attention is not None,
         "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
-        "mixtures of experts": isinstance(feed_forward, MoE),
     }
     match attention:
         case GQA() as gqa:
@@ -270,8 +278,12 @@ def unplanned_parts(model: Model) -> list[str]:
                 found.append("latent attention (MLA)")
             case GQA(output_gate=True):
                 found.append("gated attention")
+            case GQA() as gqa if gqa.temperature:
+                found.append("queries that grow with their position")
         if layer.attention is None or layer.feed_forward is None:
             found.append("blocks without attention or feed-forward")
+        if isinstance(layer.feed_forward, MoE):
+            found.append("mixtures of experts")
     return found
 
 

@@ -31,9 +31,11 @@ CHUNKS = {
     "prefill and steps past several turns": [4] + [1] * (LENGTH - 4),
 }
 WINDOWED = ["mistral", "qwen2 sliding from layer 1", "gemma2", "gemma3", "cohere2", "olmo3"]
+WINDOWED += ["mixtral, sliding", "gpt_oss", "llama4_text"]
 RECURRENT = ["falcon_mamba", "mamba2", "nemotron_h", "qwen3_next", "kimi_linear", "lfm2"]
 OTHERS = [
     *RECURRENT,
+    "qwen2_moe",
     "deepseek_v2",
     "deepseek_v3, yarn",
     "llama",
