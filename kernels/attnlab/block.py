@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from attnlab.attention import Attention
 from attnlab.cache import Cache, attention_of
+from attnlab.cross_attention import CrossAttention, Encoded
 from attnlab.feed_forward import FeedForward
 from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
 from attnlab.norms import build_norm
+from attnlab.relative import RelativeAttentionBias
 from planner.layers import GQA, MLA, Layer
 from planner.parameters import NORMS
 
@@ -23,6 +25,8 @@ class Block(nn.Module):
     post-sum     norm(x + f(x))                  the first transformer; diverges with depth
     sandwich     x + norm(f(norm(x)))            gemma2
     parallel     x + attention(n) + mlp(n), n = norm(x); parallel-two: a norm for each
+
+    A decoder's block has cross-attention between the two, with a norm where the others have theirs.
     """
 
     def __init__(
@@ -48,6 +52,9 @@ class Block(nn.Module):
             case MLA() as mla:
                 self.rope = mla.qk_rope_head_dim > 0
                 self.self_attn = LatentAttention(mla, h, dtype, **how, latent=latent)
+        if layer.cross_attention is not None:
+            self.cross_attn = CrossAttention(layer.cross_attention, h, dtype, attention=attention)
+            self.cross_attention_layernorm = build_norm(layer.norm, h, dtype)
         self.mlp = FeedForward(layer.feed_forward, h, dtype)
         for name in NORMS[layer.placement] if layer.norms is None else layer.norms:
             setattr(self, name, build_norm(layer.norm, h, dtype))
@@ -59,18 +66,27 @@ class Block(nn.Module):
         mask: Mask | None,
         cache: Cache | None,
         index: int,
+        encoded: Encoded | None = None,
     ) -> Tensor:
         """[B, T, h] → [B, T, h]."""
         seen = (rotation, mask, cache, index)
         match self.placement:
             case "pre":
                 x = x + self._scaled(self.self_attn(self.input_layernorm(x), *seen))
+                if encoded is not None:
+                    normed = self.cross_attention_layernorm(x)
+                    x = x + self._scaled(self.cross_attn(normed, encoded, cache, index))
+                    del normed
                 return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
             case "post":
                 x = x + self._scaled(self.post_attention_layernorm(self.self_attn(x, *seen)))
                 return x + self._scaled(self.post_feedforward_layernorm(self.mlp(x)))
             case "post-sum":
                 x = self.post_attention_layernorm(x + self._scaled(self.self_attn(x, *seen)))
+                if encoded is not None:
+                    crossed = self._scaled(self.cross_attn(x, encoded, cache, index))
+                    x = self.cross_attention_layernorm(x + crossed)
+                    del crossed
                 return self.post_feedforward_layernorm(x + self._scaled(self.mlp(x)))
             case "sandwich":
                 attended = self.post_attention_layernorm(
@@ -87,6 +103,11 @@ class Block(nn.Module):
             case _:  # parallel-two
                 out = x + self._scaled(self.self_attn(self.input_layernorm(x), *seen))
                 return out + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+
+    @property
+    def bias_table(self) -> RelativeAttentionBias | None:
+        """Of relative positions: in T5's first block, in all of umt5's."""
+        return getattr(self.self_attn, "relative_attention_bias", None)
 
     def _scaled(self, part: Tensor) -> Tensor:
         """What a part adds to the stream (granite scales it)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnlab.transformer import Transformer
 from planner.checkpoint import read_checkpoint
 from planner.errors import ConfigError
+from planner.model import Model
 
 BUFFERS = (
     "inv_freq",
@@ -26,6 +27,9 @@ BUFFERS = (
     "embed_scale",
 )
 """Endings of tensors that checkpoints may hold and no parameter is made from."""
+
+BIAS = "final_logits_bias"
+"""A buffer that is read where a checkpoint has it."""
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What safetensors call the dtypes that are converted to the transformer's."""
@@ -91,7 +95,8 @@ def _names(transformer: Transformer, there: Mapping[str, Any]) -> dict[str, str]
     Such checkpoints (gpt2, bloom) leave the base module's name out: `h.0` for `transformer.h.0`.
     """
     model = transformer.model
-    names = {p.name: model.checkpoint_name(p.name) for p in model.parameters()}
+    both = zip(model.parameters(), model.checkpoint_parameters(), strict=True)
+    names = {ours.name: theirs.name for ours, theirs in both}
     embedding = names["embed_tokens.weight"]
     base = embedding.partition(".")[0] + "."
     if embedding not in there and embedding.removeprefix(base) in there:
@@ -101,7 +106,7 @@ def _names(transformer: Transformer, there: Mapping[str, Any]) -> dict[str, str]
 
 def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> None:
     model, names = transformer.model, _names(transformer, there)
-    known = {*names.values(), *(["lm_head.weight"] if model.tie_word_embeddings else [])}
+    known = {*names.values(), *(_copies(model) if model.tie_word_embeddings else [])}
     _refuse("lacks", [name for name in names.values() if name not in there])
     extra = [name for name in there if name not in known and not _is_buffer(name)]
     _refuse("has besides the model's tensors", extra)
@@ -124,6 +129,17 @@ def _copy(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
         tensor = state[names[p.name]]
         swap = model.transposed_linears and p.layer is not None and tensor.dim() == 2
         parameters[p.name].copy_(tensor.T if swap else tensor)
+    if model.final_logits_bias and BIAS in state:
+        transformer.final_logits_bias.copy_(state[BIAS])
+
+
+def _copies(model: Model) -> list[str]:
+    """Names of a tied embedding that checkpoints may repeat: the head's, those of both stacks."""
+    names = ["lm_head.weight", model.checkpoint_name("lm_head.weight")]
+    if model.is_seq2seq:
+        stacks = ("encoder", "decoder")
+        names += [f"{r}{s}.embed_tokens.weight" for r in ("", "model.") for s in stacks]
+    return names + [BIAS] * model.final_logits_bias
 
 
 def _is_buffer(name: str) -> bool:
