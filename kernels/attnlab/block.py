@@ -107,7 +107,8 @@ class Block(nn.Module):
     @property
     def bias_table(self) -> RelativeAttentionBias | None:
         """Of relative positions: in T5's first block, in all of umt5's."""
-        return getattr(self.self_attn, "relative_attention_bias", None)
+        attention = getattr(self, "self_attn", None)
+        return getattr(attention, "relative_attention_bias", None)
 
     def _scaled(self, part: Tensor) -> Tensor:
         """What a part adds to the stream (granite scales it)."""

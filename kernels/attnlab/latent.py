@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attnlab.cache import Cache
 from attnlab.implementations import implementation
 from attnlab.linear import Linear
-from attnlab.masks import Mask
+from attnlab.masks import Keys, Mask, visibility
 from attnlab.norms import build_norm
 from attnlab.positions import rotate
 from planner.layers import MLA, Norm
@@ -132,8 +132,22 @@ class LatentAttention(nn.Module):
     def _absorbed(self, q_n: Tensor, q_r: Tensor, kv_B1Sc: Tensor, mask: Mask) -> Tensor:
         """[B, H, T, v] over the latents as they lie."""
         mla = self.mla
-        rebuild = self.kv_b_proj.weight.unflatten(0, (mla.num_attention_heads, -1))  # [H, n + v, c]
+        H, T = q_n.shape[1:3]
+        rebuild = self.kv_b_proj.weight.unflatten(0, (H, -1))  # [H, n + v, c]
         w_k, w_v = rebuild.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
-        q = torch.cat((q_n @ w_k, q_r), dim=-1)  # [B, H, T, c + r]
-        out = self.attend(q, kv_B1Sc, kv_B1Sc[..., : mla.kv_lora_rank], mask=mask)
-        return out @ w_v.transpose(1, 2)
+        q = torch.cat((q_n @ w_k, q_r), dim=-1).flatten(1, 2)[:, None]  # [B, 1, H·T, c + r]
+        out = self.attend(q, kv_B1Sc, kv_B1Sc[..., : mla.kv_lora_rank], mask=one_head(mask, H))
+        return out.squeeze(1).unflatten(1, (H, T)) @ w_v.transpose(1, 2)
+
+
+def one_head(mask: Mask, heads: int) -> Mask:
+    """The mask of H · T queries in one head: H times that of T.
+
+    Heads that share keys are queries that share them; no kernel has to repeat the keys for it.
+    """
+    if mask.visible is None and not mask.is_causal:
+        return mask  # all is seen: a single token
+    visible = mask.visible
+    if visible is None:
+        visible = visibility(mask.query_positions, Keys(mask.key_positions, in_order=True))
+    return mask._replace(visible=torch.cat([visible] * heads, dim=-2), is_causal=False)

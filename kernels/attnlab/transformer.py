@@ -17,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from attnlab import alibi
 from attnlab.block import Block
-from attnlab.cache import Cache, attention_of, check_real_tokens
+from attnlab.cache import Cache, check_real_tokens
 from attnlab.cross_attention import Encoded
-from attnlab.implementations import choose, sdpa_backend
+from attnlab.implementations import choose
 from attnlab.latent import Latent
 from attnlab.linear import Embedding, Linear
-from attnlab.masks import Keys, Mask, Pattern, make_mask, pattern_of
+from attnlab.masks import Keys, Mask, Pattern, make_mask
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
 from attnlab.relative import add_tables
 from attnlab.supported import check_model
 from planner.errors import ConfigError, check_choice, check_size
-from planner.layers import GQA, MLA, ALiBi, LearnedPositions, RelativeBias, RoPE, Sinusoidal
+from planner.layers import GQA, ALiBi, LearnedPositions, RelativeBias, RoPE, Sinusoidal
 from planner.model import Model
 
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
-        self.attention = choose(attention, model.layers)
+        self.attention, self.latent = choose(attention, model.layers), latent
         if self.attention == "flex" and self.device.type not in ("cuda", "meta"):
             raise ConfigError(f"attention=flex does not run on device={self.device.type}: cuda")
         self.embedding_scale = model.embedding_scale
@@ -265,48 +265,6 @@ def check_ids(ids: Tensor) -> tuple[int, int]:
             f"ids {list(ids.shape)} of {ids.dtype} are not allowed: whole numbers [batch, tokens]"
         )
     return ids.shape[0], ids.shape[1]
-
-
-def backend_name(
-    transformer: Transformer, *, batch: int = 1, tokens: int = 1, context_tokens: int = 1
-) -> str:
-    """What runs a pass of `tokens` new of `context_tokens` tokens: "naive", "sdpa:flash", ...
-
-    Layers that differ are joined: "sdpa:flash+math". The defaults ask for a decode step. It makes
-    one layer's q, k, v and mask on the device and lets torch choose.
-    """
-    T, S, device = tokens, max(tokens, context_tokens), transformer.device
-    if transformer.attention != "sdpa":
-        return transformer.attention
-    if device.type == "meta":
-        raise ConfigError("device=meta runs no attention: a device that computes")
-    queries, keys = (torch.arange(n, S, device=device) for n in (S - T, 0))
-    names = set()
-    for attention in dict.fromkeys(map(attention_of, transformer.model.layers)):
-        if attention is None:
-            continue
-        H, G, D, D_v = _widths(attention, absorbed=T == 1)
-        q = torch.empty(batch, T, H, D, dtype=transformer.dtype, device=device).transpose(1, 2)
-        k = torch.empty(batch, G, S, D, dtype=transformer.dtype, device=device)
-        slopes = None
-        if isinstance(transformer.model.positions, ALiBi):
-            slopes = torch.ones(H, dtype=transformer.dtype, device=device)
-        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(attention), slopes=slopes)
-        if (table := transformer.layers[0].bias_table) is not None:
-            mask = table(mask)
-        names.add(sdpa_backend(q, k, k[..., :D_v], scaling=attention.scaling, mask=mask))
-    return "sdpa:" + "+".join(sorted(names))
-
-
-def _widths(attention: GQA | MLA, *, absorbed: bool) -> tuple[int, int, int, int]:
-    """Query heads, kv heads, width of a key, of a value."""
-    H = attention.num_attention_heads
-    if isinstance(attention, GQA):
-        return H, attention.num_key_value_heads, attention.head_dim, attention.head_dim
-    if absorbed:
-        c = attention.kv_lora_rank
-        return H, 1, c + attention.qk_rope_head_dim, c
-    return H, H, attention.qk_head_dim, attention.v_head_dim
 
 
 def by_length(model: Model) -> bool:

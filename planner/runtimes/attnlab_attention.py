@@ -107,7 +107,7 @@ class AttentionWriter(Writer):
             q, k = self._rotate(gqa, q, k, shared)
         if gqa.qk_norm is not None and gqa.qk_norm.after_rope:
             q, k, v = self._qk_norms(gqa, [q, k, v])
-        attended = self.cache.append(gqa, k, v, (q,))
+        attended = self.cache.append(gqa, (k, v), (q,))
         out = self._attend(gqa, q, attended)
         projected = self.linear("o_proj", out, h, bias=gqa.o_bias)
         tape.free(out)

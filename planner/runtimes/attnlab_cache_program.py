@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.layers import GQA
+from planner.layers import GQA, MLA
 from planner.model import Model
 from planner.program import (
     PAST,
@@ -43,6 +43,24 @@ class Attended:
 ALWAYS = Symbol("1", lambda d: 1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """One tensor that a layer keeps of every token: [heads, width]."""
+
+    name: str
+    heads: int
+    width: int
+
+
+def streams(attention: GQA | MLA) -> tuple[Stream, ...]:
+    """cache.streams: keys and values; of MLA the latent with the rotary key behind it."""
+    match attention:
+        case GQA(num_key_value_heads=G, head_dim=D):
+            return tuple(Stream(name=name, heads=G, width=D) for name in ("keys", "values"))
+        case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
+            return (Stream(name="latents", heads=1, width=d_c + d_rope),)
+
+
 class CacheProgram:
     """Writes a cache's part of a pass; `b` bytes of a computed element, `kv_b` of a kept one."""
 
@@ -51,42 +69,46 @@ class CacheProgram:
     ) -> None:
         self.tape, self.kind, self.b, self.kv_b = tape, kind, b, kv_b
         self.block = block_tokens
-        self.old: dict[GQA, tuple[Buffer, Buffer]] = {}
-        self.new: dict[GQA, tuple[Buffer, Buffer]] = {}
+        self.old: dict[GQA | MLA, list[Buffer]] = {}
+        self.new: dict[GQA | MLA, list[Buffer]] = {}
         self.tables: list[Buffer] = []
 
-    def pattern(self, gqa: GQA) -> Pattern:
+    def pattern(self, attention: GQA | MLA) -> Pattern:
         """The kind of mask of a layer over this cache."""
-        return pattern_of(gqa, ring=self.kind == "ring")
+        return pattern_of(attention, ring=self.kind == "ring")
 
     def open(self, model: Model) -> None:
         """What is there before the pass: the preallocated cache, or what a growing one holds."""
         for start, count, layer in model.layer_groups():
-            gqa = layer.attention
-            assert isinstance(gqa, GQA)
-            label = f"cache of {hash(gqa)}"
+            attention = layer.attention
+            assert isinstance(attention, GQA | MLA)
+            label = f"cache of {hash(attention)}"
             if self.tape.again(label, count=count, first_layer=start):
                 continue
             with self.tape.segment(label, count=count, first_layer=start):
-                self._open_layer(gqa)
+                self._open_layer(attention)
 
-    def _open_layer(self, gqa: GQA) -> None:
-        G, D = gqa.num_key_value_heads, gqa.head_dim
-        if self.kind != "dynamic":
-            shape: Shape = (2, B, G, self._slots(gqa), D)
-            self.tape.new("keys and values", shape, self.kv_b, cache=True)
+    def _open_layer(self, attention: GQA | MLA) -> None:
+        kept = streams(attention)
+        if self.kind != "dynamic":  # streams of one size lie in one piece of memory
+            shape: Shape = (len(kept), B, kept[0].heads, self._slots(attention), kept[0].width)
+            name = " and ".join(stream.name for stream in kept)
+            self.tape.new(name, shape, self.kv_b, cache=True)
             return
-        old, new = [], []
-        for name in ("keys", "values"):
-            old.append(self.tape.new(name, (B, G, PAST, D), self.kv_b, cache=True))
-            new.append(Buffer(name=name, shape=(B, G, S, D), itemsize=self.kv_b, cache=True))
-        self.old[gqa], self.new[gqa] = (old[0], old[1]), (new[0], new[1])
+        self.old[attention], self.new[attention] = [], []
+        for stream in kept:
+            G, D = stream.heads, stream.width
+            old = self.tape.new(stream.name, (B, G, PAST, D), self.kv_b, cache=True)
+            new = Buffer(name=stream.name, shape=(B, G, S, D), itemsize=self.kv_b, cache=True)
+            self.old[attention].append(old)
+            self.new[attention].append(new)
 
-    def _slots(self, gqa: GQA) -> Extent:
-        window, block = gqa.sliding_window, self.block
+    def _slots(self, attention: GQA | MLA) -> Extent:
+        window = attention.sliding_window if isinstance(attention, GQA) else None
         if self.kind == "ring" and window is not None:
             return Symbol(f"min(C, {window})", lambda d: minimum(_capacity(d), window))
         if self.kind == "paged":
+            block = self.block
             return Symbol(
                 f"(-(-C // {block}) · {block})", lambda d: -(-_capacity(d) // block) * block
             )
@@ -138,60 +160,67 @@ class CacheProgram:
         """`advance`, and the masks that held positions."""
         self.tape.free(*self.tables)
 
-    def append(self, gqa: GQA, k: Buffer, v: Buffer, shared: tuple[Buffer, ...]) -> Attended:
-        """`append` of one layer; k and v go, unless they are `shared` with the query's storage."""
-        mine = tuple({k, v} - set(shared))
-        pattern = self.pattern(gqa)
+    def append(
+        self, attention: GQA | MLA, new: tuple[Buffer, ...], shared: tuple[Buffer, ...] = ()
+    ) -> Attended:
+        """`append` of one layer; what is new goes, unless `shared` with the query's storage."""
+        mine = tuple(x for x in dict.fromkeys(new) if x not in shared)
+        pattern = self.pattern(attention)
         match self.kind:
             case "dynamic":
-                self._grow(gqa)
+                self._grow(attention)
             case "ring" if pattern.ring:
-                return self._turn_ring(gqa, pattern, mine)
+                return self._turn_ring(attention, pattern, mine)
             case "paged":
-                held = self._gather(gqa)
+                held = self._gather(attention)
                 self.tape.free(*mine)
-                return self._cast(gqa, Attended(keys=S, held=held, strided=ALWAYS))
+                return self._cast(attention, Attended(keys=S, held=held, strided=ALWAYS))
         self.tape.free(*mine)
-        return self._cast(gqa, Attended(keys=S))
+        return self._cast(attention, Attended(keys=S))
 
-    def _grow(self, gqa: GQA) -> None:
-        G, D, tape = gqa.num_key_value_heads, gqa.head_dim, self.tape
-        cast: Buffer | None = None
-        for old, new in zip(self.old[gqa], self.new[gqa], strict=True):
+    def _grow(self, attention: GQA | MLA) -> None:
+        tape, cast = self.tape, None
+        kept = zip(streams(attention), self.old[attention], self.new[attention], strict=True)
+        for stream, old, new in kept:
             if self.kv_b != self.b:
-                fresh = tape.new("cast for the cache", (B, G, T, D), self.kv_b)
+                shape = (B, stream.heads, T, stream.width)
+                fresh = tape.new("cast for the cache", shape, self.kv_b)
                 tape.free(cast)
                 cast = fresh
             tape.new(new.name, new.shape, self.kv_b, reads=(old,), cache=True, into=new)
             tape.free(old)
         tape.free(cast)
 
-    def _gather(self, gqa: GQA) -> tuple[Buffer, Buffer]:
-        G, D, tape = gqa.num_key_value_heads, gqa.head_dim, self.tape
-        out = []
-        for name in ("gathered keys", "gathered values"):
-            listed = tape.new("listed for the cache", (B, T, G, D), self.b)
+    def _gather(self, attention: GQA | MLA) -> tuple[Buffer, ...]:
+        tape, out = self.tape, []
+        for stream in streams(attention):
+            rows: Shape = (stream.heads, stream.width)
+            listed = tape.new("listed for the cache", (B, T, *rows), self.b)
             if self.kv_b != self.b:
-                listed = self._replaced(
-                    tape.new("cast for the cache", (B, T, G, D), self.kv_b), listed
-                )
+                cast = tape.new("cast for the cache", (B, T, *rows), self.kv_b)
+                listed = self._replaced(cast, listed)
             tape.free(listed)
-            out.append(tape.new(name, (B, S, G, D), self.kv_b, moved=((B, S, G, D, self.kv_b),)))
-        return out[0], out[1]
+            moved = ((B, S, *rows, self.kv_b),)
+            out.append(tape.new(f"gathered {stream.name}", (B, S, *rows), self.kv_b, moved=moved))
+        return tuple(out)
 
-    def _turn_ring(self, gqa: GQA, pattern: Pattern, mine: tuple[Buffer, ...]) -> Attended:
-        """A ring after it turned; before, everything here is 0 bytes and k and v go at once."""
-        G, D, tape, kv_b = gqa.num_key_value_heads, gqa.head_dim, self.tape, self.kv_b
+    def _turn_ring(
+        self, attention: GQA | MLA, pattern: Pattern, mine: tuple[Buffer, ...]
+    ) -> Attended:
+        """A ring after it turned; before, all here is 0 bytes and what is new goes at once."""
+        tape, kv_b, kept = self.tape, self.kv_b, streams(attention)
         casts: list[Buffer] = []
         if kv_b != self.b:
-            shape: Shape = (pattern.turned, B, G, T, D)
-            casts = [tape.new("cast for the cache", shape, kv_b) for _ in "kv"]
-        both = [
-            tape.new(name, (pattern.joined, B, G, pattern.keys, D), kv_b)
-            for name in ("joined keys", "joined values")
+            casts = [
+                tape.new("cast for the cache", (pattern.turned, B, x.heads, T, x.width), kv_b)
+                for x in kept
+            ]
+        joined = [
+            tape.new(f"joined {x.name}", (pattern.joined, B, x.heads, pattern.keys, x.width), kv_b)
+            for x in kept
         ]
-        for _ in "kv":
-            shape = (pattern.turned_several, B, G, pattern.size, D)
+        for x in kept:
+            shape = (pattern.turned_several, B, x.heads, pattern.size, x.width)
             tape.free(tape.new("kept in the ring", shape, kv_b))
         tape.free(*casts, *mine)
         own = [  # a first pass longer than the window attends to its own
@@ -199,15 +228,17 @@ class CacheProgram:
             for x in casts or mine
         ]
         return self._cast(
-            gqa, Attended(keys=pattern.keys, held=(*both, *own), strided=pattern.alone)
+            attention, Attended(keys=pattern.keys, held=(*joined, *own), strided=pattern.alone)
         )
 
-    def _cast(self, gqa: GQA, attended: Attended) -> Attended:
+    def _cast(self, attention: GQA | MLA, attended: Attended) -> Attended:
         """Attention computes in the model's dtype, whatever the cache keeps."""
         if self.kv_b == self.b:
             return attended
-        shape = (B, gqa.num_key_value_heads, attended.keys, gqa.head_dim)
-        casts = tuple(self.tape.new("cast keys, values", shape, self.b) for _ in range(2))
+        casts = tuple(
+            self.tape.new(f"cast {x.name}", (B, x.heads, attended.keys, x.width), self.b)
+            for x in streams(attention)
+        )
         self.tape.free(*attended.held)
         return Attended(keys=attended.keys, held=casts, strided=attended.strided)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import planner
+from attnlab.backend import backend_name
 from attnlab.caches import build_cache
 from attnlab.latent import LatentAttention
 from attnlab.training import training_step
@@ -54,6 +55,13 @@ def test_a_single_token_is_absorbed_and_several_are_expanded(pairs, monkeypatch)
     for tokens in (3, 1):
         ours(torch.zeros(1, tokens, dtype=torch.long))
     assert ways == ["_expanded"] * 2 + ["_absorbed"] * 2
+
+
+@pytest.mark.parametrize(("latent", "tokens"), [(None, 1), ("absorbed", 7), ("expanded", 7)])
+def test_the_backend_is_named_for_either_way(pairs, latent, tokens):
+    """No fused kernel of the CPU takes values of another width than keys."""
+    ours = twin(pairs("deepseek_v3")[1], latent=latent)
+    assert backend_name(ours, batch=2, tokens=tokens, context_tokens=9) == "sdpa:math"
 
 
 def test_a_token_of_deepseek_v3_takes_70_272_bytes_in_every_cache():

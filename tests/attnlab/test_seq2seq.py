@@ -5,11 +5,12 @@ import torch
 import transformers as hf
 
 import planner
+from attnlab.backend import backend_name
 from attnlab.caches import build_cache
 from attnlab.generate import generate
 from attnlab.seq2seq import EncoderDecoder
 from attnlab.training import IGNORED, next_token_loss
-from attnlab.transformer import Transformer, backend_name
+from attnlab.transformer import Transformer
 from attnlab.weights import load_safetensors, load_state_dict
 from planner import CacheSpec, ConfigError
 from tests.attnlab.encoder_decoders import FAMILIES, V, inputs_of, padding_mask, pair_of, theirs_of
