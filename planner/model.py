@@ -76,6 +76,7 @@ class Model:
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
     outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
     `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
+    `residual_in_fp32`: blocks add to a float32 stream, whatever their dtype (mamba).
     `embedding_norm` stands behind the token embedding (bloom), or, with `embedding_norm_last`,
     behind the positions too (bart). `final_logits_bias`: a buffer [1, V] is added to the logits,
     zeros unless a checkpoint has others (bart). `local_positions` are those of
@@ -112,6 +113,7 @@ class Model:
     embedding_scale: float | None = None
     final_logits_bias: bool = False
     logit_scale: float | None = None
+    residual_in_fp32: bool = False
     final_logit_softcapping: float | None = None
     local_positions: RoPE | None = None
     parameter_names: tuple[tuple[str, str], ...] = ()
@@ -273,6 +275,9 @@ class Model:
 
     def checkpoint_name(self, name: str) -> str:
         """A parameter's name in this family's checkpoints, from its name in `parameters()`."""
+        for tower in self.towers:
+            if tower.part == "encoder" and name.startswith("encoder."):
+                return translate(name.removeprefix("encoder."), tower.parameter_names)
         return translate(name, self.parameter_names)
 
     def parameter_table(self) -> pd.DataFrame:
