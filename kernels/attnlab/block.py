@@ -11,9 +11,9 @@ from attnlab.cross_attention import CrossAttention, Encoded
 from attnlab.feed_forward import FeedForward
 from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
+from attnlab.mixers import build_mixer
 from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
-from attnlab.recurrent import build_mixer
 from attnlab.relative import RelativeAttentionBias
 from planner.layers import GQA, MLA, Layer, MoE
 from planner.mixers import Mixer

@@ -45,7 +45,7 @@ CACHE_KINDS = ("static", "dynamic", "ring", "paged")
 QUANTISED = "quantised weights"
 BIAS_TABLE = "self_attn.relative_attention_bias.weight"
 RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
-"""Mixers that run (kernels/attnlab/recurrent.py)."""
+"""Mixers that run (kernels/attnlab/mixers.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 

@@ -208,8 +208,9 @@ FAMILIES = {
         n_groups=2, ssm_state_size=10, chunk_size=8,
     ),
     "jamba": lambda: hf.JambaConfig(
-        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=1, attn_layer_period=2,
-        attn_layer_offset=1, use_mamba_kernels=False,
+        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=4, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=0,
+        use_mamba_kernels=False,
     ),
     "qwen3_next": lambda: hf.Qwen3NextConfig(
         **LLAMA, **DELTA, head_dim=16, mlp_only_layers=[0, 1], partial_rotary_factor=0.5

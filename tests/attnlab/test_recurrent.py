@@ -7,7 +7,7 @@ import torch
 
 import planner
 from attnlab.kv_cache import FixedShapeCache, KVCache
-from attnlab.recurrent import MIXERS, build_mixer
+from attnlab.mixers import MIXERS, build_mixer
 from attnlab.states import new_states
 from attnlab.transformer import Transformer
 from planner import ConfigError
