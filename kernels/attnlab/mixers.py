@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from attnlab.delta_rule import GatedDeltaMixer, KimiDeltaMixer
 from attnlab.linear import Linear
 from attnlab.recurrent import CausalConv, States, zeroed
+from attnlab.rg_lru import RGLRUMixer
 from attnlab.state_space import Mamba2Mixer, MambaMixer
 from planner.errors import ConfigError
 from planner.layers import Norm
 from planner.mixers import Mixer
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
-from planner.mixers.recurrent import ShortConv
+from planner.mixers.recurrent import RGLRU, ShortConv
 
 
 class ShortConvMixer(nn.Module):
@@ -43,6 +44,7 @@ MIXERS: dict[type[Mixer], tuple[str, Callable[..., nn.Module]]] = {
     Mamba2: ("mamba", Mamba2Mixer),
     GatedDeltaNet: ("linear_attn", GatedDeltaMixer),
     KimiDelta: ("self_attn", KimiDeltaMixer),
+    RGLRU: ("self_attn", RGLRUMixer),
     ShortConv: ("conv", ShortConvMixer),
 }
 """What runs a mixer, and the name of its module in a block."""

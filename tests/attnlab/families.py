@@ -222,6 +222,11 @@ FAMILIES = {
         v_head_dim=10, linear_num_heads=4, linear_head_dim=8, mlp_layer_types=["dense"] * 2,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, lru_width=32,
+        intermediate_size=96, attention_window_size=5, num_key_value_heads=1, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None,
+    ),
     "lfm2": lambda: hf.Lfm2Config(
         **LLAMA, layer_types=["conv", "full_attention"], conv_bias=True
     ),

@@ -14,7 +14,7 @@ from planner import ConfigError
 from planner.layers import Norm
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
-from planner.mixers.recurrent import RGLRU, ShortConv
+from planner.mixers.recurrent import RGLRU, RWKV, ShortConv
 from planner.runtimes.attnlab import RECURRENT
 from tests.attnlab.families import FAMILIES
 from tests.attnlab.test_families import twin
@@ -43,6 +43,7 @@ SMALL = {
     "gated delta, split": replace(DELTA, projections="split", allow_neg_eigval=True),
     "gated delta, separate": replace(DELTA, projections="separate"),
     "kimi delta": KimiDelta(linear_num_heads=3, linear_head_dim=4, linear_conv_kernel_dim=4),
+    "lru": RGLRU(lru_width=20, num_attention_heads=4, conv1d_width=4),
     "short convolution": ShortConv(hidden_size=h, conv_kernel=3, conv_bias=True),
 }  # fmt: skip
 
@@ -151,9 +152,9 @@ def test_a_float32_stream_is_nearer_than_one_that_is_rounded(pairs, ids):
 
 def test_what_runs_is_what_the_planner_says_runs():
     assert set(RECURRENT) == set(MIXERS)
-    lru = RGLRU(lru_width=8, num_attention_heads=2, conv1d_width=4)
-    with pytest.raises(ConfigError, match="attention=RGLRU does not run in attnlab"):
-        build_mixer(lru, h, NORM, torch.float32)
+    rwkv = RWKV(attention_hidden_size=h, intermediate_size=h)
+    with pytest.raises(ConfigError, match="attention=RWKV does not run in attnlab"):
+        build_mixer(rwkv, h, NORM, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba", "qwen3_next", "kimi_linear"])
@@ -179,7 +180,7 @@ def test_a_prefix_in_both_directions_is_refused(pairs, ids):
     [
         ("zamba2", "does not run norms of other names"),
         ("falcon_h1", "does not run blocks with parts of their own"),
-        ("recurrent_gemma", "does not run RG-LRU layers"),
+        ("minimax", "does not run lightning attention layers"),
     ],
 )
 def test_what_recurs_in_other_ways_is_refused(model_type, message):
