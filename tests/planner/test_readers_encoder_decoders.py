@@ -209,14 +209,25 @@ def test_the_encoder_stands_in_the_parameter_table_beside_the_decoder():
 
 
 @pytest.mark.parametrize("kind", ["mt5", "bart", "whisper"])
-def test_activations_and_times_are_refused_and_so_are_other_runtimes(kind):
+def test_activations_and_times_are_refused_and_so_is_vllm(kind):
     model = planner.read_config(tiny(kind))
     work = Inference(batch=1, prompt_tokens=8)
     with pytest.raises(ConfigError, match="does not plan cross-attention"):
         planner.estimate(model, work, Deployment(gpu="h200"))
-    for runtime in ("attnlab", "vllm") if kind != "whisper" else ("attnlab",):
-        with pytest.raises(ConfigError, match=f"runtime={runtime} does not"):
-            kv_cache_bytes(model, batch=1, context_tokens=4, runtime=runtime)
+    if kind != "whisper":
+        with pytest.raises(ConfigError, match="runtime=vllm does not"):
+            kv_cache_bytes(model, batch=1, context_tokens=4, runtime="vllm")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_attnlab_keeps_what_a_static_cache_keeps_and_is_not_planned(kind):
+    model, spec = planner.read_config(tiny(kind)), CacheSpec(kind="static", capacity_tokens=9)
+    sizes: dict[str, Any] = {"batch": 2, "context_tokens": 4, "cache": spec}
+    kept = kv_cache_bytes(model, **sizes, runtime="attnlab")
+    assert kept == kv_cache_bytes(model, **sizes)
+    work = Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(ConfigError, match="plan.* cross-attention|cross-attention .* not plan"):
+        planner.estimate(model, work, Deployment(gpu="h200", runtime="attnlab"))
 
 
 def test_whisper_hears_no_more_than_its_frames():
