@@ -256,6 +256,9 @@ def _missing_in(layer: Layer) -> list[str]:
     wanted = {
         "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
         "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
         "cross-attention in such a block": layer.cross_attention is not None
         and (layer.placement not in ("pre", "post-sum") or not _is_plain(layer.cross_attention)),
         "blocks with parts of their own": layer.beside is not None
