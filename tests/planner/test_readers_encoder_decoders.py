@@ -226,7 +226,7 @@ def test_attnlab_keeps_what_a_static_cache_keeps_and_is_not_planned(kind):
     kept = kv_cache_bytes(model, **sizes, runtime="attnlab")
     assert kept == kv_cache_bytes(model, **sizes)
     work = Inference(batch=1, prompt_tokens=8)
-    with pytest.raises(ConfigError, match="plan.* cross-attention|cross-attention .* not plan"):
+    with pytest.raises(ConfigError, match=r"plan.* cross-attention|cross-attention .* not plan"):
         planner.estimate(model, work, Deployment(gpu="h200", runtime="attnlab"))
 
 
