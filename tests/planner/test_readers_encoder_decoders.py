@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import EncoderDecoderCache, StaticCache
 
 import planner
-from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes
+from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes, lora
 from planner.huggingface import bart_like, t5
+from planner.workload import LoRA
 from tests.planner.oracle import assert_same_parameters, live_cache_bytes, live_model
 
 T5 = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -228,6 +230,17 @@ def test_attnlab_keeps_what_a_static_cache_keeps_and_is_not_planned(kind):
     work = Inference(batch=1, prompt_tokens=8)
     with pytest.raises(ConfigError, match=r"plan.* cross-attention|cross-attention .* not plan"):
         planner.estimate(model, work, Deployment(gpu="h200", runtime="attnlab"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's call
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_adapters_stand_in_both_stacks_as_peft_puts_them(kind):
+    targets = ("q", "v") if kind == "t5" else ("q_proj", "v_proj")
+    config = peft.LoraConfig(r=2, target_modules=list(targets))
+    live = peft.get_peft_model(build(tiny(kind), "meta"), config)
+    made = lora.adapters(planner.read_config(tiny(kind)), LoRA(rank=2, targets=targets))
+    expected = [tuple(p.shape) for p in live.parameters() if p.requires_grad]
+    assert sorted(p.shape for p in made) == sorted(expected)
 
 
 def test_whisper_hears_no_more_than_its_frames():
