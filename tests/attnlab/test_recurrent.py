@@ -9,6 +9,7 @@ import planner
 from attnlab.kv_cache import FixedShapeCache, KVCache
 from attnlab.mixers import MIXERS, build_mixer
 from attnlab.states import new_states
+from attnlab.training import training_step
 from attnlab.transformer import Transformer
 from planner import ConfigError
 from planner.layers import Norm
@@ -18,6 +19,7 @@ from planner.mixers.recurrent import RGLRU, RWKV, ShortConv
 from planner.runtimes.attnlab import RECURRENT
 from tests.attnlab.families import FAMILIES
 from tests.attnlab.test_families import twin
+from tests.attnlab.test_training import shifted
 
 h = 12
 CPU = torch.device("cpu")
@@ -148,6 +150,16 @@ def test_a_float32_stream_is_nearer_than_one_that_is_rounded(pairs, ids):
         errors.append((rounded(ids).float() - exact).square().mean().sqrt())
     assert ours.model.residual_in_fp32
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("family", ["jamba", "bamba", "qwen3_next", "recurrent_gemma"])
+def test_checkpointing_changes_no_gradient(pairs, ids, family):
+    ours, gradients = twin(pairs(family)[1]).requires_grad_(True), []
+    for checkpointing in ("none", "full"):
+        training_step(ours, ids, shifted(ids), checkpointing=checkpointing)
+        gradients.append([p.grad for p in ours.parameters()])
+        ours.zero_grad(set_to_none=True)
+    assert all(map(torch.equal, *gradients))
 
 
 def test_what_runs_is_what_the_planner_says_runs():
