@@ -54,6 +54,7 @@ class Model:
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
     outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
     `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
+    `residual_in_fp32`: blocks add to a float32 stream, whatever their dtype (mamba).
     `embedding_norm` stands behind the token embedding (bloom). `local_positions` are those of
     sliding layers where they differ (gemma-3). `mask_windows` are the masks that its class makes,
     where they are not those of its layers. `embedding_size`: width of embedding and head where it
@@ -86,6 +87,7 @@ class Model:
     embedding_norm: Norm | None = None
     embedding_scale: float | None = None
     logit_scale: float | None = None
+    residual_in_fp32: bool = False
     final_logit_softcapping: float | None = None
     local_positions: RoPE | None = None
     parameter_names: tuple[tuple[str, str], ...] = ()

@@ -22,6 +22,7 @@ from attnlab.implementations import choose
 from attnlab.latent import Latent
 from attnlab.linear import Embedding, Linear
 from attnlab.masks import Keys, Mask, Pattern, make_mask
+from attnlab.mixture import choose_experts
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
 from attnlab.supported import check_model
@@ -41,7 +42,8 @@ class Transformer(nn.Module):
 
     Parameters are named and shaped as in `model.parameters()`. `attention` is naive, sdpa (also
     with its kernel pinned, "sdpa:flash") or flex; None: sdpa, or naive where a layer has what sdpa
-    lacks. `latent`: how MLA attends (latent.py), "expanded" or "absorbed"; None: absorbed for a
+    lacks. `experts` is loop or grouped (mixture.py); None: grouped, or loop where torch has no such
+    product. `latent`: how MLA attends (latent.py), "expanded" or "absorbed"; None: absorbed for a
     single token. Raises ConfigError for what attnlab does not run, first of it named.
     """
 
@@ -50,6 +52,7 @@ class Transformer(nn.Module):
         model: Model,
         *,
         attention: str | None = None,
+        experts: str | None = None,
         latent: Latent | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -64,6 +67,7 @@ class Transformer(nn.Module):
             raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         self.attention, self.latent = choose(attention, model.layers), latent
+        self.experts = choose_experts(experts, model, dtype)
         if self.attention == "flex" and self.device.type not in ("cuda", "meta"):
             raise ConfigError(f"attention=flex does not run on device={self.device.type}: cuda")
         self.embedding_scale = model.embedding_scale
@@ -79,6 +83,7 @@ class Transformer(nn.Module):
                     model.hidden_size,
                     dtype,
                     attention=self.attention,
+                    experts=self.experts,
                     interleaved=isinstance(positions, RoPE) and positions.interleaved,
                     latent=latent,
                 )
@@ -148,6 +153,8 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(T, device=ids.device)
         x, rotations = self._embed(ids, positions, S)
+        if self.model.residual_in_fp32:
+            x = x.float()
         masks = self._masks(positions, cache, prefix_tokens)
         del positions
         for index, block in enumerate(self.layers):
@@ -163,6 +170,8 @@ class Transformer(nn.Module):
             cache.advance()
         if logits == "last":
             x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
+        if self.model.residual_in_fp32:
+            x = x.to(self.dtype)
         if self.model.final_norm is not None:
             x = self.norm(x)
         if self.model.embedding_size is not None:

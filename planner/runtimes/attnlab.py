@@ -5,9 +5,22 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, ALiBi, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
+from planner.layers import (
+    GQA,
+    MLA,
+    ALiBi,
+    Layer,
+    LearnedPositions,
+    MoE,
+    NoPositions,
+    RoPE,
+    Sinusoidal,
+)
 from planner.ledger import Row
 from planner.mixers import Mixer
+from planner.mixers.linear import GatedDeltaNet, KimiDelta
+from planner.mixers.mamba import Mamba, Mamba2
+from planner.mixers.recurrent import ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -29,6 +42,8 @@ from planner.workload import CacheSpec, Inference
 
 CACHE_KINDS = ("static", "dynamic", "ring", "paged")
 QUANTISED = "quantised weights"
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
+"""Mixers that run (kernels/attnlab/recurrent.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -134,23 +149,16 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
-        """A float32 table of rotary frequencies; another where sliding layers have their own."""
-        if not isinstance(model.positions, RoPE):
-            return []
+        """Tables of rotary frequencies and the routers' correction, all in float32."""
         rows = []
         for positions in (model.positions, model.local_positions):
-            if positions is not None:
+            if isinstance(positions, RoPE):
                 D = positions.rotary_dim
-                rows.append(
-                    Row(
-                        component="weights",
-                        item="rotary frequencies (buffer)",
-                        count=1,
-                        formula="d_rot · 2",
-                        values=(("d_rot", D),),
-                        size_bytes=2 * D,
-                    )
-                )
+                rows.append(_buffer("rotary frequencies", 1, "d_rot · 2", ("d_rot", D), 2 * D))
+        for layer, count in model.layer_kinds().items():
+            match layer.feed_forward:
+                case MoE(router="sigmoid-groups", num_experts=E, correction_bias=False):
+                    rows.append(_buffer("router bias", count, "E · 4", ("E", E), count * E * 4))
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
@@ -192,16 +200,29 @@ class Attnlab:
         return _program(model, work, setting, "decode")
 
 
+def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_bytes: int) -> Row:
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=(value,),
+        size_bytes=size_bytes,
+    )
+
+
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
         return ["bidirectional encoders"]
-    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
+    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi | NoPositions):
         return [type(model.positions).__name__]
     missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
+        "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
+        and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
         "parts beside the decoder": bool(model.towers),
         QUANTISED: model.quantization is not None,
@@ -217,20 +238,19 @@ def _is_planned(model: Model, part: str) -> bool:
 def _missing_in(layer: Layer) -> list[str]:
     """What of a block is not there to be run."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    if isinstance(attention, Mixer):
+    alone = attention is None or feed_forward is None
+    if isinstance(attention, Mixer) and not isinstance(attention, RECURRENT):
         return [f"{attention.kind} layers"]
     wanted = {
-        "blocks without attention or feed-forward": attention is None or feed_forward is None,
-        "norms of other names": layer.norms is not None,
+        "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
+        "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
         "cross-attention": layer.cross_attention is not None,
         "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
-        "mixtures of experts": isinstance(feed_forward, MoE),
     }
     match attention:
         case GQA() as gqa:
             wanted |= {
                 "caches shared between layers": gqa.shares_cache,
-                "gated attention": gqa.output_gate,
                 "normalised values": gqa.v_norm,
                 "values that are keys": gqa.attention_k_eq_v,
                 "a window that clips beside one that masks": gqa.masked_window is not None
@@ -246,8 +266,22 @@ def _missing_in(layer: Layer) -> list[str]:
 
 def unplanned_parts(model: Model) -> list[str]:
     """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
-    latent = any(isinstance(layer.attention, MLA) for layer in model.layer_kinds())
-    return ["latent attention (MLA)"] * latent
+    found = []
+    for layer in model.layer_kinds():
+        match layer.attention:
+            case Mixer() as mixer:
+                found.append(f"{mixer.kind} layers")
+            case MLA():
+                found.append("latent attention (MLA)")
+            case GQA(output_gate=True):
+                found.append("gated attention")
+            case GQA() as gqa if gqa.temperature:
+                found.append("queries that grow with their position")
+        if layer.attention is None or layer.feed_forward is None:
+            found.append("blocks without attention or feed-forward")
+        if isinstance(layer.feed_forward, MoE):
+            found.append("mixtures of experts")
+    return found
 
 
 def _check_runs(model: Model) -> None:
