@@ -39,6 +39,8 @@ def backend_name(
         if isinstance(transformer.model.positions, ALiBi):
             slopes = torch.ones(H, dtype=transformer.dtype, device=device)
         mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(attention), slopes=slopes)
+        if (table := transformer.layers[0].bias_table) is not None:
+            mask = table(mask)
         q_shape = B, T, H
         if isinstance(attention, GQA):
             G, D, D_v = attention.num_key_value_heads, attention.head_dim, attention.head_dim

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from attnlab.attention import Attention
 from attnlab.cache import Cache, attention_of
+from attnlab.cross_attention import CrossAttention, Encoded
 from attnlab.feed_forward import FeedForward
 from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
 from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
 from attnlab.recurrent import build_mixer
+from attnlab.relative import RelativeAttentionBias
 from planner.layers import GQA, MLA, Layer, MoE
 from planner.mixers import Mixer
 from planner.parameters import NORMS
@@ -28,6 +30,7 @@ class Block(nn.Module):
     parallel     x + attention(n) + mlp(n), n = norm(x); parallel-two: a norm for each
 
     A block of one part alone is x + f(norm(x)); where the stream is float32, f is not (mamba).
+    A decoder's block has cross-attention between the two, with a norm where the others have theirs.
     """
 
     def __init__(
@@ -58,6 +61,9 @@ class Block(nn.Module):
             case Mixer() as mixer:
                 self.mixes, module = build_mixer(mixer, h, layer.norm, dtype)
                 setattr(self, self.mixes, module)
+        if layer.cross_attention is not None:
+            self.cross_attn = CrossAttention(layer.cross_attention, h, dtype, attention=attention)
+            self.cross_attention_layernorm = build_norm(layer.norm, h, dtype)
         self.recurs = isinstance(layer.attention, Mixer)
         self.alone = layer.attention is None or layer.feed_forward is None
         if isinstance(layer.feed_forward, MoE):
@@ -74,6 +80,7 @@ class Block(nn.Module):
         mask: Mask | None,
         cache: Cache | None,
         index: int,
+        encoded: Encoded | None = None,
     ) -> Tensor:
         """[B, T, h] → [B, T, h]."""
         seen = (rotation, mask, cache, index)
@@ -84,12 +91,20 @@ class Block(nn.Module):
         match self.placement:
             case "pre":
                 x = x + self._scaled(self._mix(self.input_layernorm(x), *seen))
+                if encoded is not None:
+                    normed = self.cross_attention_layernorm(x)
+                    x = x + self._scaled(self.cross_attn(normed, encoded, cache, index))
+                    del normed
                 return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
             case "post":
                 x = x + self._scaled(self.post_attention_layernorm(self._mix(x, *seen)))
                 return x + self._scaled(self.post_feedforward_layernorm(self.mlp(x)))
             case "post-sum":
                 x = self.post_attention_layernorm(x + self._scaled(self._mix(x, *seen)))
+                if encoded is not None:
+                    crossed = self._scaled(self.cross_attn(x, encoded, cache, index))
+                    x = self.cross_attention_layernorm(x + crossed)
+                    del crossed
                 return self.post_feedforward_layernorm(x + self._scaled(self.mlp(x)))
             case "sandwich":
                 attended = self.post_attention_layernorm(self._mix(self.input_layernorm(x), *seen))
@@ -104,6 +119,12 @@ class Block(nn.Module):
             case _:  # parallel-two
                 out = x + self._scaled(self._mix(self.input_layernorm(x), *seen))
                 return out + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+
+    @property
+    def bias_table(self) -> RelativeAttentionBias | None:
+        """Of relative positions: in T5's first block, in all of umt5's."""
+        attention = getattr(self, "self_attn", None)
+        return getattr(attention, "relative_attention_bias", None)
 
     def _mix(
         self,

@@ -13,6 +13,7 @@ from planner.layers import (
     LearnedPositions,
     MoE,
     NoPositions,
+    RelativeBias,
     RoPE,
     Sinusoidal,
 )
@@ -47,6 +48,7 @@ from planner.workload import CacheSpec, Inference
 
 CACHE_KINDS = ("static", "dynamic", "ring", "paged", "quantised")
 QUANTISED = "quantised weights"
+BIAS_TABLE = "self_attn.relative_attention_bias.weight"
 RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
 """Mixers that run (kernels/attnlab/recurrent.py)."""
 DEFAULT_BLOCK_TOKENS = 16
@@ -229,16 +231,26 @@ def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
         return ["bidirectional encoders"]
-    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi | NoPositions):
+    if not isinstance(
+        model.positions,
+        RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions,
+    ):
         return [type(model.positions).__name__]
-    missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
+    encoders = [tower for tower in model.towers if model.is_seq2seq and tower.part == "encoder"]
+    kinds = [*model.layer_kinds(), *(layer for tower in encoders for layer in tower.layers)]
+    missing = [part for layer in dict.fromkeys(kinds) for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
         "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
         and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
-        "parts beside the decoder": bool(model.towers),
+        "parts beside the decoder": len(model.towers) > len(encoders),
+        "cross-attention without an encoder": model.is_seq2seq and len(encoders) != 1,
+        "layers without cross-attention": model.is_seq2seq
+        and not all(layer.cross_attention for layer in model.layer_kinds()),
+        "RelativeBias without a table": isinstance(model.positions, RelativeBias)
+        and not model.layers[0].extra_parameters,
         QUANTISED: model.quantization is not None,
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
@@ -258,8 +270,13 @@ def _missing_in(layer: Layer) -> list[str]:
     wanted = {
         "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
         "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
-        "cross-attention": layer.cross_attention is not None,
-        "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
+        "cross-attention in such a block": layer.cross_attention is not None
+        and (layer.placement not in ("pre", "post-sum") or not _is_plain(layer.cross_attention)),
+        "blocks with parts of their own": layer.beside is not None
+        or any(p.name != BIAS_TABLE for p in layer.extra_parameters),
     }
     match attention:
         case GQA() as gqa:
@@ -278,9 +295,22 @@ def _missing_in(layer: Layer) -> list[str]:
     return [part for part, there in wanted.items() if there]
 
 
+def _is_plain(gqa: GQA) -> bool:
+    """Whether there are projections and a scale, as cross-attention has them, and nothing more."""
+    return gqa == GQA(
+        num_attention_heads=gqa.num_attention_heads,
+        num_key_value_heads=gqa.num_key_value_heads,
+        head_dim=gqa.head_dim,
+        scaling=gqa.scaling,
+        qkv_bias=gqa.qkv_bias,
+        o_bias=gqa.o_bias,
+        unbiased=gqa.unbiased,
+    )
+
+
 def unplanned_parts(model: Model) -> list[str]:
     """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
-    found = []
+    found = ["cross-attention"] * model.is_seq2seq
     for layer in model.layer_kinds():
         match layer.attention:
             case Mixer() as mixer:
