@@ -105,7 +105,7 @@ def encode(x_BGSD: Tensor, form: TensorFormat) -> tuple[Tensor, ...]:
     codes.round_().clamp_(least, most)
     if bits < 8 and least:
         codes += most + 1  # from 1 to 2^b − 1
-    codes = codes.to(_code_dtype(form))
+    codes = codes.to(_code_dtype(form), memory_format=torch.contiguous_format)
     if form.packed == "group":
         return _pack(codes, form).flatten(-2), *beside
     return _pack(codes.flatten(-2), form), *beside

@@ -350,5 +350,6 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             logits=work.logits,
             cache=spec.kind,  # type: ignore[arg-type]
             block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
+            form=kv_format(setting.cache, setting.kv_dtype),
         ),
     )

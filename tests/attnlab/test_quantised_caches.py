@@ -80,7 +80,7 @@ def test_codes_of_any_chunking_are_equal(pairs, kind, dtype):
             start += T
             cache.advance()
         held.append(cache.layers[0])
-    for one, other in zip(*held, strict=True):
+    for one, other in zip(*held, strict=True) if kind != "paged" else ():  # blocks lie anywhere
         assert torch.equal(one, other)
     form = KV_FORMATS[f"{dtype}_per_token_head"].keys
     for all_at_once, chunked, x in zip(read[0], read[-1], (k, v), strict=True):
@@ -154,7 +154,7 @@ def test_nbytes_are_those_the_planner_counts(pairs, family, kind, group, dtype, 
     spec = spec_of(kind, dtype, group)
     cache = quantised(model, kind, dtype, batch=3, tokens=tokens, group=group, compute=compute)
     cache.begin(tokens, batch=3)
-    for index, attention in enumerate(cache.attentions):
+    for index in range(len(cache.layers)):
         shapes = [(3, s[0], tokens, s[1]) for s in plain_streams(model, index)]
         cache.append(index, *(torch.zeros(shape, dtype=compute) for shape in shapes))
     assert cache.nbytes == planner.kv_cache_bytes(
