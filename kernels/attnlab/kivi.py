@@ -23,8 +23,45 @@ from planner.runtimes.attnlab_formats import check_quantisable
 
 # Shapes.  B batch · G kv heads · T new tokens · S keys · D head dim
 
-Kept = tuple[tuple[Tensor, ...], Tensor | None]
-"""Codes, scales and zero points; the newest tokens [B, G, r, D]."""
+
+class Newest:
+    """One stream: codes, scales and zero points, and behind them the newest tokens [B, G, r, D]."""
+
+    def __init__(self, form: TensorFormat) -> None:
+        assert form.scales is not None
+        assert form.residual is not None
+        self.form, self.residual_of = form, form.residual.of
+        self.axis = 3 if form.scales.per == "channel" else 2
+        self.stored: list[Tensor] = []
+        self.residual: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return self.stored if self.residual is None else [*self.stored, self.residual]
+
+    def append(self, x_BGTD: Tensor, tokens: int) -> Tensor:
+        """All of now `tokens` tokens [B, G, S, D]; those that are old enough become codes."""
+        newest = x_BGTD
+        if self.residual is not None:
+            newest = torch.cat((self.residual, x_BGTD), dim=2)
+            self.residual = None
+        read = newest
+        if self.stored:
+            width, dtype = x_BGTD.shape[-1], x_BGTD.dtype
+            old = decode(tuple(self.stored), self.form, width=width, dtype=dtype)
+            read = torch.cat((old, newest), dim=2)
+            del old
+        aged = newest.shape[2] - self.residual_of(tokens)
+        if aged:
+            coded = list(encode(newest[:, :, :aged], self.form))
+            for place in range(len(self.stored)):
+                coded[place] = torch.cat((self.stored[place], coded[place]), dim=self.axis)
+                self.stored[place] = coded[place]
+            self.stored = coded
+        # a copy: nothing else is kept alive
+        self.residual = newest[:, :, aged:].clone(memory_format=torch.contiguous_format)
+        return read
 
 
 class KiviCache(Cache):
@@ -54,7 +91,7 @@ class KiviCache(Cache):
         """Forget all tokens and give the memory back."""
         super().reset()
         self.layers = [[] for _ in self.attentions]
-        self.kept: list[list[Kept]] = [[((), None)] * 2 for _ in self.attentions]
+        self.newest = [[Newest(form) for form in self.forms] for _ in self.attentions]
 
     def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
         """As Cache.begin; ConfigError for sequences that differ in length."""
@@ -76,36 +113,14 @@ class KiviCache(Cache):
 
     def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Read what is held, then quantise what has become old enough."""
-        out, kept = [], self.kept[index]
-        for which, (new, form) in enumerate(zip(new_BGTD, self.forms, strict=True)):
-            read, kept[which] = self._grow(kept[which], new.detach().to(self.dtype), form)
-            out.append(read)
-        self.layers[index] = [
-            t for stored, residual in kept for t in (*stored, residual) if t is not None
-        ]
-        return tuple(out)
-
-    def _grow(self, kept: Kept, x_BGTD: Tensor, form: TensorFormat) -> tuple[Tensor, Kept]:
-        """All tokens [B, G, S, D], and what is kept of them."""
-        assert form.scales is not None
-        assert form.residual is not None
-        stored, residual = kept
-        newest = x_BGTD if residual is None else torch.cat((residual, x_BGTD), dim=2)
-        read = newest
-        if stored:
-            old = decode(stored, form, width=x_BGTD.shape[-1], dtype=self.dtype)
-            read = torch.cat((old, newest), dim=2)
-            del old
-        quantised = newest.shape[2] - form.residual.of(self.length + self.T)
-        if quantised:
-            coded = encode(newest[:, :, :quantised], form)
-            if stored:
-                tokens = 3 if form.scales.per == "channel" else 2
-                coded = tuple(torch.cat(x, dim=tokens) for x in zip(stored, coded, strict=True))
-            stored = coded
-        if quantised or residual is None:  # nothing else is kept alive
-            newest = newest[:, :, quantised:].clone(memory_format=torch.contiguous_format)
-        return read, (stored, newest)
+        self.layers[index] = []  # what is replaced goes at once
+        streams, tokens = self.newest[index], self.length + self.T
+        read = tuple(
+            stream.append(new.detach().to(self.dtype), tokens)
+            for stream, new in zip(streams, new_BGTD, strict=True)
+        )
+        self.layers[index] = [t for stream in streams for t in stream.tensors]
+        return read
 
     def advance(self) -> None:
         """As Cache.advance."""

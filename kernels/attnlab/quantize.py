@@ -122,7 +122,7 @@ def decode(
     if form.bits < 8 and not zeros:
         x -= 2 ** (form.bits - 1)
     if zeros:
-        x = torch.addcmul(zeros[0].unsqueeze(-1), x, scales.unsqueeze(-1)).to(dtype)
+        torch.addcmul(zeros[0].unsqueeze(-1), x, scales.unsqueeze(-1), out=x)
     else:
         x *= scales.unsqueeze(-1)
     return _ungrouped(x, form)

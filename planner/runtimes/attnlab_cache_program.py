@@ -26,10 +26,11 @@ from planner.program import (
 )
 from planner.runtimes.attnlab_codec_program import Rows, decode, encode
 from planner.runtimes.attnlab_formats import Stored, check_groups, parts, stored_streams
+from planner.runtimes.attnlab_kivi_program import FIRST, KiviStream
 from planner.runtimes.attnlab_masks import Pattern, pattern_of
 from planner.runtimes.writer import INT64
 
-CacheKind = Literal["static", "dynamic", "ring", "paged"]
+CacheKind = Literal["static", "dynamic", "ring", "paged", "quantised"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,7 @@ class CacheProgram:
         self.block = block_tokens
         self.old: dict[GQA | MLA, list[Buffer]] = {}
         self.new: dict[GQA | MLA, list[Buffer]] = {}
+        self.kivi: dict[GQA | MLA, list[KiviStream]] = {}
         self.tables: list[Buffer] = []
 
     def pattern(self, attention: GQA | MLA) -> Pattern:
@@ -107,6 +109,16 @@ class CacheProgram:
         return self.form is None and self.kv_b != self.b
 
     def _open_layer(self, attention: GQA | MLA) -> None:
+        if self.kind == "quantised":
+            assert self.form is not None
+            assert isinstance(attention, GQA)
+            self.kivi[attention] = [
+                KiviStream(self.tape, name, attention, tensor, b=self.b)
+                for name, _, _, tensor in parts(self.form, attention)
+            ]
+            for kivi in self.kivi[attention]:
+                kivi.open()
+            return
         kept = self.kept(attention)
         if self.kind != "dynamic":  # neighbours of one size lie in one piece of memory
             for (G, D, item), run in groupby(kept, lambda x: (x.heads, x.width, x.itemsize)):
@@ -186,6 +198,12 @@ class CacheProgram:
         mine = tuple(x for x in dict.fromkeys(new) if x not in shared)
         if self.form is None:
             return self._cast(attention, self._keep(attention, mine))
+        if self.kind == "quantised":
+            made = zip(self.kivi[attention], new, strict=True)
+            held = [buffer for kivi, x in made for buffer in kivi.append(x)]
+            self.tape.free(*mine)
+            held += [self.tape.new("own keys, values", (FIRST, *x.shape), self.b) for x in mine]
+            return Attended(keys=S, held=tuple(held), strided=FIRST)
         attended = self._keep(attention, self._encode(attention, new))
         read = self._decode(attention, attended.keys)
         self.tape.free(*attended.held, *mine)

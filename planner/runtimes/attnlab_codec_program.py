@@ -122,7 +122,7 @@ def decode(tape: Tape, rows: Rows, *, b: int, name: str) -> Buffer:
     """decode(): what is held, in the dtype of the computation."""
     form, codes = rows.form, None
     assert form.scales is not None
-    stored: tuple[Shape, ...] = ((*rows.bytes, CODE), (*rows.scales, FLOAT32))
+    stored: tuple[Shape, Shape] = ((*rows.bytes, CODE), (*rows.scales, FLOAT32))
     if form.bits < 8:
         codes = tape.new(f"{name}, codes", rows.filled, CODE, moved=stored[:1])
         if form.packed == "group" and rows.is_short:
@@ -133,9 +133,6 @@ def decode(tape: Tape, rows: Rows, *, b: int, name: str) -> Buffer:
         codes = tape.new(f"{name}, codes", rows.elements, CODE, moved=stored[:1])
     x = tape.new(name, rows.elements, b, moved=stored[:1], kernel="_to_copy")
     tape.free(codes)
-    if form.scales.zero_dtype is None:
-        tape.run(name, moved=((2, *rows.elements, b), stored[1]), kernel="mul_")
-        return x
-    read = tape.new(name, rows.elements, b, reads=(x,), moved=stored[1:], kernel="addcmul")
-    tape.free(x)
-    return read
+    read = 1 if form.scales.zero_dtype is None else 2
+    tape.run(name, moved=((2, *rows.elements, b), (read, *stored[1])), kernel="mul_")
+    return x

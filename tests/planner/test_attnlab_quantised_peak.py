@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import planner
 from attnlab.caches import build_cache
 from attnlab.implementations import choose
 from attnlab.transformer import Transformer
@@ -97,4 +96,38 @@ def test_the_peak_of_random_models_is_exact(
     attention = "naive" if naive else choose(None, model.layers)
     group = model.layers[0].attention.head_dim // 2 if grouped else None
     spec = spec_of(kind, kv_dtype, group)
+    assert_exact(model, attention, dtype, spec, kv_dtype, batch=batch, passes=passes)
+
+
+@pytest.mark.parametrize(
+    "passes", [[29, 1, 1, 1, 1, 1], [7, 9, 4, 9, 1, 3], [3, 1, 1, 1, 1, 1, 1, 1, 1], [16, 16, 8]]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kv_dtype", "group"), [("int8", 8), ("int4", 8), ("int4", 4), ("int2", 4)]
+)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(f, a) for f in ("llama", "mistral", "gemma2", "falcon-40b") for a in attentions(f)],
+)
+def test_the_peak_over_kivis_cache_is_exact(family, attention, kv_dtype, group, dtype, passes):
+    spec = CacheSpec(kind="quantised", q_group_size=group, residual_tokens=8)
+    assert_exact(model_of(family), attention, dtype, spec, kv_dtype, batch=2, passes=passes)
+
+
+@given(
+    models(max_tokens=200),
+    st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    st.sampled_from(("int8", "int4", "int2")),
+    st.sampled_from((2, 6)),
+    st.booleans(),
+    st.sampled_from(list(DTYPES)),
+    st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_kivis_peak_of_random_models_is_exact(
+    model, passes, kv_dtype, residual, naive, dtype, batch
+):
+    attention = "naive" if naive else choose(None, model.layers)
+    spec = CacheSpec(kind="quantised", q_group_size=2, residual_tokens=residual)
     assert_exact(model, attention, dtype, spec, kv_dtype, batch=batch, passes=passes)
