@@ -21,7 +21,7 @@ from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
-from planner.mixers.recurrent import ShortConv
+from planner.mixers.recurrent import RGLRU, ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -49,8 +49,8 @@ from planner.workload import CacheSpec, Inference
 CACHE_KINDS = ("static", "dynamic", "ring", "paged", "quantised")
 QUANTISED = "quantised weights"
 BIAS_TABLE = "self_attn.relative_attention_bias.weight"
-RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
-"""Mixers that run (kernels/attnlab/recurrent.py)."""
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, RGLRU, ShortConv
+"""Mixers that run (kernels/attnlab/mixers.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
