@@ -24,7 +24,8 @@ class CacheSpec:
     `block_tokens` the page of a paged one. The rest sets a quantised one, by the names of
     transformers' QuantizedCache: `backend` quanto or hqq (None: the one that has the dtype, quanto
     first), `axis_key` and `axis_value` (None: 0), `q_group_size` (None: 64 elements share a scale)
-    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype.
+    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype. In
+    attnlab it is KIVI's, which has the last two alone (None: groups of 32, 128 tokens).
 
     `scales`: "token-head", one for each token and head, or for `q_group_size` channels of it, in a
     cache of any other kind (attnlab). None: what the KV dtype needs; int8 and int4 cannot be
