@@ -170,7 +170,13 @@ class Experts(nn.Module):
         x = x_Nh[order // k]  # [R, h]
         if self.moe.router == "sigmoid":  # llama4 weighs what goes in
             x = x * weights_Nk.flatten()[order, None]
-        x = self._inner(x, of_row, ends)  # [R, i]
+        if self.moe.layout == "flat":
+            gate = self.act(self._linear(x, "gate_proj", of_row, ends))
+            x = gate * self._linear(x, "up_proj", of_row, ends)
+            del gate
+        else:
+            x = self._linear(x, self.up, of_row, ends)  # [R, 2i]
+            x = self._activate(x)  # [R, i]
         x = self._linear(x, "down_proj", of_row, ends)  # [R, h]
         del of_row, ends
         place = torch.arange(N * k, device=order.device)
@@ -181,19 +187,13 @@ class Experts(nn.Module):
             x = x * weights_Nk[..., None]
         return x.sum(dim=1)
 
-    def _inner(self, x_Rh: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
-        """act(gate(x)) · up(x), or act(up(x)): [R, h] → [R, i]."""
+    def _activate(self, x: Tensor) -> Tensor:
+        """Gate and up, [R, 2i], to act(gate) · up; or up alone, [R, i], to act(up)."""
         moe = self.moe
-        if moe.layout == "flat":
-            gate = self.act(self._linear(x_Rh, "gate_proj", of_row, ends))
-            return gate * self._linear(x_Rh, "up_proj", of_row, ends)
-        x = self._linear(x_Rh, self.up, of_row, ends)
-        del x_Rh
         if not moe.gated:
             return self.act(x)
         alpha, limit = moe.swiglu_alpha, moe.swiglu_limit
         gate, up = x.chunk(2, dim=-1) if alpha is None else (x[..., ::2], x[..., 1::2])
-        del x
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         if alpha is not None:  # gpt-oss: neighbours are gate and up, and up counts from −1

@@ -254,7 +254,6 @@ def unplanned_parts(model: Model) -> list[str]:
     layers = model.layer_kinds()
     there = {
         "latent attention (MLA)": any(isinstance(layer.attention, MLA) for layer in layers),
-        "mixtures of experts": any(isinstance(layer.feed_forward, MoE) for layer in layers),
     }
     gqas = [layer.attention for layer in layers if isinstance(layer.attention, GQA)]
     there["queries that grow with their position"] = any(gqa.temperature for gqa in gqas)
