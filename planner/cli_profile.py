@@ -75,7 +75,7 @@ def profile_command(
         typer.Option(
             "--memory-viz",
             metavar="FILE",
-            help="Of a model on CUDA: allocations with stacks for pytorch.org/memory_viz. Times suffer.",
+            help="Of a model on CUDA: its allocations, for pytorch.org/memory_viz. Times suffer.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -317,8 +317,11 @@ class NoPositions:
 class RelativeBias:
     """Learned biases on the scores by bucketed distance (T5, arXiv:1910.10683).
 
-    Their table is among the parameters of the block that holds it.
+    Their table is among the parameters of the block that holds it; those behind it add them too.
+    All from `max_distance` on share one bucket.
     """
+
+    max_distance: int = 128
 
 
 Positions = RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions

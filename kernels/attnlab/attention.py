@@ -35,7 +35,7 @@ class Attention(nn.Module):
             self.attend = partial(self.attend, logit_softcap=gqa.logit_softcap)
         self.rotate = partial(rotate, interleaved=interleaved)
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        self.widths = [H * D, G * D, G * D]
+        self.widths = [H * D * (1 + gqa.output_gate), G * D, G * D]
         linear = partial(Linear, hidden_size, dtype=dtype)
         if gqa.fused_qkv:
             self.qkv_proj = linear(sum(self.widths), bias=gqa.qkv_bias)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         index: int,
     ) -> Tensor:
         """[B, T, h] → [B, T, h]; appends to layer `index` of the cache and attends to all of it."""
-        q, k, v = self._project(x_BTh)
+        q, k, v, gate = self._project(x_BTh)
         if rotation is not None:
             q = self.rotate(q, *rotation)
             k = self.rotate(k, *rotation)
@@ -76,15 +76,20 @@ class Attention(nn.Module):
         out = self.attend(q, k, v, mask=mask, **sinks)
         del q, k, v
         out = out.transpose(1, 2).flatten(2)  # [B, T, H·D]
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
         return self.o_proj(out)
 
-    def _project(self, x_BTh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, G, D], normed and clipped."""
+    def _project(self, x_BTh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries [B, T, H, D], keys and values [B, T, G, D], normed and clipped; a gate."""
         gqa = self.gqa
         if gqa.fused_qkv:
             q, k, v = self._split(self.qkv_proj(x_BTh))
         else:
             q, k, v = self.q_proj(x_BTh), self.k_proj(x_BTh), self.v_proj(x_BTh)
+        gate = None
+        if gqa.output_gate:  # head by head: its query, its gate
+            q, gate = (x.flatten(-2) for x in q.unflatten(-1, (-1, 2 * gqa.head_dim)).chunk(2, -1))
         norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
         if norm is not None and norm.width == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -95,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
         if norm is not None and norm.width != "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k, v, gate
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of one matrix: all of q, then k, then v; or, interleaved, kv head by kv head."""

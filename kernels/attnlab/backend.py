@@ -20,8 +20,8 @@ def backend_name(
 ) -> str:
     """What runs a pass of `tokens` new of `context_tokens` tokens: "naive", "sdpa:flash", ...
 
-    Layers that differ are joined: "sdpa:flash+math". The defaults ask for a decode step. It makes
-    one layer's q, k, v and mask on the device and lets torch choose.
+    Layers that differ are joined: "sdpa:flash+math"; "none": no layer attends. The defaults ask for
+    a decode step. It makes one layer's q, k, v and mask on the device and lets torch choose.
     """
     B, T, S, device = batch, tokens, max(tokens, context_tokens), transformer.device
     if transformer.attention != "sdpa":
@@ -39,6 +39,8 @@ def backend_name(
         if isinstance(transformer.model.positions, ALiBi):
             slopes = torch.ones(H, dtype=transformer.dtype, device=device)
         mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(attention), slopes=slopes)
+        if (table := transformer.layers[0].bias_table) is not None:
+            mask = table(mask)
         q_shape = B, T, H
         if isinstance(attention, GQA):
             G, D, D_v = attention.num_key_value_heads, attention.head_dim, attention.head_dim
@@ -55,4 +57,4 @@ def backend_name(
         q = torch.empty(*q_shape, D, dtype=transformer.dtype, device=device).transpose(1, 2)
         k = torch.empty(B, G, S, D, dtype=transformer.dtype, device=device)
         names.add(sdpa_backend(q, k, k[..., :D_v], scaling=attention.scaling, mask=mask))
-    return "sdpa:" + "+".join(sorted(names))
+    return "sdpa:" + "+".join(sorted(names)) if names else "none"

@@ -56,7 +56,8 @@ class Cache(ABC):
 
     `layers[index]`: a tensor for each stream; `states[index]`: a recurrent layer's, whole batch
     first, zeros before the first token; `cross[index]`: an encoder's keys and values [B, G, S, D],
-    put there by cross-attention. The dtype is the cache's own (states that are summed up stay in
+    put there by cross-attention, and `cross_real`, bool [B, S], which of them are no padding (None:
+    all are real). The dtype is the cache's own (states that are summed up stay in
     float32); attention converts what it reads. `lengths` are the tokens held of each sequence. No
     gradient flows through a cache.
     """
@@ -88,6 +89,7 @@ class Cache(ABC):
         ]
         self.states = [new_states(mixer, batch, dtype, self.device) for mixer in mixers]
         self.cross: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+        self.cross_real: Tensor | None = None
         self.lengths = [0] * batch
         self.new_tokens = [0] * batch  # real tokens of the pass that is under way
         self.T = 0
@@ -163,7 +165,7 @@ class Cache(ABC):
     def reset(self) -> None:
         """Forget all tokens."""
         self.lengths = [0] * self.batch
-        self.cross = [None] * len(self.cross)
+        self.cross, self.cross_real = [None] * len(self.cross), None
         for state in (t for states in self.states for t in states):
             state.zero_()
 

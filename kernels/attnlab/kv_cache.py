@@ -146,5 +146,5 @@ class FixedShapeCache(KVCache):
                 mine[:, :, : other.length].copy_(theirs[:, :, : other.length])
             for mine, theirs in zip(self.states[index], other.states[index], strict=True):
                 mine.copy_(theirs)
-        self.cross = list(other.cross)
+        self.cross, self.cross_real = list(other.cross), other.cross_real
         self.starts.copy_(torch.tensor(other.lengths))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from planner.errors import ConfigError
 from planner.mixers import Mixer
-from planner.mixers.linear import GatedDeltaNet
-from planner.mixers.mamba import Mamba2
+from planner.mixers.linear import GatedDeltaNet, KimiDelta
+from planner.mixers.mamba import Mamba, Mamba2
+from planner.mixers.recurrent import ShortConv
 
 
 def new_states(
@@ -21,14 +22,20 @@ def new_states(
     match mixer:
         case None:
             return ()
-        case Mamba2(num_heads=H, head_dim=D, state_size=N):
-            shapes = (mixer.conv_dim, mixer.conv_kernel), (H, D, N)
+        case Mamba(intermediate_size=C, state_size=N, conv_kernel=K):
+            shapes = (C, K), (C, N)
+        case Mamba2(num_heads=H, head_dim=D, state_size=N, conv_kernel=K):
+            shapes = (mixer.conv_dim, K), (H, D, N)
         case GatedDeltaNet(linear_num_value_heads=H, linear_conv_kernel_dim=K):
             d_k, d_v = mixer.linear_key_head_dim, mixer.linear_value_head_dim
             shapes = (2 * mixer.linear_num_key_heads * d_k + H * d_v, K), (H, d_k, d_v)
+        case KimiDelta(linear_num_heads=H, linear_head_dim=D, linear_conv_kernel_dim=K):
+            shapes = (3 * H * D, K), (H, D, D)
+        case ShortConv(hidden_size=h, conv_kernel=K):
+            shapes = ((h, K),)
         case _:
             raise ConfigError(f"attention={type(mixer).__name__} does not run in attnlab")
     return tuple(
         torch.zeros((batch, *shape), dtype=kept, device=device)
-        for shape, kept in zip(shapes, (dtype, torch.float32), strict=True)
+        for shape, kept in zip(shapes, (dtype, torch.float32), strict=False)
     )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attnlab import alibi
 from attnlab.block import Block
 from attnlab.cache import Cache, check_real_tokens
+from attnlab.cross_attention import Encoded
 from attnlab.implementations import choose
 from attnlab.latent import Latent
 from attnlab.linear import Embedding, Linear
@@ -25,9 +26,10 @@ from attnlab.masks import Keys, Mask, Pattern, make_mask
 from attnlab.mixture import choose_experts
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
+from attnlab.relative import add_tables
 from attnlab.supported import check_model
 from planner.errors import ConfigError, check_choice, check_size
-from planner.layers import GQA, ALiBi, LearnedPositions, RoPE, Sinusoidal
+from planner.layers import GQA, ALiBi, LearnedPositions, RelativeBias, RoPE, Sinusoidal
 from planner.model import Model
 
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
@@ -47,6 +49,9 @@ class Transformer(nn.Module):
     single token. Raises ConfigError for what attnlab does not run, first of it named.
     """
 
+    reads_encoder = False
+    """Whether it is the decoder beside an encoder (seq2seq.py)."""
+
     def __init__(
         self,
         model: Model,
@@ -63,6 +68,9 @@ class Transformer(nn.Module):
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
+        if model.is_seq2seq is not self.reads_encoder:
+            runs, what = ("Transformer", "no") if self.reads_encoder else ("EncoderDecoder", "an")
+            raise ConfigError(f"model_type={model.model_type} has {what} encoder: {runs} runs it")
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
@@ -89,6 +97,8 @@ class Transformer(nn.Module):
                 )
                 for layer in model.layers
             )
+            if isinstance(positions, RelativeBias):
+                add_tables(self.layers, model.layers, positions, dtype, causal=True)
 
     def _build_ends(self) -> None:
         """Embedding and positions before the blocks, norm and head behind them."""
@@ -96,7 +106,8 @@ class Transformer(nn.Module):
         h, V, width = model.hidden_size, model.vocab_size, model.embedding_size
         self.embed_tokens = Embedding(V, width or h, dtype=dtype)
         if model.embedding_norm is not None:
-            self.embed_norm = build_norm(model.embedding_norm, width or h, dtype)
+            normed = h if model.embedding_norm_last else width or h
+            self.embed_norm = build_norm(model.embedding_norm, normed, dtype)
         if width is not None:
             self.project_in = Linear(width, h, bias=False, dtype=dtype)
             self.project_out = Linear(h, width, bias=False, dtype=dtype)
@@ -115,6 +126,8 @@ class Transformer(nn.Module):
         elif model.lm_head_bias:
             self.lm_head = nn.Module()
             self.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=dtype))
+        if model.final_logits_bias:
+            self.final_logits_bias = nn.Buffer(torch.zeros(1, V, dtype=dtype))
 
     def forward(
         self,
@@ -125,15 +138,16 @@ class Transformer(nn.Module):
         tokens: Sequence[int] | None = None,
         prefix_tokens: int = 0,
         checkpointing: Literal["none", "full"] = "none",
+        encoded: Encoded | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; with "last" those of the last token, [B, 1, V].
 
         With a cache the ids follow the tokens in it and are appended. `tokens`: how many of the T
         are real in each sequence, from the left; the logits behind them mean nothing. The first
         `prefix_tokens` positions see one another in both directions (prefix-LM). `checkpointing`:
-        with "full" every block keeps its inputs alone and runs again on the way back. Raises
-        ConfigError when ids do not fit the cache or a learned table of positions; nothing is
-        changed then.
+        with "full" every block keeps its inputs alone and runs again on the way back. `encoded`:
+        what cross-attention sees. Raises ConfigError when ids do not fit the cache or a learned
+        table of positions; nothing is changed then.
         """
         check_choice("logits", logits, ("all", "last"))
         check_choice("checkpointing", checkpointing, ("none", "full"))
@@ -153,21 +167,31 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(T, device=ids.device)
         x, rotations = self._embed(ids, positions, S)
+        if self.model.embedding_norm is not None and self.model.embedding_norm_last:
+            x = self.embed_norm(x)
+        if self.model.residual_in_fp32:
+            x = x.float()
         masks = self._masks(positions, cache, prefix_tokens)
         del positions
+        biased = None
         for index, block in enumerate(self.layers):
             rotation = rotations[block.slides] if block.rope else None
             mask = masks.get(block.pattern)
+            if block.bias_table is not None:
+                biased = block.bias_table(mask)
+            mask = mask if biased is None else biased
             if checkpointing == "full":
-                x = run_again(block, x, rotation, mask, None, index)
+                x = run_again(block, x, rotation, mask, None, index, encoded)
             else:
-                x = block(x, rotation, mask, cache, index)
+                x = block(x, rotation, mask, cache, index, encoded)
             del rotation, mask
-        del rotations, masks
+        del rotations, masks, biased
         if cache is not None:
             cache.advance()
         if logits == "last":
             x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
+        if self.model.residual_in_fp32:
+            x = x.to(self.dtype)
         if self.model.final_norm is not None:
             x = self.norm(x)
         if self.model.embedding_size is not None:
@@ -185,6 +209,8 @@ class Transformer(nn.Module):
             out = out / cap
             out = torch.tanh(out)
             out = out * cap
+        if self.model.final_logits_bias:
+            out = out + self.final_logits_bias
         return out
 
     def _masks(
@@ -213,7 +239,7 @@ class Transformer(nn.Module):
         """Hidden states [B, T, h]; the rotations of full and of sliding layers."""
         model = self.model
         x = self.embed_tokens(ids)
-        if model.embedding_norm is not None:
+        if model.embedding_norm is not None and not model.embedding_norm_last:
             x = self.embed_norm(x)
         if model.embedding_size is not None:
             x = self.project_in(x)

@@ -32,6 +32,12 @@ BUFFERS = (
 EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 """A tensor of one expert in files that keep them apart: its number and which projection."""
 
+COPIES = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""What checkpoints may repeat a tied embedding as."""
+
+OPTIONAL = "final_logits_bias"
+"""A buffer of zeros where a checkpoint lacks it (bart)."""
+
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What safetensors call the dtypes that are converted to the transformer's."""
 
@@ -114,9 +120,11 @@ def _tensors(transformer: Transformer) -> dict[str, Tensor]:
 
 def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> None:
     model, sources = transformer.model, _sources(transformer, there)
-    tied = [name for name in there if model.tie_word_embeddings and name == "lm_head.weight"]
+    copies = {spelled(name) for name in (*COPIES, model.checkpoint_name("lm_head.weight"))}
+    tied = [name for name in there if model.tie_word_embeddings and spelled(name) in copies]
     known = {*tied, *(name for names in sources.values() for name in names)}
-    _refuse("lacks", [model.checkpoint_name(name) for name, found in sources.items() if not found])
+    lacking = [name for name, found in sources.items() if not found and name != OPTIONAL]
+    _refuse("lacks", [model.checkpoint_name(name) for name in lacking])
     extra = [name for name in there if name not in known and not _is_buffer(name)]
     _refuse("has besides the model's tensors", extra)
     shapes = {
@@ -126,7 +134,7 @@ def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> No
     odd = []
     for name, tensor in _tensors(transformer).items():
         shape = shapes.get(name, tuple(tensor.shape))
-        if len(sources[name]) > 1 or EXPERT.search(sources[name][0]):
+        if len(sources[name]) > 1 or EXPERT.search("".join(sources[name])):
             whole = {(e, half) for e in range(shape[0]) for half in range(_halves(name))}
             if {_place(source) for source in sources[name]} != whole:
                 _refuse("lacks experts of", [model.checkpoint_name(name)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from planner.errors import ConfigError, check_size, shown
 from planner.huggingface.blocks import causal_lm, gqa, heads, layer_count, plain, rmsnorm, rope
 from planner.huggingface.fields import Fields
-from planner.layers import GQA, Dense, Layer, MoE, NoPositions, Norm, Positions
+from planner.layers import ACTIVATIONS, GQA, Dense, Layer, MoE, NoPositions, Norm, Positions
 from planner.mixers.mamba import Mamba2
 from planner.mixers.recurrent import RGLRU, RWKV, SharedAttention
 from planner.model import Model
@@ -106,6 +107,8 @@ def read_nemotron_h(fields: Fields) -> Model:
         use_conv_bias=fields.flag(conv_bias),
         use_bias=bias,
         out_bias=bias,
+        activation=fields.choice("mamba_hidden_act", ACTIVATIONS),
+        time_step_limit=(fields.optional_number("time_step_min") or 0.0, math.inf),
     )
     dense = plain(fields, activation_field="mlp_hidden_act", bias=biased)
     block = Layer(attention=None, feed_forward=None, norm=norm, norms=("input_layernorm",))

@@ -5,9 +5,23 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, ALiBi, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
+from planner.layers import (
+    GQA,
+    MLA,
+    ALiBi,
+    Layer,
+    LearnedPositions,
+    MoE,
+    NoPositions,
+    RelativeBias,
+    RoPE,
+    Sinusoidal,
+)
 from planner.ledger import Row
 from planner.mixers import Mixer
+from planner.mixers.linear import GatedDeltaNet, KimiDelta
+from planner.mixers.mamba import Mamba, Mamba2
+from planner.mixers.recurrent import ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
@@ -29,6 +43,9 @@ from planner.workload import CacheSpec, Inference
 
 CACHE_KINDS = ("static", "dynamic", "ring", "paged")
 QUANTISED = "quantised weights"
+BIAS_TABLE = "self_attn.relative_attention_bias.weight"
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
+"""Mixers that run (kernels/attnlab/recurrent.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -200,16 +217,26 @@ def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
         return ["bidirectional encoders"]
-    if not isinstance(model.positions, RoPE | LearnedPositions | Sinusoidal | ALiBi):
+    if not isinstance(
+        model.positions,
+        RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions,
+    ):
         return [type(model.positions).__name__]
-    missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
+    encoders = [tower for tower in model.towers if model.is_seq2seq and tower.part == "encoder"]
+    kinds = [*model.layer_kinds(), *(layer for tower in encoders for layer in tower.layers)]
+    missing = [part for layer in dict.fromkeys(kinds) for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
         "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
         and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
-        "parts beside the decoder": bool(model.towers),
+        "parts beside the decoder": len(model.towers) > len(encoders),
+        "cross-attention without an encoder": model.is_seq2seq and len(encoders) != 1,
+        "layers without cross-attention": model.is_seq2seq
+        and not all(layer.cross_attention for layer in model.layer_kinds()),
+        "RelativeBias without a table": isinstance(model.positions, RelativeBias)
+        and not model.layers[0].extra_parameters,
         QUANTISED: model.quantization is not None,
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
@@ -223,19 +250,24 @@ def _is_planned(model: Model, part: str) -> bool:
 def _missing_in(layer: Layer) -> list[str]:
     """What of a block is not there to be run."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    if isinstance(attention, Mixer):
+    alone = attention is None or feed_forward is None
+    if isinstance(attention, Mixer) and not isinstance(attention, RECURRENT):
         return [f"{attention.kind} layers"]
     wanted = {
-        "blocks without attention or feed-forward": attention is None or feed_forward is None,
-        "norms of other names": layer.norms is not None,
-        "cross-attention": layer.cross_attention is not None,
-        "blocks with parts of their own": layer.beside is not None or bool(layer.extra_parameters),
+        "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
+        "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
+        "cross-attention in such a block": layer.cross_attention is not None
+        and (layer.placement not in ("pre", "post-sum") or not _is_plain(layer.cross_attention)),
+        "blocks with parts of their own": layer.beside is not None
+        or any(p.name != BIAS_TABLE for p in layer.extra_parameters),
     }
     match attention:
         case GQA() as gqa:
             wanted |= {
                 "caches shared between layers": gqa.shares_cache,
-                "gated attention": gqa.output_gate,
                 "normalised values": gqa.v_norm,
                 "values that are keys": gqa.attention_k_eq_v,
                 "a window that clips beside one that masks": gqa.masked_window is not None
@@ -249,15 +281,35 @@ def _missing_in(layer: Layer) -> list[str]:
     return [part for part, there in wanted.items() if there]
 
 
+def _is_plain(gqa: GQA) -> bool:
+    """Whether there are projections and a scale, as cross-attention has them, and nothing more."""
+    return gqa == GQA(
+        num_attention_heads=gqa.num_attention_heads,
+        num_key_value_heads=gqa.num_key_value_heads,
+        head_dim=gqa.head_dim,
+        scaling=gqa.scaling,
+        qkv_bias=gqa.qkv_bias,
+        o_bias=gqa.o_bias,
+        unbiased=gqa.unbiased,
+    )
+
+
 def unplanned_parts(model: Model) -> list[str]:
     """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
-    layers = model.layer_kinds()
-    there = {
-        "latent attention (MLA)": any(isinstance(layer.attention, MLA) for layer in layers),
-    }
-    gqas = [layer.attention for layer in layers if isinstance(layer.attention, GQA)]
-    there["queries that grow with their position"] = any(gqa.temperature for gqa in gqas)
-    return [part for part, runs in there.items() if runs]
+    found = ["cross-attention"] * model.is_seq2seq
+    for layer in model.layer_kinds():
+        match layer.attention:
+            case Mixer() as mixer:
+                found.append(f"{mixer.kind} layers")
+            case MLA():
+                found.append("latent attention (MLA)")
+            case GQA(output_gate=True):
+                found.append("gated attention")
+            case GQA() as gqa if gqa.temperature:
+                found.append("queries that grow with their position")
+        if layer.attention is None or layer.feed_forward is None:
+            found.append("blocks without attention or feed-forward")
+    return found
 
 
 def _check_runs(model: Model) -> None:

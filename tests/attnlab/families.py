@@ -39,6 +39,22 @@ MLA = dict(
     qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
     topk_group=1, moe_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1,
 )  # fmt: skip
+MAMBA2 = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2,
+    state_size=10, chunk_size=8, tie_word_embeddings=False, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+MAMBA = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=6, time_step_rank=3,
+    pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+BAMBA = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=10, mamba_chunk_size=8
+)
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+    linear_value_head_dim=10, layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention"]
 
 
@@ -173,6 +189,36 @@ FAMILIES = {
         rope_parameters={**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 0.9},
     ),
     "exaone4": lambda: hf.Exaone4Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
+    "mamba": lambda: hf.MambaConfig(**MAMBA),
+    "falcon_mamba": lambda: hf.FalconMambaConfig(**MAMBA, use_bias=True, use_conv_bias=False),
+    "mamba2": lambda: hf.Mamba2Config(**MAMBA2),
+    "mamba2, bounded steps": lambda: hf.Mamba2Config(
+        **{**MAMBA2, "n_groups": 8}, time_step_limit=(0.4, 0.9), use_bias=True, use_conv_bias=False,
+        residual_in_fp32=False, hidden_act="gelu",
+    ),
+    "bamba": lambda: hf.BambaConfig(**LLAMA, **BAMBA, attn_layer_indices=[1]),
+    "granitemoehybrid": lambda: hf.GraniteMoeHybridConfig(
+        **LLAMA, **BAMBA, layer_types=["mamba", "attention"], num_local_experts=0,
+        shared_intermediate_size=48, embedding_multiplier=3.0, residual_multiplier=0.3,
+        attention_multiplier=0.2, logits_scaling=2.0, position_embedding_type="nope",
+    ),
+    "nemotron_h": lambda: hf.NemotronHConfig(
+        **{k: v for k, v in LLAMA.items() if k != "num_hidden_layers"}, head_dim=16,
+        layers_block_type=["mamba", "mlp", "attention"], mamba_num_heads=8, mamba_head_dim=8,
+        n_groups=2, ssm_state_size=10, chunk_size=8,
+    ),
+    "jamba": lambda: hf.JambaConfig(
+        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=1, attn_layer_period=2,
+        attn_layer_offset=1, use_mamba_kernels=False,
+    ),
+    "qwen3_next": lambda: hf.Qwen3NextConfig(
+        **LLAMA, **DELTA, head_dim=16, mlp_only_layers=[0, 1], partial_rotary_factor=0.5
+    ),
+    "qwen3_5": lambda: hf.Qwen3_5TextConfig(**LLAMA, **DELTA, head_dim=16),
+    "olmo_hybrid": lambda: hf.OlmoHybridConfig(**LLAMA, **DELTA),
+    "lfm2": lambda: hf.Lfm2Config(
+        **LLAMA, layer_types=["conv", "full_attention"], conv_bias=True
+    ),
     "seed_oss": lambda: hf.SeedOssConfig(**LLAMA, head_dim=16),
     "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA, head_dim=16),
     "mixtral": lambda: hf.MixtralConfig(**LLAMA, num_local_experts=5, num_experts_per_tok=2),

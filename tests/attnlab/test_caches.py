@@ -32,7 +32,9 @@ CHUNKS = {
 }
 WINDOWED = ["mistral", "qwen2 sliding from layer 1", "gemma2", "gemma3", "cohere2", "olmo3"]
 WINDOWED += ["mixtral, sliding", "gpt_oss", "llama4_text"]
+RECURRENT = ["falcon_mamba", "mamba2", "nemotron_h", "qwen3_next", "lfm2"]
 OTHERS = [
+    *RECURRENT,
     "qwen2_moe",
     "deepseek_v2",
     "deepseek_v3, yarn",
@@ -151,7 +153,7 @@ def test_nbytes_are_those_the_planner_counts(pairs, family, kind, tokens, dtype)
     assert cache.nbytes == planner.kv_cache_bytes(
         ours.model, batch=3, context_tokens=tokens, dtype=dtype, runtime="attnlab", cache=spec
     )
-    held = [t for layer in cache.layers for t in layer]
+    held = [t for tensors in (*cache.layers, *cache.states) for t in tensors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert cache.nbytes == sum(storages.values())
 

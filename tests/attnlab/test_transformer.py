@@ -124,7 +124,7 @@ def test_an_unknown_attention_is_rejected(pairs):
     ("config", "message"),
     [
         ({"model_type": "deepseek_v32", "num_hidden_layers": 1}, "does not run sparse attention"),
-        ({"model_type": "rwkv", "num_hidden_layers": 1}, "does not run NoPositions of rwkv"),
+        ({"model_type": "rwkv", "num_hidden_layers": 1}, "does not run RWKV layers of rwkv"),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "lm_head=False does not run"),
     ],
 )

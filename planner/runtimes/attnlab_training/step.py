@@ -13,7 +13,7 @@ from functools import lru_cache
 from planner.autograd.fused_attention import kernel_note
 from planner.autograd.tensors import Tensor
 from planner.errors import ConfigError
-from planner.layers import Dense, Layer, LearnedPositions, RoPE, Sinusoidal
+from planner.layers import Dense, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Dims, Program, T
 from planner.runtimes.attnlab_training.attention import AttentionWriter
@@ -32,6 +32,11 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
                 f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: "
                 f"{planned}"
             )
+    if any(isinstance(layer.feed_forward, MoE) for layer in model.layer_kinds()):
+        raise ConfigError(
+            f"a training step of the mixtures of experts of {model.model_type} is not planned for "
+            "runtime=attnlab yet: transformers"
+        )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
     regime = Regime.of(model, dims)
