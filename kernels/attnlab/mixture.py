@@ -88,7 +88,9 @@ class Gate(Linear):
         """Weights, in the dtype of x, and experts of each token, [N, k] both."""
         moe, k = self.moe, self.moe.num_experts_per_tok
         if moe.router == "sigmoid-groups":  # DeepSeek-V3 routes in float32
-            logits = linear(x_Nh.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            logits = linear(x_Nh.float(), self.weight.float(), bias)
+            del bias
         else:
             logits = super().forward(x_Nh).float()
         if moe.router == "sparsemixer":

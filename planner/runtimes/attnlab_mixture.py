@@ -117,12 +117,13 @@ class MixtureWriter(Writer):
                 wide = tape.new("float32 logits", logits.shape, FLOAT32, reads=(logits,))
                 logits = self.replaced(wide, logits)
             return logits
+        bias = tape.new("float32 bias", (E,), FLOAT32, weight_bytes=E * b) if moe.bias else None
         wide = tape.new("float32 hidden states", x.shape, FLOAT32, reads=(x,))
         weight = tape.new("float32 router", (E, h), FLOAT32, weight_bytes=E * h * b)
         logits = tape.new(
             "router", (B, T, E), FLOAT32, flops=(2, B, T, h, E), reads=(wide, weight), kernel="mm"
         )
-        tape.free(wide, weight)
+        tape.free(wide, weight, bias)
         return logits
 
     def _within_best_groups(self, moe: MoE, choice: Buffer) -> Buffer:
