@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear, sigmoid, softmax
+from torch.nn.functional import grouped_mm, sigmoid
 
 from attnlab.feed_forward import ACTIVATIONS, FeedForward
 from attnlab.linear import Linear
+from attnlab.routers import Gate
 from planner.errors import ConfigError, check_choice
 from planner.layers import MoE
 from planner.model import Model
@@ -54,8 +55,7 @@ def choose_experts(name: str | None, model: Model, dtype: torch.dtype) -> str | 
     """
     if name is not None:
         check_choice("experts", name, tuple(PRODUCTS))
-    mixtures = {layer.feed_forward for layer in model.layers} - {None}
-    mixtures = {moe for moe in mixtures if isinstance(moe, MoE)}
+    mixtures = {x.feed_forward for x in model.layers if isinstance(x.feed_forward, MoE)}
     if not mixtures:
         if name is not None:
             raise ConfigError(f"experts={name} is not allowed: {model.name} has no mixture")
@@ -69,74 +69,6 @@ def choose_experts(name: str | None, model: Model, dtype: torch.dtype) -> str | 
     if lacking and name == "grouped":
         raise ConfigError(f"experts=grouped has no {lacking[0]}: use loop")
     return name or ("loop" if lacking else "grouped")
-
-
-class Gate(Linear):
-    """The router: a score for each expert, the weights and the picks of each token."""
-
-    def __init__(self, moe: MoE, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__(hidden_size, moe.num_experts, bias=moe.bias, dtype=dtype)
-        self.moe = moe
-        if moe.correction_bias:
-            added = torch.zeros(1, moe.num_experts, dtype=dtype)
-            self.e_score_correction_bias = nn.Parameter(added)
-        elif moe.router == "sigmoid-groups":  # a buffer there, in float32
-            added = torch.zeros(moe.num_experts, dtype=torch.float32)
-            self.e_score_correction_bias = nn.Buffer(added)
-
-    def forward(self, x_Nh: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, in the dtype of x, and experts of each token, [N, k] both."""
-        moe, k = self.moe, self.moe.num_experts_per_tok
-        if moe.router == "sigmoid-groups":  # DeepSeek-V3 routes in float32
-            bias = None if self.bias is None else self.bias.float()
-            logits = linear(x_Nh.float(), self.weight.float(), bias)
-            del bias
-        else:
-            logits = super().forward(x_Nh).float()
-        if moe.router == "sparsemixer":
-            weights, picks = sparsemixer(logits, k, moe.router_jitter_noise)
-            return weights.to(x_Nh.dtype), picks
-        scores = softmax(logits, dim=-1) if moe.router == "softmax" else sigmoid(logits)
-        choice = logits.detach() if moe.router == "sigmoid" else scores.detach()
-        del logits
-        if hasattr(self, "e_score_correction_bias"):  # for the choice alone
-            choice = choice + self.e_score_correction_bias.detach()
-        if moe.n_group > 1:
-            choice = within_best_groups(choice, moe)
-        picks = choice.topk(k, dim=-1).indices
-        del choice
-        weights = scores.gather(-1, picks)
-        del scores
-        if moe.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if moe.routed_scaling_factor != 1.0:
-            weights = weights * moe.routed_scaling_factor
-        return weights.to(x_Nh.dtype), picks
-
-
-def within_best_groups(choice_NE: Tensor, moe: MoE) -> Tensor:
-    """−∞ outside the best `topk_group` of `n_group` groups, each judged by its best experts."""
-    groups = choice_NE.unflatten(-1, (moe.n_group, -1))
-    best = groups.topk(moe.group_best, dim=-1).values.sum(dim=-1)
-    kept = best.topk(moe.topk_group, dim=-1).indices
-    hidden = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-    return groups.masked_fill(hidden[..., None], -torch.inf).flatten(-2)
-
-
-def sparsemixer(logits_NE: Tensor, k: int, noise: float) -> tuple[Tensor, Tensor]:
-    """SparseMixer (arXiv:2409.12136) without its sampling: the best expert, then the next.
-
-    Each one's weight is its softmax among those not farther than 2 · `noise` behind it.
-    """
-    weights, picks, left = [], [], logits_NE
-    for _ in range(k):
-        best, pick = left.detach().max(dim=-1, keepdim=True)
-        behind = (best - logits_NE.detach()) / logits_NE.detach().abs().clamp(min=best)
-        near = softmax(left.masked_fill(behind > 2 * noise, -torch.inf), dim=-1)
-        weights.append(near.gather(-1, pick))
-        picks.append(pick)
-        left = left.scatter(-1, pick, -torch.inf)
-    return torch.cat(weights, dim=-1), torch.cat(picks, dim=-1)
 
 
 class Experts(nn.Module):

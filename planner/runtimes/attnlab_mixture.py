@@ -1,4 +1,4 @@
-"""Mixtures of experts of attnlab, op by op: mixture.py there.
+"""Mixtures of experts of attnlab, op by op: mixture.py and routers.py there.
 
 Every pair of token and expert is a row, R = k · B · T of them, so that no size depends on what the
 router picks, by a loop over the experts either; only which experts' weights are read does. All that

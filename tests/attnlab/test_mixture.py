@@ -9,7 +9,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
-from attnlab.mixture import GROUPED_BYTES, Gate, Mixture, choose_experts, within_best_groups
+from attnlab.mixture import GROUPED_BYTES, Mixture, choose_experts
+from attnlab.routers import Gate, within_best_groups
 from attnlab.training import training_step
 from attnlab.transformer import Transformer
 from planner import ConfigError
