@@ -11,9 +11,9 @@ from attnlab.cross_attention import CrossAttention, Encoded
 from attnlab.feed_forward import FeedForward
 from attnlab.latent import Latent, LatentAttention
 from attnlab.masks import Mask, pattern_of
+from attnlab.mixers import build_mixer
 from attnlab.mixture import Mixture
 from attnlab.norms import build_norm
-from attnlab.recurrent import build_mixer
 from attnlab.relative import RelativeAttentionBias
 from planner.layers import GQA, MLA, Layer, MoE
 from planner.mixers import Mixer
@@ -61,6 +61,7 @@ class Block(nn.Module):
             case Mixer() as mixer:
                 self.mixes, module = build_mixer(mixer, h, layer.norm, dtype)
                 setattr(self, self.mixes, module)
+        self.crosses = layer.cross_attention is not None
         if layer.cross_attention is not None:
             self.cross_attn = CrossAttention(layer.cross_attention, h, dtype, attention=attention)
             self.cross_attention_layernorm = build_norm(layer.norm, h, dtype)
@@ -91,7 +92,7 @@ class Block(nn.Module):
         match self.placement:
             case "pre":
                 x = x + self._scaled(self._mix(self.input_layernorm(x), *seen))
-                if encoded is not None:
+                if self.crosses:
                     normed = self.cross_attention_layernorm(x)
                     x = x + self._scaled(self.cross_attn(normed, encoded, cache, index))
                     del normed
@@ -101,7 +102,7 @@ class Block(nn.Module):
                 return x + self._scaled(self.post_feedforward_layernorm(self.mlp(x)))
             case "post-sum":
                 x = self.post_attention_layernorm(x + self._scaled(self._mix(x, *seen)))
-                if encoded is not None:
+                if self.crosses:
                     crossed = self._scaled(self.cross_attn(x, encoded, cache, index))
                     x = self.cross_attention_layernorm(x + crossed)
                     del crossed

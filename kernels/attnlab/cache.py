@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnlab.codec import Codec
 from attnlab.masks import Keys, Pattern
 from attnlab.states import new_states
 from planner.errors import ConfigError, check_size
+from planner.kv_formats import KvFormat
 from planner.layers import GQA, MLA, Layer
 from planner.mixers import Mixer
 from planner.model import Model
@@ -57,8 +59,9 @@ class Cache(ABC):
     `layers[index]`: a tensor for each stream; `states[index]`: a recurrent layer's, whole batch
     first, zeros before the first token; `cross[index]`: an encoder's keys and values [B, G, S, D],
     put there by cross-attention, and `cross_real`, bool [B, S], which of them are no padding (None:
-    all are real). The dtype is the cache's own (states that are summed up stay in
-    float32); attention converts what it reads. `lengths` are the tokens held of each sequence. No
+    all are real). The dtype is the cache's own (states that are summed up stay in float32);
+    attention converts what it reads. `form`: keys and values are kept as codes and scales
+    (codec.py), which are streams themselves. `lengths` are the tokens held of each sequence. No
     gradient flows through a cache.
     """
 
@@ -73,6 +76,7 @@ class Cache(ABC):
         capacity_tokens: int | None,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
     ) -> None:
         self.batch = check_size("batch", batch)
         if capacity_tokens is not None:
@@ -81,7 +85,16 @@ class Cache(ABC):
             raise ConfigError(f"dtype={dtype} is not allowed for a cache: a floating-point dtype")
         self.capacity_tokens, self.dtype, self.device = capacity_tokens, dtype, torch.device(device)
         self.attentions = [attention_of(layer) for layer in model.layers]
-        self.streams = [streams(attention, dtype) for attention in self.attentions]
+        self.codecs = [
+            None if form is None or attention is None else Codec(form, attention)
+            for attention in self.attentions
+        ]
+        self.streams = [
+            streams(attention, dtype)
+            if codec is None
+            else [Stream(*s) for s in codec.streams(dtype)]
+            for attention, codec in zip(self.attentions, self.codecs, strict=True)
+        ]
         self.layers: list[list[Tensor]] = [[] for _ in model.layers]
         mixers = [
             next((x for x in (layer.attention, layer.beside) if isinstance(x, Mixer)), None)
@@ -146,9 +159,16 @@ class Cache(ABC):
     def keys(self, pattern: Pattern) -> Keys:
         """Where the keys stand that `append` returns in a layer of this pattern."""
 
-    @abstractmethod
     def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Keep the pass's streams in layer `index`; all to attend to, [B, G, S, D] each."""
+        codec = self.codecs[index]
+        if codec is None:
+            return self._keep(index, *new_BGTD)
+        return codec.decode(self._keep(index, *codec.encode(*new_BGTD)), new_BGTD[0].dtype)
+
+    @abstractmethod
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+        """`append` of what is stored, quantised or not."""
 
     @property
     def real(self) -> Tensor | None:

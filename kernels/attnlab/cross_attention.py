@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from attnlab.attention import Attention
-from attnlab.cache import Cache
+from attnlab.cache import Cache, check_real_tokens
 from attnlab.masks import Mask
+from planner.errors import ConfigError
 from planner.layers import GQA
 
 # Shapes.  B batch · T new tokens · S encoder tokens · H query heads · G kv heads · D head dim
@@ -68,11 +69,19 @@ def _kept(x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_BGSD.detach().to(dtype).contiguous()
 
 
-def real_places(tokens: Sequence[int], S: int, device: torch.device) -> Tensor | None:
-    """Which of S places hold a sequence's real tokens, bool [B, S]; None: all of them."""
-    if all(n == S for n in tokens):
+def real_places(
+    tokens: Sequence[int] | None, *, batch: int, S: int, device: torch.device
+) -> Tensor | None:
+    """Which of S places hold a sequence's real tokens, bool [B, S]; None: all of them.
+
+    ConfigError where a sequence has none: there would be nothing to see.
+    """
+    real = check_real_tokens(tokens, T=S, batch=batch)
+    if not all(real):
+        raise ConfigError(f"encoder_tokens={real} are not allowed: one at least of each")
+    if all(n == S for n in real):
         return None
-    return torch.arange(S, device=device) < torch.tensor(tokens, device=device)[:, None]
+    return torch.arange(S, device=device) < torch.tensor(real, device=device)[:, None]
 
 
 def mask_of(real_BS: Tensor | None, T: int, S: int, device: torch.device) -> Mask:

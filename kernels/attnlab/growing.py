@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnlab.cache import Cache, zero_padding
 from attnlab.masks import Keys, Pattern
+from planner.kv_formats import KvFormat
 from planner.model import Model
 
 
@@ -24,10 +25,16 @@ class GrowingCache(Cache):
         batch: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
         capacity_tokens: int | None = None,
     ) -> None:
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.reset()
 
@@ -57,7 +64,7 @@ class GrowingCache(Cache):
         assert self._keys is not None, "begin comes first"
         return self._keys
 
-    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Join and keep, keys first; the first pass copies, so that nothing else is kept alive."""
         held = self.layers[index]
         for which, new in enumerate(new_BGTD):

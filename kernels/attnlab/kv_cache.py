@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.cache import Cache
 from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
+from planner.kv_formats import KvFormat
 from planner.layers import GQA, MLA
 from planner.model import Model
 
@@ -29,10 +30,16 @@ class KVCache(Cache):
         capacity_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
     ) -> None:
         check_size("capacity_tokens", capacity_tokens)
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.layers = [
             self._zeros(index, batch, -2, self.slots(attention), -1)
@@ -63,7 +70,7 @@ class KVCache(Cache):
         assert self._keys is not None, "begin comes first"
         return self._keys
 
-    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Write behind what is held; views [B, G, S, D] of all slots that are filled."""
         layer, end = self.layers[index], max(self.ends)
         for kept, new in zip(layer, new_BGTD, strict=True):
@@ -98,9 +105,15 @@ class FixedShapeCache(KVCache):
         capacity_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
     ) -> None:
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.starts = torch.zeros(batch, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
@@ -118,7 +131,7 @@ class FixedShapeCache(KVCache):
         """All slots; the empty ones lie in every query's future."""
         return Keys(torch.arange(self.capacity, device=self.device), in_order=False)
 
-    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Write behind what is held; all slots [B, G, capacity, D]."""
         places = self.starts[:, None] + torch.arange(self.T, device=self.device)
         for kept, new in zip(self.layers[index], new_BGTD, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlab.cache import Cache
 from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
+from planner.kv_formats import KvFormat
 from planner.model import Model
 
 
@@ -43,13 +44,19 @@ class PagedCache(Cache):
         capacity_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
         block_tokens: int = 16,
         blocks: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         check_size("capacity_tokens", capacity_tokens)
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.block_tokens = check_size("block_tokens", block_tokens)
         self.blocks = batch * -(-capacity_tokens // block_tokens) if blocks is None else blocks
@@ -105,7 +112,7 @@ class PagedCache(Cache):
         assert self._pass is not None, "begin comes first"
         return self._pass.keys
 
-    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Scatter into the blocks; gather copies [B, G, S, D] of all positions."""
         assert self._pass is not None, "begin comes first"
         slots, sequences, places, targets, _ = self._pass

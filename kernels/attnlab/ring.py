@@ -71,12 +71,12 @@ class RingCache(KVCache):
             source,
         )
 
-    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Keep the newest W positions; the streams that `keys` describes."""
         layer, attention = self.layers[index], self.attentions[index]
         turn = None if _window(attention) is None else self.turns.get(self.slots(attention))
         if turn is None:
-            return super().append(index, *new_BGTD)
+            return super()._keep(index, *new_BGTD)
         news = [new.detach().to(kept.dtype) for kept, new in zip(layer, new_BGTD, strict=True)]
         if turn.source is None:
             return self._write_one(layer, news)

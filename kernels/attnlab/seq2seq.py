@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from attnlab.block import Block
-from attnlab.cache import Cache, check_real_tokens
+from attnlab.cache import Cache
 from attnlab.cross_attention import Encoded, mask_of, real_places
 from attnlab.linear import Embedding
 from attnlab.norms import build_norm
@@ -114,11 +114,11 @@ class EncoderDecoder(Transformer):
             B, S = check_ids(inputs)
             if isinstance(self.encoder.tower.positions, LearnedPositions):
                 self.model.check_positions(S)
-            real = check_real_tokens(tokens, T=S, batch=B)
+            real = real_places(tokens, batch=B, S=S, device=inputs.device)
             x = self.embed_tokens(inputs)
             if self.embedding_scale is not None:
                 x = x * self.embedding_scale
-            return self.encoder(x, real_places(real, S, inputs.device), checkpointing=checkpointing)
+            return self.encoder(x, real, checkpointing=checkpointing)
         C, F = self.encoder.conv1.in_channels, prod(strides) * (length or 0)
         if inputs.dim() != 3 or inputs.shape[1:] != (C, F):
             raise ConfigError(f"features {list(inputs.shape)} are not allowed: [batch, {C}, {F}]")
@@ -199,8 +199,4 @@ class EncoderDecoder(Transformer):
             raise ConfigError(
                 f"encoder_states {list(states.shape)} are not allowed: [{batch}, tokens, {h}]"
             )
-        S = states.shape[1]
-        real = check_real_tokens(tokens, T=S, batch=batch)
-        if not all(real):
-            raise ConfigError(f"encoder_tokens={real} are not allowed: one at least of each")
-        return real_places(real, S, states.device)
+        return real_places(tokens, batch=batch, S=states.shape[1], device=states.device)

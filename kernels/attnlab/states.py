@@ -12,7 +12,7 @@ from planner.errors import ConfigError
 from planner.mixers import Mixer
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
-from planner.mixers.recurrent import ShortConv
+from planner.mixers.recurrent import RGLRU, ShortConv
 
 
 def new_states(
@@ -31,6 +31,8 @@ def new_states(
             shapes = (2 * mixer.linear_num_key_heads * d_k + H * d_v, K), (H, d_k, d_v)
         case KimiDelta(linear_num_heads=H, linear_head_dim=D, linear_conv_kernel_dim=K):
             shapes = (3 * H * D, K), (H, D, D)
+        case RGLRU(lru_width=w, conv1d_width=K):
+            shapes = (w, K - 1), (w,)
         case ShortConv(hidden_size=h, conv_kernel=K):
             shapes = ((h, K),)
         case _:

@@ -154,6 +154,8 @@ class Transformer(nn.Module):
         if checkpointing != "none" and cache is not None:
             raise ConfigError(f"checkpointing={checkpointing} is not allowed with a cache: none")
         check_size("prefix_tokens", prefix_tokens, minimum=0)
+        if prefix_tokens and any(block.recurs for block in self.layers):
+            raise ConfigError(f"prefix_tokens={prefix_tokens} is not allowed: 0, layers recur")
         B, T = check_ids(ids)
         real = check_real_tokens(tokens, T=T, batch=B)
         held = [0] * B if cache is None else cache.lengths

@@ -21,18 +21,23 @@ from planner.ledger import Row
 from planner.mixers import Mixer
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
-from planner.mixers.recurrent import ShortConv
+from planner.mixers.recurrent import RGLRU, ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
 from planner.quantization.torchao import TorchAO
+from planner.runtimes.attnlab_formats import (
+    PLAIN_DTYPES,
+    check_quantisable,
+    format_rows,
+    kv_format,
+)
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
     Pool,
     Setting,
     check_cache_kind,
-    check_kv_dtype,
     check_one_gpu,
     check_planned,
     choose_attention,
@@ -41,11 +46,11 @@ from planner.runtimes.base import (
 from planner.runtimes.vllm_ranks import mixer_share
 from planner.workload import CacheSpec, Inference
 
-CACHE_KINDS = ("static", "dynamic", "ring", "paged")
+CACHE_KINDS = ("static", "dynamic", "ring", "paged", "quantised")
 QUANTISED = "quantised weights"
 BIAS_TABLE = "self_attn.relative_attention_bias.weight"
-RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, ShortConv
-"""Mixers that run (kernels/attnlab/recurrent.py)."""
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, RGLRU, ShortConv
+"""Mixers that run (kernels/attnlab/mixers.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -57,7 +62,7 @@ class Attnlab:
     pooled = False
     on_torch = True
     version = "0.1.0"
-    kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
+    kv_dtypes = (*PLAIN_DTYPES, "int8", "int4")
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or naive for models with a soft cap on the scores.
@@ -95,18 +100,18 @@ class Attnlab:
         """Keys and values of the whole capacity (dynamic: of the context), by kind of cache.
 
         A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
-        mask and all positions are kept.
+        mask and all positions are kept. Quantised: codes and scales apart.
         """
         _check_runs(model)
-        kind = check_cache_kind(self.name, cache, CACHE_KINDS)
-        check_kv_dtype(self.name, dtype, self.kv_dtypes)
+        kind = check_cache_kind(self.name, cache, CACHE_KINDS, scaled=True)
+        form = kv_format(cache, dtype)
         S = context_tokens
-        C = S if kind == "dynamic" else static_capacity(cache, S)
+        C = S if kind in ("dynamic", "quantised") else static_capacity(cache, S)
         block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
 
         def kept(attention: GQA | MLA) -> Kept:
             window = attention.sliding_window if isinstance(attention, GQA) else None
-            if kind == "dynamic":
+            if kind in ("dynamic", "quantised"):
                 return S, "S", (("S", S),)
             if kind == "ring" and window is not None:
                 return minimum(C, window), "min(C, W)", (("C", C), ("W", window))
@@ -118,11 +123,20 @@ class Attnlab:
                 )
             return C, "C", (("C", C),)
 
+        def quantised(attention: GQA | MLA) -> list[Row]:
+            assert form is not None
+            return format_rows(
+                form, attention, kept(attention), batch=batch, computed=compute_dtype
+            )
+
+        if form is not None:
+            check_quantisable(form, model)
         return layer_rows(
             model,
             batch=batch,
-            dtype=dtype,
+            dtype=dtype if form is None else compute_dtype,
             kept=kept,
+            attention_rows=None if form is None else quantised,
             context_tokens=C,
             encoder_tokens=encoder_tokens,
             static=True,
@@ -334,5 +348,6 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             logits=work.logits,
             cache=spec.kind,  # type: ignore[arg-type]
             block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
+            form=kv_format(setting.cache, setting.kv_dtype),
         ),
     )

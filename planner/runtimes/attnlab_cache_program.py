@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
+from planner.kv_formats import KvFormat
 from planner.layers import GQA, MLA
 from planner.model import Model
 from planner.program import (
@@ -22,10 +24,13 @@ from planner.program import (
     Tape,
     minimum,
 )
+from planner.runtimes.attnlab_codec_program import Rows, decode, encode
+from planner.runtimes.attnlab_formats import Stored, check_groups, parts, stored_streams
+from planner.runtimes.attnlab_kivi_program import FIRST, KiviStream
 from planner.runtimes.attnlab_masks import Pattern, pattern_of
 from planner.runtimes.writer import INT64
 
-CacheKind = Literal["static", "dynamic", "ring", "paged"]
+CacheKind = Literal["static", "dynamic", "ring", "paged", "quantised"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,34 +48,38 @@ class Attended:
 ALWAYS = Symbol("1", lambda d: 1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stream:
-    """One tensor that a layer keeps of every token: [heads, width]."""
-
-    name: str
-    heads: int
-    width: int
-
-
-def streams(attention: GQA | MLA) -> tuple[Stream, ...]:
+def streams(attention: GQA | MLA, itemsize: int) -> tuple[Stored, ...]:
     """cache.streams: keys and values; of MLA the latent with the rotary key behind it."""
     match attention:
         case GQA(num_key_value_heads=G, head_dim=D):
-            return tuple(Stream(name=name, heads=G, width=D) for name in ("keys", "values"))
+            made = [("keys", G, D), ("values", G, D)]
         case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
-            return (Stream(name="latents", heads=1, width=d_c + d_rope),)
+            made = [("latents", 1, d_c + d_rope)]
+    return tuple(Stored(name=n, heads=G, width=D, itemsize=itemsize) for n, G, D in made)
 
 
 class CacheProgram:
-    """Writes a cache's part of a pass; `b` bytes of a computed element, `kv_b` of a kept one."""
+    """Writes a cache's part of a pass; `b` bytes of a computed element, `kv_b` of a kept one.
+
+    `form`: of codes and scales, which attention reads in the dtype of the computation.
+    """
 
     def __init__(
-        self, tape: Tape, kind: CacheKind, *, b: int, kv_b: int, block_tokens: int
+        self,
+        tape: Tape,
+        kind: CacheKind,
+        *,
+        b: int,
+        kv_b: int,
+        block_tokens: int,
+        form: KvFormat | None = None,
     ) -> None:
-        self.tape, self.kind, self.b, self.kv_b = tape, kind, b, kv_b
+        self.tape, self.kind, self.b, self.kv_b = tape, kind, b, kv_b if form is None else b
+        self.form = form
         self.block = block_tokens
         self.old: dict[GQA | MLA, list[Buffer]] = {}
         self.new: dict[GQA | MLA, list[Buffer]] = {}
+        self.kivi: dict[GQA | MLA, list[KiviStream]] = {}
         self.tables: list[Buffer] = []
 
     def pattern(self, attention: GQA | MLA) -> Pattern:
@@ -88,18 +97,40 @@ class CacheProgram:
             with self.tape.segment(label, count=count, first_layer=start):
                 self._open_layer(attention)
 
+    def kept(self, attention: GQA | MLA) -> tuple[Stored, ...]:
+        """The streams that slots hold."""
+        if self.form is None:
+            return streams(attention, self.kv_b)
+        return stored_streams(self.form, attention)
+
+    @property
+    def _casts(self) -> bool:
+        """Whether what is new is cast to what is kept."""
+        return self.form is None and self.kv_b != self.b
+
     def _open_layer(self, attention: GQA | MLA) -> None:
-        kept = streams(attention)
-        if self.kind != "dynamic":  # streams of one size lie in one piece of memory
-            shape: Shape = (len(kept), B, kept[0].heads, self._slots(attention), kept[0].width)
-            name = " and ".join(stream.name for stream in kept)
-            self.tape.new(name, shape, self.kv_b, cache=True)
+        if self.kind == "quantised":
+            assert self.form is not None
+            assert isinstance(attention, GQA)
+            self.kivi[attention] = [
+                KiviStream(self.tape, name, attention, tensor, b=self.b)
+                for name, _, _, tensor in parts(self.form, attention)
+            ]
+            for kivi in self.kivi[attention]:
+                kivi.open()
+            return
+        kept = self.kept(attention)
+        if self.kind != "dynamic":  # neighbours of one size lie in one piece of memory
+            for (G, D, item), run in groupby(kept, lambda x: (x.heads, x.width, x.itemsize)):
+                names = [stream.name for stream in run]
+                shape: Shape = (len(names), B, G, self._slots(attention), D)
+                self.tape.new(" and ".join(names), shape, item, cache=True)
             return
         self.old[attention], self.new[attention] = [], []
         for stream in kept:
             G, D = stream.heads, stream.width
-            old = self.tape.new(stream.name, (B, G, PAST, D), self.kv_b, cache=True)
-            new = Buffer(name=stream.name, shape=(B, G, S, D), itemsize=self.kv_b, cache=True)
+            old = self.tape.new(stream.name, (B, G, PAST, D), stream.itemsize, cache=True)
+            new = Buffer(name=stream.name, shape=(B, G, S, D), itemsize=old.itemsize, cache=True)
             self.old[attention].append(old)
             self.new[attention].append(new)
 
@@ -165,79 +196,127 @@ class CacheProgram:
     ) -> Attended:
         """`append` of one layer; what is new goes, unless `shared` with the query's storage."""
         mine = tuple(x for x in dict.fromkeys(new) if x not in shared)
+        if self.form is None:
+            return self._cast(attention, self._keep(attention, mine))
+        if self.kind == "quantised":
+            made = zip(self.kivi[attention], new, strict=True)
+            held = [buffer for kivi, x in made for buffer in kivi.append(x)]
+            self.tape.free(*mine)
+            held += [self.tape.new("own keys, values", (FIRST, *x.shape), self.b) for x in mine]
+            return Attended(keys=S, held=tuple(held), strided=FIRST)
+        attended = self._keep(attention, self._encode(attention, new))
+        read = self._decode(attention, attended.keys)
+        self.tape.free(*attended.held, *mine)
+        return Attended(keys=attended.keys, held=read)
+
+    def _encode(self, attention: GQA | MLA, new: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+        """Codes and scales of what is new."""
+        assert self.form is not None
+        stored: list[Buffer] = []
+        for which, (name, *_) in enumerate(parts(self.form, attention)):
+            x = new[which if len(new) > 1 else 0]
+            rows = self._rows(attention, which, T)
+            stored += encode(self.tape, rows, x, b=self.b, name=name)
+        return tuple(stored)
+
+    def _decode(self, attention: GQA | MLA, keys: Extent) -> tuple[Buffer, ...]:
+        """What attention reads; of MLA in one tensor."""
+        assert self.form is not None
+        read = [
+            decode(self.tape, self._rows(attention, which, keys), b=self.b, name=f"read {name}")
+            for which, (name, *_) in enumerate(parts(self.form, attention))
+        ]
+        if isinstance(attention, GQA):
+            return tuple(read)
+        (stream,) = streams(attention, self.b)
+        shape = (B, 1, keys, stream.width)
+        joined = self.tape.new("read latents", shape, self.b, reads=tuple(read), kernel="cat")
+        self.tape.free(*read)
+        return (joined,)
+
+    def _rows(self, attention: GQA | MLA, which: int, tokens: Extent) -> Rows:
+        assert self.form is not None
+        _, heads, width, tensor = parts(self.form, attention)[which]
+        g = check_groups(tensor, width)
+        return Rows(leading=(B, heads, tokens), groups=(width // g,), g=g, form=tensor)
+
+    def _keep(self, attention: GQA | MLA, new: tuple[Buffer, ...]) -> Attended:
+        """What is in the slots then; what is new goes, unless it is that."""
         pattern = self.pattern(attention)
         match self.kind:
             case "dynamic":
                 self._grow(attention)
             case "ring" if pattern.ring:
-                return self._turn_ring(attention, pattern, mine)
+                return self._turn_ring(attention, pattern, new)
             case "paged":
                 held = self._gather(attention)
-                self.tape.free(*mine)
-                return self._cast(attention, Attended(keys=S, held=held, strided=ALWAYS))
-        self.tape.free(*mine)
-        return self._cast(attention, Attended(keys=S))
+                self.tape.free(*new)
+                return Attended(keys=S, held=held, strided=ALWAYS)
+        self.tape.free(*new)
+        return Attended(keys=S)
 
     def _grow(self, attention: GQA | MLA) -> None:
         tape, cast = self.tape, None
-        kept = zip(streams(attention), self.old[attention], self.new[attention], strict=True)
+        kept = zip(self.kept(attention), self.old[attention], self.new[attention], strict=True)
         for stream, old, new in kept:
-            if self.kv_b != self.b:
+            if self._casts:
                 shape = (B, stream.heads, T, stream.width)
                 fresh = tape.new("cast for the cache", shape, self.kv_b)
                 tape.free(cast)
                 cast = fresh
-            tape.new(new.name, new.shape, self.kv_b, reads=(old,), cache=True, into=new)
+            tape.new(new.name, new.shape, new.itemsize, reads=(old,), cache=True, into=new)
             tape.free(old)
         tape.free(cast)
 
     def _gather(self, attention: GQA | MLA) -> tuple[Buffer, ...]:
         tape, out = self.tape, []
-        for stream in streams(attention):
+        for stream in self.kept(attention):
             rows: Shape = (stream.heads, stream.width)
-            listed = tape.new("listed for the cache", (B, T, *rows), self.b)
-            if self.kv_b != self.b:
+            item = self.b if self._casts else stream.itemsize
+            listed = tape.new("listed for the cache", (B, T, *rows), item)
+            if self._casts:
                 cast = tape.new("cast for the cache", (B, T, *rows), self.kv_b)
                 listed = self._replaced(cast, listed)
             tape.free(listed)
-            moved = ((B, S, *rows, self.kv_b),)
-            out.append(tape.new(f"gathered {stream.name}", (B, S, *rows), self.kv_b, moved=moved))
+            moved = ((B, S, *rows, stream.itemsize),)
+            name = f"gathered {stream.name}"
+            out.append(tape.new(name, (B, S, *rows), stream.itemsize, moved=moved))
         return tuple(out)
 
     def _turn_ring(
         self, attention: GQA | MLA, pattern: Pattern, mine: tuple[Buffer, ...]
     ) -> Attended:
         """A ring after it turned; before, all here is 0 bytes and what is new goes at once."""
-        tape, kv_b, kept = self.tape, self.kv_b, streams(attention)
+        tape, kept = self.tape, self.kept(attention)
         casts: list[Buffer] = []
-        if kv_b != self.b:
+        if self._casts:
             casts = [
-                tape.new("cast for the cache", (pattern.turned, B, x.heads, T, x.width), kv_b)
+                tape.new("cast for the cache", (pattern.turned, B, x.heads, T, x.width), x.itemsize)
                 for x in kept
             ]
         joined = [
-            tape.new(f"joined {x.name}", (pattern.joined, B, x.heads, pattern.keys, x.width), kv_b)
+            tape.new(
+                f"joined {x.name}", (pattern.joined, B, x.heads, pattern.keys, x.width), x.itemsize
+            )
             for x in kept
         ]
         for x in kept:
             shape = (pattern.turned_several, B, x.heads, pattern.size, x.width)
-            tape.free(tape.new("kept in the ring", shape, kv_b))
+            tape.free(tape.new("kept in the ring", shape, x.itemsize))
         tape.free(*casts, *mine)
         own = [  # a first pass longer than the window attends to its own
             tape.new("own keys, values", (pattern.alone, *x.shape), x.itemsize)
             for x in casts or mine
         ]
-        return self._cast(
-            attention, Attended(keys=pattern.keys, held=(*joined, *own), strided=pattern.alone)
-        )
+        return Attended(keys=pattern.keys, held=(*joined, *own), strided=pattern.alone)
 
     def _cast(self, attention: GQA | MLA, attended: Attended) -> Attended:
         """Attention computes in the model's dtype, whatever the cache keeps."""
-        if self.kv_b == self.b:
+        if not self._casts:
             return attended
         casts = tuple(
             self.tape.new(f"cast {x.name}", (B, x.heads, attended.keys, x.width), self.b)
-            for x in streams(attention)
+            for x in streams(attention, self.b)
         )
         self.tape.free(*attended.held)
         return Attended(keys=attended.keys, held=casts, strided=attended.strided)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Literal
 
 from planner.dtypes import element_bytes
+from planner.kv_formats import KvFormat
 from planner.layers import GQA, Dense, Layer, LearnedPositions, MoE, Norm, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Buffer, Extent, Program, Shape, T
@@ -32,6 +33,7 @@ class Pass:
     logits: Literal["all", "last"]
     cache: CacheKind = "static"
     block_tokens: int = 16
+    form: KvFormat | None = None
     experts: Experts | None = None
 
 
@@ -56,8 +58,9 @@ class _Forward(AttentionWriter, MixtureWriter):
             self.tape,
             what.cache,
             b=self.b,
-            kv_b=element_bytes(what.kv_dtype),
+            kv_b=self.b if what.form is not None else element_bytes(what.kv_dtype),
             block_tokens=what.block_tokens,
+            form=what.form,
         )
 
     def write(self) -> Program:

@@ -208,14 +208,25 @@ FAMILIES = {
         n_groups=2, ssm_state_size=10, chunk_size=8,
     ),
     "jamba": lambda: hf.JambaConfig(
-        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=1, attn_layer_period=2,
-        attn_layer_offset=1, use_mamba_kernels=False,
+        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=4, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=0,
+        use_mamba_kernels=False,
     ),
     "qwen3_next": lambda: hf.Qwen3NextConfig(
         **LLAMA, **DELTA, head_dim=16, mlp_only_layers=[0, 1], partial_rotary_factor=0.5
     ),
     "qwen3_5": lambda: hf.Qwen3_5TextConfig(**LLAMA, **DELTA, head_dim=16),
     "olmo_hybrid": lambda: hf.OlmoHybridConfig(**LLAMA, **DELTA),
+    "kimi_linear": lambda: hf.KimiLinearConfig(
+        **MHA, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8,
+        v_head_dim=10, linear_num_heads=4, linear_head_dim=8, mlp_layer_types=["dense"] * 2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, lru_width=32,
+        intermediate_size=96, attention_window_size=5, num_key_value_heads=1, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None,
+    ),
     "lfm2": lambda: hf.Lfm2Config(
         **LLAMA, layer_types=["conv", "full_attention"], conv_bias=True
     ),

@@ -32,7 +32,15 @@ CHUNKS = {
 }
 WINDOWED = ["mistral", "qwen2 sliding from layer 1", "gemma2", "gemma3", "cohere2", "olmo3"]
 WINDOWED += ["mixtral, sliding", "gpt_oss", "llama4_text"]
-RECURRENT = ["falcon_mamba", "mamba2", "nemotron_h", "qwen3_next", "lfm2"]
+RECURRENT = [
+    "falcon_mamba",
+    "mamba2",
+    "nemotron_h",
+    "qwen3_next",
+    "kimi_linear",
+    "recurrent_gemma",
+    "lfm2",
+]
 OTHERS = [
     *RECURRENT,
     "qwen2_moe",
