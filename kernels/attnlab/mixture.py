@@ -7,7 +7,7 @@ dropped and none is padding; only where an expert's rows end depends on the rout
 
 `loop` is a product for each expert, whose sizes the host waits for: the specification. `grouped` is
 torch's grouped matmul, which reads them on the device: one kernel in bfloat16 on an H100 or a B200;
-torch itself loops over the experts elsewhere.
+torch itself loops over the experts elsewhere (backend.experts_name says which).
 """
 
 from __future__ import annotations
