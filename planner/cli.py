@@ -35,6 +35,7 @@ from planner.cli_options import (
     Attention,
     Batch,
     Cache,
+    CheckpointEvery,
     Checkpointing,
     CsvFile,
     Dtype,
@@ -46,12 +47,14 @@ from planner.cli_options import (
     LoraDtype,
     LoraRank,
     LoraTargets,
+    LossChunk,
     Method,
     ModelName,
     OptimizerImpl,
     OptimizerName,
     Output,
     Padded,
+    Precision,
     Prompt,
     RuntimeName,
     SequenceTokens,
@@ -115,6 +118,9 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    checkpoint_every: CheckpointEvery = 1,
+    loss_chunk: LossChunk = None,
+    precision: Precision = "pure",
     accumulation: Accumulation = 1,
     method: Method = "full",
     lora_rank: LoraRank = 8,
@@ -135,6 +141,9 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            checkpoint_every=checkpoint_every,
+            loss_chunk_tokens=loss_chunk,
+            precision=precision,  # type: ignore[arg-type]
             padded=padded,
             accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]

@@ -122,6 +122,7 @@ MAX_GPUS = 65_536
 OPTIMIZERS = ("adamw", "sgd")
 """torch's, with the arguments that they have by default: sgd has no momentum."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
+CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
 
 
@@ -160,8 +161,12 @@ class Training:
     `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
     there; with one it is a step of the steady state, its states made before, gradients set to None
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
-    and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
-    sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
+    and `precision` that a runtime does not plan are refused by it. `checkpointing` "full": a layer
+    keeps its input alone and runs again on the way back, the first one and every
+    `checkpoint_every`-th after it; "selective": a layer runs again but for its matrix products and
+    attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
+    all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
+    as the labels' `sequence_tokens`.
     `lora`: the adapters of method "lora"; None: a LoRA() of all defaults. `padded`: as of
     Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its loss
     dropped before the next, whose gradients are added up before the optimizer's step.
@@ -171,16 +176,18 @@ class Training:
     sequence_tokens: int
     optimizer: str | None = "adamw"
     method: Literal["full", "lora", "qlora"] = "full"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "full", "selective"] = "none"
     precision: Literal["pure", "autocast"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
     encoder_tokens: int | None = None
     lora: LoRA | None = None
     padded: bool = False
     accumulation_steps: int = 1
+    checkpoint_every: int = 1
+    loss_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("batch", "sequence_tokens", "accumulation_steps"):
+        for field in ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every"):
             check_size(field, getattr(self, field))
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -192,7 +199,14 @@ class Training:
                 f"lora={shown(self.lora)} is not allowed: None for method={self.method!r}, "
                 "a LoRA for 'lora'"
             )
-        check_choice("checkpointing", self.checkpointing, ("none", "full"))
+        check_choice("checkpointing", self.checkpointing, CHECKPOINTING)
+        if self.checkpoint_every != 1 and self.checkpointing != "full":
+            raise ConfigError(
+                f"checkpoint_every={self.checkpoint_every} is not allowed: 1 for checkpointing="
+                f"{self.checkpointing!r}, any for 'full'"
+            )
+        if self.loss_chunk_tokens is not None:
+            check_size("loss_chunk_tokens", self.loss_chunk_tokens)
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
         if self.encoder_tokens is not None:

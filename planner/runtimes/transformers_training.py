@@ -6,7 +6,7 @@ from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
 from planner.model import Model
 from planner.program import Dims
-from planner.runtimes.base import Phase, Setting
+from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
@@ -15,12 +15,15 @@ from planner.workload import Training
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
-    for field, planned in (("method", ("full", "lora")), ("precision", ("pure",))):
-        if getattr(work, field) not in planned:
-            raise ConfigError(
-                f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
-                f"{', '.join(planned)}"
-            )
+    check_step(
+        "transformers",
+        work,
+        method=("full", "lora"),
+        precision=("pure",),
+        checkpointing=("none", "full"),
+        checkpoint_every=(1,),
+        loss_chunk_tokens=(None,),
+    )
     if not is_held(model) or not model.lm_head:
         raise ConfigError(
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
