@@ -83,6 +83,7 @@ class Inference:
     `logits`: "all", a plain forward over the prompt; "last", what `generate` does.
     `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
     `padded`: shorter sequences are padded, and an attention mask hides that (transformers).
+    `float32_logits`: logits are cast, as transformers before 4.46 does to all of them.
     """
 
     batch: int
@@ -91,6 +92,7 @@ class Inference:
     logits: Literal["all", "last"] = "all"
     encoder_tokens: int | None = None
     padded: bool = False
+    float32_logits: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch", "prompt_tokens", "output_tokens"):

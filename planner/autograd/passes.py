@@ -225,17 +225,28 @@ class PassWriter(Generic[Given]):
     def parts(self) -> Iterator[Part]:
         """Embedding, runs of equal layers with the first of each kind apart, head."""
         yield Part(EMBEDDING)
-        seen: set[Layer] = set()
+        seen: dict[Layer, int] = {}
         for start, count, layer in self.model.layer_groups():
             label = layer_label(layer)
-            # without a way back only the first of all differs: its input may live on
-            if layer not in seen and (self.trains or start == 0):
-                seen.add(layer)
-                yield Part(f"first {label}", 1, start, layer)
+            while count and seen.get(layer, 0) < self._apart(layer, start):
+                seen[layer] = seen.get(layer, 0) + 1
+                order = "first" if seen[layer] == 1 else "second"
+                yield Part(f"{order} {label}", 1, start, layer)
                 start, count = start + 1, count - 1
             if count:
                 yield Part(label, count, start, layer)
         yield Part(HEAD)
+
+    def _apart(self, layer: Layer, start: int) -> int:
+        """How many layers of a kind are written apart, seen from the one at `start`.
+
+        Without a way back only the first of all differs: its input may live on. Of a kind whose
+        first layer is the model's, and reached by no gradient from before, the second may be the
+        one that frees what they share.
+        """
+        if not self.trains:
+            return int(start == 0)
+        return 1 + (self.lora is not None and layer == self.model.layers[0])
 
     def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""

@@ -112,6 +112,23 @@ def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, check
     assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
 
 
+@settings(max_examples=40, deadline=None)
+@given(adapted=adapted_decoders(), checkpointed=st.booleans())
+def test_what_layers_share_is_freed_once(adapted, checkpointed):
+    """Also where the first layer is reached by no gradient from before."""
+    config, lora = adapted
+    work = planner.Training(
+        batch=2,
+        sequence_tokens=30,
+        method="lora",
+        lora=lora,
+        checkpointing="full" if checkpointed else "none",
+    )
+    model = planner.read_config(described(config).to_dict())
+    deploy = planner.Deployment(gpu="h200", dtype="bf16")
+    assert planner.estimate(model, work, deploy).memory.peak_reserved_bytes
+
+
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama"])
 def test_a_step_with_adamw_adds_up(name, impl):

@@ -30,10 +30,11 @@ class Pass:
     """A prefill into an empty cache, one decode step over a filled one, or a training step.
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
-    `padded`: an attention mask hides padding. `static`: a StaticCache. `quantised`: a
-    QuantizedCache; with neither a DynamicCache. Of it `residual_tokens` are unquantised before the
-    pass. Training has no cache; `checkpointed`: every layer runs again on the way back; `lora`:
-    adapters are trained, nothing else; `accumulates`: earlier steps left gradients.
+    `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
+    `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
+    `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
+    layer runs again on the way back; `lora`: adapters are trained, nothing else; `accumulates`:
+    earlier steps left gradients.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -47,6 +48,7 @@ class Pass:
     held_whole: bool = False
     static: bool = False
     padded: bool = False
+    float32_logits: bool = False
     quantised: QuantisedCache | None = None
     residual_tokens: int = 0
     optimizer: str | None = None
