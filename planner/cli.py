@@ -41,6 +41,7 @@ from planner.cli_options import (
     Dtype,
     EncoderTokens,
     Files,
+    Float32Logits,
     GpuName,
     KvDtype,
     Logits,
@@ -128,6 +129,7 @@ def estimate_command(
     lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
     padded: Padded = False,
+    float32_logits: Float32Logits = False,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -158,6 +160,7 @@ def estimate_command(
             logits=logits,  # type: ignore[arg-type]
             encoder_tokens=encoder_tokens,
             padded=padded,
+            float32_logits=float32_logits,
         )
     deploy = Deployment(
         gpu=gpu,

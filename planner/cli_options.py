@@ -62,6 +62,9 @@ Precision = Annotated[str, typer.Option("--precision", help="In training: pure o
 Padded = Annotated[
     bool, typer.Option("--padded", help="Sequences differ in length: an attention mask is given.")
 ]
+Float32Logits = Annotated[
+    bool, typer.Option("--float32-logits", help="All logits are cast: transformers before 4.46.")
+]
 Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
 ]

@@ -16,10 +16,11 @@ BEGIN = "<!-- published: written by `python -m tools.published_table` -->"
 END = "<!-- /published -->"
 HEAD = """# Memory that others measured
 
-Written by `python -m tools.published_table`; `planner compare --published` prints it. The rows are those of
-`profiles/data/published/memory.jsonl`, each with its source and licence. Nothing was fitted on them. GB are 10⁹ bytes; *with*
-adds what the version that ran is known, by its source, to hold beside what transformers 5.23 does; letters stand for the
-sentences below, which every miss above 5 % has.
+Written by `python -m tools.published_table`; `planner compare --published` prints it. The rows are
+those of `profiles/data/published/memory.jsonl`, each with its source and licence. Nothing was
+fitted on them. GB are 10⁹ bytes; *with* adds what the version that ran is known, by its source, to
+hold beside what transformers 5.23 does; numbers stand for the sentences below, which every miss
+above 5 % has.
 """
 
 
@@ -38,7 +39,7 @@ def summary_table(rows: Sequence[PublishedRow]) -> str:
 
 def page(rows: Sequence[PublishedRow]) -> str:
     """The whole table, its sentences, its sources."""
-    letters = {why: f"({index})" for index, why in enumerate(reasons(rows), 1)}
+    marks = {why: f"({index})" for index, why in enumerate(reasons(rows), 1)}
     head = ["run", "quantity", "predicted GB", "measured GB", "error", "with", ""]
     lines = [head, ["---"] * 2 + ["--:"] * 4 + ["---"]]
     for row in rows:
@@ -51,10 +52,10 @@ def page(rows: Sequence[PublishedRow]) -> str:
                 f"{row.measured / 1e9:.2f}",
                 signed(row.relative_error).replace("%", " %"),
                 signed(row.named_error).replace("%", " %"),
-                letters.get(row.why, ""),
+                marks.get(row.why, ""),
             ]
         )
-    sentences = "\n".join(f"- {letter} {why}." for why, letter in letters.items())
+    sentences = "\n".join(f"- {mark} {why}." for why, mark in marks.items())
     return "\n\n".join((HEAD.strip(), summary_table(rows), markdown(lines), sentences)) + "\n"
 
 
