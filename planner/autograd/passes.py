@@ -29,15 +29,15 @@ from planner.tensors import Parameter
 from planner.workload import LoRA
 
 Given = TypeVar("Given")
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, HEAD, AGAIN = "embedding", "head", ", which runs again"
 
 
 class PassWriter(Generic[Given]):
     """Writes one pass of a model whose parts a subclass runs: forward alone, or a training step.
 
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
-    `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
-    and runs again on the way back. `crossing` are what made tensors that later parts
+    `trains` nothing is recorded for a way back. `checkpointed`: every such layer, from the first on,
+    keeps its inputs alone and runs again on the way back; 0: none does. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them.
@@ -50,13 +50,14 @@ class PassWriter(Generic[Given]):
         numbers: Mapping[Symbol, int],
         *,
         trains: bool = True,
-        checkpointed: bool = False,
+        checkpointed: int = 0,
         lora: LoRA | None = None,
         accumulates: bool = False,
     ) -> None:
         self.accumulates = accumulates
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
+        self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
@@ -225,17 +226,32 @@ class PassWriter(Generic[Given]):
     def parts(self) -> Iterator[Part]:
         """Embedding, runs of equal layers with the first of each kind apart, head."""
         yield Part(EMBEDDING)
-        seen: dict[Layer, int] = {}
-        for start, count, layer in self.model.layer_groups():
-            label = layer_label(layer)
-            while count and seen.get(layer, 0) < self._apart(layer, start):
-                seen[layer] = seen.get(layer, 0) + 1
-                order = "first" if seen[layer] == 1 else "second"
-                yield Part(f"{order} {label}", 1, start, layer)
+        seen: dict[str, int] = {}
+        for start, count, layer, keeps in self._runs():
+            label = f"{layer_label(layer)}{keeps}"
+            again = keeps in ("", AGAIN) and self.checkpointed > 0
+            while count and seen.get(label, 0) < self._apart(layer, start):
+                seen[label] = seen.get(label, 0) + 1
+                order = "first" if seen[label] == 1 else "second"
+                yield Part(f"{order} {label}", 1, start, layer, again=again)
                 start, count = start + 1, count - 1
             if count:
-                yield Part(label, count, start, layer)
+                yield Part(label, count, start, layer, again=again)
         yield Part(HEAD)
+
+    def _runs(self) -> Iterator[tuple[int, int, Layer, str]]:
+        """Runs of layers that are alike: (first, how many, the layer, what it keeps, in words).
+
+        Behind a layer that runs again, one that does not may let go of what that one returned.
+        """
+        every = self.checkpointed
+        for start, count, layer in self.model.layer_groups():
+            if every < 2:
+                yield start, count, layer, ""
+                continue
+            for index in range(start, start + count):
+                keeps = {0: AGAIN, 1: ", behind it"}.get(index % every, ", which keeps all")
+                yield index, 1, layer, keeps
 
     def _apart(self, layer: Layer, start: int) -> int:
         """How many layers of a kind are written apart, seen from the one at `start`.
@@ -251,6 +267,7 @@ class PassWriter(Generic[Given]):
     def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
         self.walking, self.leaves[part.label] = part.label, []
+        self.keeps_inputs = part.again
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
         entered: list[Tensor] = []
@@ -283,7 +300,7 @@ class PassWriter(Generic[Given]):
     def run_layer(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer, which keeps its inputs alone where it is checkpointed."""
         f, given = self.f, self.shared(layer)
-        if not self.checkpointed:
+        if not self.keeps_inputs:
             return self.block(layer, x, given)
         leaves, entrance = self.leaves[self.walking], x.node
 
@@ -307,7 +324,7 @@ class PassWriter(Generic[Given]):
 class Part:
     """A run of equal layers, or what stands before or behind them.
 
-    `ends`: what it makes is not handed to the next part.
+    `ends`: what it makes is not handed to the next part. `again`: it is checkpointed.
     """
 
     label: str
@@ -316,6 +333,7 @@ class Part:
     layer_kind: Layer | None = None
     stack: str = ""
     ends: bool = False
+    again: bool = False
 
 
 def _no_way_back(node: Node, flowed: Gradients) -> Gradients:

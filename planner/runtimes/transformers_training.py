@@ -21,7 +21,6 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         method=("full", "lora"),
         precision=("pure",),
         checkpointing=("none", "full"),
-        checkpoint_every=(1,),
         loss_chunk_tokens=(None,),
     )
     if not is_held(model) or not model.lm_head:
@@ -47,7 +46,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointed=work.checkpointing == "full",
+        checkpointed=work.checkpoint_every if work.checkpointing == "full" else 0,
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,

@@ -40,18 +40,18 @@ def predicted(model, batch, tokens, **what):
     batch=st.integers(1, 3),
     tokens=st.integers(1, 45),
     eager=st.booleans(),
-    checkpointed=st.booleans(),
+    every=st.sampled_from((0, 0, 1, 1, 2, 3)),
     padded=st.booleans(),
 )
-def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed, padded):
+def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, every, padded):
     padded = padded and takes_padding(config)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    if every:
+        live.activation_checkpointing_enable(every_n_layers=every)
     meter = training_meter(live, batch, tokens, padded=padded)
     model = planner.read_config(live.config.to_dict())
-    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed, "padded": padded}
+    what = {"attention": attention, "dtype": dtype, "checkpointed": every, "padded": padded}
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
 
 
@@ -62,16 +62,16 @@ def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkp
     batch=st.integers(1, 3),
     tokens=st.integers(1, 30),
     eager=st.booleans(),
-    checkpointed=st.booleans(),
+    every=st.integers(0, 2),
     impl=st.sampled_from((None, "foreach", "fused")),
 )
 def test_gradients_of_several_batches_add_up(
-    config, dtype, batch, tokens, eager, checkpointed, impl
+    config, dtype, batch, tokens, eager, every, impl
 ):
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    if every:
+        live.activation_checkpointing_enable(every_n_layers=every)
     adamw = None
     if impl is not None:
         ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
@@ -93,7 +93,8 @@ def test_gradients_of_several_batches_add_up(
         accumulation_steps=3,
         optimizer=None if impl is None else "adamw",
         optimizer_impl=impl or "foreach",
-        checkpointing="full" if checkpointed else "none",
+        checkpointing="full" if every else "none",
+        checkpoint_every=every or 1,
     )
     deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention)
     memory = planner.estimate(planner.read_config(live.config.to_dict()), work, deploy).memory

@@ -33,7 +33,7 @@ class Pass:
     `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
     `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
-    layer runs again on the way back; `lora`: adapters are trained, nothing else; `accumulates`:
+    such layer runs again on the way back; `lora`: adapters are trained, nothing else; `accumulates`:
     earlier steps left gradients.
     """
 
@@ -53,7 +53,7 @@ class Pass:
     residual_tokens: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
-    checkpointed: bool = False
+    checkpointed: int = 0
     lora: LoRA | None = None
     accumulates: bool = False
 
