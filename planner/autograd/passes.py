@@ -36,8 +36,9 @@ class PassWriter(Generic[Given]):
     """Writes one pass of a model whose parts a subclass runs: forward alone, or a training step.
 
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
-    `trains` nothing is recorded for a way back. `checkpointed`: every such layer, from the first on,
-    keeps its inputs alone and runs again on the way back; 0: none does. `crossing` are what made tensors that later parts
+    `trains` nothing is recorded for a way back. `checkpointed`: every such layer, from the first
+    on, keeps its inputs alone and runs again on the way back; 0: none does. `selective`: they keep
+    what their products return, too. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them.
@@ -51,12 +52,14 @@ class PassWriter(Generic[Given]):
         *,
         trains: bool = True,
         checkpointed: int = 0,
+        selective: bool = False,
         lora: LoRA | None = None,
         accumulates: bool = False,
     ) -> None:
         self.accumulates = accumulates
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
+        self.selective = selective
         self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
@@ -315,8 +318,9 @@ class PassWriter(Generic[Given]):
                     leaf.expected = gradients  # this graph sends none
 
         f.frame = Frame(self.aten, again, x, given)
+        self.aten.keeps = f.frame.kept if self.selective else None
         out = self.block(layer, x, given)
-        f.frame = None
+        f.frame = self.aten.keeps = None
         return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
+from planner.layers import GQA
 from planner.model import Model
 from planner.program import Dims
 from planner.runtimes.base import Phase, Setting, check_step
@@ -20,7 +21,6 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         work,
         method=("full", "lora"),
         precision=("pure",),
-        checkpointing=("none", "full"),
         loss_chunk_tokens=(None,),
     )
     if not is_held(model) or not model.lm_head:
@@ -32,6 +32,14 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: full"
+        )
+    if work.checkpointing == "selective" and any(
+        isinstance(layer.attention, GQA) and layer.attention.clip_qkv is not None
+        for layer in model.layer_kinds()
+    ):
+        raise ConfigError(
+            "checkpointing='selective' does not run with clip_qkv: torch refuses what is kept and "
+            "clipped in place"
         )
     tokens, encoder = work.sequence_tokens, None
     if model.is_seq2seq or work.encoder_tokens is not None:
@@ -46,7 +54,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointed=work.checkpoint_every if work.checkpointing == "full" else 0,
+        checkpointed=0 if work.checkpointing == "none" else work.checkpoint_every,
+        selective=work.checkpointing == "selective",
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import planner
 from planner import ConfigError
 from profiles.meters import module_bytes
-from tests.planner.small_decoders import DTYPES, described
+from tests.planner.small_decoders import CHECKPOINTING, DTYPES, checkpoint, described
 from tests.planner.small_encoders import (
     berts,
     built,
@@ -33,14 +33,9 @@ def held(live, config, work, dtype, attention):
     return memory.peak_live_bytes - memory.weights_bytes - memory.optimizer_bytes
 
 
-EVERY = st.sampled_from((0, 0, 1, 1, 2, 3))
-"""Of so many layers one is checkpointed; 0: none."""
-
-
-def trained(config, dtype, attention, every):
+def trained(config, dtype, attention, how):
     live = built(described(config), dtype, attention).train()
-    if every:
-        live.activation_checkpointing_enable(every_n_layers=every)
+    checkpoint(live, how)
     return live
 
 
@@ -65,17 +60,17 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
     attention=ATTENTIONS,
     batch=st.integers(1, 3),
     tokens=SIZES,
-    every=EVERY,
+    how=CHECKPOINTING,
 )
-def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, every):
-    live = trained(config, dtype, attention, every)
+def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how):
+    live = trained(config, dtype, attention, how)
     meter = step_meter(live, batch, tokens, tokens)
     work = planner.Training(
         batch=batch,
         sequence_tokens=tokens,
         optimizer=None,
-        checkpointing="full" if every else "none",
-        checkpoint_every=every or 1,
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
@@ -107,18 +102,18 @@ def test_a_generation_of_t5_is_exact(config, dtype, attention, batch, encoded, t
     batch=st.integers(1, 3),
     encoded=SIZES,
     tokens=SIZES,
-    every=EVERY,
+    how=CHECKPOINTING,
 )
-def test_a_step_of_t5_is_exact(config, dtype, attention, batch, encoded, tokens, every):
-    live = trained(config, dtype, attention, every)
+def test_a_step_of_t5_is_exact(config, dtype, attention, batch, encoded, tokens, how):
+    live = trained(config, dtype, attention, how)
     meter = step_meter(live, batch, encoded, tokens)
     work = planner.Training(
         batch=batch,
         sequence_tokens=tokens,
         encoder_tokens=encoded,
         optimizer=None,
-        checkpointing="full" if every else "none",
-        checkpoint_every=every or 1,
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
@@ -153,7 +148,7 @@ BERT = {
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("config", [T5 | {"vocab_size": 50, "d_model": 16, "d_ff": 24}, BERT])
 def test_a_step_with_adamw_adds_up(config, impl):
-    live = trained(config, "bf16", "sdpa", False)
+    live = trained(config, "bf16", "sdpa", ("none", 1))
     ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
     adamw = torch.optim.AdamW(live.parameters(), **ways)
     step_meter(live, 2, 30, 30, adamw)  # makes the states

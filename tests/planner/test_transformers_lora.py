@@ -20,11 +20,13 @@ from profiles.module_trace import fake_ids, trace_module
 from profiles.trace import _built
 from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import (
+    CHECKPOINTING,
     DTYPES,
     EAGER_ONLY,
     KINDS,
     MIXTURES,
     built,
+    checkpoint,
     decoders,
     described,
     words,
@@ -85,16 +87,15 @@ def own_names(model, layer, modules):
     batch=st.integers(1, 3),
     tokens=st.integers(1, 45),
     eager=st.booleans(),
-    every=st.integers(0, 2),
+    how=CHECKPOINTING,
 )
-def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, every):
+def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, how):
     config, lora = adapted
     if dtype == "fp32" and lora.dtype is not None:
         lora = planner.LoRA(rank=lora.rank, targets=lora.targets)  # adapters are the model's there
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention)
-    if every:
-        live.activation_checkpointing_enable(every_n_layers=every)
+    checkpoint(live, how)
     live = with_adapters(live, lora)
     meter = step_meter(live, batch, tokens)
     work = planner.Training(
@@ -103,8 +104,8 @@ def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, every
         optimizer=None,
         method="lora",
         lora=lora,
-        checkpointing="full" if every else "none",
-        checkpoint_every=every or 1,
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention)
     model = planner.read_config(live.config.to_dict())

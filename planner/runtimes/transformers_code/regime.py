@@ -33,8 +33,8 @@ class Pass:
     `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
     `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
-    such layer runs again on the way back; `lora`: adapters are trained, nothing else; `accumulates`:
-    earlier steps left gradients.
+    such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
+    are trained, nothing else; `accumulates`: earlier steps left gradients.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -54,6 +54,7 @@ class Pass:
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
     checkpointed: int = 0
+    selective: bool = False
     lora: LoRA | None = None
     accumulates: bool = False
 
@@ -169,6 +170,7 @@ class CodeWriter(PassWriter[Shared]):
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
+            selective=what.selective,
             lora=what.lora,
             accumulates=what.accumulates,
         )
