@@ -261,7 +261,8 @@ class Aten:
         dims = whole.dims if isinstance(whole, Like) else whole
         images = all(is_channels_last(x.sizes, x.strides) for x in parts)
         strides = channels_last(self.sizes(dims)) if images else None
-        return self.new("cat", name, dims, parts[0].itemsize, strides=strides, reads=parts)
+        widest = max(x.itemsize for x in parts)
+        return self.new("cat", name, dims, widest, strides=strides, reads=parts)
 
     def mm(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
         """a · b of two matrices, or of as many pairs of them; 2 · m · k · n FLOPs a pair."""

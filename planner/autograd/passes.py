@@ -38,7 +38,8 @@ class PassWriter(Generic[Given]):
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
     `trains` nothing is recorded for a way back. `checkpointed`: every such layer, from the first
     on, keeps its inputs alone and runs again on the way back; 0: none does. `selective`: they keep
-    what their products return, too. `crossing` are what made tensors that later parts
+    what their products return, too. `autocast`: bytes of an element that products take in a region
+    of autocast around the forward. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them.
@@ -53,6 +54,7 @@ class PassWriter(Generic[Given]):
         trains: bool = True,
         checkpointed: int = 0,
         selective: bool = False,
+        autocast: int | None = None,
         lora: LoRA | None = None,
         accumulates: bool = False,
     ) -> None:
@@ -69,6 +71,8 @@ class PassWriter(Generic[Given]):
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
+        self.f.low, self.f.casts = autocast, {}
+        self.casts: dict[str, dict[Leaf, Tensor]] = {}  # of each part, cached until the region ends
         self.walking = ""  # the part that is being written
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
@@ -150,6 +154,7 @@ class PassWriter(Generic[Given]):
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
                     graphs[part.label] = self._walk(part, carried)
+        self._end_autocast()
         if self.accumulates:
             self._open_with_gradients()
         tape.phase = "backward"
@@ -180,6 +185,17 @@ class PassWriter(Generic[Given]):
             del loss
             self.with_loss.clear()
         return tape.program(name)
+
+    def _end_autocast(self) -> None:
+        """The region's cache is cleared."""
+        if self.f.low is None:
+            return
+        self.f.casts = {}
+        for part in self.parts():
+            label = f"autocast ends: {part.label}"
+            if not self.tape.again(label, count=part.count, first_layer=part.layer):
+                with self.tape.segment(label, count=part.count, first_layer=part.layer):
+                    self.casts[part.label].clear()
 
     def _ones_like(self, loss: Tensor) -> Tensor:
         return self.aten.new("ones_like", "gradient of the loss", (), loss.itemsize)
@@ -271,6 +287,7 @@ class PassWriter(Generic[Given]):
         """Run one part on what is carried, and carry its result."""
         self.walking, self.leaves[part.label] = part.label, []
         self.keeps_inputs = part.again
+        self.casts[part.label] = self.f.casts = {}
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
         entered: list[Tensor] = []
@@ -308,12 +325,12 @@ class PassWriter(Generic[Given]):
         leaves, entrance = self.leaves[self.walking], x.node
 
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
-            graph, f.graph, f.frame = f.graph, Graph(), frame
+            graph, f.graph, f.frame, f.casts = f.graph, Graph(), frame, {}
             self.known, expected = iter(leaves), [leaf.expected for leaf in leaves]
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
-                self.known, f.graph, f.frame = None, graph, None
+                self.known, f.graph, f.frame, f.casts = None, graph, None, {}
                 for leaf, gradients in zip(leaves, expected, strict=True):
                     leaf.expected = gradients  # this graph sends none
 

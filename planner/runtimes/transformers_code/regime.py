@@ -55,6 +55,7 @@ class Pass:
     optimizer_impl: str = "foreach"
     checkpointed: int = 0
     selective: bool = False
+    autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
 
@@ -166,15 +167,17 @@ class CodeWriter(PassWriter[Shared]):
         trains = what.kind == "training"
         super().__init__(
             model,
-            element_bytes(what.dtype),
+            element_bytes("fp32" if what.autocast else what.dtype),
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
             selective=what.selective,
+            autocast=element_bytes(what.autocast) if what.autocast else None,
             lora=what.lora,
             accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
+        self.f.widens = what.device != "cpu"
         self.aten.watched = what.device == "cpu"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
