@@ -163,9 +163,11 @@ class Training:
     `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
     there; with one it is a step of the steady state, its states made before, gradients set to None
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
-    and `precision` that a runtime does not plan are refused by it. `checkpointing` "full": a layer
-    keeps its input alone and runs again on the way back, the first one and every
-    `checkpoint_every`-th after it; "selective": a layer runs again but for its matrix products and
+    and `precision` that a runtime does not plan are refused by it. `precision` "pure": all of it in
+    the deployment's dtype; "autocast": weights, gradients and states in fp32 (of adapters; frozen
+    weights stay in that dtype), torch.autocast to it around the forward. `checkpointing` "full": a
+    layer keeps its input alone and runs again on the way back, the first one and every
+    `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
     attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
     all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
     as the labels' `sequence_tokens`.
@@ -214,6 +216,11 @@ class Training:
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
 
+    def held_dtype(self, dtype: str) -> str:
+        """What weights, gradients and states are kept in, computing in `dtype`."""
+        whole = self.precision == "autocast" and self.method == "full"
+        return "fp32" if whole else dtype
+
     @property
     def adapters(self) -> LoRA | None:
         """The adapters that are trained; None where the whole model is."""
@@ -231,10 +238,18 @@ class Training:
         if self.optimizer is not None:
             optimizer = f"{self.optimizer} ({self.optimizer_impl})"
         method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
+        precision = "" if self.precision == "pure" else f"{self.precision}, "
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
-            f"{optimizer}"
+            f"{precision}{self._checkpointing}{optimizer}"
         )
+
+    @property
+    def _checkpointing(self) -> str:
+        if self.checkpointing == "none":
+            return ""
+        every = "" if self.checkpoint_every == 1 else f", every {self.checkpoint_every} layers"
+        return f"checkpointing {self.checkpointing}{every}, "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,9 @@ loss; a GPU's has softmax, powers, roots, sums and LayerNorm.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from planner.autograd.recording import Recorder, only
 from planner.autograd.tensors import Gradients, Leaf, Node, Tensor
 
@@ -53,3 +56,10 @@ class Autocast(Recorder):
         if self.low is None or not self.widens:
             return x
         return self.cast(x, FLOAT32, f"{x.name}, float32")
+
+    @contextmanager
+    def outside_autocast(self) -> Iterator[None]:
+        """Inside an op of torch, which autocast has cast the arguments of already."""
+        low, self.low = self.low, None
+        yield
+        self.low = low

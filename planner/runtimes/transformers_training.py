@@ -20,7 +20,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         "transformers",
         work,
         method=("full", "lora"),
-        precision=("pure",),
+        precision=("pure", "autocast"),
         loss_chunk_tokens=(None,),
     )
     if not is_held(model) or not model.lm_head:
@@ -28,6 +28,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
             f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
+    if work.precision == "autocast":
+        _check_autocast(model, setting)
     if work.adapters is not None and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
@@ -49,6 +51,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
+        autocast=setting.dtype if work.precision == "autocast" else None,
         device=setting.device,
         capability=setting.capability,
         multiprocessors=setting.multiprocessors,
@@ -63,3 +66,16 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def _check_autocast(model: Model, setting: Setting) -> None:
+    """ConfigError where a region of autocast is not planned."""
+    if setting.dtype != "bf16":
+        raise ConfigError(
+            f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16 (fp16 needs a "
+            "GradScaler, fp32 no region)"
+        )
+    if model.text_type in WRITERS:
+        raise ConfigError(
+            f"precision='autocast' of model_type={model.model_type} is not planned yet: pure"
+        )

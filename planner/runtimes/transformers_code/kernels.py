@@ -70,7 +70,8 @@ class KernelWriter(PositionWriter):
         unequal = k.sizes[-1] != v.sizes[-1] or (k.sizes[1] != q.sizes[1] and mask is not None)
         grouped = k.sizes[1] != q.sizes[1]
         if (kernel == "cpu" and unequal) or (kernel == "efficient" and grouped):
-            return self._math(q, k, v, added)
+            with f.outside_autocast():
+                return self._math(q, k, v, added)
         return f.fused_attention(
             q,
             k,

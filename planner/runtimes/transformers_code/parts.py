@@ -30,8 +30,8 @@ class PartWriter(CodeWriter):
                     f.cast(x, FLOAT32, f"{name}, float32"), weights, name, statistics_bytes=FLOAT32
                 )
                 return f.cast(wide, b, name)
-            wide = self.what.device == "cuda" or f.low is not None
-            kept = FLOAT32 if wide else b  # CPUs keep the input's dtype, or the wider weights'
+            on_gpu = self.what.device == "cuda"
+            kept = FLOAT32 if on_gpu else max(b, self.b)  # CPUs: the input's dtype or the weights'
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
         if self.code.norm == "mixed":
             return self._mixed_norm(x, weights[0], name)

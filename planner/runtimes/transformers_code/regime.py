@@ -34,7 +34,8 @@ class Pass:
     `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
-    are trained, nothing else; `accumulates`: earlier steps left gradients.
+    are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
+    a region around the forward, weights in fp32.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -58,6 +59,11 @@ class Pass:
     autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
+
+    @property
+    def held_dtype(self) -> str:
+        """What weights are kept in: fp32 where a region of autocast casts all that is trained."""
+        return "fp32" if self.autocast and self.lora is None else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +159,11 @@ class Shared:
     encoded: Tensor | None = None
 
 
+def widens(device: str) -> bool:
+    """Whether autocast there has the long float32 list: softmax, powers, sums, LayerNorm."""
+    return device != "cpu"
+
+
 class CodeWriter(PassWriter[Shared]):
     """A pass of transformers in one regime of sizes."""
 
@@ -167,7 +178,7 @@ class CodeWriter(PassWriter[Shared]):
         trains = what.kind == "training"
         super().__init__(
             model,
-            element_bytes("fp32" if what.autocast else what.dtype),
+            element_bytes(what.held_dtype),
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
@@ -177,7 +188,7 @@ class CodeWriter(PassWriter[Shared]):
             accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
-        self.f.widens = what.device != "cpu"
+        self.f.widens = widens(what.device)
         self.aten.watched = what.device == "cpu"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
