@@ -125,6 +125,7 @@ class TrainingBench(Bench):
             "weights_bytes": weights,
             "optimizer_bytes": states,
             "attention": attention_name(run.workload.attention, [meter.take_ops()]),
+            "experts": run.workload.experts,
             "peak_live_bytes": weights + states + meter.peak_bytes,
             "peak_op": meter.peak_op,
         }
