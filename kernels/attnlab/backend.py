@@ -1,4 +1,4 @@
-"""Which kernel a transformer's attention really runs, asked of torch with tensors of its shapes."""
+"""Which kernels a transformer really runs: attention's, asked of torch, and those of its experts."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ def backend_name(
         k = torch.empty(B, G, S, D, dtype=transformer.dtype, device=device)
         names.add(sdpa_backend(q, k, k[..., :D_v], scaling=attention.scaling, mask=mask))
     return "sdpa:" + "+".join(sorted(names)) if names else "none"
+
+
+def experts_name(transformer: Transformer) -> str | None:
+    """What multiplies the experts: "loop", "grouped:cutlass" or "grouped:loop"; None: no experts.
+
+    torch's grouped_mm is one kernel in bfloat16 on compute capability 9 and 10 alone; elsewhere it
+    reads the rows' ends on the host and loops itself (torch 2.10 to 2.13, cuda/GroupedBlas.cpp).
+    """
+    device = transformer.device
+    if transformer.experts != "grouped":
+        return transformer.experts
+    if device.type != "cuda" or transformer.dtype != torch.bfloat16:
+        return "grouped:loop"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "grouped:cutlass" if major in (9, 10) else "grouped:loop"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnlab.mixture import Gate
+from attnlab.routers import Gate
 from attnlab.transformer import Transformer
 
 

@@ -7,7 +7,7 @@ dropped and none is padding; only where an expert's rows end depends on the rout
 
 `loop` is a product for each expert, whose sizes the host waits for: the specification. `grouped` is
 torch's grouped matmul, which reads them on the device: one kernel in bfloat16 on an H100 or a B200;
-torch itself loops over the experts elsewhere.
+torch itself loops over the experts elsewhere (backend.experts_name says which).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear, sigmoid, softmax
+from torch.nn.functional import grouped_mm, sigmoid
 
 from attnlab.feed_forward import ACTIVATIONS, FeedForward
 from attnlab.linear import Linear
+from attnlab.routers import Gate
 from planner.errors import ConfigError, check_choice
 from planner.layers import MoE
 from planner.model import Model
@@ -54,8 +55,7 @@ def choose_experts(name: str | None, model: Model, dtype: torch.dtype) -> str | 
     """
     if name is not None:
         check_choice("experts", name, tuple(PRODUCTS))
-    mixtures = {layer.feed_forward for layer in model.layers} - {None}
-    mixtures = {moe for moe in mixtures if isinstance(moe, MoE)}
+    mixtures = {x.feed_forward for x in model.layers if isinstance(x.feed_forward, MoE)}
     if not mixtures:
         if name is not None:
             raise ConfigError(f"experts={name} is not allowed: {model.name} has no mixture")
@@ -69,72 +69,6 @@ def choose_experts(name: str | None, model: Model, dtype: torch.dtype) -> str | 
     if lacking and name == "grouped":
         raise ConfigError(f"experts=grouped has no {lacking[0]}: use loop")
     return name or ("loop" if lacking else "grouped")
-
-
-class Gate(Linear):
-    """The router: a score for each expert, the weights and the picks of each token."""
-
-    def __init__(self, moe: MoE, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__(hidden_size, moe.num_experts, bias=moe.bias, dtype=dtype)
-        self.moe = moe
-        if moe.correction_bias:
-            added = torch.zeros(1, moe.num_experts, dtype=dtype)
-            self.e_score_correction_bias = nn.Parameter(added)
-        elif moe.router == "sigmoid-groups":  # a buffer there, in float32
-            added = torch.zeros(moe.num_experts, dtype=torch.float32)
-            self.e_score_correction_bias = nn.Buffer(added)
-
-    def forward(self, x_Nh: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, in the dtype of x, and experts of each token, [N, k] both."""
-        moe, k = self.moe, self.moe.num_experts_per_tok
-        if moe.router == "sigmoid-groups":  # DeepSeek-V3 routes in float32
-            logits = linear(x_Nh.float(), self.weight.float())
-        else:
-            logits = super().forward(x_Nh).float()
-        if moe.router == "sparsemixer":
-            weights, picks = sparsemixer(logits, k, moe.router_jitter_noise)
-            return weights.to(x_Nh.dtype), picks
-        scores = softmax(logits, dim=-1) if moe.router == "softmax" else sigmoid(logits)
-        choice = logits.detach() if moe.router == "sigmoid" else scores.detach()
-        del logits
-        if hasattr(self, "e_score_correction_bias"):  # for the choice alone
-            choice = choice + self.e_score_correction_bias.detach()
-        if moe.n_group > 1:
-            choice = within_best_groups(choice, moe)
-        picks = choice.topk(k, dim=-1).indices
-        del choice
-        weights = scores.gather(-1, picks)
-        del scores
-        if moe.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        if moe.routed_scaling_factor != 1.0:
-            weights = weights * moe.routed_scaling_factor
-        return weights.to(x_Nh.dtype), picks
-
-
-def within_best_groups(choice_NE: Tensor, moe: MoE) -> Tensor:
-    """−∞ outside the best `topk_group` of `n_group` groups, each judged by its best experts."""
-    groups = choice_NE.unflatten(-1, (moe.n_group, -1))
-    best = groups.topk(moe.group_best, dim=-1).values.sum(dim=-1)
-    kept = best.topk(moe.topk_group, dim=-1).indices
-    hidden = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-    return groups.masked_fill(hidden[..., None], -torch.inf).flatten(-2)
-
-
-def sparsemixer(logits_NE: Tensor, k: int, noise: float) -> tuple[Tensor, Tensor]:
-    """SparseMixer (arXiv:2409.12136) without its sampling: the best expert, then the next.
-
-    Each one's weight is its softmax among those not farther than 2 · `noise` behind it.
-    """
-    weights, picks, left = [], [], logits_NE
-    for _ in range(k):
-        best, pick = left.detach().max(dim=-1, keepdim=True)
-        behind = (best - logits_NE.detach()) / logits_NE.detach().abs().clamp(min=best)
-        near = softmax(left.masked_fill(behind > 2 * noise, -torch.inf), dim=-1)
-        weights.append(near.gather(-1, pick))
-        picks.append(pick)
-        left = left.scatter(-1, pick, -torch.inf)
-    return torch.cat(weights, dim=-1), torch.cat(picks, dim=-1)
 
 
 class Experts(nn.Module):
@@ -170,7 +104,13 @@ class Experts(nn.Module):
         x = x_Nh[order // k]  # [R, h]
         if self.moe.router == "sigmoid":  # llama4 weighs what goes in
             x = x * weights_Nk.flatten()[order, None]
-        x = self._inner(x, of_row, ends)  # [R, i]
+        if self.moe.layout == "flat":
+            gate = self.act(self._linear(x, "gate_proj", of_row, ends))
+            x = gate * self._linear(x, "up_proj", of_row, ends)
+            del gate
+        else:
+            x = self._linear(x, self.up, of_row, ends)  # [R, 2i]
+            x = self._activate(x)  # [R, i]
         x = self._linear(x, "down_proj", of_row, ends)  # [R, h]
         del of_row, ends
         place = torch.arange(N * k, device=order.device)
@@ -181,19 +121,13 @@ class Experts(nn.Module):
             x = x * weights_Nk[..., None]
         return x.sum(dim=1)
 
-    def _inner(self, x_Rh: Tensor, of_row: Tensor, ends: Tensor) -> Tensor:
-        """act(gate(x)) · up(x), or act(up(x)): [R, h] → [R, i]."""
+    def _activate(self, x: Tensor) -> Tensor:
+        """Gate and up, [R, 2i], to act(gate) · up; or up alone, [R, i], to act(up)."""
         moe = self.moe
-        if moe.layout == "flat":
-            gate = self.act(self._linear(x_Rh, "gate_proj", of_row, ends))
-            return gate * self._linear(x_Rh, "up_proj", of_row, ends)
-        x = self._linear(x_Rh, self.up, of_row, ends)
-        del x_Rh
         if not moe.gated:
             return self.act(x)
         alpha, limit = moe.swiglu_alpha, moe.swiglu_limit
         gate, up = x.chunk(2, dim=-1) if alpha is None else (x[..., ::2], x[..., 1::2])
-        del x
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         if alpha is not None:  # gpt-oss: neighbours are gate and up, and up counts from −1

@@ -333,8 +333,6 @@ def unplanned_parts(model: Model) -> list[str]:
                 found.append("queries that grow with their position")
         if layer.attention is None or layer.feed_forward is None:
             found.append("blocks without attention or feed-forward")
-        if isinstance(layer.feed_forward, MoE):
-            found.append("mixtures of experts")
     return found
 
 

@@ -9,7 +9,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
-from attnlab.mixture import GROUPED_BYTES, Gate, Mixture, choose_experts, within_best_groups
+from attnlab.backend import experts_name
+from attnlab.mixture import GROUPED_BYTES, Mixture, choose_experts
+from attnlab.routers import Gate, within_best_groups
 from attnlab.training import training_step
 from attnlab.transformer import Transformer
 from planner import ConfigError
@@ -136,6 +138,13 @@ def test_a_token_does_not_feel_what_its_neighbours_are(pairs, ids):
     ours = pairs("mixtral")[1].layers[0].mlp
     x = torch.randn(2, 9, 32)
     torch.testing.assert_close(ours(x)[1:, 3:5], ours(x[1:, 3:5]), **CLOSE)
+
+
+def test_what_multiplies_is_named(pairs):
+    ours = pairs("mixtral")[1]
+    assert experts_name(ours) == "grouped:loop"  # torch's own, on a CPU
+    assert experts_name(twin(ours, experts="loop")) == "loop"
+    assert experts_name(pairs("llama")[1]) is None
 
 
 def test_the_implementation_is_named_and_what_it_lacks_is_refused(pairs):

@@ -82,7 +82,7 @@ def assert_exact(family, attention, dtype, kind, *, batch, passes, logits="all",
 
 
 def attentions(family):
-    return ("naive",) if family == "gemma2" else ("sdpa", "naive")
+    return ("naive",) if family in ("gemma2", "gpt_oss") else ("sdpa", "naive")
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
@@ -121,7 +121,7 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, dtype, kv_d
 
 
 @given(
-    models(max_tokens=200),
+    models(max_tokens=200, routed=True),
     st.lists(st.integers(1, 50), min_size=1, max_size=4),
     st.sampled_from(KINDS),
     st.booleans(),

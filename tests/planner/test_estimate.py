@@ -128,9 +128,13 @@ def test_bad_workloads_are_named(field, value):
         Inference(**{"batch": 1, "prompt_tokens": 8, field: value})
 
 
-def test_attnlab_says_what_it_does_not_run():
-    with pytest.raises(ConfigError, match="runtime=attnlab does not run mixtures of experts"):
-        of("mixtral-8x7b", Deployment(gpu="h200", runtime="attnlab"))
+def test_attnlab_says_what_it_does_not_run_and_what_it_does_not_plan():
+    deploy = Deployment(gpu="h200", runtime="attnlab")
+    with pytest.raises(ConfigError, match="runtime=attnlab runs queries that grow with their pos"):
+        of("llama-4-scout-text", deploy)
+    mixtral = of("mixtral-8x7b", deploy)
+    assert mixtral.peak_note == ""
+    assert mixtral.latency.ttft_s > 0
 
 
 def test_weights_quantised_on_loading_have_the_size_that_vllm_prints():
