@@ -214,13 +214,13 @@ def test_a_quantised_cache_is_set_by_widgets_and_links():
 
 
 def test_the_kv_dtypes_are_what_the_runtime_keeps():
-    app = opened(runtime="transformers", kv_dtype="int4")
+    app = opened(runtime="transformers", kv_dtype="int3")
     app.get_by_key("runtime").set_value("attnlab").run()
     assert not app.exception
     assert len(app.error) == 0
-    assert "int4" not in app.get_by_key("kv_dtype").options
-    linked = opened(runtime="attnlab", kv_dtype="int4")
-    assert "kv_dtype='int4' in the link is not one of as the model" in linked.warning[0].value
+    assert "int3" not in app.get_by_key("kv_dtype").options
+    linked = opened(runtime="attnlab", kv_dtype="int3")
+    assert "kv_dtype='int3' in the link is not one of as the model" in linked.warning[0].value
     assert linked.get_by_key("kv_dtype").value == "as the model"
     other = opened(runtime="transformers", kv_dtype="int8", kv_backend="quanto")
     assert "kv_backend='quanto' in the link is not one of hqq" in other.warning[0].value
