@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +70,14 @@ def profile_command(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Records, appended.")] = Path(
         "measurements/records.jsonl"
     ),
+    memory_viz: Annotated[
+        Path | None,
+        typer.Option(
+            "--memory-viz",
+            metavar="FILE",
+            help="Of a model on CUDA: its allocations, for pytorch.org/memory_viz. Times suffer.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a model, or a suite of them, for real; append what was seen to a record file.
@@ -79,6 +88,7 @@ def profile_command(
     if suite is not None:
         if model is not None:
             raise ConfigError(f"MODEL={shown(model)} is not allowed with --suite: it has its own")
+        _refuse_options("--suite", {"--memory-viz": memory_viz})
         how = {"device": device, "budget": budget, "missing": missing, "ray": ray}
         _suite(suite, **how, out=out, as_json=as_json)  # type: ignore[arg-type]
         return
@@ -97,13 +107,18 @@ def profile_command(
         "out": out,
     }
     from profiles.compare import compare  # noqa: TID251
+    from profiles.history import drawn_by_memory_viz  # noqa: TID251
     from profiles.runner import profile  # noqa: TID251
 
     described = load_model(model)
-    if as_json:
-        records = profile(described, **options)
-    else:
-        records = _with_progress(lambda report: profile(described, on_progress=report, **options))
+    drawn = drawn_by_memory_viz(memory_viz, device=device) if memory_viz else nullcontext()
+    with drawn:
+        if as_json:
+            records = profile(described, **options)
+        else:
+            records = _with_progress(
+                lambda report: profile(described, on_progress=report, **options)
+            )
     rows = compare(records, on_problem=warn)
     if as_json:
         show({"records": [r.id for r in records], "rows": [asdict(row) for row in rows]})

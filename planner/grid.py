@@ -68,6 +68,8 @@ class Times:
 def takes_arrays(prepared: Prepared) -> bool:
     """Whether the rules take arrays: the steps of quantised and static caches differ by size."""
     setting = prepared.setting
+    if setting.cache is not None and setting.cache.kind == "quantised":
+        return False
     return prepared.runtime.name != "transformers" or not (
         is_quantised(setting) or is_static(setting)
     )

@@ -53,10 +53,12 @@ def layer_rows(
     context_tokens: int,
     encoder_tokens: int,
     static: bool = False,
+    attention_rows: Callable[[GQA | MLA], list[Row]] | None = None,
 ) -> list[Row]:
     """A row for each cached tensor of each kind of layer: count · batch · elements · bytes.
 
     `kept` says how many tokens an attention layer keeps; cross-attention keeps `encoder_tokens`.
+    `attention_rows`: those of one layer's keys and values, where they are not plain elements.
     """
     rows = []
     for layer, count in model.layer_kinds().items() if model.is_decoder else ():
@@ -64,6 +66,8 @@ def layer_rows(
             match mixer:
                 case GQA(shares_cache=True) | MLA(shares_cache=True, indexer=None) | None:
                     pass
+                case GQA() | MLA() if attention_rows is not None:
+                    rows += [_times(row, count) for row in attention_rows(mixer)]
                 case GQA() | MLA():
                     row = _attention_row(mixer, kept(mixer), batch=batch, dtype=dtype)
                     rows.append(_times(row, count))

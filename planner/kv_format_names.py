@@ -75,7 +75,7 @@ def turboquant(name: str, *, key_bits: int, value_bits: int) -> KvFormat:
     norm = None if key_bits == 8 else Scales(per="token-head", dtype="fp16")
     return KvFormat(
         name=name,
-        keys=TensorFormat(bits=key_bits, scales=norm),
+        keys=TensorFormat(bits=key_bits, scales=norm, floating=key_bits == 8),
         values=TensorFormat(
             bits=value_bits, scales=Scales(per="token-head", dtype="fp16", zero_dtype="fp16")
         ),
@@ -89,12 +89,12 @@ _PER_TOKEN_HEAD = Scales(per="token-head")
 KV_FORMATS: dict[str, KvFormat] = {
     form.name: form
     for form in (
-        both("fp32", TensorFormat(bits=32)),
-        both("bf16", TensorFormat(bits=16)),
-        both("fp16", TensorFormat(bits=16)),
-        both("fp8", TensorFormat(bits=8, scales=_PER_TENSOR)),
-        both("fp8_per_head", TensorFormat(bits=8, scales=_PER_HEAD)),
-        both("fp8_per_token_head", TensorFormat(bits=8, scales=_PER_TOKEN_HEAD)),
+        both("fp32", TensorFormat(bits=32, floating=True)),
+        both("bf16", TensorFormat(bits=16, floating=True)),
+        both("fp16", TensorFormat(bits=16, floating=True)),
+        both("fp8", TensorFormat(bits=8, scales=_PER_TENSOR, floating=True)),
+        both("fp8_per_head", TensorFormat(bits=8, scales=_PER_HEAD, floating=True)),
+        both("fp8_per_token_head", TensorFormat(bits=8, scales=_PER_TOKEN_HEAD, floating=True)),
         both("int8_per_token_head", TensorFormat(bits=8, scales=_PER_TOKEN_HEAD)),
         both("int4_per_token_head", TensorFormat(bits=4, scales=_PER_TOKEN_HEAD)),
         _block("q8_0", 8),

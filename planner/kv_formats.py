@@ -174,7 +174,8 @@ class TensorFormat:
         group   members of a group, whole codes: groups · ⌈g / codes⌉ words
         groups  the same place of several groups, whole codes: ⌈groups / codes⌉ · g words
 
-    with codes = ⌊word / bits⌋ of them in a word. `scales` None: plain elements.
+    with codes = ⌊word / bits⌋ of them in a word. `scales` None: plain elements. `floating`: codes
+    are floating-point numbers (8 bits: e4m3), not whole ones.
     """
 
     bits: int
@@ -182,6 +183,7 @@ class TensorFormat:
     packed: Packing = "row"
     word_bytes: int = 1
     residual: Residual | None = None
+    floating: bool = False
 
     def __post_init__(self) -> None:
         check_size("bits", self.bits, maximum=32)

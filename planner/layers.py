@@ -62,7 +62,8 @@ class GQA:
     keys and values are those of an earlier layer, this one projects and caches none (gemma3n).
     `attention_k_eq_v`: the values are the projected keys, there is no v_proj (gemma4). `v_norm`: a
     norm without scale on the values. `output_gate`: q_proj makes a gate on the heads' outputs
-    beside the queries (qwen3_next).
+    beside the queries (qwen3_next). `temperature`: (attn_scale, floor_scale) of queries that grow
+    with their position p, by 1 + attn_scale · ln(1 + ⌊(p + 1) / floor_scale⌋) (llama4).
     """
 
     num_attention_heads: int
@@ -87,6 +88,7 @@ class GQA:
     output_gate: bool = False
     attention_k_eq_v: bool = False
     v_norm: bool = False
+    temperature: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_size("num_attention_heads", self.num_attention_heads)
@@ -196,9 +198,11 @@ class MoE:
     projection of so many dimensions (nemotron_h).
     Router "softmax" (mixtral): top-k of the softmax, renormalised if `norm_topk_prob`; "sigmoid"
     (llama4): sigmoids of the top-k scale the experts' inputs; "sparsemixer" (phimoe,
-    arXiv:2409.12136): two experts, one after the other. Router "sigmoid-groups"
+    arXiv:2409.12136): two experts, one after the other, each weighed among those that are at most
+    2 · `router_jitter_noise` of their score behind. Router "sigmoid-groups"
     (DeepSeek-V3, arXiv:2412.19437): sigmoid scores plus a correction bias, top `topk_group` of
-    `n_group` groups first. `shared` runs for every token.
+    `n_group` groups first, each judged by its `group_best` best scores (DeepSeek-V2: one), in
+    whatever router has groups. `shared` runs for every token.
     """
 
     num_experts: int
@@ -219,8 +223,10 @@ class MoE:
     swiglu_limit: float | None = None
     n_group: int = 1
     topk_group: int = 1
+    group_best: int = 2
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    router_jitter_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "moe_intermediate_size", "n_group", "topk_group"):
@@ -311,8 +317,11 @@ class NoPositions:
 class RelativeBias:
     """Learned biases on the scores by bucketed distance (T5, arXiv:1910.10683).
 
-    Their table is among the parameters of the block that holds it.
+    Their table is among the parameters of the block that holds it; those behind it add them too.
+    All from `max_distance` on share one bucket.
     """
+
+    max_distance: int = 128
 
 
 Positions = RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions

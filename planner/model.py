@@ -26,7 +26,10 @@ class Tower:
 
     All its parameters count as `part`. `outer` are those outside its blocks, by their checkpoint
     names; `parameter_names` translates the blocks' names, `layers.0.self_attn.q_proj.weight` say.
+    Of an encoder it translates those of `outer` too: `embed_positions`, `norm`, `embed_norm`.
     `buffer_bytes`: what transformers holds for it besides, rotary frequencies or numbered patches.
+    An encoder reads the model's embedding, to which `positions` are added, then `embedding_norm`;
+    or features through convolutions of these `strides`, `conv1`, `conv2`, ... (whisper).
     """
 
     part: Literal["encoder", "vision", "audio", "projector"]
@@ -35,15 +38,34 @@ class Tower:
     outer: tuple[Parameter, ...] = ()
     parameter_names: tuple[tuple[str, str], ...] = ()
     buffer_bytes: int = 0
+    positions: Positions | None = None
+    embedding_norm: Norm | None = None
+    final_norm: Norm | None = None
+    strides: tuple[int, ...] = ()
 
     def parameters(self) -> Iterator[Parameter]:
+        """Every trained tensor once: an encoder's as in the llama family, behind `encoder.`.
+
+        Another part's by its checkpoint name.
+        """
+        if self.part != "encoder":
+            yield from self.checkpoint_parameters()
+            return
+        for p in self._own_parameters():
+            yield replace(p, name=f"encoder.{p.name}")
+
+    def checkpoint_parameters(self) -> Iterator[Parameter]:
         """Every trained tensor once, by its checkpoint name."""
+        for p in self._own_parameters():
+            own = self.part == "encoder" or p.layer is not None
+            yield replace(p, name=translate(p.name, self.parameter_names)) if own else p
+
+    def _own_parameters(self) -> Iterator[Parameter]:
         for p in self.outer:
             yield replace(p, group=self.part, layer=None)
         for index, layer in enumerate(self.layers):
             for p in layer_parameters(layer, self.hidden_size):
-                name = translate(f"layers.{index}.{p.name}", self.parameter_names)
-                yield replace(p, name=name, group=self.part, layer=index)
+                yield replace(p, name=f"layers.{index}.{p.name}", group=self.part, layer=index)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +76,10 @@ class Model:
     names from the llama family's to this family's, most specific first; `extra_parameters` stand
     outside the blocks and no field describes them; `logit_scale` multiplies the logits (cohere);
     `transposed_linears` says that its linear weights are [in, out] (GPT-2's Conv1D).
-    `embedding_norm` stands behind the token embedding (bloom). `local_positions` are those of
+    `residual_in_fp32`: blocks add to a float32 stream, whatever their dtype (mamba).
+    `embedding_norm` stands behind the token embedding (bloom), or, with `embedding_norm_last`,
+    behind the positions too (bart). `final_logits_bias`: a buffer [1, V] is added to the logits,
+    zeros unless a checkpoint has others (bart). `local_positions` are those of
     sliding layers where they differ (gemma-3). `mask_windows` are the masks that its class makes,
     where they are not those of its layers. `embedding_size`: width of embedding and head where it
     is not hidden_size; a linear leads in and another out (opt-350m).
@@ -84,8 +109,11 @@ class Model:
     lm_head_bias: bool = False
     extra_parameters: tuple[Parameter, ...] = ()
     embedding_norm: Norm | None = None
+    embedding_norm_last: bool = False
     embedding_scale: float | None = None
+    final_logits_bias: bool = False
     logit_scale: float | None = None
+    residual_in_fp32: bool = False
     final_logit_softcapping: float | None = None
     local_positions: RoPE | None = None
     parameter_names: tuple[tuple[str, str], ...] = ()
@@ -142,7 +170,7 @@ class Model:
         width = self.embedding_size or h
         if V and self.token_embedding:
             yield tensor("embed_tokens.weight", V, width, group="embedding")
-        if self.embedding_norm is not None:
+        if self.embedding_norm is not None and not self.embedding_norm_last:
             yield from norm_parameters(self.embedding_norm, "embed_norm", width)
         match self.positions:
             case LearnedPositions(offset=offset) if self.token_embedding:
@@ -158,12 +186,14 @@ class Model:
             for p in linear("lm_head", "head", out=V, into=width, bias=self.lm_head_bias):
                 if not (self.tie_word_embeddings and p.linear):
                     yield p
+        if self.embedding_norm is not None and self.embedding_norm_last:
+            yield from norm_parameters(self.embedding_norm, "embed_norm", h)
         yield from self.extra_parameters
 
     def parameters(self) -> Iterator[Parameter]:
         """Every trained tensor once, in the llama family's names and [out, in] shapes.
 
-        Those of the towers come last, by their checkpoint names.
+        Those of the towers come last (Tower.parameters).
         """
         yield from self._own_parameters()
         for tower in self.towers:
@@ -218,7 +248,7 @@ class Model:
             name, shape = self.checkpoint_name(p.name), p.shape[:: -1 if swap else 1]
             yield replace(p, name=name, shape=shape, transposed=p.transposed or (swap and p.linear))
         for tower in self.towers:
-            yield from tower.parameters()
+            yield from tower.checkpoint_parameters()
 
     def stored_tensors(self, dtype: str | None = None) -> Iterator[tuple[Parameter, Stored]]:
         """Every tensor of the weights as it lies in memory, beside the parameter it stands for.
@@ -245,6 +275,9 @@ class Model:
 
     def checkpoint_name(self, name: str) -> str:
         """A parameter's name in this family's checkpoints, from its name in `parameters()`."""
+        for tower in self.towers:
+            if tower.part == "encoder" and name.startswith("encoder."):
+                return translate(name.removeprefix("encoder."), tower.parameter_names)
         return translate(name, self.parameter_names)
 
     def parameter_table(self) -> pd.DataFrame:

@@ -46,7 +46,8 @@ class Speed:
     """How fast a device is taken to be: its ceilings, its calibration, what the runtime runs.
 
     `backends` are the attention kernels to look for, best first. `weight_ratio` is what stored
-    weights of linear layers take of plain ones; `product_dtype` what their products run in.
+    weights of linear layers take of plain ones, `expert_ratio` those of routed experts;
+    `product_dtype` what their products run in.
     """
 
     gpu: Gpu
@@ -54,6 +55,7 @@ class Speed:
     calibration: Calibration | None
     backends: tuple[str, ...] = ()
     weight_ratio: float = 1.0
+    expert_ratio: float = 1.0
     product_dtype: str = ""
     fused: bool = False
     gpus: int = 1
@@ -97,6 +99,7 @@ def speed_of(
     backends: tuple[str, ...] = (),
     fused: bool = False,
     weight_ratio: float = 1.0,
+    expert_ratio: float = 1.0,
     product_dtype: str = "",
     gpus: int = 1,
 ) -> Speed:
@@ -108,6 +111,7 @@ def speed_of(
         backends=backends,
         fused=fused,
         weight_ratio=weight_ratio,
+        expert_ratio=expert_ratio,
         product_dtype=product_dtype or dtype,
         gpus=gpus,
     )
@@ -173,7 +177,13 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             sizes, free, family = (m, n, k), (kind.free,), "gemm"
         case Grouped():
             dtype = speed.product_dtype
-            sizes = (evaluate(kind.m, dims), evaluate(kind.reached, dims), kind.n, kind.k)
+            rows, reached, n = evaluate(kind.m, dims), evaluate(kind.reached, dims), kind.n
+            ratio = speed.expert_ratio
+            weights = sum(evaluate(s, dims) for s in op.moved if s[:1] == kind.reached)
+            moved = moved - weights * (1.0 - ratio)
+            if ratio < 1.0 and ALIAS.get(dtype, dtype) != "fp8":
+                n = n * ratio
+            sizes = (rows, reached, n, kind.k)
             fit = _covering(speed, "grouped", dtype, sizes)
             free, family = (0, 1), "grouped"
         case Attention():
@@ -189,6 +199,8 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     if fit is None:
         return _unmeasured(timed, family, dtype or speed.dtype, flops, moved, speed)
     seconds = fit.seconds(sizes, free)
+    if speed.fused and isinstance(kind, Grouped):
+        seconds = _one_row_each(sizes, seconds, flops, moved, speed)
     if isinstance(kind, Bytes):
         seconds = _warm_or_cold(kind.kind, fit, sizes, speed)
     if speed.fused and isinstance(kind, Product):
@@ -220,6 +232,18 @@ def _streamed(fit: Fit, moved: Number, unpacked: Number, speed: Speed) -> Number
     issuing = UNPACKING * unpacked / (speed.gpu.flops_per_s("fp32") / 2.0)
     p = fit.roof.power
     return launch_s + (streaming**p + issuing**p) ** (1.0 / p)
+
+
+def _one_row_each(
+    sizes: tuple[Number, ...], seconds: Number, flops: Number, moved: Number, speed: Speed
+) -> Number:
+    """Experts that are reached by a row each are streamed as one product of a row is."""
+    rows, reached, n, k = sizes
+    fit = _covering(speed, "gemm", speed.product_dtype, (1, reached * n, k))
+    if fit is None:
+        return seconds
+    one = _streamed(fit, moved, 0.0 if speed.expert_ratio == 1.0 else flops / 2.0, speed)
+    return np.where(np.asarray(rows) <= reached, one, seconds)
 
 
 def _warm_or_cold(kind: str, cold: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:

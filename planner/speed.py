@@ -30,35 +30,39 @@ FP8_METHODS = frozenset(("fp8", "fbgemm_fp8", "compressed-tensors"))
 
 def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
     """The device, its calibration, and what runtime and weights make of it."""
-    ratio, product_dtype = _stored(model, setting.dtype, setting.capability or "")
+    ratio, expert_ratio, product_dtype = _stored(model, setting.dtype, setting.capability or "")
     return speed_of(
         gpu,
         setting.dtype,
         backends=BACKENDS.get(runtime, ()),
         fused=runtime == "attnlab" and setting.mode == "graph",
         weight_ratio=ratio,
+        expert_ratio=expert_ratio,
         product_dtype=product_dtype,
         gpus=setting.tensor_parallel,
     )
 
 
 @lru_cache(maxsize=256)
-def _stored(model: Model, dtype: str, capability: str) -> tuple[float, str]:
-    """What stored weights of linear layers take of plain ones, and the dtype of their products."""
+def _stored(model: Model, dtype: str, capability: str) -> tuple[float, float, str]:
+    """What stored weights take of plain ones, of linear layers and of experts; products' dtype."""
     if model.quantization is None:
-        return 1.0, dtype
-    plain = stored = 0
+        return 1.0, 1.0, dtype
+    plain, stored = {True: 0, False: 0}, {True: 0, False: 0}  # by whether they are experts'
     for parameter, tensor in model.stored_tensors(dtype):
         if not linears(parameter) or parameter.group in ("embedding", "head"):
             continue
-        stored += tensor.size_bytes
-        plain += 0 if tensor.role != "weight" else parameter.count * element_bytes(dtype)
-    if not plain:
-        return 1.0, dtype
-    ratio = min(1.0, stored / plain)
+        experts = parameter.group == "experts"
+        stored[experts] += tensor.size_bytes
+        plain[experts] += 0 if tensor.role != "weight" else parameter.count * element_bytes(dtype)
+
+    def ratio(*kinds: bool) -> float:
+        whole = sum(plain[kind] for kind in kinds)
+        return min(1.0, sum(stored[kind] for kind in kinds) / whole) if whole else 1.0
+
     newest = capability and float(capability) >= 8.9
-    in_fp8 = newest and model.quantization.method in FP8_METHODS and 0.4 < ratio < 0.6
-    return ratio, "fp8" if in_fp8 else dtype
+    in_fp8 = newest and model.quantization.method in FP8_METHODS and 0.4 < ratio(True, False) < 0.6
+    return ratio(False), ratio(True), "fp8" if in_fp8 else dtype
 
 
 def communication_cost(model: Model, setting: Setting, dims: Dims, speed: Speed) -> Cost:

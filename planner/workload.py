@@ -10,6 +10,7 @@ from planner.errors import ConfigError, check_choice, check_size, shown
 
 CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
+CACHE_SCALES = ("token-head",)
 QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
 LOADED_DTYPES = ("fp8", "int8", "int4", "nf4")
 """What some runtime quantises plain weights to while it loads them."""
@@ -23,7 +24,12 @@ class CacheSpec:
     `block_tokens` the page of a paged one. The rest sets a quantised one, by the names of
     transformers' QuantizedCache: `backend` quanto or hqq (None: the one that has the dtype, quanto
     first), `axis_key` and `axis_value` (None: 0), `q_group_size` (None: 64 elements share a scale)
-    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype.
+    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype. In
+    attnlab it is KIVI's, which has the last two alone (None: groups of 32, 128 tokens).
+
+    `scales`: "token-head", one for each token and head, or for `q_group_size` channels of it, in a
+    cache of any other kind (attnlab). None: what the KV dtype needs; int8 and int4 cannot be
+    without, fp8 is a plain cast.
     """
 
     kind: str
@@ -34,12 +40,15 @@ class CacheSpec:
     axis_key: int | None = None
     axis_value: int | None = None
     q_group_size: int | None = None
+    scales: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("cache.kind", self.kind, CACHE_KINDS)
-        for field in QUANTISED_FIELDS if self.kind != "quantised" else ():
+        if self.scales is not None:
+            check_choice("cache.scales", self.scales, CACHE_SCALES)
+        for field in ("scales",) if self.kind == "quantised" else QUANTISED_FIELDS:
             value = getattr(self, field)
-            if value is not None:
+            if value is not None and (field != "q_group_size" or self.scales is None):
                 raise ConfigError(
                     f"cache.{field}={shown(value)} is not allowed: None for cache.kind="
                     f"{self.kind!r}"

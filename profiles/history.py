@@ -23,6 +23,7 @@ import torch
 
 from planner import ConfigError
 from profiles import history_format
+from profiles.environment import find_device
 
 MAX_ENTRIES = 5_000_000
 """The oldest events of more than these are lost. An event without stacks is some 200 bytes."""
@@ -36,6 +37,11 @@ class History:
 
     def __init__(self) -> None:
         self._snapshot: dict[str, Any] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the snapshot was taken."""
+        return self._snapshot is not None
 
     @property
     def snapshot(self) -> dict[str, Any]:
@@ -61,6 +67,34 @@ class History:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             pickle.dump(self.snapshot, file, protocol=PICKLE_PROTOCOL)
+
+
+@contextmanager
+def drawn_by_memory_viz(path: str | Path, *, device: str) -> Iterator[None]:
+    """Record the block with Python stacks and write it to `path` for pytorch.org/memory_viz.
+
+    What happened before a block raised is written too. ConfigError, before anything runs, for a
+    `device` that is not CUDA: no other allocator keeps a history; and for a path whose folder
+    cannot be written to.
+    """
+    target, path = find_device(device), Path(path)
+    if target.type != "cuda":
+        raise ConfigError(
+            f"--memory-viz is not allowed on device={target.type}: cuda, whose allocator keeps a "
+            "history"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--memory-viz={path} cannot be written: {error.strerror}") from None
+    history: History | None = None
+    try:
+        with recorded(context="alloc") as history:
+            yield
+    finally:
+        if history is not None and history.ended:
+            history.write_pickle(path)
 
 
 @contextmanager

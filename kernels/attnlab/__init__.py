@@ -1,1 +1,1 @@
-"""The decoder-only transformer that is really measured, built from a `planner.Model`."""
+"""The transformer that is really measured, built from a `planner.Model`."""

@@ -1,6 +1,8 @@
-"""What every KV cache is: keys and values of each layer, appended to, and where each key stands.
+"""What every cache is: what each layer keeps of every token, appended to, and where each stands.
 
-A pass is `begin` (how many tokens come, of which sequences), an `append` in every layer, `advance`.
+A layer keeps streams: keys and values (GQA), or one latent that is both (MLA). Recurrent layers
+keep states of a fixed size instead, which they write in place. A pass is `begin` (how many tokens
+come, of which sequences), an `append` in every layer that attends, `advance`.
 Sequences of a batch may differ in length: then a pass brings T tokens of each, of which only the
 first `tokens[b]` are real. The rest is padding behind them, which causality hides from the real
 ones; no cache lets a later query see it.
@@ -10,24 +12,57 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnlab.codec import Codec
 from attnlab.masks import Keys, Pattern
-from attnlab.supported import grouped_query
+from attnlab.states import new_states
 from planner.errors import ConfigError, check_size
-from planner.layers import GQA
+from planner.kv_formats import KvFormat
+from planner.layers import GQA, MLA, Layer
+from planner.mixers import Mixer
 from planner.model import Model
 
-# Shapes.  B batch · G kv heads · T new tokens · S keys · D head dim
+# Shapes.  B batch · G kv heads · T new tokens · S keys · D width of a stream
+
+
+class Stream(NamedTuple):
+    """One tensor that a layer keeps of every token: [heads, width]."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+
+def streams(attention: GQA | MLA | None, dtype: torch.dtype) -> list[Stream]:
+    """Keys and values; of MLA the latent with the rotary key behind it; nothing without either."""
+    match attention:
+        case GQA(num_key_value_heads=G, head_dim=D):
+            return [Stream(G, D, dtype), Stream(G, D, dtype)]
+        case MLA(kv_lora_rank=d_c, qk_rope_head_dim=d_rope):
+            return [Stream(1, d_c + d_rope, dtype)]
+    return []
+
+
+def attention_of(layer: Layer) -> GQA | MLA | None:
+    """The attention of a layer that keeps tokens, wherever it stands."""
+    return next((x for x in (layer.attention, layer.beside) if isinstance(x, GQA | MLA)), None)
 
 
 class Cache(ABC):
-    """Keys and values of up to `capacity_tokens` tokens a sequence (None: no limit).
+    """What is kept of up to `capacity_tokens` tokens a sequence (None: no limit).
 
-    The dtype is the cache's own; attention converts what it reads. `lengths` are the tokens held
-    of each sequence. No gradient flows through a cache.
+    `layers[index]`: a tensor for each stream; `states[index]`: a recurrent layer's, whole batch
+    first, zeros before the first token; `cross[index]`: an encoder's keys and values [B, G, S, D],
+    put there by cross-attention, and `cross_real`, bool [B, S], which of them are no padding (None:
+    all are real). The dtype is the cache's own (states that are summed up stay in float32);
+    attention converts what it reads. `form`: keys and values are kept as codes and scales
+    (codec.py), which are streams themselves. `lengths` are the tokens held of each sequence. No
+    gradient flows through a cache.
     """
 
     fixed_shapes = False
@@ -41,6 +76,7 @@ class Cache(ABC):
         capacity_tokens: int | None,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
     ) -> None:
         self.batch = check_size("batch", batch)
         if capacity_tokens is not None:
@@ -48,7 +84,26 @@ class Cache(ABC):
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype} is not allowed for a cache: a floating-point dtype")
         self.capacity_tokens, self.dtype, self.device = capacity_tokens, dtype, torch.device(device)
-        self.attentions: list[GQA] = [grouped_query(layer.attention) for layer in model.layers]
+        self.attentions = [attention_of(layer) for layer in model.layers]
+        self.form = form
+        self.codecs = [
+            None if form is None or attention is None else Codec(form, attention)
+            for attention in self.attentions
+        ]
+        self.streams = [
+            streams(attention, dtype)
+            if codec is None
+            else [Stream(*s) for s in codec.streams(dtype)]
+            for attention, codec in zip(self.attentions, self.codecs, strict=True)
+        ]
+        self.layers: list[list[Tensor]] = [[] for _ in model.layers]
+        mixers = [
+            next((x for x in (layer.attention, layer.beside) if isinstance(x, Mixer)), None)
+            for layer in model.layers
+        ]
+        self.states = [new_states(mixer, batch, dtype, self.device) for mixer in mixers]
+        self.cross: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+        self.cross_real: Tensor | None = None
         self.lengths = [0] * batch
         self.new_tokens = [0] * batch  # real tokens of the pass that is under way
         self.T = 0
@@ -69,9 +124,10 @@ class Cache(ABC):
         return [n + new for n, new in zip(self.lengths, self.new_tokens, strict=True)]
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the keys' and values' tensors; tables that say what lies where are not in it."""
+        """Bytes of what is kept; tables that say what lies where are not in it."""
+        held = [*self.layers, *self.states, *(pair for pair in self.cross if pair is not None)]
+        return sum(t.nbytes for tensors in held for t in tensors)
 
     def begin(self, T: int, *, batch: int, tokens: Sequence[int] | None = None) -> Tensor:
         """A pass of T tokens begins; the positions of its queries, [T] or, if ragged, [B, T].
@@ -104,9 +160,24 @@ class Cache(ABC):
     def keys(self, pattern: Pattern) -> Keys:
         """Where the keys stand that `append` returns in a layer of this pattern."""
 
+    def append(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+        """Keep the pass's streams in layer `index`; all to attend to, [B, G, S, D] each."""
+        codec = self.codecs[index]
+        if codec is None:
+            return self._keep(index, *new_BGTD)
+        return codec.decode(self._keep(index, *codec.encode(*new_BGTD)), new_BGTD[0].dtype)
+
     @abstractmethod
-    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the pass's keys and values in layer `index`; all to attend to, [B, G, S, D] each."""
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+        """`append` of what is stored, quantised or not."""
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the pass's tokens are real, bool [B, T]; None: all of them."""
+        if all(n == self.T for n in self.new_tokens):
+            return None
+        places = torch.arange(self.T, device=self.device)
+        return places < torch.tensor(self.new_tokens, device=self.device)[:, None]
 
     def advance(self) -> None:
         """The pass ends: its real tokens count as held."""
@@ -115,6 +186,21 @@ class Cache(ABC):
     def reset(self) -> None:
         """Forget all tokens."""
         self.lengths = [0] * self.batch
+        self.cross, self.cross_real = [None] * len(self.cross), None
+        for state in (t for states in self.states for t in states):
+            state.zero_()
+
+    def _zeros(self, index: int, *shape: int) -> list[Tensor]:
+        """A tensor of zeros for each stream of a layer; -2 and -1 stand for its heads and width.
+
+        Streams that are alike lie in one piece of memory, behind one another.
+        """
+        made: list[Tensor] = []
+        for stream, run in groupby(self.streams[index]):
+            sizes = [{-2: stream.heads, -1: stream.width}.get(n, n) for n in shape]
+            count = len(list(run))
+            made += torch.zeros((count, *sizes), dtype=stream.dtype, device=self.device).unbind(0)
+        return made
 
     def _starts(self) -> Tensor:
         return torch.tensor(self.lengths, device=self.device)

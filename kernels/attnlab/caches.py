@@ -6,13 +6,23 @@ import torch
 
 from attnlab.cache import Cache
 from attnlab.growing import GrowingCache
+from attnlab.kivi import KiviCache
 from attnlab.kv_cache import KVCache
 from attnlab.paged import PagedCache
 from attnlab.ring import RingCache
 from planner.errors import check_choice
 from planner.model import Model
 from planner.runtimes.attnlab import CACHE_KINDS, DEFAULT_BLOCK_TOKENS
+from planner.runtimes.attnlab_formats import kv_format
+from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.workload import CacheSpec
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def build_cache(
@@ -23,24 +33,26 @@ def build_cache(
     tokens: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    kv_dtype: str | None = None,
 ) -> Cache:
     """An empty cache for `tokens` tokens of each of `batch` sequences; None: a static one.
 
-    `spec.capacity_tokens` goes before `tokens`. Raises ConfigError for a kind that is not here.
+    `dtype`: what is computed in; `kv_dtype`: what keys and values are kept in, as a Deployment
+    names it (None: the same; in a quantised cache int4). `spec.capacity_tokens` goes before
+    `tokens`. Raises ConfigError for what is not here.
     """
     spec = spec or CacheSpec(kind="static")
     check_choice("cache.kind", spec.kind, CACHE_KINDS)
-    capacity = spec.capacity_tokens or tokens
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    quantised = spec.kind == "quantised"
+    kv_dtype = kv_dtype or (DEFAULT_DTYPE if quantised else names.get(dtype, str(dtype)))
+    form = kv_format(spec, kv_dtype)
+    settings = dict(batch=batch, dtype=DTYPES[kv_dtype] if form is None else dtype, device=device)
+    if form is not None and quantised:
+        return KiviCache(model, form=form, **settings)
     if spec.kind == "dynamic":
-        return GrowingCache(model, batch=batch, dtype=dtype, device=device)
+        return GrowingCache(model, form=form, **settings)
+    settings |= dict(capacity_tokens=spec.capacity_tokens or tokens, form=form)
     if spec.kind == "paged":
-        return PagedCache(
-            model,
-            batch=batch,
-            capacity_tokens=capacity,
-            dtype=dtype,
-            device=device,
-            block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
-        )
-    kind = RingCache if spec.kind == "ring" else KVCache
-    return kind(model, batch=batch, capacity_tokens=capacity, dtype=dtype, device=device)
+        return PagedCache(model, block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS, **settings)
+    return (RingCache if spec.kind == "ring" else KVCache)(model, **settings)

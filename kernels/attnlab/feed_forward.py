@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
 from attnlab.linear import Linear
-from planner.errors import ConfigError
-from planner.layers import Dense, MoE
+from planner.layers import Dense
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -49,12 +48,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """One dense feed-forward. Raises ConfigError for a mixture of experts."""
+    """One dense feed-forward."""
 
-    def __init__(self, dense: Dense | MoE, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, dense: Dense, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        if not isinstance(dense, Dense):
-            raise ConfigError(f"feed_forward={type(dense).__name__} does not run in attnlab: Dense")
         self.act = ACTIVATIONS[dense.activation]
         self.gated, self.fused = dense.gated, dense.fused_gate_up
         h, i = hidden_size, dense.intermediate_size

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.cache import Cache
 from attnlab.kv_cache import FixedShapeCache, KVCache
 from attnlab.sampling import Sampling, choose_tokens
+from attnlab.seq2seq import EncoderDecoder
 from attnlab.transformer import Transformer, check_ids
 from planner.errors import ConfigError, check_size, shown
 
@@ -91,13 +92,17 @@ def generate(
     stop_tokens: Iterable[int] = (),
     prefill_chunk_tokens: int | None = None,
     decode: Decode = decode_logits,
+    encoder_inputs: Tensor | None = None,
+    encoder_tokens: Sequence[int] | None = None,
 ) -> Tensor:
     """Continuations [B, n ≤ output_tokens] of prompts, [B, T] or a list of unequal ones.
 
     The likeliest tokens, or drawn by `sampling`. A sequence that produced a stop token repeats it
     until all have; then it ends early. Without a cache a static one of exactly the longest prompt
-    + output_tokens − 1 tokens is made, in the transformer's dtype. Raises ConfigError for prompts
-    and stop tokens that are none of the vocabulary, and for what does not fit the cache.
+    + output_tokens − 1 tokens is made, in the transformer's dtype. An encoder–decoder first reads
+    `encoder_inputs`, of which `encoder_tokens` are real; its prompts are the decoder's. Raises
+    ConfigError for prompts and stop tokens that are none of the vocabulary, and for what does not
+    fit the cache.
     """
     check_size("output_tokens", output_tokens)
     ids, tokens = pad_prompts(prompts, transformer)
@@ -113,6 +118,11 @@ def generate(
         )
     _check_room(cache, needed)
     stops = torch.tensor(_check_stops(stop_tokens, transformer), device=ids.device)
+    if encoder_inputs is not None:
+        if not isinstance(transformer, EncoderDecoder):
+            raise ConfigError("encoder_inputs are not allowed: None without an encoder")
+        with torch.no_grad():
+            transformer.read(encoder_inputs, cache, tokens=encoder_tokens)
     done = torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
     produced: list[Tensor] = []
 

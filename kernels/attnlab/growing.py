@@ -11,11 +11,12 @@ from torch import Tensor
 
 from attnlab.cache import Cache, zero_padding
 from attnlab.masks import Keys, Pattern
+from planner.kv_formats import KvFormat
 from planner.model import Model
 
 
 class GrowingCache(Cache):
-    """Every layer two tensors [B, G, S, D]. Padding of ragged passes stays as dead slots."""
+    """Every stream a tensor [B, G, S, D]. Padding of ragged passes stays as dead slots."""
 
     def __init__(
         self,
@@ -24,23 +25,24 @@ class GrowingCache(Cache):
         batch: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
         capacity_tokens: int | None = None,
     ) -> None:
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens and give the memory back."""
         super().reset()
-        self.layers: list[list[Tensor]] = [[] for _ in self.attentions]
+        self.layers = [[] for _ in self.attentions]
         self.positions: Tensor | None = None  # [B, S] once sequences differ
-
-    @property
-    def nbytes(self) -> int:
-        """Σ over layers of 2 · B · G · S · D · itemsize."""
-        return sum(t.nbytes for held in self.layers for t in held)
 
     def _prepare(self) -> None:
         """The position of every slot; kept from the first ragged pass on, where padding is −1."""
@@ -62,18 +64,18 @@ class GrowingCache(Cache):
         assert self._keys is not None, "begin comes first"
         return self._keys
 
-    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Join and keep, keys first; the first pass copies, so that nothing else is kept alive."""
         held = self.layers[index]
-        for which, new in enumerate((k_BGTD, v_BGTD)):
-            x = new.detach().to(self.dtype)
+        for which, new in enumerate(new_BGTD):
+            x = new.detach().to(self.streams[index][which].dtype)
             if self.ragged:
                 x = zero_padding(x, self.new_tokens)
             if len(held) <= which:
                 held.append(x.clone(memory_format=torch.contiguous_format))
             else:
                 held[which] = torch.cat((held[which], x), dim=2)
-        return held[0], held[1]
+        return tuple(held)
 
     def advance(self) -> None:
         """As Cache.advance."""

@@ -17,9 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnlab.masks import Keys, Mask, visibility
-from attnlab.supported import grouped_query
 from planner.errors import ConfigError, check_choice
-from planner.layers import Layer
+from planner.layers import GQA, Layer
 
 # Shapes.  B batch · H query heads · G kv heads · T new tokens · S keys · D head dim
 
@@ -34,7 +33,10 @@ def naive(
     logit_softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The obvious way, in float32: the specification. `sinks` [H]: a logit beside the keys'."""
+    """The obvious way, in float32: the specification. `sinks` [H]: a logit beside the keys'.
+
+    Values may be of another width than keys (MLA).
+    """
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     visible = mask.visible
@@ -57,7 +59,7 @@ def naive(
         scores = torch.softmax(scores, dim=-1)[..., :S].reshape(B, G, H // G * T, S)
     else:
         scores = torch.softmax(scores.view(B, G, H // G * T, S), dim=-1)
-    return (scores @ v_BGSD.float()).view(B, H, T, D).to(q_BHTD.dtype)
+    return (scores @ v_BGSD.float()).view(B, H, T, v_BGSD.shape[-1]).to(q_BHTD.dtype)
 
 
 def sdpa(
@@ -218,7 +220,7 @@ def choose(name: str | None, layers: Iterable[Layer]) -> str:
     "sdpa:flash", ":efficient", ":cudnn" and ":math" pin its kernel. Raises ConfigError for an
     unknown name and for sdpa with a soft cap or sinks.
     """
-    attentions = {grouped_query(layer.attention) for layer in layers}
+    attentions = {layer.attention for layer in layers if isinstance(layer.attention, GQA)}
     caps = {gqa.logit_softcap for gqa in attentions} - {None}
     lacking = [f"logit_softcap={cap}" for cap in caps]
     lacking += ["sinks"] * any(gqa.sinks for gqa in attentions)

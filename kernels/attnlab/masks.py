@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnlab import alibi
-from planner.layers import GQA
+from planner.layers import GQA, MLA
 
 # Shapes.  B batch · H heads · T new tokens · S keys
 
@@ -31,10 +31,12 @@ class Pattern:
     causal: bool = True
 
 
-def pattern_of(gqa: GQA) -> Pattern:
+def pattern_of(attention: GQA | MLA) -> Pattern:
     """The pattern of one layer's attention; a window that is only a mask is one too (gpt_neo)."""
-    windows = [w for w in (gqa.sliding_window, gqa.masked_window) if w is not None]
-    return Pattern(window=min(windows, default=None), chunked=gqa.chunked)
+    if isinstance(attention, MLA):
+        return Pattern()
+    windows = [w for w in (attention.sliding_window, attention.masked_window) if w is not None]
+    return Pattern(window=min(windows, default=None), chunked=attention.chunked)
 
 
 class Keys(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlab.cache import Cache
 from attnlab.masks import Keys, Pattern
 from planner.errors import ConfigError, check_size
+from planner.kv_formats import KvFormat
 from planner.model import Model
 
 
@@ -29,7 +30,7 @@ class _Where(NamedTuple):
 
 
 class PagedCache(Cache):
-    """Every layer a pool [2, blocks · block_tokens, G, D]; sequences take blocks as they grow.
+    """Every stream a pool [blocks · block_tokens, G, D]; sequences take blocks as they grow.
 
     `blocks`: how many the pool has; None: enough for `capacity_tokens` of each sequence. Blocks are
     taken in order, or shuffled by `generator`.
@@ -43,13 +44,19 @@ class PagedCache(Cache):
         capacity_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        form: KvFormat | None = None,
         block_tokens: int = 16,
         blocks: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         check_size("capacity_tokens", capacity_tokens)
         super().__init__(
-            model, batch=batch, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            model,
+            batch=batch,
+            capacity_tokens=capacity_tokens,
+            dtype=dtype,
+            device=device,
+            form=form,
         )
         self.block_tokens = check_size("block_tokens", block_tokens)
         self.blocks = batch * -(-capacity_tokens // block_tokens) if blocks is None else blocks
@@ -58,14 +65,8 @@ class PagedCache(Cache):
         if generator is not None:
             order = torch.randperm(self.blocks, generator=generator)
         self.order = order.tolist()
-        self.layers = [
-            torch.zeros(
-                (2, self.blocks * block_tokens, gqa.num_key_value_heads, gqa.head_dim),
-                dtype=dtype,
-                device=device,
-            )
-            for gqa in self.attentions
-        ]
+        slots = self.blocks * block_tokens
+        self.layers = [self._zeros(index, slots, -2, -1) for index in range(len(self.layers))]
         self.reset()
 
     def reset(self) -> None:
@@ -73,11 +74,6 @@ class PagedCache(Cache):
         super().reset()
         self.free = self.order[::-1]
         self.table: list[list[int]] = [[] for _ in range(self.batch)]
-
-    @property
-    def nbytes(self) -> int:
-        """The pool: Σ over layers of 2 · blocks · block_tokens · G · D · itemsize."""
-        return sum(t.nbytes for t in self.layers)
 
     @property
     def used_blocks(self) -> int:
@@ -88,6 +84,8 @@ class PagedCache(Cache):
         """Forget one sequence; its blocks go back to the pool."""
         self.free += self.table[sequence][::-1]
         self.table[sequence], self.lengths[sequence] = [], 0
+        for state in (t for states in self.states for t in states):
+            state[sequence].zero_()
 
     def _prepare(self) -> None:
         """Take the blocks that the new tokens need; where everything lies."""
@@ -114,15 +112,15 @@ class PagedCache(Cache):
         assert self._pass is not None, "begin comes first"
         return self._pass.keys
 
-    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """Scatter into the blocks; gather copies [B, G, S, D] of all positions."""
         assert self._pass is not None, "begin comes first"
         slots, sequences, places, targets, _ = self._pass
         out = []
-        for pool, new in zip(self.layers[index], (k_BGTD, v_BGTD), strict=True):
+        for pool, new in zip(self.layers[index], new_BGTD, strict=True):
             pool[targets] = new.detach()[sequences, :, places].to(pool.dtype)
             out.append(pool[slots].transpose(1, 2))
-        return out[0], out[1]
+        return tuple(out)
 
     def advance(self) -> None:
         """As Cache.advance."""

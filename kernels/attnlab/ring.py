@@ -14,7 +14,7 @@ from torch import Tensor
 from attnlab.cache import zero_padding
 from attnlab.kv_cache import KVCache
 from attnlab.masks import Keys, Pattern
-from planner.layers import GQA
+from planner.layers import GQA, MLA
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,17 @@ class _Turn:
 
 
 class RingCache(KVCache):
-    """Sliding layers [2, B, G, min(W, capacity), D]; the others as in the static cache."""
+    """Sliding layers [B, G, min(W, capacity), D]; the others as in the static cache."""
 
-    def slots(self, gqa: GQA) -> int:
+    def slots(self, attention: GQA | MLA | None) -> int:
         """The window's positions, where there is one."""
-        window = gqa.sliding_window
+        window = _window(attention)
         return self.capacity if window is None else min(window, self.capacity)
 
     def _prepare(self) -> None:
         """What happens to each size of ring; nothing special until a slot is used a second time."""
         super()._prepare()
-        sizes = {self.slots(gqa) for gqa in self.attentions if gqa.sliding_window is not None}
+        sizes = {self.slots(x) for x in self.attentions if _window(x) is not None}
         self.turns = {W: self._turn(W) for W in sizes if max(self.ends) > W}
 
     def keys(self, pattern: Pattern) -> Keys:
@@ -71,39 +71,42 @@ class RingCache(KVCache):
             source,
         )
 
-    def append(self, index: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the newest W positions; the keys and values that `keys` describes."""
-        layer, gqa = self.layers[index], self.attentions[index]
-        turn = None if gqa.sliding_window is None else self.turns.get(layer.shape[3])
+    def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
+        """Keep the newest W positions; the streams that `keys` describes."""
+        layer, attention = self.layers[index], self.attentions[index]
+        turn = None if _window(attention) is None else self.turns.get(self.slots(attention))
         if turn is None:
-            return super().append(index, k_BGTD, v_BGTD)
-        k, v = k_BGTD.detach().to(layer.dtype), v_BGTD.detach().to(layer.dtype)
+            return super()._keep(index, *new_BGTD)
+        news = [new.detach().to(kept.dtype) for kept, new in zip(layer, new_BGTD, strict=True)]
         if turn.source is None:
-            return self._write_one(layer, k, v)
+            return self._write_one(layer, news)
         if self.ragged:
-            k, v = zero_padding(k, self.new_tokens), zero_padding(v, self.new_tokens)
-        keys, values = k, v
+            news = [zero_padding(new, self.new_tokens) for new in news]
+        joined = news
         if any(self.lengths):
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(layer, (k, v), strict=True))
-        source = turn.source[:, None, :, None].expand(layer.shape[1:])
-        for kept, joined in zip(layer, (keys, values), strict=True):
-            kept.copy_(joined.gather(2, source))
-        return keys, values
+            joined = [torch.cat(pair, dim=2) for pair in zip(layer, news, strict=True)]
+        for kept, held in zip(layer, joined, strict=True):
+            kept.copy_(held.gather(2, turn.source[:, None, :, None].expand(kept.shape)))
+        return tuple(joined)
 
     def advance(self) -> None:
         """As Cache.advance."""
         super().advance()
         self.turns = {}
 
-    def _write_one(self, layer: Tensor, k_BG1D: Tensor, v_BG1D: Tensor) -> tuple[Tensor, Tensor]:
-        W = layer.shape[3]
-        for kept, new in zip(layer, (k_BG1D, v_BG1D), strict=True):
+    def _write_one(self, layer: list[Tensor], news: list[Tensor]) -> tuple[Tensor, ...]:
+        W = layer[0].shape[2]
+        for kept, new in zip(layer, news, strict=True):
             if self._listed is None:
                 kept[:, :, self.length % W].copy_(new[:, :, 0])
             else:
                 b, t, p = self._listed
                 kept[b, :, p % W] = new[b, :, t]
-        return layer[0], layer[1]
+        return tuple(layer)
+
+
+def _window(attention: GQA | MLA | None) -> int | None:
+    return attention.sliding_window if isinstance(attention, GQA) else None
 
 
 def _newest(slots: Tensor, lengths: Tensor, W: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from attnlab import alibi
 from attnlab.block import Block
 from attnlab.cache import Cache, check_real_tokens
-from attnlab.implementations import choose, sdpa_backend
+from attnlab.cross_attention import Encoded
+from attnlab.implementations import choose
+from attnlab.latent import Latent
 from attnlab.linear import Embedding, Linear
-from attnlab.masks import Keys, Mask, Pattern, make_mask, pattern_of
+from attnlab.masks import Keys, Mask, Pattern, make_mask
+from attnlab.mixture import choose_experts
 from attnlab.norms import build_norm
 from attnlab.positions import BY_LENGTH, RotaryTables, sinusoids
-from attnlab.supported import check_model, grouped_query
+from attnlab.relative import add_tables
+from attnlab.supported import check_model
 from planner.errors import ConfigError, check_choice, check_size
-from planner.layers import ALiBi, LearnedPositions, RoPE, Sinusoidal
+from planner.layers import GQA, ALiBi, LearnedPositions, RelativeBias, RoPE, Sinusoidal
 from planner.model import Model
 
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
@@ -40,25 +44,38 @@ class Transformer(nn.Module):
 
     Parameters are named and shaped as in `model.parameters()`. `attention` is naive, sdpa (also
     with its kernel pinned, "sdpa:flash") or flex; None: sdpa, or naive where a layer has what sdpa
-    lacks. Raises ConfigError for what attnlab does not run, first of it named.
+    lacks. `experts` is loop or grouped (mixture.py); None: grouped, or loop where torch has no such
+    product. `latent`: how MLA attends (latent.py), "expanded" or "absorbed"; None: absorbed for a
+    single token. Raises ConfigError for what attnlab does not run, first of it named.
     """
+
+    reads_encoder = False
+    """Whether it is the decoder beside an encoder (seq2seq.py)."""
 
     def __init__(
         self,
         model: Model,
         *,
         attention: str | None = None,
+        experts: str | None = None,
+        latent: Latent | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__()
+        if latent is not None:
+            check_choice("latent", latent, get_args(Latent))
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
+        if model.is_seq2seq is not self.reads_encoder:
+            runs, what = ("Transformer", "no") if self.reads_encoder else ("EncoderDecoder", "an")
+            raise ConfigError(f"model_type={model.model_type} has {what} encoder: {runs} runs it")
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype} is not allowed: a floating-point dtype")
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
-        self.attention = choose(attention, model.layers)
+        self.attention, self.latent = choose(attention, model.layers), latent
+        self.experts = choose_experts(experts, model, dtype)
         if self.attention == "flex" and self.device.type not in ("cuda", "meta"):
             raise ConfigError(f"attention=flex does not run on device={self.device.type}: cuda")
         self.embedding_scale = model.embedding_scale
@@ -74,10 +91,14 @@ class Transformer(nn.Module):
                     model.hidden_size,
                     dtype,
                     attention=self.attention,
+                    experts=self.experts,
                     interleaved=isinstance(positions, RoPE) and positions.interleaved,
+                    latent=latent,
                 )
                 for layer in model.layers
             )
+            if isinstance(positions, RelativeBias):
+                add_tables(self.layers, model.layers, positions, dtype, causal=True)
 
     def _build_ends(self) -> None:
         """Embedding and positions before the blocks, norm and head behind them."""
@@ -85,7 +106,8 @@ class Transformer(nn.Module):
         h, V, width = model.hidden_size, model.vocab_size, model.embedding_size
         self.embed_tokens = Embedding(V, width or h, dtype=dtype)
         if model.embedding_norm is not None:
-            self.embed_norm = build_norm(model.embedding_norm, width or h, dtype)
+            normed = h if model.embedding_norm_last else width or h
+            self.embed_norm = build_norm(model.embedding_norm, normed, dtype)
         if width is not None:
             self.project_in = Linear(width, h, bias=False, dtype=dtype)
             self.project_out = Linear(h, width, bias=False, dtype=dtype)
@@ -104,6 +126,8 @@ class Transformer(nn.Module):
         elif model.lm_head_bias:
             self.lm_head = nn.Module()
             self.lm_head.bias = nn.Parameter(torch.zeros(V, dtype=dtype))
+        if model.final_logits_bias:
+            self.final_logits_bias = nn.Buffer(torch.zeros(1, V, dtype=dtype))
 
     def forward(
         self,
@@ -114,21 +138,24 @@ class Transformer(nn.Module):
         tokens: Sequence[int] | None = None,
         prefix_tokens: int = 0,
         checkpointing: Literal["none", "full"] = "none",
+        encoded: Encoded | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; with "last" those of the last token, [B, 1, V].
 
         With a cache the ids follow the tokens in it and are appended. `tokens`: how many of the T
         are real in each sequence, from the left; the logits behind them mean nothing. The first
         `prefix_tokens` positions see one another in both directions (prefix-LM). `checkpointing`:
-        with "full" every block keeps its inputs alone and runs again on the way back. Raises
-        ConfigError when ids do not fit the cache or a learned table of positions; nothing is
-        changed then.
+        with "full" every block keeps its inputs alone and runs again on the way back. `encoded`:
+        what cross-attention sees. Raises ConfigError when ids do not fit the cache or a learned
+        table of positions; nothing is changed then.
         """
         check_choice("logits", logits, ("all", "last"))
         check_choice("checkpointing", checkpointing, ("none", "full"))
         if checkpointing != "none" and cache is not None:
             raise ConfigError(f"checkpointing={checkpointing} is not allowed with a cache: none")
         check_size("prefix_tokens", prefix_tokens, minimum=0)
+        if prefix_tokens and any(block.recurs for block in self.layers):
+            raise ConfigError(f"prefix_tokens={prefix_tokens} is not allowed: 0, layers recur")
         B, T = check_ids(ids)
         real = check_real_tokens(tokens, T=T, batch=B)
         held = [0] * B if cache is None else cache.lengths
@@ -142,20 +169,31 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(T, device=ids.device)
         x, rotations = self._embed(ids, positions, S)
+        if self.model.embedding_norm is not None and self.model.embedding_norm_last:
+            x = self.embed_norm(x)
+        if self.model.residual_in_fp32:
+            x = x.float()
         masks = self._masks(positions, cache, prefix_tokens)
         del positions
+        biased = None
         for index, block in enumerate(self.layers):
             rotation = rotations[block.slides] if block.rope else None
+            mask = masks.get(block.pattern)
+            if block.bias_table is not None:
+                biased = block.bias_table(mask)
+            mask = mask if biased is None else biased
             if checkpointing == "full":
-                x = run_again(block, x, rotation, masks[block.pattern], None, index)
+                x = run_again(block, x, rotation, mask, None, index, encoded)
             else:
-                x = block(x, rotation, masks[block.pattern], cache, index)
-            del rotation
-        del rotations, masks
+                x = block(x, rotation, mask, cache, index, encoded)
+            del rotation, mask
+        del rotations, masks, biased
         if cache is not None:
             cache.advance()
         if logits == "last":
             x = x[:, -1:] if all(n == T for n in real) else _last(x, real)
+        if self.model.residual_in_fp32:
+            x = x.to(self.dtype)
         if self.model.final_norm is not None:
             x = self.norm(x)
         if self.model.embedding_size is not None:
@@ -173,6 +211,8 @@ class Transformer(nn.Module):
             out = out / cap
             out = torch.tanh(out)
             out = out * cap
+        if self.model.final_logits_bias:
+            out = out + self.final_logits_bias
         return out
 
     def _masks(
@@ -181,12 +221,14 @@ class Transformer(nn.Module):
         """A mask for each pattern of layers."""
         slopes = None
         if isinstance(self.model.positions, ALiBi):
-            gqa = grouped_query(self.model.layers[0].attention)
+            gqa = self.model.layers[0].attention
+            assert isinstance(gqa, GQA), "no other attention takes a bias"
             scale = gqa.scaling if self.model.positions.scaled else 1.0
             dtype = torch.float32 if self.attention == "naive" else self.dtype
             slopes = alibi.slope_tensor(gqa.num_attention_heads, dtype, self.device, scale=scale)
         masks = {}
-        for pattern in dict.fromkeys(block.pattern for block in self.layers):
+        patterns = [block.pattern for block in self.layers if block.pattern is not None]
+        for pattern in dict.fromkeys(patterns):
             keys = Keys(positions, in_order=True) if cache is None else cache.keys(pattern)
             masks[pattern] = make_mask(
                 positions, keys, pattern, prefix_tokens=prefix_tokens, slopes=slopes
@@ -199,7 +241,7 @@ class Transformer(nn.Module):
         """Hidden states [B, T, h]; the rotations of full and of sliding layers."""
         model = self.model
         x = self.embed_tokens(ids)
-        if model.embedding_norm is not None:
+        if model.embedding_norm is not None and not model.embedding_norm_last:
             x = self.embed_norm(x)
         if model.embedding_size is not None:
             x = self.project_in(x)
@@ -234,33 +276,6 @@ def check_ids(ids: Tensor) -> tuple[int, int]:
             f"ids {list(ids.shape)} of {ids.dtype} are not allowed: whole numbers [batch, tokens]"
         )
     return ids.shape[0], ids.shape[1]
-
-
-def backend_name(
-    transformer: Transformer, *, batch: int = 1, tokens: int = 1, context_tokens: int = 1
-) -> str:
-    """What runs a pass of `tokens` new of `context_tokens` tokens: "naive", "sdpa:flash", ...
-
-    Layers that differ are joined: "sdpa:flash+math". The defaults ask for a decode step. It makes
-    one layer's q, k, v and mask on the device and lets torch choose.
-    """
-    T, S, device = tokens, max(tokens, context_tokens), transformer.device
-    if transformer.attention != "sdpa":
-        return transformer.attention
-    if device.type == "meta":
-        raise ConfigError("device=meta runs no attention: a device that computes")
-    queries, keys = (torch.arange(n, S, device=device) for n in (S - T, 0))
-    names = set()
-    for gqa in {grouped_query(layer.attention) for layer in transformer.model.layers}:
-        H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
-        q = torch.empty(batch, T, H, D, dtype=transformer.dtype, device=device).transpose(1, 2)
-        k = torch.empty(batch, G, S, D, dtype=transformer.dtype, device=device)
-        slopes = None
-        if isinstance(transformer.model.positions, ALiBi):
-            slopes = torch.ones(H, dtype=transformer.dtype, device=device)
-        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(gqa), slopes=slopes)
-        names.add(sdpa_backend(q, k, k, scaling=gqa.scaling, mask=mask))
-    return "sdpa:" + "+".join(sorted(names))
 
 
 def by_length(model: Model) -> bool:

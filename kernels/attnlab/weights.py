@@ -5,7 +5,8 @@ Fused matrices keep the family's layout, which attention reads as it lies: nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from attnlab.transformer import Transformer
 from planner.checkpoint import read_checkpoint
+from planner.comparison import spelled
 from planner.errors import ConfigError
 
 BUFFERS = (
@@ -26,6 +28,15 @@ BUFFERS = (
     "embed_scale",
 )
 """Endings of tensors that checkpoints may hold and no parameter is made from."""
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
+"""A tensor of one expert in files that keep them apart: its number and which projection."""
+
+COPIES = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""What checkpoints may repeat a tied embedding as."""
+
+OPTIONAL = "final_logits_bias"
+"""A buffer of zeros where a checkpoint lacks it (bart)."""
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What safetensors call the dtypes that are converted to the transformer's."""
@@ -85,45 +96,79 @@ class _Files(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def _names(transformer: Transformer, there: Mapping[str, Any]) -> dict[str, str]:
-    """Parameter → its name in the checkpoint, which may be one of the model without its head.
+def _sources(transformer: Transformer, there: Iterable[str]) -> dict[str, list[str]]:
+    """Parameter or buffer → the tensors that it is made of, whatever the files call them.
 
-    Such checkpoints (gpt2, bloom) leave the base module's name out: `h.0` for `transformer.h.0`.
+    Checkpoints of the model without its head (gpt2, bloom) leave the base module's name out; hubs
+    keep experts apart, `experts.0.w1.weight`, of which one tensor is made here.
     """
-    model = transformer.model
-    names = {p.name: model.checkpoint_name(p.name) for p in model.parameters()}
-    embedding = names["embed_tokens.weight"]
-    base = embedding.partition(".")[0] + "."
-    if embedding not in there and embedding.removeprefix(base) in there:
-        return {ours: name.removeprefix(base) for ours, name in names.items()}
-    return names
+    found: dict[str, list[str]] = {}
+    for name in there:
+        found.setdefault(spelled(name), []).append(name)
+    named = {
+        name: spelled(transformer.model.checkpoint_name(name)) for name in _tensors(transformer)
+    }
+    return {name: found.get(theirs, []) for name, theirs in named.items()}
+
+
+def _tensors(transformer: Transformer) -> dict[str, Tensor]:
+    """What is loaded: the parameters, and the buffers that a module keeps with them."""
+    kept = transformer.state_dict(keep_vars=True)
+    named = {p.name: kept[p.name] for p in transformer.model.parameters()}
+    return named | kept
 
 
 def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> None:
-    model, names = transformer.model, _names(transformer, there)
-    known = {*names.values(), *(["lm_head.weight"] if model.tie_word_embeddings else [])}
-    _refuse("lacks", [name for name in names.values() if name not in there])
+    model, sources = transformer.model, _sources(transformer, there)
+    copies = {spelled(name) for name in (*COPIES, model.checkpoint_name("lm_head.weight"))}
+    tied = [name for name in there if model.tie_word_embeddings and spelled(name) in copies]
+    known = {*tied, *(name for names in sources.values() for name in names)}
+    lacking = [name for name, found in sources.items() if not found and name != OPTIONAL]
+    _refuse("lacks", [model.checkpoint_name(name) for name in lacking])
     extra = [name for name in there if name not in known and not _is_buffer(name)]
     _refuse("has besides the model's tensors", extra)
-    shapes = zip(names.values(), (p.shape for p in model.checkpoint_parameters()), strict=True)
-    _refuse(
-        "has in another shape",
-        [
-            f"{name} {list(there[name])} instead of {list(shape)}"
-            for name, shape in shapes
-            if there[name] != shape
-        ],
-    )
+    shapes = {
+        p.name: there_.shape
+        for p, there_ in zip(model.parameters(), model.checkpoint_parameters(), strict=True)
+    }
+    odd = []
+    for name, tensor in _tensors(transformer).items():
+        shape = shapes.get(name, tuple(tensor.shape))
+        if len(sources[name]) > 1 or EXPERT.search("".join(sources[name])):
+            whole = {(e, half) for e in range(shape[0]) for half in range(_halves(name))}
+            if {_place(source) for source in sources[name]} != whole:
+                _refuse("lacks experts of", [model.checkpoint_name(name)])
+            shape = (shape[1] // _halves(name), shape[2])
+        odd += [
+            f"{source} {list(there[source])} instead of {list(shape)}"
+            for source in sources[name]
+            if there[source] != shape
+        ]
+    _refuse("has in another shape", odd)
 
 
 @torch.no_grad()
 def _copy(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
-    model, names = transformer.model, _names(transformer, state)
-    parameters = dict(transformer.named_parameters())
-    for p in model.parameters():
-        tensor = state[names[p.name]]
-        swap = model.transposed_linears and p.layer is not None and tensor.dim() == 2
-        parameters[p.name].copy_(tensor.T if swap else tensor)
+    turned = {p.name for p in transformer.model.parameters() if p.layer is not None}
+    turned = turned if transformer.model.transposed_linears else set()
+    sources = _sources(transformer, state)
+    for name, tensor in _tensors(transformer).items():
+        for source in sources[name]:
+            given, part = state[source], tensor
+            if EXPERT.search(source):
+                expert, half = _place(source)
+                part = tensor[expert].chunk(_halves(name))[half]
+            part.copy_(given.T if name in turned and given.dim() == 2 else given)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """(expert, 0 or for the second half of gate and up 1) of a tensor of one expert."""
+    found = EXPERT.search(name)
+    return (int(found[1]), int(found[2] in ("up_proj", "w3"))) if found else (-1, 0)
+
+
+def _halves(name: str) -> int:
+    return 2 if name.endswith("gate_up_proj") else 1
 
 
 def _is_buffer(name: str) -> bool:

@@ -41,16 +41,16 @@ class Elementwise(Autocast):
 
         return self._record(backward, (a, b), self.aten.elementwise("sub.Tensor", name, a, b))
 
-    def clamp(self, x: Tensor, name: str) -> Tensor:
-        """x between two numbers: where(x >= low & x <= high, grad, 0)."""
+    def clamp(self, x: Tensor, name: str, *, low: bool = True) -> Tensor:
+        """x between two numbers: where(x >= low & x <= high, grad, 0); or below one alone."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             (x,), called = node.saved, f"gradient of {node.inputs[0].name}"
             zero = self.aten.number(called, x.itemsize)
-            above = self.aten.elementwise("ge.Scalar", called, x, itemsize=BOOL)
-            below = self.aten.elementwise("le.Scalar", called, x, itemsize=BOOL)
-            gradient = self.aten.elementwise("where.self", called, above, only(flowed), zero)
-            del below
+            words = ("ge.Scalar", "le.Scalar") if low else ("le.Scalar",)
+            kept = [self.aten.elementwise(word, called, x, itemsize=BOOL) for word in words]
+            gradient = self.aten.elementwise("where.self", called, kept[0], only(flowed), zero)
+            del kept
             return [gradient]
 
         return self._record(backward, (x,), self.aten.elementwise("clamp", name, x), (x,))
@@ -165,23 +165,27 @@ class Elementwise(Autocast):
 
         return self._record(backward, (x, other), replace(x, node=None))
 
+    def divide(self, x: Tensor, other: Tensor, name: str) -> Tensor:
+        """x / other: both are saved."""
+        out = self.aten.elementwise("div.Tensor", name, x, other)
+        return self._record(self._divide_backward, (x, other), out, (x, other))
+
     def divide_(self, x: Tensor, other: Tensor) -> Tensor:
         """x / other, in place: what x was is saved as a copy, the divisor as it is."""
-
-        def backward(node: Node, flowed: Gradients) -> Gradients:
-            gradient, (before, other) = only(flowed), node.saved
-            called = f"gradient of {node.inputs[1].name}"
-            made: Gradients = [None, None]
-            once = self.aten.elementwise("div.Tensor", called, before, other)
-            twice = self.aten.elementwise("div.Tensor", called, once, other)
-            turned = self.aten.elementwise("neg", called, gradient)
-            made[1] = self.aten.elementwise("mul.Tensor", called, turned, twice)
-            del once, twice, turned
-            made[0] = self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other)
-            return made
-
         saved = (*self._before(x, x), other)
-        return self._record(backward, (x, other), replace(x, node=None), saved)
+        return self._record(self._divide_backward, (x, other), replace(x, node=None), saved)
+
+    def _divide_backward(self, node: Node, flowed: Gradients) -> Gradients:
+        gradient, (before, other) = only(flowed), node.saved
+        called = f"gradient of {node.inputs[1].name}"
+        made: Gradients = [None, None]
+        once = self.aten.elementwise("div.Tensor", called, before, other)
+        twice = self.aten.elementwise("div.Tensor", called, once, other)
+        turned = self.aten.elementwise("neg", called, gradient)
+        made[1] = self.aten.elementwise("mul.Tensor", called, turned, twice)
+        del once, twice, turned
+        made[0] = self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other)
+        return made
 
     def _before(self, x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
         """A copy of what an op in place overwrites, where its way back needs it."""

@@ -57,6 +57,18 @@ class Picking(Autocast):
         places = self.aten.new("topk", name, dims, INT64)
         return self._record(backward, (x,), values, (places,)), places
 
+    def gather(self, x: Tensor, picks: Tensor, name: str) -> Tensor:
+        """Elements of each row that were picked by number; the numbers are saved."""
+
+        def backward(node: Node, flowed: Gradients) -> Gradients:
+            like = node.inputs[0]
+            called = f"gradient of {like.name}"
+            return [self.aten.put("scatter_add", "new_zeros", like, called)]
+
+        moved: Shape = (*picks.shape, x.itemsize)
+        out = self.aten.new("gather", name, picks.dims, x.itemsize, rows=(moved,), reads=(picks,))
+        return self._record(backward, (x,), out, (picks,))
+
     def sum(self, x: Tensor, name: str) -> Tensor:
         """Over the last dimension, which stays as one: the gradient is spread."""
 

@@ -119,7 +119,8 @@ class Products(Views):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             gradient, kept = only(flowed), node.saved[:-1]
             made: Gradients = [None, None]
-            for index, like in enumerate(node.inputs):
+            for index in (1, 0):  # mat2 before self
+                like = node.inputs[index]
                 if not node.wants[index]:
                     continue
                 called, strides = f"gradient of {like.name}", like.strides if index else None

@@ -6,7 +6,7 @@ Each follows its configuration and modelling file in transformers 5.23 (`models/
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from planner.errors import MAX_LAYERS, ConfigError
@@ -65,15 +65,13 @@ def read_bart(fields: Fields, *, family: Family) -> Model:
         tensor(f"{stack}_embedding.weight", fields.size("vocab_size"), h, group="embedding")
         for stack in ("encoder", "decoder")
     ]
-    decoder_norm, encoder_norm = (
-        norm_parameters(NORM, f"{root}{stack}.layernorm_embedding", h)
-        for stack in ("decoder", "encoder")
-    )
-    outer = [tensor(f"{root}encoder.embed_positions.weight", rows + family.offset, h)]
+    embedding_norm = NORM if family.embedding_norm else None
+    outer = [tensor("embed_positions.weight", rows + family.offset, h)]
     if family.before:
-        outer += norm_parameters(NORM, f"{root}encoder.layer_norm", h)
+        outer += norm_parameters(NORM, "norm", h)
     if family.embedding_norm:
-        outer += encoder_norm
+        outer += norm_parameters(NORM, "embed_norm", h)
+    tower = encoder_tower(fields, root, outer, before=family.before)
     return described(
         fields,
         layers=stack_of(fields, "decoder", before=family.before),
@@ -82,19 +80,18 @@ def read_bart(fields: Fields, *, family: Family) -> Model:
         max_position_embeddings=rows,
         tie_word_embeddings=tied,
         lm_head=head.lm_head,
+        embedding_norm=embedding_norm,
+        embedding_norm_last=family.embedding_norm,
         embedding_scale=h**0.5 if fields.flag("scale_embedding") else None,
-        extra_parameters=(
-            *(() if tied else embeddings),
-            *(decoder_norm if family.embedding_norm else ()),
-            *head.parameters,
-        ),
+        final_logits_bias=head.lm_head,
+        extra_parameters=(*(() if tied else embeddings), *head.parameters),
         parameter_names=(
             ("embed_tokens", f"{root}shared"),
             ("encoder_embedding", f"{root}encoder.embed_tokens"),
             ("decoder_embedding", f"{root}decoder.embed_tokens"),
             *names(root, "decoder", before=family.before),
         ),
-        towers=(encoder_tower(fields, root, outer, before=family.before),),
+        towers=(replace(tower, positions=positions, embedding_norm=embedding_norm),),
     )
 
 
@@ -108,6 +105,7 @@ def encoder_tower(
         layers=stack_of(fields, "encoder", before=before, unbiased=unbiased),
         outer=tuple(outer),
         parameter_names=names(root, "encoder", before=before),
+        final_norm=NORM if before else None,
     )
 
 
@@ -153,6 +151,7 @@ def names(root: str, stack: str, *, before: bool) -> Names:
     )
     return (
         ("embed_positions", f"{root}{stack}.embed_positions"),
+        ("embed_norm", f"{root}{stack}.layernorm_embedding"),
         ("norm", f"{root}{stack}.layer_norm"),
         ("layers", f"{root}{stack}.layers"),
         (f"{first}_layernorm", "self_attn_layer_norm"),

@@ -34,6 +34,7 @@ NAMES = (
     ("self_attn.o_proj", "self_attn.out_proj"),
     ("self_attn.q_norm", "self_attn.q_layernorm"),
     ("self_attn.k_norm", "self_attn.k_layernorm"),
+    ("feed_forward.gate.e_score_correction_bias", "feed_forward.expert_bias"),
 )
 LFM3_NAMES = (
     *OUTER,
@@ -122,7 +123,7 @@ def read_lfm2_moe(fields: Fields) -> Model:
         num_experts_per_tok=fields.size("num_experts_per_tok"),
         moe_intermediate_size=fields.size("moe_intermediate_size"),
         activation="silu",
-        router="sigmoid",
+        router="sigmoid-groups" if fields.flag("use_expert_bias") else "sigmoid",
         norm_topk_prob=fields.flag("norm_topk_prob"),
         routed_scaling_factor=fields.number("routed_scaling_factor"),
     )

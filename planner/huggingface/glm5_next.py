@@ -131,7 +131,7 @@ def _mixers(fields: Fields) -> list[MLA | KimiDelta]:
     ]
 
 
-def _linear_sizes(fields: Fields) -> dict[str, int]:
+def _linear_sizes(fields: Fields) -> dict[str, Any]:
     older = fields.config.get("linear_attn_config")
     if older is not None and not isinstance(older, Mapping):
         raise ConfigError(f"linear_attn_config={shown(older)} is not allowed: an object or null")

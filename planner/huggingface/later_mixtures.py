@@ -32,6 +32,10 @@ from planner.huggingface.later_decoders import (
 from planner.layers import Layer, MoE, QKNorm
 from planner.model import Model
 
+MINIMAX_M2_NAMES = (
+    *LLAMA_NAMES,
+    ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
+)
 ROUTER_NAMES = (*LLAMA_NAMES, ("mlp.gate", "mlp.router"))
 HUNYUAN_MOE_NAMES = (
     *HUNYUAN_NAMES,
@@ -124,6 +128,7 @@ def read_phimoe(fields: Fields) -> Model:
             f"num_experts_per_tok={fields.size('num_experts_per_tok')} is not allowed: "
             "2, which is what SparseMixer picks"
         )
+    noise = fields.raw("router_jitter_noise")
     positions = rope(fields, head_dim=D)
     if positions.rope_type != "default":
         scaling = dict(positions.scaling)
@@ -145,6 +150,7 @@ def read_phimoe(fields: Fields) -> Model:
             moe_intermediate_size=fields.size("intermediate_size"),
             activation=activation(fields),
             router="sparsemixer",
+            router_jitter_noise=check_positive("router_jitter_noise", noise) if noise else 0.0,
             norm_topk_prob=False,
         ),
         norm=layernorm(fields, "rms_norm_eps"),
@@ -178,6 +184,7 @@ def read_minimax_m2(fields: Fields) -> Model:
             router="sigmoid-groups",
         ),
         norm=norm,
+        names=MINIMAX_M2_NAMES,
         positions=rope(
             fields,
             head_dim=D,

@@ -65,16 +65,17 @@ def _every(fields: Fields) -> list[str]:
 def _delta_net(
     fields: Fields, projections: Literal["fused", "split", "separate"], **sizes: int
 ) -> GatedDeltaNet:
-    names = (
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-    )
+    def size(name: str) -> int:
+        return sizes.get(name) or fields.size(name)
+
     return GatedDeltaNet(
-        **{name: sizes.get(name) or fields.size(name) for name in names},
+        linear_num_key_heads=size("linear_num_key_heads"),
+        linear_num_value_heads=size("linear_num_value_heads"),
+        linear_key_head_dim=size("linear_key_head_dim"),
+        linear_value_head_dim=size("linear_value_head_dim"),
         linear_conv_kernel_dim=fields.size("linear_conv_kernel_dim"),
         projections=projections,
+        activation=activation(fields),
     )
 
 
@@ -186,6 +187,11 @@ def read_olmo_hybrid(fields: Fields) -> Model:
         linear_key_head_dim=d_k,
         linear_value_head_dim=fields.optional_size("linear_value_head_dim") or 2 * d_k,
     )
+    mixer = replace(
+        mixer,
+        allow_neg_eigval=fields.flag("linear_allow_neg_eigval"),
+        norm_eps=1e-5,  # its class's own, whatever rms_norm_eps says
+    )
     linear = Layer(attention=mixer, feed_forward=gated(fields), norm=norm)
     full = replace(linear, attention=attention, placement="post")
     return causal_lm(
@@ -227,6 +233,7 @@ def read_kimi_linear(fields: Fields) -> Model:
         linear_num_heads=size("num_heads", "linear_num_heads"),
         linear_head_dim=size("head_dim", "linear_head_dim"),
         linear_conv_kernel_dim=size("short_conv_kernel_size", "linear_conv_kernel_dim"),
+        activation=activation(fields),
     )
     attention = latent_attention(fields, None)
     H, G = attention.num_attention_heads, fields.optional_size("num_key_value_heads")

@@ -60,6 +60,9 @@ def read_llama4_text(fields: Fields) -> Model:
     qk_norm = None
     if fields.flag("use_qk_norm"):
         qk_norm = QKNorm(norm=Norm(kind="rmsnorm", eps=norm.eps, weight=False), width="head")
+    temperature = None
+    if fields.flag("attn_temperature_tuning"):
+        temperature = fields.number("attn_scale"), fields.number("floor_scale")
     width = fields.size("intermediate_size")
     moe = MoE(
         num_experts=fields.size("num_local_experts"),
@@ -83,6 +86,7 @@ def read_llama4_text(fields: Fields) -> Model:
             rope=turns,
             sliding_window=chunk if chunked else None,
             chunked=chunked,
+            temperature=None if turns else temperature,
         )
         return Layer(attention=attention, feed_forward=moe if mixture else dense, norm=norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from planner.errors import ConfigError, check_size, shown
@@ -84,10 +85,13 @@ def _attention_free(fields: Fields, *, stem: str, mixer: Mamba | Mamba2) -> Mode
         names=MAMBA_NAMES,
         base_class=f"{stem}Model",
         head_class=f"{stem}ForCausalLM",
+        residual_in_fp32=fields.flag("residual_in_fp32"),
     )
 
 
-def read_mamba(fields: Fields, *, stem: str = "Mamba") -> Model:
+def read_mamba(
+    fields: Fields, *, stem: str = "Mamba", unscaled_norm_eps: float | None = None
+) -> Model:
     """Mamba: no attention, no feed-forward; `intermediate_size` absent: expand · hidden_size."""
     mixer = Mamba(
         intermediate_size=fields.optional_size("intermediate_size") or _expanded(fields, "expand"),
@@ -96,13 +100,16 @@ def read_mamba(fields: Fields, *, stem: str = "Mamba") -> Model:
         time_step_rank=_rank(fields, "time_step_rank"),
         use_bias=fields.flag("use_bias"),
         use_conv_bias=fields.flag("use_conv_bias"),
+        activation=activation(fields),
+        unscaled_norm_eps=unscaled_norm_eps,
     )
     return _attention_free(fields, stem=stem, mixer=mixer)
 
 
 def read_falcon_mamba(fields: Fields) -> Model:
     """Falcon-Mamba: mamba with norms without a weight on B, C and the time step."""
-    return read_mamba(fields, stem="FalconMamba")
+    eps = fields.number("mixer_rms_eps")
+    return read_mamba(fields, stem="FalconMamba", unscaled_norm_eps=eps)
 
 
 def read_mamba2(fields: Fields) -> Model:
@@ -121,8 +128,24 @@ def read_mamba2(fields: Fields) -> Model:
         use_conv_bias=fields.flag("use_conv_bias"),
         use_bias=bias,
         out_bias=bias,
+        activation=activation(fields),
+        time_step_limit=_time_step_limit(fields),
     )
     return _attention_free(fields, stem="Mamba2", mixer=mixer)
+
+
+def _time_step_limit(fields: Fields) -> tuple[float, float]:
+    """Bounds of the time step; transformers writes infinity as {"__float__": "Infinity"}."""
+    given = fields.raw("time_step_limit")
+    if given is None:
+        return 0.0, math.inf
+    bounds = [
+        math.inf if bound == {"__float__": "Infinity"} else bound
+        for bound in (given if isinstance(given, list | tuple) else ())
+    ]
+    if len(bounds) != 2 or any(type(bound) not in (int, float) for bound in bounds):
+        raise ConfigError(f"time_step_limit={shown(given)} is not allowed: two numbers")
+    return float(bounds[0]), float(bounds[1])
 
 
 def _mamba2(fields: Fields, *, width: int | None = None) -> Mamba2:
@@ -144,6 +167,8 @@ def _mamba2(fields: Fields, *, width: int | None = None) -> Mamba2:
         use_conv_bias=fields.flag("mamba_conv_bias"),
         use_bias=bias,
         out_bias=bias,
+        activation=activation(fields),
+        time_step_limit=_time_step_limit(fields),
     )
 
 
@@ -281,6 +306,7 @@ def read_jamba(fields: Fields) -> Model:
         use_bias=fields.flag("mamba_proj_bias"),
         use_conv_bias=fields.flag("mamba_conv_bias"),
         inner_norms=True,
+        activation=act,
     )
     dense = gated(fields)
     mixture: Dense | MoE = dense

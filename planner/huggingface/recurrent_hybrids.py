@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
 from planner.errors import ConfigError, check_size, shown
 from planner.huggingface.blocks import causal_lm, gqa, heads, layer_count, plain, rmsnorm, rope
 from planner.huggingface.fields import Fields
-from planner.layers import GQA, Dense, Layer, MoE, NoPositions, Norm, Positions
+from planner.layers import ACTIVATIONS, GQA, Dense, Layer, MoE, NoPositions, Norm, Positions
 from planner.mixers.mamba import Mamba2
 from planner.mixers.recurrent import RGLRU, RWKV, SharedAttention
 from planner.model import Model
@@ -106,6 +108,8 @@ def read_nemotron_h(fields: Fields) -> Model:
         use_conv_bias=fields.flag(conv_bias),
         use_bias=bias,
         out_bias=bias,
+        activation=fields.choice("mamba_hidden_act", ACTIVATIONS),
+        time_step_limit=(fields.optional_number("time_step_min") or 0.0, math.inf),
     )
     dense = plain(fields, activation_field="mlp_hidden_act", bias=biased)
     block = Layer(attention=None, feed_forward=None, norm=norm, norms=("input_layernorm",))
@@ -174,6 +178,7 @@ def read_recurrent_gemma(fields: Fields) -> Model:
         lru_width=fields.optional_size("lru_width") or h,
         num_attention_heads=H,
         conv1d_width=fields.size("conv1d_width", minimum=2),
+        activation=dense.activation,
     )
     recurrent = Layer(attention=mixer, feed_forward=replace(dense, gated=True), norm=norm)
     local = replace(recurrent, attention=attention)
@@ -188,9 +193,16 @@ def read_recurrent_gemma(fields: Fields) -> Model:
         names=GRIFFIN_NAMES,
         base_class="RecurrentGemmaModel",
         head_class="RecurrentGemmaForCausalLM",
-        embedding_scale=h**0.5,
+        embedding_scale=_in_bfloat16(h**0.5),
         final_logit_softcapping=fields.optional_number("logits_soft_cap"),
     )
+
+
+def _in_bfloat16(number: float) -> float:
+    """Rounded to bfloat16, to even: what its class keeps whatever the model's dtype."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", number))
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", rounded))[0])
 
 
 def read_rwkv(fields: Fields) -> Model:

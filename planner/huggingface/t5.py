@@ -54,6 +54,7 @@ def read_t5(fields: Fields, *, stem: str, every_layer: bool = False) -> Model:
     """
     refuse(fields, is_encoder_decoder=True, sliding_window=None, layer_types=None)
     ending = named_class(fields, stem, ENDINGS)
+    positions = RelativeBias(max_distance=fields.size("relative_attention_max_distance"))
     alone = ending in ENCODERS
     if alone:
         refuse(fields, is_decoder=False)
@@ -73,7 +74,7 @@ def read_t5(fields: Fields, *, stem: str, every_layer: bool = False) -> Model:
     head = _head(fields, ending, h)
     root = "transformer." if ending in ("ForSequenceClassification", ENCODERS[1]) else ""
     common = {
-        "positions": RelativeBias(),
+        "positions": positions,
         "max_position_embeddings": None,
         "tie_word_embeddings": True,
         "final_norm": norm,
@@ -99,8 +100,10 @@ def read_t5(fields: Fields, *, stem: str, every_layer: bool = False) -> Model:
                 part="encoder",
                 hidden_size=h,
                 layers=encoder,
-                outer=(tensor(f"{root}encoder.final_layer_norm.weight", h),),
+                outer=(tensor("norm.weight", h),),
                 parameter_names=_names(root, "encoder", feed_forward),
+                positions=positions,
+                final_norm=norm,
             ),
         ),
         **common,  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ It follows models/whisper/ of transformers 5.23.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.huggingface.bart_like import NORM, encoder_tower, names, stack_of
 from planner.huggingface.fields import Fields
 from planner.huggingface.heads import dense, described, label_count, named_class, padding
@@ -15,6 +17,7 @@ from planner.tensors import Parameter, tensor
 
 ENDINGS = ("ForConditionalGeneration", "Model", "ForAudioClassification")
 PAD_TOKEN = 50256
+STRIDES = (1, 2)
 
 
 def read_whisper(fields: Fields) -> Model:
@@ -27,10 +30,12 @@ def read_whisper(fields: Fields) -> Model:
     lm_head = ending == "ForConditionalGeneration"
     root = "model." if lm_head else ""
     outer = [
-        *_convolutions(fields, root),
-        tensor(f"{root}encoder.embed_positions.weight", frames, h),  # sinusoids, but a parameter
-        *norm_parameters(NORM, f"{root}encoder.layer_norm", h),
+        *_convolutions(fields),
+        tensor("embed_positions.weight", frames, h),  # sinusoids, but a parameter
+        *norm_parameters(NORM, "norm", h),
     ]
+    tower = encoder_tower(fields, root, outer, before=True, unbiased="k")
+    front = tuple((name, f"{root}encoder.{name}") for name in ("conv1", "conv2"))
     return described(
         fields,
         layers=stack_of(fields, "decoder", before=True, unbiased="k"),
@@ -45,7 +50,14 @@ def read_whisper(fields: Fields) -> Model:
             ("lm_head", "proj_out"),
             *names(root, "decoder", before=True),
         ),
-        towers=(encoder_tower(fields, root, outer, before=True, unbiased="k"),),
+        towers=(
+            replace(
+                tower,
+                parameter_names=(*front, *tower.parameter_names),
+                positions=LearnedPositions(),
+                strides=STRIDES,
+            ),
+        ),
     )
 
 
@@ -53,7 +65,7 @@ def _classifier(fields: Fields) -> Model:
     """The encoder alone, a projection and a classifier over the mean of its frames."""
     h, width = fields.size("hidden_size"), fields.size("classifier_proj_size")
     layers = stack_of(fields, "encoder", before=True, unbiased="k")
-    extra = [*_convolutions(fields, "")]
+    extra = [replace(p, name=f"encoder.{p.name}") for p in _convolutions(fields)]
     if fields.flag("use_weighted_layer_sum"):
         extra.append(tensor("layer_weights", len(layers) + 1, group="head"))
     extra += dense("projector", out=width, into=h)
@@ -73,12 +85,12 @@ def _classifier(fields: Fields) -> Model:
     )
 
 
-def _convolutions(fields: Fields, root: str) -> list[Parameter]:
+def _convolutions(fields: Fields) -> list[Parameter]:
     """Spectrogram to frames: three wide, the second one at stride two."""
     h, found = fields.size("hidden_size"), []
     for name, channels in (("conv1", fields.size("num_mel_bins")), ("conv2", h)):
-        found.append(tensor(f"{root}encoder.{name}.weight", h, channels, 3, group="encoder"))
-        found.append(tensor(f"{root}encoder.{name}.bias", h, group="encoder"))
+        found.append(tensor(f"{name}.weight", h, channels, 3, group="encoder"))
+        found.append(tensor(f"{name}.bias", h, group="encoder"))
     return found
 
 

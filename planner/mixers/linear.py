@@ -32,6 +32,8 @@ class GatedDeltaNet(Mixer):
 
     `projections`: "fused" one for q, k, v and gate, one for both scalars of a head (qwen3_next);
     "split" q, k, v in one and the rest apart (qwen3_5); "separate" all apart (olmo_hybrid).
+    `activation`: the convolution's. `allow_neg_eigval`: β from 0 to 2 and not to 1. `norm_eps`: of
+    the norm on the heads' outputs; None: the block's.
     """
 
     linear_num_key_heads: int
@@ -40,6 +42,9 @@ class GatedDeltaNet(Mixer):
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
     projections: Literal["fused", "split", "separate"]
+    activation: str = "silu"
+    allow_neg_eigval: bool = False
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         for field in (
@@ -113,13 +118,15 @@ class GatedDeltaNet(Mixer):
 class KimiDelta(Mixer):
     """Kimi Delta Attention (arXiv:2510.26692): a decay for each channel, through low ranks.
 
-    `flat_decay`: A_log is [H] (glm5_next), not [1, 1, H, 1] (kimi_linear).
+    `flat_decay`: A_log is [H] (glm5_next), not [1, 1, H, 1] (kimi_linear). `activation`: the
+    convolution's.
     """
 
     linear_num_heads: int
     linear_head_dim: int
     linear_conv_kernel_dim: int
     flat_decay: bool = False
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         for field in ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim"):

@@ -6,6 +6,7 @@ state in float32, whatever the context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from planner.tensors import Parameter, State, conv1d, linear, tensor
 class Mamba(Mixer):
     """Mamba (arXiv:2312.00752): a state of `state_size` for each channel.
 
-    `inner_norms`: RMSNorms on the time step, B and C (jamba).
+    `inner_norms`: RMSNorms on the time step, B and C (jamba); `unscaled_norm_eps`: such without a
+    weight (falcon_mamba). `activation`: the convolution's.
     """
 
     intermediate_size: int
@@ -28,6 +30,8 @@ class Mamba(Mixer):
     use_bias: bool
     use_conv_bias: bool
     inner_norms: bool = False
+    unscaled_norm_eps: float | None = None
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         for field in ("intermediate_size", "state_size", "conv_kernel", "time_step_rank"):
@@ -74,7 +78,8 @@ class Mamba2(Mixer):
     """Mamba-2 (arXiv:2405.21060): heads with a state of head_dim · state_size each.
 
     `out_bias` is out_proj's, `use_bias` in_proj's. `norm`: a gated RMSNorm before out_proj.
-    `path`: its module in the block (zamba2 wraps it).
+    `path`: its module in the block (zamba2 wraps it). `activation`: the convolution's.
+    `time_step_limit` bounds the time step.
     """
 
     num_heads: int
@@ -87,6 +92,8 @@ class Mamba2(Mixer):
     out_bias: bool
     norm: bool = True
     path: str = "mamba"
+    activation: str = "silu"
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         for field in ("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel"):

@@ -39,11 +39,15 @@ class ShortConv(Mixer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RGLRU(Mixer):
-    """Griffin's real-gated linear recurrence (arXiv:2402.19427), its gates block by block."""
+    """Griffin's real-gated linear recurrence (arXiv:2402.19427), its gates block by block.
+
+    `activation`: of the branch beside the recurrence.
+    """
 
     lru_width: int
     num_attention_heads: int
     conv1d_width: int
+    activation: str = "gelu_pytorch_tanh"
 
     def __post_init__(self) -> None:
         check_size("conv1d_width", self.conv1d_width)

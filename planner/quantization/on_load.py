@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from planner.errors import ConfigError, shown
 from planner.quantization import Quantization, read_quantization
+from planner.quantization.torchao import TorchAO
 
 ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
     # vllm serve --quantization fp8: a scale a tensor; embedding, norms and head stay
@@ -19,7 +21,8 @@ ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
         },
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     },
-    # gpt-fast's quantize.py --mode int8, --mode int4 --groupsize 32: weights of linear layers
+    # gpt-fast's quantize.py --mode int8, --mode int4 --groupsize 32: weights of linear layers, and
+    # of experts in int8 (mixtral-moe/quantize.py, which has no int4)
     "attnlab": {
         "int8": {
             "quant_method": "torchao",
@@ -51,4 +54,6 @@ def quantised_on_load(runtime: str, weight_dtype: str) -> Quantization:
         )
     made = read_quantization(known[weight_dtype])
     assert made is not None
+    if isinstance(made, TorchAO) and runtime == "attnlab" and weight_dtype == "int8":
+        return replace(made, experts=True)
     return made

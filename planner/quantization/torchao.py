@@ -1,6 +1,7 @@
 """torchao 0.18: int4, int8 and float8 weights by the tensor subclasses of its version-2 configs.
 
-Named as its safetensors support flattens them; routed experts, no nn.Linear, stay as they are.
+Named as its safetensors support flattens them; routed experts, no nn.Linear, stay as they are, but
+where a runtime quantises them in its own way (`TorchAO.experts`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class TorchAO(Quantization):
     """`quant_type` and what its scales are of: a row, the tensor, or `group_size` in a row.
 
     Weights that a kernel cannot take stay: int4 where groups do not divide the row, float8 with
-    float8 activations where a side is no multiple of 16.
+    float8 activations where a side is no multiple of 16. `experts`: int8 experts too, a scale for
+    each row of each in the model's dtype (gpt-fast, mixtral-moe/quantize.py).
     """
 
     quant_type: str
     granularity: str
     group_size: int | None
     modules_to_not_convert: tuple[str, ...]
+    experts: bool = False
 
     @property
     def method(self) -> str:
@@ -43,6 +46,12 @@ class TorchAO(Quantization):
 
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """`_weight_qdata`, `_weight_scale` and, of integers, `_weight_zero_point`."""
+        if self.experts and parameter.group == "experts" and len(parameter.shape) == 3:
+            E, out, into = parameter.shape
+            out = into if parameter.transposed else out
+            yield Stored(name=parameter.name, dtype="int8", shape=parameter.shape)
+            yield Stored(name=f"{parameter.name}_scale", dtype=dtype, shape=(E, out), role="scale")
+            return
         # transformers matches the whole name, so that `mlp.up_proj` alone skips nothing
         skipped = parameter.transposed or is_skipped(parameter.name, self.modules_to_not_convert)
         if not parameter.linear or skipped or not self._takes(*parameter.shape):

@@ -5,29 +5,52 @@ from __future__ import annotations
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
-from planner.layers import GQA, MLA, Dense, Layer, RoPE
+from planner.layers import (
+    GQA,
+    MLA,
+    ALiBi,
+    Layer,
+    LearnedPositions,
+    MoE,
+    NoPositions,
+    RelativeBias,
+    RoPE,
+    Sinusoidal,
+)
 from planner.ledger import Row
+from planner.mixers import Mixer
+from planner.mixers.linear import GatedDeltaNet, KimiDelta
+from planner.mixers.mamba import Mamba, Mamba2
+from planner.mixers.recurrent import RGLRU, ShortConv
 from planner.model import Model
 from planner.parallel import Share, tensor_parallel_share
 from planner.program import Dims, Number, Program, minimum
 from planner.quantization.torchao import TorchAO
+from planner.runtimes.attnlab_formats import (
+    PLAIN_DTYPES,
+    check_quantisable,
+    format_rows,
+    kv_format,
+)
 from planner.runtimes.attnlab_program import Pass, forward_program
 from planner.runtimes.base import (
     Phase,
     Pool,
     Setting,
     check_cache_kind,
-    check_kv_dtype,
     check_one_gpu,
+    check_planned,
     choose_attention,
     static_capacity,
-    unplanned_part,
 )
 from planner.runtimes.vllm_ranks import mixer_share
 from planner.workload import CacheSpec, Inference
 
-CACHE_KINDS = ("static", "dynamic", "ring", "paged")
+CACHE_KINDS = ("static", "dynamic", "ring", "paged", "quantised")
 QUANTISED = "quantised weights"
+BIAS_TABLE = "self_attn.relative_attention_bias.weight"
+RECURRENT = Mamba, Mamba2, GatedDeltaNet, KimiDelta, RGLRU, ShortConv
+"""Mixers that run (kernels/attnlab/mixers.py)."""
 DEFAULT_BLOCK_TOKENS = 16
 """A block of a paged cache, where none is named."""
 
@@ -39,17 +62,20 @@ class Attnlab:
     pooled = False
     on_torch = True
     version = "0.1.0"
-    kv_dtypes = ("fp32", "bf16", "fp16", "fp8")
+    kv_dtypes = (*PLAIN_DTYPES, "int8", "int4")
 
     def attention(self, model: Model, name: str | None) -> str:
         """sdpa, or naive for models with a soft cap on the scores.
 
-        Raises ConfigError for a model that attnlab does not run.
+        Raises ConfigError for a model that attnlab does not run, or whose passes are not planned.
         """
-        missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
-        if missing:
+        _check_runs(model)
+        check_planned(self.name, model)
+        unplanned = unplanned_parts(model)
+        if unplanned:
             raise ConfigError(
-                f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+                f"runtime=attnlab runs {unplanned[0]} of model_type={model.model_type} and does "
+                "not plan them yet: parameters and kv_cache_bytes are known, or runtime="
                 "transformers or vllm"
             )
         attentions = [x.attention for x in model.layer_kinds() if isinstance(x.attention, GQA)]
@@ -74,18 +100,18 @@ class Attnlab:
         """Keys and values of the whole capacity (dynamic: of the context), by kind of cache.
 
         A ring keeps a sliding layer's window, a paged cache whole blocks; else the window is a
-        mask and all positions are kept.
+        mask and all positions are kept. Quantised: codes and scales apart.
         """
-        self.attention(model, None)
-        kind = check_cache_kind(self.name, cache, CACHE_KINDS)
-        check_kv_dtype(self.name, dtype, self.kv_dtypes)
+        _check_runs(model)
+        kind = check_cache_kind(self.name, cache, CACHE_KINDS, scaled=True)
+        form = kv_format(cache, dtype)
         S = context_tokens
-        C = S if kind == "dynamic" else static_capacity(cache, S)
+        C = S if kind in ("dynamic", "quantised") else static_capacity(cache, S)
         block = (cache.block_tokens if cache else None) or DEFAULT_BLOCK_TOKENS
 
         def kept(attention: GQA | MLA) -> Kept:
             window = attention.sliding_window if isinstance(attention, GQA) else None
-            if kind == "dynamic":
+            if kind in ("dynamic", "quantised"):
                 return S, "S", (("S", S),)
             if kind == "ring" and window is not None:
                 return minimum(C, window), "min(C, W)", (("C", C), ("W", window))
@@ -97,11 +123,20 @@ class Attnlab:
                 )
             return C, "C", (("C", C),)
 
+        def quantised(attention: GQA | MLA) -> list[Row]:
+            assert form is not None
+            return format_rows(
+                form, attention, kept(attention), batch=batch, computed=compute_dtype
+            )
+
+        if form is not None:
+            check_quantisable(form, model)
         return layer_rows(
             model,
             batch=batch,
-            dtype=dtype,
+            dtype=dtype if form is None else compute_dtype,
             kept=kept,
+            attention_rows=None if form is None else quantised,
             context_tokens=C,
             encoder_tokens=encoder_tokens,
             static=True,
@@ -130,23 +165,16 @@ class Attnlab:
         return ""
 
     def buffer_rows(self, model: Model, *, dtype: str, capability: str | None = None) -> list[Row]:
-        """A float32 table of rotary frequencies; another where sliding layers have their own."""
-        if not isinstance(model.positions, RoPE):
-            return []
+        """Tables of rotary frequencies and the routers' correction, all in float32."""
         rows = []
         for positions in (model.positions, model.local_positions):
-            if positions is not None:
+            if isinstance(positions, RoPE):
                 D = positions.rotary_dim
-                rows.append(
-                    Row(
-                        component="weights",
-                        item="rotary frequencies (buffer)",
-                        count=1,
-                        formula="d_rot · 2",
-                        values=(("d_rot", D),),
-                        size_bytes=2 * D,
-                    )
-                )
+                rows.append(_buffer("rotary frequencies", 1, "d_rot · 2", ("d_rot", D), 2 * D))
+        for layer, count in model.layer_kinds().items():
+            match layer.feed_forward:
+                case MoE(router="sigmoid-groups", num_experts=E, correction_bias=False):
+                    rows.append(_buffer("router bias", count, "E · 4", ("E", E), count * E * 4))
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
@@ -188,17 +216,41 @@ class Attnlab:
         return _program(model, work, setting, "decode")
 
 
+def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_bytes: int) -> Row:
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=(value,),
+        size_bytes=size_bytes,
+    )
+
+
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
-    unplanned = unplanned_part(model)
-    if unplanned is not None:
-        return [unplanned]
-    missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
+    if not model.is_decoder:
+        return ["bidirectional encoders"]
+    if not isinstance(
+        model.positions,
+        RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions,
+    ):
+        return [type(model.positions).__name__]
+    encoders = [tower for tower in model.towers if model.is_seq2seq and tower.part == "encoder"]
+    kinds = [*model.layer_kinds(), *(layer for tower in encoders for layer in tower.layers)]
+    missing = [part for layer in dict.fromkeys(kinds) for part in _missing_in(layer)]
     wanted = {
         "queries scaled by their position": isinstance(model.positions, RoPE)
         and bool(dict(model.positions.scaling).get("llama_4_scaling_beta")),
+        "rotary tables scaled by short_mscale": isinstance(model.positions, RoPE)
+        and "short_mscale" in dict(model.positions.scaling),
         "parameters outside the blocks": bool(model.extra_parameters),
-        "parts beside the decoder": bool(model.towers),
+        "parts beside the decoder": len(model.towers) > len(encoders),
+        "cross-attention without an encoder": model.is_seq2seq and len(encoders) != 1,
+        "layers without cross-attention": model.is_seq2seq
+        and not all(layer.cross_attention for layer in model.layer_kinds()),
+        "RelativeBias without a table": isinstance(model.positions, RelativeBias)
+        and not model.layers[0].extra_parameters,
         QUANTISED: model.quantization is not None,
     }
     return [*missing, *(part for part, there in wanted.items() if there)]
@@ -210,17 +262,78 @@ def _is_planned(model: Model, part: str) -> bool:
 
 
 def _missing_in(layer: Layer) -> list[str]:
-    gqa, feed_forward = layer.attention, layer.feed_forward
-    if not isinstance(gqa, GQA):
-        return ["MLA"]
-    if not isinstance(feed_forward, Dense):
-        return ["mixtures of experts"]
+    """What of a block is not there to be run."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    alone = attention is None or feed_forward is None
+    if isinstance(attention, Mixer) and not isinstance(attention, RECURRENT):
+        return [f"{attention.kind} layers"]
     wanted = {
-        "values that are keys": gqa.attention_k_eq_v,
-        "a window that clips beside one that masks": gqa.masked_window is not None
-        and gqa.sliding_window is not None,
+        "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
+        "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
+        "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
+        and feed_forward.router == "sigmoid"
+        and feed_forward.norm_topk_prob,
+        "cross-attention in such a block": layer.cross_attention is not None
+        and (layer.placement not in ("pre", "post-sum") or not _is_plain(layer.cross_attention)),
+        "blocks with parts of their own": layer.beside is not None
+        or any(p.name != BIAS_TABLE for p in layer.extra_parameters),
     }
+    match attention:
+        case GQA() as gqa:
+            wanted |= {
+                "caches shared between layers": gqa.shares_cache,
+                "normalised values": gqa.v_norm,
+                "values that are keys": gqa.attention_k_eq_v,
+                "a window that clips beside one that masks": gqa.masked_window is not None
+                and gqa.sliding_window is not None,
+            }
+        case MLA() as mla:
+            wanted |= {
+                "sparse attention to the picks of an indexer": mla.indexer is not None,
+                "caches shared between layers": mla.shares_cache,
+            }
     return [part for part, there in wanted.items() if there]
+
+
+def _is_plain(gqa: GQA) -> bool:
+    """Whether there are projections and a scale, as cross-attention has them, and nothing more."""
+    return gqa == GQA(
+        num_attention_heads=gqa.num_attention_heads,
+        num_key_value_heads=gqa.num_key_value_heads,
+        head_dim=gqa.head_dim,
+        scaling=gqa.scaling,
+        qkv_bias=gqa.qkv_bias,
+        o_bias=gqa.o_bias,
+        unbiased=gqa.unbiased,
+    )
+
+
+def unplanned_parts(model: Model) -> list[str]:
+    """What attnlab runs and its programs (attnlab_program.py) do not write, in words."""
+    found = ["cross-attention"] * model.is_seq2seq
+    for layer in model.layer_kinds():
+        match layer.attention:
+            case Mixer() as mixer:
+                found.append(f"{mixer.kind} layers")
+            case MLA():
+                found.append("latent attention (MLA)")
+            case GQA(output_gate=True):
+                found.append("gated attention")
+            case GQA() as gqa if gqa.temperature:
+                found.append("queries that grow with their position")
+        if layer.attention is None or layer.feed_forward is None:
+            found.append("blocks without attention or feed-forward")
+    return found
+
+
+def _check_runs(model: Model) -> None:
+    """ConfigError for a model that attnlab does not run."""
+    missing = [part for part in missing_parts(model) if not _is_planned(model, part)]
+    if missing:
+        raise ConfigError(
+            f"runtime=attnlab does not run {missing[0]} of {model.model_type} yet: "
+            "transformers or vllm"
+        )
 
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:
@@ -235,5 +348,6 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             logits=work.logits,
             cache=spec.kind,  # type: ignore[arg-type]
             block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
+            form=kv_format(setting.cache, setting.kv_dtype),
         ),
     )

@@ -107,7 +107,7 @@ class AttentionWriter(Writer):
             q, k = self._rotate(gqa, q, k, shared)
         if gqa.qk_norm is not None and gqa.qk_norm.after_rope:
             q, k, v = self._qk_norms(gqa, [q, k, v])
-        attended = self.cache.append(gqa, k, v, (q,))
+        attended = self.cache.append(gqa, (k, v), (q,))
         out = self._attend(gqa, q, attended)
         projected = self.linear("o_proj", out, h, bias=gqa.o_bias)
         tape.free(out)
@@ -145,6 +145,9 @@ class AttentionWriter(Writer):
                 )
                 for letter, width in zip("qkv", widths, strict=True)
             ]
+        norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
+        if norm is not None and norm.width == "full":
+            parts = self._qk_norms(gqa, parts)
         if gqa.clip_qkv is not None:
             clipped = [
                 tape.new("clipped", (B, T, width), b, reads=(part,))
@@ -152,7 +155,7 @@ class AttentionWriter(Writer):
             ]
             tape.free(*dict.fromkeys(parts))
             parts = clipped
-        if gqa.qk_norm is not None and not gqa.qk_norm.after_rope:
+        if norm is not None and norm.width != "full":
             parts = self._qk_norms(gqa, parts)
         return parts[0], parts[1], parts[2]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.layers import GQA
+from planner.layers import GQA, MLA
 from planner.program import Dims, Extent, Number, S, Symbol, minimum
 
 
@@ -120,11 +120,13 @@ def _either(a: Number, b: Number) -> Number:
     return a + b - a * b
 
 
-def pattern_of(gqa: GQA, *, ring: bool) -> Pattern:
+def pattern_of(attention: GQA | MLA, *, ring: bool) -> Pattern:
     """The pattern of one layer's attention."""
-    windows = [w for w in (gqa.sliding_window, gqa.masked_window) if w is not None]
+    if isinstance(attention, MLA):
+        return Pattern(window=None, chunked=False, ring=False)
+    windows = [w for w in (attention.sliding_window, attention.masked_window) if w is not None]
     return Pattern(
         window=min(windows, default=None),
-        chunked=gqa.chunked,
-        ring=ring and gqa.sliding_window is not None,
+        chunked=attention.chunked,
+        ring=ring and attention.sliding_window is not None,
     )

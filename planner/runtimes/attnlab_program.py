@@ -12,11 +12,13 @@ from functools import lru_cache
 from typing import Literal
 
 from planner.dtypes import element_bytes
-from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm, RoPE, Sinusoidal
+from planner.kv_formats import KvFormat
+from planner.layers import GQA, Dense, Layer, LearnedPositions, MoE, Norm, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Buffer, Extent, Program, Shape, T
 from planner.runtimes.attnlab_attention import AttentionWriter
 from planner.runtimes.attnlab_cache_program import CacheKind, CacheProgram
+from planner.runtimes.attnlab_mixture import Experts, MixtureWriter, chosen_experts
 from planner.runtimes.writer import FLOAT32, INT64, layer_label
 
 
@@ -31,29 +33,34 @@ class Pass:
     logits: Literal["all", "last"]
     cache: CacheKind = "static"
     block_tokens: int = 16
+    form: KvFormat | None = None
+    experts: Experts | None = None
 
 
 @lru_cache(maxsize=128)
 def forward_program(model: Model, what: Pass) -> Program:
     """One forward pass over a cache, from token ids to logits.
 
-    `model` has grouped-query attention and dense feed-forwards only.
+    `model` has grouped-query attention only. `what.experts`: how experts are multiplied, None: as
+    attnlab chooses.
     """
     return _Forward(model, what).write()
 
 
-class _Forward(AttentionWriter):
+class _Forward(AttentionWriter, MixtureWriter):
     """Walks through Transformer.forward and writes the tape."""
 
     def __init__(self, model: Model, what: Pass) -> None:
         super().__init__(model, what.dtype)
         self.what, self.attention, self.norm = what, what.attention, self._norm
+        self.experts = what.experts or chosen_experts(model, what.dtype)
         self.cache = CacheProgram(
             self.tape,
             what.cache,
             b=self.b,
-            kv_b=element_bytes(what.kv_dtype),
+            kv_b=self.b if what.form is not None else element_bytes(what.kv_dtype),
             block_tokens=what.block_tokens,
+            form=what.form,
         )
 
     def write(self) -> Program:
@@ -220,33 +227,33 @@ class _Forward(AttentionWriter):
 
     def _block(self, layer: Layer) -> None:
         """Block.forward, by where the norms stand."""
-        assert isinstance(layer.feed_forward, Dense)
-        gqa, dense, x = _gqa(layer), layer.feed_forward, self.hidden
+        assert layer.feed_forward is not None
+        gqa, fed, x = _gqa(layer), layer.feed_forward, self.hidden
         match layer.placement:
             case "pre" | "sandwich":
                 after = layer.placement == "sandwich"
                 middle = self._part(layer, x, gqa, before=True, after=after)
-                self._part(layer, middle, dense, before=True, after=after, into=x)
+                self._part(layer, middle, fed, before=True, after=after, into=x)
                 self.tape.free(middle, x)
             case "post":
                 middle = self._part(layer, x, gqa, before=False, after=True)
-                self._part(layer, middle, dense, before=False, after=True, into=x)
+                self._part(layer, middle, fed, before=False, after=True, into=x)
                 self.tape.free(middle, x)
             case "post-sum":
                 total = self._part(layer, x, gqa, before=False, after=False)
                 middle = self.replaced(self._norm(layer.norm, total, "attention norm"), total)
-                total = self._part(layer, middle, dense, before=False, after=False)
+                total = self._part(layer, middle, fed, before=False, after=False)
                 last = self._norm(layer.norm, total, "feed-forward norm")
                 self.tape.free(total, middle, x, last)
                 self.tape.new("residual", x.shape, self.b, into=x)
             case _:
-                self._parallel(layer, gqa, dense)
+                self._parallel(layer, gqa, fed)
 
     def _part(
         self,
         layer: Layer,
         x: Buffer,
-        part: GQA | Dense,
+        part: GQA | Dense | MoE,
         *,
         before: bool,
         after: bool,
@@ -269,17 +276,20 @@ class _Forward(AttentionWriter):
         tape.free(out, named)
         return total
 
-    def _run(self, part: GQA | Dense, x: Buffer) -> Buffer:
-        return (
-            self.attention_block(part, x) if isinstance(part, GQA) else self._feed_forward(part, x)
-        )
+    def _run(self, part: GQA | Dense | MoE, x: Buffer) -> Buffer:
+        match part:
+            case GQA():
+                return self.attention_block(part, x)
+            case MoE():
+                return self.mixture(part, x)
+        return self.dense(part, x)
 
     def _scaled(self, layer: Layer, out: Buffer) -> Buffer:
         if layer.residual_multiplier is None:
             return out
         return self.replaced(self.tape.new("scaled", out.shape, self.b, reads=(out,)), out)
 
-    def _parallel(self, layer: Layer, gqa: GQA, dense: Dense) -> None:
+    def _parallel(self, layer: Layer, gqa: GQA, fed: Dense | MoE) -> None:
         """Attention and feed-forward on one norm's output, or on a norm's each."""
         tape, x, b = self.tape, self.hidden, self.b
         one = layer.placement == "parallel"
@@ -291,35 +301,36 @@ class _Forward(AttentionWriter):
         tape.free(out)
         if not one:
             normed = self._norm(layer.norm, x, "feed-forward norm")
-        fed = self._feed_forward(dense, normed)
+        out = self._run(fed, normed)
         if not one:
             tape.free(normed)
-        fed = self._scaled(layer, fed)
-        tape.new("residual", x.shape, b, reads=(middle, fed), into=x)
-        tape.free(fed, middle, x, *([normed] if one else []))
+        out = self._scaled(layer, out)
+        tape.new("residual", x.shape, b, reads=(middle, out), into=x)
+        tape.free(out, middle, x, *([normed] if one else []))
 
-    def _feed_forward(self, dense: Dense, x: Buffer) -> Buffer:
+    def dense(self, dense: Dense, x: Buffer) -> Buffer:
+        """FeedForward.forward."""
         tape, b, i, h = self.tape, self.b, dense.intermediate_size, self.model.hidden_size
         wide = (*x.shape[:-1], i)
         if dense.fused_gate_up:
             both = self.linear("gate_up_proj", x, 2 * i, bias=dense.bias)
-            active = self._activate(dense.activation, both, wide, consumed=False)
+            active = self.activate(dense.activation, both, wide, consumed=False)
             product = tape.new("gate · up", wide, b, reads=(both, active))
             tape.free(active, both)
         elif dense.gated:
             gate = self.linear("gate_proj", x, i, bias=dense.bias)
-            active = self._activate(dense.activation, gate, wide)
+            active = self.activate(dense.activation, gate, wide)
             up = self.linear("up_proj", x, i, bias=dense.bias)
             product = tape.new("gate · up", wide, b, reads=(active, up))
             tape.free(active, up)
         else:
             up = self.linear("up_proj", x, i, bias=dense.bias)
-            product = self._activate(dense.activation, up, wide)
+            product = self.activate(dense.activation, up, wide)
         out = self.linear("down_proj", product, h, bias=dense.bias)
         tape.free(product)
         return out
 
-    def _activate(
+    def activate(
         self, activation: str, x: Buffer, shape: Shape, *, consumed: bool = True
     ) -> Buffer:
         """The activation of (a part of) x; those that torch does not fuse op by op."""

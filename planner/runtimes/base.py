@@ -245,13 +245,19 @@ def check_step(runtime: str, work: Training, **planned: tuple[object, ...]) -> N
             )
 
 
-def check_cache_kind(runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...]) -> str:
-    """The kind of cache, the first of `kinds` where none is given."""
+def check_cache_kind(
+    runtime: str, cache: CacheSpec | None, kinds: tuple[str, ...], *, scaled: bool = False
+) -> str:
+    """The kind of cache, the first of `kinds` where none is given; `scaled`: it may have scales."""
     if cache is None:
         return kinds[0]
     if cache.kind not in kinds:
         raise ConfigError(
             f"cache.kind={cache.kind!r} is not in runtime={runtime}: one of {', '.join(kinds)}"
+        )
+    if cache.scales is not None and not scaled:
+        raise ConfigError(
+            f"cache.scales={cache.scales!r} is not in runtime={runtime}: None, or attnlab"
         )
     return cache.kind
 

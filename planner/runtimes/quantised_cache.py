@@ -65,7 +65,7 @@ def quantised_cache(cache: CacheSpec | None, dtype: str) -> QuantisedCache:
                     f"cache.{field}={getattr(cache, field)!r} is not allowed: None in fp8, one "
                     "scale for each tensor"
                 )
-        tensor = TensorFormat(bits=8, scales=Scales(per="tensor"))
+        tensor = TensorFormat(bits=8, scales=Scales(per="tensor"), floating=True)
         form = KvFormat(name="fp8", keys=tensor, values=tensor)
         return QuantisedCache(backend="fp8", form=form)
     able = backends_of(dtype)

@@ -36,7 +36,7 @@ def quantised_rows(
                 (f"{kind}, {names[1]}", 1, width_v, form.values),
             ]
         for item, copies, d, tensor in parts:
-            rows += _tensor_rows(
+            rows += tensor_rows(
                 form.name,
                 item,
                 tensor,
@@ -48,7 +48,7 @@ def quantised_rows(
     return rows
 
 
-def _tensor_rows(
+def tensor_rows(
     name: str,
     item: str,
     tensor: TensorFormat,
@@ -56,7 +56,10 @@ def _tensor_rows(
     shape: tuple[int, int, int, int],
     decoded_tokens: int,
     computed: str,
+    *,
+    note: str = "decoded one at a time",
 ) -> list[Row]:
+    """Codes, scales and residual of one tensor [B, H, S, d], `times` (layers, copies in each)."""
     (count, copies), (B, H, S, d) = times, shape
     stored = tensor.stored(
         batch=B, heads=H, tokens=S, width=d, computed=computed, decoded_tokens=decoded_tokens
@@ -97,7 +100,7 @@ def _tensor_rows(
                 residual,
                 {"B": B, "H": H, "r": r, "d": d, "b": b},
                 copies * stored.residual_bytes,
-                note=f"up to {tensor.residual.tokens} tokens decoded one at a time, in {computed}",
+                note=f"up to {tensor.residual.tokens} tokens {note}, in {computed}",
             )
         )
     return rows

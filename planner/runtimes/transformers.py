@@ -90,6 +90,11 @@ WINDOWED = frozenset(
 FLOAT32_ROUTERS = frozenset(("ernie4_5_moe", "hunyuan_v1_moe"))
 """Model types whose routers stay float32 whatever the dtype (`_keep_in_fp32_modules`)."""
 
+FLOAT32_CORRECTIONS = frozenset(
+    ("deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "lfm2_moe")
+)
+"""Model types whose routers' correction bias is a float32 buffer, where others' has the dtype."""
+
 EAGER_ONLY = frozenset(
     (
         "bloom",
@@ -249,8 +254,9 @@ class Transformers:
         for layer, count in model.layer_kinds().items():
             match layer.feed_forward:
                 case MoE(router="sigmoid-groups", num_experts=E):
-                    values = (("E", E), ("b", b))
-                    rows.append(_buffer("router bias", count, "E · b", values, count * E * b))
+                    item = 4 if model.text_type in FLOAT32_CORRECTIONS else b
+                    values = (("E", E), ("b", item))
+                    rows.append(_buffer("router bias", count, "E · b", values, count * E * item))
         masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.text_type, 0)
         if masks:
             rows.append(_buffer("causal mask", masks, "S · S", (("S", S),), masks * S * S))

@@ -143,7 +143,7 @@ def test_a_context_beyond_the_positions_is_said_in_the_planners_words():
 
 
 def test_a_model_that_the_runtime_does_not_run_is_said_so():
-    assert "mixtral" in opened(model="mixtral-8x7b", runtime="attnlab").error[0].value
+    assert "deepseek_v3" in opened(model="deepseek-v3", runtime="attnlab").error[0].value
 
 
 @pytest.mark.parametrize(
@@ -215,11 +215,11 @@ def test_a_quantised_cache_is_set_by_widgets_and_links():
 
 def test_the_kv_dtypes_are_what_the_runtime_keeps():
     app = opened(runtime="transformers", kv_dtype="int4")
-    app.get_by_key("runtime").set_value("attnlab").run()
+    app.get_by_key("runtime").set_value("vllm").run()
     assert not app.exception
     assert len(app.error) == 0
     assert "int4" not in app.get_by_key("kv_dtype").options
-    linked = opened(runtime="attnlab", kv_dtype="int4")
+    linked = opened(runtime="vllm", kv_dtype="int4")
     assert "kv_dtype='int4' in the link is not one of as the model" in linked.warning[0].value
     assert linked.get_by_key("kv_dtype").value == "as the model"
     other = opened(runtime="transformers", kv_dtype="int8", kv_backend="quanto")

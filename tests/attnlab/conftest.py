@@ -19,8 +19,12 @@ def _pair(family):
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, p in theirs.named_parameters():
-        norm = "norm" in name or ".ln_" in name
+        module = ".".join(name.split(".")[-3:])  # dbrx keeps its attention in a norm_attn_norm
+        norm = "norm" in module or "ln_" in module
         torch.nn.init.normal_(p, mean=float(norm and name.endswith("weight")), std=0.2)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     model = planner.read_config(config.to_dict())
     ours = Transformer(model, dtype=torch.float32, device="cpu")
     load_state_dict(ours, theirs.state_dict())

@@ -11,6 +11,7 @@ from planner.layers import (
     Dense,
     Layer,
     LearnedPositions,
+    MoE,
     Norm,
     QKNorm,
     RoPE,
@@ -68,22 +69,67 @@ def attentions(draw, heads, kv_heads, head_dim):
 
 
 @st.composite
-def models(draw, *, max_tokens=64):
-    """One model; its layers may differ."""
+def denses(draw, gated):
+    """A feed-forward with any of its parts."""
+    return Dense(
+        intermediate_size=draw(st.integers(1, 60)),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        gated=gated,
+        bias=draw(st.booleans()),
+        fused_gate_up=gated and draw(st.booleans()),
+    )
+
+
+@st.composite
+def mixtures(draw, *, trained=False):
+    """A mixture of experts with any of its parts; `trained`: of those that are planned."""
+    groups, each = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    layout = draw(st.sampled_from(("grouped", "transposed", "flat")))
+    gated = layout == "flat" or draw(st.booleans())
+    routers = ("softmax", "sigmoid", "sigmoid-groups", "sparsemixer")
+    router = draw(st.sampled_from(routers[:3] if trained else routers))
+    even = st.sampled_from((8, 16, 32))
+    shared = draw(st.none() | denses(draw(st.booleans())))
+    return MoE(
+        num_experts=groups * each,
+        num_experts_per_tok=draw(st.integers(1, 2)),
+        moe_intermediate_size=draw(even if trained else st.integers(1, 60) | even),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        router=router,
+        shared=shared,
+        shared_gate=shared is not None and draw(st.booleans()),
+        bias=layout != "flat" and draw(st.booleans()),
+        layout=layout,
+        correction_bias=router == "softmax" and not trained and draw(st.booleans()),
+        gated=gated,
+        latent_size=draw(st.none() | st.sampled_from((8, 16) if trained else (3, 8))),
+        latent_bias=draw(st.booleans()),
+        swiglu_alpha=draw(st.none() | st.just(1.7)),
+        swiglu_limit=draw(st.none() | st.just(0.1)),
+        n_group=groups,
+        topk_group=draw(st.integers(1, groups)),
+        group_best=draw(st.integers(1, 2)),
+        norm_topk_prob=router != "sigmoid" and draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from((1.0, 1.5))),
+        router_jitter_noise=0.1,
+    )
+
+
+@st.composite
+def models(draw, *, max_tokens=64, routed=False, trained=False):
+    """One model; its layers may differ, and with `routed` or `trained` have experts."""
     kv_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 6))
     gated = draw(st.booleans())
+    fed = denses(gated)
+    if routed or trained:
+        fed = mixtures(trained=trained) | fed
     attention = attentions(kv_heads * shared, kv_heads, head_dim)
+    even = st.sampled_from((8, 16, 32))
     kinds = [
         Layer(
             attention=draw(attention),
-            feed_forward=Dense(
-                intermediate_size=draw(st.integers(1, 60)),
-                activation=draw(st.sampled_from(ACTIVATIONS)),
-                gated=gated,
-                bias=draw(st.booleans()),
-                fused_gate_up=gated and draw(st.booleans()),
-            ),
+            feed_forward=draw(fed),
             norm=draw(norms()),
             placement=draw(st.sampled_from(PLACEMENTS)),
             residual_multiplier=draw(st.none() | st.just(0.3)),
@@ -101,7 +147,7 @@ def models(draw, *, max_tokens=64):
     return Model(
         name="drawn",
         model_type="drawn",
-        hidden_size=draw(st.integers(1, 40)),
+        hidden_size=draw(even if trained else st.integers(1, 40) | even),
         vocab_size=draw(st.integers(2, 90)),
         max_position_embeddings=max_tokens,
         layers=tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))),

@@ -2,6 +2,9 @@
 
 import transformers as hf
 
+import planner
+from planner.runtimes.attnlab import unplanned_parts
+
 V = 97
 LLAMA = dict(
     vocab_size=V,
@@ -29,6 +32,28 @@ FALCON = dict(
     vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True,
     max_position_embeddings=64, ffn_hidden_size=48, pad_token_id=None, bos_token_id=None,
     eos_token_id=None,
+)  # fmt: skip
+MIXTURE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16)
+MLA = dict(
+    **MHA, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=6,
+    qk_rope_head_dim=8, v_head_dim=10, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+    topk_group=1, moe_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1,
+)  # fmt: skip
+MAMBA2 = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2,
+    state_size=10, chunk_size=8, tie_word_embeddings=False, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+MAMBA = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=6, time_step_rank=3,
+    pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+BAMBA = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=10, mamba_chunk_size=8
+)
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+    linear_value_head_dim=10, layer_types=["linear_attention", "full_attention"],
 )  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention"]
 
@@ -151,7 +176,108 @@ FAMILIES = {
     "glm": lambda: hf.GlmConfig(**LLAMA, head_dim=16),
     "glm4": lambda: hf.Glm4Config(**LLAMA, head_dim=16),
     "nemotron": lambda: hf.NemotronConfig(**LLAMA, head_dim=16),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**{**MLA, "q_lora_rank": None}),
+    "deepseek_v2, best groups": lambda: hf.DeepseekV2Config(
+        **MLA, topk_method="group_limited_greedy", routed_scaling_factor=1.5
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
+    "deepseek_v3, halves": lambda: hf.DeepseekV3Config(
+        **MLA, rope_interleave=False, attention_bias=True
+    ),
+    "deepseek_v3, yarn": lambda: hf.DeepseekV3Config(
+        **{**MLA, "first_k_dense_replace": 2},
+        rope_parameters={**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 0.9},
+    ),
     "exaone4": lambda: hf.Exaone4Config(**LLAMA, sliding_window=5, layer_types=SLIDING),
+    "mamba": lambda: hf.MambaConfig(**MAMBA),
+    "falcon_mamba": lambda: hf.FalconMambaConfig(**MAMBA, use_bias=True, use_conv_bias=False),
+    "mamba2": lambda: hf.Mamba2Config(**MAMBA2),
+    "mamba2, bounded steps": lambda: hf.Mamba2Config(
+        **{**MAMBA2, "n_groups": 8}, time_step_limit=(0.4, 0.9), use_bias=True, use_conv_bias=False,
+        residual_in_fp32=False, hidden_act="gelu",
+    ),
+    "bamba": lambda: hf.BambaConfig(**LLAMA, **BAMBA, attn_layer_indices=[1]),
+    "granitemoehybrid": lambda: hf.GraniteMoeHybridConfig(
+        **LLAMA, **BAMBA, layer_types=["mamba", "attention"], num_local_experts=0,
+        shared_intermediate_size=48, embedding_multiplier=3.0, residual_multiplier=0.3,
+        attention_multiplier=0.2, logits_scaling=2.0, position_embedding_type="nope",
+    ),
+    "nemotron_h": lambda: hf.NemotronHConfig(
+        **{k: v for k, v in LLAMA.items() if k != "num_hidden_layers"}, head_dim=16,
+        layers_block_type=["mamba", "mlp", "attention"], mamba_num_heads=8, mamba_head_dim=8,
+        n_groups=2, ssm_state_size=10, chunk_size=8,
+    ),
+    "jamba": lambda: hf.JambaConfig(
+        **LLAMA, mamba_d_state=6, mamba_dt_rank=3, num_experts=4, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=0,
+        use_mamba_kernels=False,
+    ),
+    "qwen3_next": lambda: hf.Qwen3NextConfig(
+        **LLAMA, **DELTA, head_dim=16, mlp_only_layers=[0, 1], partial_rotary_factor=0.5
+    ),
+    "qwen3_5": lambda: hf.Qwen3_5TextConfig(**LLAMA, **DELTA, head_dim=16),
+    "olmo_hybrid": lambda: hf.OlmoHybridConfig(**LLAMA, **DELTA),
+    "kimi_linear": lambda: hf.KimiLinearConfig(
+        **MHA, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8,
+        v_head_dim=10, linear_num_heads=4, linear_head_dim=8, mlp_layer_types=["dense"] * 2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, lru_width=32,
+        intermediate_size=96, attention_window_size=5, num_key_value_heads=1, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None,
+    ),
+    "lfm2": lambda: hf.Lfm2Config(
+        **LLAMA, layer_types=["conv", "full_attention"], conv_bias=True
+    ),
     "seed_oss": lambda: hf.SeedOssConfig(**LLAMA, head_dim=16),
     "ernie4_5": lambda: hf.Ernie4_5Config(**LLAMA, head_dim=16),
+    "mixtral": lambda: hf.MixtralConfig(**LLAMA, num_local_experts=5, num_experts_per_tok=2),
+    "mixtral, sliding": lambda: hf.MixtralConfig(**LLAMA, num_local_experts=4, sliding_window=5),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **LLAMA, **MIXTURE, shared_expert_intermediate_size=24, decoder_sparse_step=2
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **LLAMA, **MIXTURE, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**LLAMA, num_experts=6, num_experts_per_tok=3, clip_qkv=0.5),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **LLAMA, head_dim=16, num_local_experts=5, num_experts_per_tok=2, sliding_window=5
+    ),
+    "granitemoe": lambda: hf.GraniteMoeConfig(
+        **LLAMA, num_local_experts=5, embedding_multiplier=3.0, residual_multiplier=0.3,
+        attention_multiplier=0.2, logits_scaling=2.0,
+    ),
+    "phimoe": lambda: hf.PhimoeConfig(**LLAMA, num_local_experts=5, router_jitter_noise=0.2),
+    "ernie4_5_moe": lambda: hf.Ernie4_5_MoeConfig(
+        **LLAMA, moe_num_experts=6, moe_k=3, moe_intermediate_size=16, moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    ),
+    "glm4_moe": lambda: hf.Glm4MoeConfig(
+        **LLAMA, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, n_group=4,
+        topk_group=2, moe_intermediate_size=16, first_k_dense_replace=1, routed_scaling_factor=1.5,
+    ),
+    "llama4_text": lambda: hf.Llama4TextConfig(
+        **{**LLAMA, "num_hidden_layers": 4}, head_dim=16, num_local_experts=5,
+        num_experts_per_tok=2, intermediate_size_mlp=40, interleave_moe_layer_step=2,
+        attention_chunk_size=5, floor_scale=4, attn_scale=0.5,
+    ),
+    "minimax_m2": lambda: hf.MiniMaxM2Config(
+        **LLAMA, head_dim=16, num_local_experts=5, num_experts_per_tok=2
+    ),
+    "dbrx": lambda: hf.DbrxConfig(
+        vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10_000.0},
+        ffn_config={
+            "hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2
+        },
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    ),
 }  # fmt: skip
+
+PLANNED = [
+    name
+    for name, make in FAMILIES.items()
+    if not unplanned_parts(planner.read_config(make().to_dict()))
+]
+"""Those whose passes the planner's attnlab runtime writes as programs."""

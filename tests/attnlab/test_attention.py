@@ -3,9 +3,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnlab.backend import backend_name
 from attnlab.implementations import flex, flex_with, implementation, naive, sdpa, sdpa_backend
 from attnlab.masks import Keys, Pattern, make_mask
-from attnlab.transformer import Transformer, backend_name
+from attnlab.transformer import Transformer
 from planner import ConfigError
 
 

@@ -8,7 +8,7 @@ from attnlab.sampling import Sampling, choose_tokens, probabilities
 from planner import ConfigError
 from tests.attnlab.test_caches import KINDS, cache_of
 
-FAMILIES = ["llama", "mistral", "gpt2", "gemma2"]
+FAMILIES = ["llama", "mistral", "gpt2", "gemma2", "mamba2", "bamba", "qwen3_next"]
 
 
 def their_greedy(theirs, ids, tokens, **settings):

@@ -26,13 +26,15 @@ def test_last_logits_are_the_last_of_all(pair, ids):
     torch.testing.assert_close(ours(ids, logits="last"), ours(ids)[:, -1:], **CLOSE)
 
 
-def test_rotary_models_have_float32_buffers_that_the_planner_counts(pair):
+def test_buffers_are_in_float32_and_those_that_the_planner_counts(pair):
     _, ours = pair
     model = ours.model
     expected = ["rotary"] if isinstance(model.positions, planner.layers.RoPE) else []
     expected += ["rotary_local"] if model.local_positions is not None else []
     buffers = dict(ours.named_buffers())
-    assert list(buffers) == [f"{name}.inv_freq" for name in expected]
+    assert [name for name in buffers if "inv_freq" in name] == [
+        f"{name}.inv_freq" for name in expected
+    ]
     assert {b.dtype for b in buffers.values()} <= {torch.float32}
     assert not any("inv_freq" in name for name in ours.state_dict())
     rows = runtime_named("attnlab").buffer_rows(model, dtype="bf16")
@@ -52,7 +54,7 @@ def test_no_token_sees_the_future(pair, ids):
     other = ids.clone()
     other[:, 8:] = (other[:, 8:] + 1) % 97
     before, after = ours(ids), ours(other)
-    torch.testing.assert_close(after[:, :8], before[:, :8], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after[:, :8], before[:, :8], rtol=1e-6, atol=2e-6)
     assert (after[:, 8:] - before[:, 8:]).abs().amax() > 0.1
 
 
@@ -69,7 +71,9 @@ def test_gradients_reach_every_parameter(pair, ids):
     _, ours = pair
     twin = with_attention(ours, None).requires_grad_(True)
     twin(ids).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in twin.parameters())
+    for name, p in twin.named_parameters():
+        chooses = name.endswith("e_score_correction_bias")  # for the choice alone, not the weights
+        assert p.grad is None if chooses else p.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,8 +123,8 @@ def test_an_unknown_attention_is_rejected(pairs):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mixtral", "num_hidden_layers": 1}, "does not run mixtures of experts"),
-        ({"model_type": "deepseek_v3", "num_hidden_layers": 1}, "does not run MLA"),
+        ({"model_type": "deepseek_v32", "num_hidden_layers": 1}, "does not run sparse attention"),
+        ({"model_type": "rwkv", "num_hidden_layers": 1}, "does not run RWKV layers of rwkv"),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "lm_head=False does not run"),
     ],
 )

@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from attnlab.transformer import Transformer
 from attnlab.weights import load_safetensors, load_state_dict
@@ -50,11 +50,15 @@ def test_another_shape_is_rejected_before_anything_is_copied(fresh):
     assert torch.equal(transformer.embed_tokens.weight, before)
 
 
+APART = ["mixtral", "qwen3_moe", "phimoe", "ernie4_5_moe", "glm4_moe", "minimax_m2", "deepseek_v2"]
+"""Families whose files keep the tensors of each expert apart."""
 FILES = ["llama", "gpt2", "falcon-40b", "bloom", "gpt_bigcode, all heads", "opt-350m"]
+FILES += [*APART, "granitemoe", "gpt_oss", "dbrx", "olmoe", "qwen2_moe"]
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    one, other = one.state_dict(), other.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("shards", ["5MB", "20KB"])
@@ -102,3 +106,14 @@ def test_quantised_weights_are_rejected(pairs, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"in F8_E4M3.*: F64, F32, F16, BF16 are loaded"):
         load_safetensors(ours, tmp_path)
+
+
+@pytest.mark.parametrize("family", APART)
+def test_an_expert_that_the_files_lack_is_named(pairs, family, tmp_path):
+    theirs, ours = pairs(family)
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in reversed(state) if ".experts.3." in name)
+    del state[lost]
+    with pytest.raises(ConfigError, match=r"lacks experts of: model\.layers\.1\.mlp\.experts\."):
+        load_state_dict(ours, state)

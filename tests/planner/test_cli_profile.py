@@ -22,6 +22,14 @@ def ran(capsys, *arguments):
         (["--suite", "all"], "microbench, overheads"),
         (["--suite", "smoke", "--budget", "9x"], "budget='9x' is not allowed"),
         (["gpt2", "--missing"], "--missing is not allowed with no --suite"),
+        (
+            ["gpt2", "--memory-viz", "run.pickle", "--device", "cpu"],
+            "--memory-viz is not allowed on device=cpu: cuda, whose allocator keeps a history",
+        ),
+        (
+            ["--suite", "smoke", "--memory-viz", "run.pickle"],
+            "--memory-viz is not allowed with --suite",
+        ),
         (["gpt2", "--budget", "9s"], "--budget is not allowed with no --suite"),
         (["--suite", "microbench", "--json"], "--json is not allowed with --suite microbench"),
         (["--suite", "overheads", "--ray", "local"], "--ray is not allowed with --suite overheads"),

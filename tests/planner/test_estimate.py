@@ -9,7 +9,9 @@ import pytest
 
 import planner
 from planner import CacheSpec, ConfigError, Deployment, Inference
+from planner.runtimes.base import unplanned_part
 from tests.planner.configs import TINY, build
+from tests.planner.every_type import CASES as EVERY
 
 H200 = Deployment(gpu="h200")
 
@@ -50,6 +52,27 @@ def test_weight_bytes_are_those_of_the_live_module(name, dtype):
         model, Inference(batch=1, prompt_tokens=4), Deployment(gpu="cpu", dtype=dtype)
     )
     assert e.memory.weights_bytes == expected
+
+
+def planned(config):
+    """The model, if transformers' passes are planned for it and its class has the type's name."""
+    model = planner.read_config(config)
+    named = config["model_type"] not in ("kimi_k2", "mistral4")  # no class, or none for text alone
+    return model if named and unplanned_part(model) is None else None
+
+
+CAUSAL = {kind: case.config for kind, case in EVERY.items() if case.auto == "causal"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, config in CAUSAL.items() if planned(config)])
+def test_weights_of_every_type_are_parameters_and_buffers_of_its_class(kind):
+    import torch
+
+    live = build(CAUSAL[kind], device="meta", dtype=torch.bfloat16)
+    held = {id(t): t.numel() * t.element_size() for t in (*live.parameters(), *live.buffers())}
+    work, deploy = Inference(batch=1, prompt_tokens=4), Deployment(gpu="h200", dtype="bf16")
+    e = planner.estimate(planner.read_config(CAUSAL[kind]), work, deploy)
+    assert e.memory.weights_bytes == sum(held.values())
 
 
 def test_a_context_beyond_the_positions_is_refused():
@@ -105,9 +128,13 @@ def test_bad_workloads_are_named(field, value):
         Inference(**{"batch": 1, "prompt_tokens": 8, field: value})
 
 
-def test_attnlab_says_what_it_does_not_run():
-    with pytest.raises(ConfigError, match="runtime=attnlab does not run mixtures of experts"):
-        of("mixtral-8x7b", Deployment(gpu="h200", runtime="attnlab"))
+def test_attnlab_says_what_it_does_not_run_and_what_it_does_not_plan():
+    deploy = Deployment(gpu="h200", runtime="attnlab")
+    with pytest.raises(ConfigError, match="runtime=attnlab runs queries that grow with their pos"):
+        of("llama-4-scout-text", deploy)
+    mixtral = of("mixtral-8x7b", deploy)
+    assert mixtral.peak_note == ""
+    assert mixtral.latency.ttft_s > 0
 
 
 def test_weights_quantised_on_loading_have_the_size_that_vllm_prints():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import EncoderDecoderCache, StaticCache
 
 import planner
-from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes
+from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes, lora
 from planner.huggingface import bart_like, t5
+from planner.workload import LoRA
 from tests.planner.oracle import assert_same_parameters, live_cache_bytes, live_model
 
 T5 = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -209,14 +211,36 @@ def test_the_encoder_stands_in_the_parameter_table_beside_the_decoder():
 
 
 @pytest.mark.parametrize("kind", ["mt5", "bart", "whisper"])
-def test_activations_and_times_are_refused_and_so_are_other_runtimes(kind):
+def test_activations_and_times_are_refused_and_so_is_vllm(kind):
     model = planner.read_config(tiny(kind))
     work = Inference(batch=1, prompt_tokens=8)
     with pytest.raises(ConfigError, match="does not plan cross-attention"):
         planner.estimate(model, work, Deployment(gpu="h200"))
-    for runtime in ("attnlab", "vllm") if kind != "whisper" else ("attnlab",):
-        with pytest.raises(ConfigError, match=f"runtime={runtime} does not"):
-            kv_cache_bytes(model, batch=1, context_tokens=4, runtime=runtime)
+    if kind != "whisper":
+        with pytest.raises(ConfigError, match="runtime=vllm does not"):
+            kv_cache_bytes(model, batch=1, context_tokens=4, runtime="vllm")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_attnlab_keeps_what_a_static_cache_keeps_and_is_not_planned(kind):
+    model, spec = planner.read_config(tiny(kind)), CacheSpec(kind="static", capacity_tokens=9)
+    sizes: dict[str, Any] = {"batch": 2, "context_tokens": 4, "cache": spec}
+    kept = kv_cache_bytes(model, **sizes, runtime="attnlab")
+    assert kept == kv_cache_bytes(model, **sizes)
+    work = Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(ConfigError, match=r"plan.* cross-attention|cross-attention .* not plan"):
+        planner.estimate(model, work, Deployment(gpu="h200", runtime="attnlab"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's call
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_adapters_stand_in_both_stacks_as_peft_puts_them(kind):
+    targets = ("q", "v") if kind == "t5" else ("q_proj", "v_proj")
+    config = peft.LoraConfig(r=2, target_modules=list(targets))
+    live = peft.get_peft_model(build(tiny(kind), "meta"), config)
+    made = lora.adapters(planner.read_config(tiny(kind)), LoRA(rank=2, targets=targets))
+    expected = [tuple(p.shape) for p in live.parameters() if p.requires_grad]
+    assert sorted(p.shape for p in made) == sorted(expected)
 
 
 def test_whisper_hears_no_more_than_its_frames():

@@ -23,7 +23,7 @@ from tests.planner.steps import DTYPES, curve, events, program_of, square, watch
 
 @settings(max_examples=60, deadline=None)
 @given(
-    model=models(),
+    model=models() | models(trained=True),
     dtype=st.sampled_from(tuple(DTYPES)),
     batch=st.integers(1, 3),
     tokens=st.integers(1, 45),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickletools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -231,3 +232,25 @@ def test_the_pickle_is_what_memory_viz_reads(cuda, tmp_path, snapshot):
     assert codes[0][0].name == "PROTO"
     assert codes[0][1] == 4
     assert "cudaMalloc" in _memory_viz.trace(snapshot)
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_run_is_drawn_even_if_it_fails(cuda, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(history, "find_device", torch.device)
+    path = tmp_path / "new" / "run.pickle"
+    with nullcontext() if error is None else pytest.raises(torch.OutOfMemoryError):  # noqa: SIM117
+        with history.drawn_by_memory_viz(path, device="cuda"):
+            if error is not None:
+                raise error
+    assert cuda[0][1]["context"] == "alloc"
+    opcodes = [op.name for op, _, _ in pickletools.genops(path.read_bytes())]
+    assert opcodes[0] == "PROTO"
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(history, "find_device", torch.device)
+    with (
+        pytest.raises(ConfigError, match=r"--memory-viz=/proc/run\.pickle cannot be written"),
+        history.drawn_by_memory_viz("/proc/run.pickle", device="cuda"),
+    ):
+        pytest.fail("nothing runs")

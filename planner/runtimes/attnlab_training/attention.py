@@ -33,7 +33,7 @@ class AttentionWriter(PositionWriter):
         return self.linear(out, "o_proj", h, bias=gqa.o_bias)
 
     def _project(self, gqa: GQA, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention._project: by heads, clipped and normed."""
+        """Attention._project: by heads, normed and clipped."""
         f = self.f
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
         if gqa.fused_qkv:
@@ -50,11 +50,11 @@ class AttentionWriter(PositionWriter):
                 )
                 for letter, heads in (("q", H), ("k", G), ("v", G))
             )
-        if gqa.clip_qkv is not None:
-            q, k, v = (f.clamp(part, f"clipped {part.name}") for part in (q, k, v))
         norm = None if gqa.qk_norm is None or gqa.qk_norm.after_rope else gqa.qk_norm
         if norm is not None and norm.width == "full":
             q, k = self._normed(norm, q, k)
+        if gqa.clip_qkv is not None:
+            q, k, v = (f.clamp(part, f"clipped {part.name}") for part in (q, k, v))
         q, k, v = (
             f.view(part, ((B,), (T,), (heads,), (D,))) for part, heads in ((q, H), (k, G), (v, G))
         )

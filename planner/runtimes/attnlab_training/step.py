@@ -13,11 +13,11 @@ from functools import lru_cache
 from planner.autograd.fused_attention import kernel_note
 from planner.autograd.tensors import Tensor
 from planner.errors import ConfigError
-from planner.layers import Dense, Layer, LearnedPositions, RoPE, Sinusoidal
+from planner.layers import Dense, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Dims, Program, T
 from planner.runtimes.attnlab_training.attention import AttentionWriter
-from planner.runtimes.attnlab_training.feed_forward import FeedForwardWriter
+from planner.runtimes.attnlab_training.mixture import MixtureWriter, check_trained
 from planner.runtimes.attnlab_training.regime import Regime, Shared, Step, gqa_of, window_of
 from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.writer import FLOAT32, INT64
@@ -26,6 +26,7 @@ from planner.workload import Training
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
+    check_trained(model, setting.dtype)
     check_step(
         "attnlab",
         work,
@@ -78,7 +79,7 @@ def step_program(model: Model, step: Step, regime: Regime) -> Program:
     )
 
 
-class _Training(AttentionWriter, FeedForwardWriter):
+class _Training(AttentionWriter, MixtureWriter):
     """Runs attnlab's training_step."""
 
     def embed(self) -> Tensor:
@@ -141,8 +142,13 @@ class _Training(AttentionWriter, FeedForwardWriter):
     def block(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
         """block.Block.forward, by where its norms stand."""
         f = self.f
-        assert isinstance(layer.feed_forward, Dense)
-        gqa, dense = gqa_of(layer), layer.feed_forward
+        gqa = gqa_of(layer)
+
+        def fed(x: Tensor) -> Tensor:
+            if isinstance(layer.feed_forward, MoE):
+                return self.mixture(layer.feed_forward, x)
+            assert isinstance(layer.feed_forward, Dense)
+            return self.feed_forward(layer.feed_forward, x)
 
         def norm(x: Tensor, name: str) -> Tensor:
             return self.norm(layer.norm, x, name, name)
@@ -165,26 +171,26 @@ class _Training(AttentionWriter, FeedForwardWriter):
         match layer.placement:
             case "pre":
                 x = f.add(x, scaled(attention(before(x))), "residual")
-                return f.add(x, scaled(self.feed_forward(dense, after(x))), "hidden states")
+                return f.add(x, scaled(fed(after(x))), "hidden states")
             case "post":
                 x = f.add(x, scaled(post(attention(x))), "residual")
-                return f.add(x, scaled(post(self.feed_forward(dense, x))), "hidden states")
+                return f.add(x, scaled(post(fed(x))), "hidden states")
             case "post-sum":
                 out = f.add(x, scaled(attention(x)), "residual")
                 x = before(out)
                 del out
-                out = f.add(x, scaled(self.feed_forward(dense, x)), "residual")
+                out = f.add(x, scaled(fed(x)), "residual")
                 return norm(out, "hidden states")
             case "sandwich":
                 out = post(attention(before(x)))
                 x = f.add(x, scaled(out), "residual")
                 del out
-                out = post(self.feed_forward(dense, after(x)))
+                out = post(fed(after(x)))
                 return f.add(x, scaled(out), "hidden states")
             case "parallel":
                 normed = before(x)
                 out = f.add(x, scaled(attention(normed)), "residual")
-                return f.add(out, scaled(self.feed_forward(dense, normed)), "hidden states")
+                return f.add(out, scaled(fed(normed)), "hidden states")
             case _:  # parallel-two
                 out = f.add(x, scaled(attention(before(x))), "residual")
-                return f.add(out, scaled(self.feed_forward(dense, after(x))), "hidden states")
+                return f.add(out, scaled(fed(after(x))), "hidden states")
