@@ -145,7 +145,13 @@ class Passes:
         graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
         if graph or known is None or known.host is None:
             return 0.0
-        return host_seconds(program, known.host, self.runtime)
+        return host_seconds(
+            program,
+            known.host,
+            self.runtime,
+            model_type=self.model.text_type,
+            attention=self.setting.attention,
+        )
 
 
 @lru_cache(maxsize=256)
