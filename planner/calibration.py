@@ -66,6 +66,13 @@ class HostCost:
     scaled_on: tuple[str, ...]
     source: str
 
+    def as_fast_as(self, add_s: float | None) -> HostCost:
+        """The host that needs `add_s` for an addition; None: this one."""
+        if add_s is None:
+            return self
+        ratio = add_s / self.op_s["add"]
+        return replace(self, op_s={name: ratio * cost for name, cost in self.op_s.items()})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphCost:

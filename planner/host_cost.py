@@ -5,7 +5,8 @@
 `cost` is measured by ops that compute nothing (profiles/microbench/host_ops.py), one call after the
 other in a loop; an op that nobody timed costs as much as an addition. `views` (calls of torch that
 run no kernel) and `calls` (of Python functions) are counted in the classes themselves
-(host_calls.py). An op of the backward pass costs what autograd takes for a linear layer's.
+(host_calls.py), as are kernels that a program lists as one. An op of the backward pass costs what
+autograd takes for a linear layer's.
 
 `scale`, one number an engine, is what a whole model's code takes beyond the same calls in a loop,
 which finds everything in the processor's caches. No pass ends before its host has issued it, so
@@ -16,10 +17,11 @@ processor waits longer, in spells: `HostCost.spread` is how much longer the same
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.calibration import HostCost
-from planner.host_calls import counted
+from planner.host_calls import counted, trained
 from planner.op_kinds import Attention, Batched, Bytes, Grouped, Product, Timed, is_there, timed_ops
 from planner.program import Program, Segment
 
@@ -29,47 +31,88 @@ VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
 MODULE_CALLS = 3
 """Python functions that calling a module runs: __call__, _call_impl, forward."""
+ADAPTERS = ", adapters"
+ADAPTER_PRODUCTS = 2
+"""How LoRA's products are named, and how many a linear layer has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Whose code issues the ops: the runtime, the model's type, attention's name."""
+
+    runtime: str
+    model_type: str = ""
+    attention: str = ""
 
 
 def host_seconds(
-    program: Program, host: HostCost, engine: str, *, model_type: str = "", attention: str = ""
+    program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
 ) -> float:
-    """Time to issue all ops of a pass."""
-    scale = host.scale.get(engine) or host.scale.get(ENGINES[0], 1.0)
+    """Time to issue all ops of a pass, or of a phase of one in which layers are checkpointed."""
+    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
     forward, backward = _issued(program, host)
-    between = between_seconds(program, host, engine, model_type, attention)
+    between = between_seconds(program, host, engine, checkpointed=checkpointed)
     return scale * (forward + between) + _backward_scale(host) * backward
 
 
-def unscaled_seconds(
-    program: Program, host: HostCost, engine: str, *, model_type: str = "", attention: str = ""
-) -> float:
+def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     """Of a forward pass: every call as it was timed alone."""
-    between = between_seconds(program, host, engine, model_type, attention)
-    return sum(_issued(program, host)) + between
+    return sum(_issued(program, host)) + between_seconds(program, host, engine)
 
 
 def between_seconds(
-    program: Program, host: HostCost, engine: str, model_type: str, attention: str
+    program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
 ) -> float:
-    """Views and Python functions between the kernels, of every layer that runs forward."""
-    found = counted(engine, model_type, attention)
+    """What is issued and called between the listed ops, for every layer that runs forward.
+
+    Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back.
+    """
+    found = counted(engine.runtime, engine.model_type, engine.attention)
     if found is None:
         return 0.0
     layer, whole = found
-    layers, passes = _runs(program)
+    runs = forward_runs(program)
+    asked = layer.times(runs.layers).plus(whole.times(runs.passes))
+    calls, more = asked.calls, trained(engine.model_type)
+    if not checkpointed:
+        calls += runs.adapted * more.adapted
+    elif runs.passes:
+        calls += checkpointed * more.forward + runs.adapted * more.adapted_forward
+    elif runs.layers:
+        calls = checkpointed * more.backward + runs.adapted * more.adapted_backward
     view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
-    return (layers * layer.views + passes * whole.views) * view_s + (
-        layers * layer.calls + passes * whole.calls
-    ) * call_s
+    unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
+    return unlisted_s + asked.views * view_s + calls * call_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs:
+    """What runs forward: layers (those that are run again, too), the pass around them, adapted
+    linear layers (LoRA), and the ops that a program lists of all that.
+    """
+
+    layers: int
+    passes: int
+    adapted: int
+    listed: int
 
 
 @lru_cache(maxsize=256)
-def _runs(program: Program) -> tuple[int, int]:
-    """How many layers run forward (again where they were checkpointed), and how many passes."""
-    layers = sum(s.count for s in program.segments if s.first_layer is not None and _forward(s))
-    return layers, int(any(s.first_layer is None and _forward(s) for s in program.segments))
+def forward_runs(program: Program) -> Runs:
+    """Counted in the segments of a program."""
+    layers = [s for s in program.segments if s.first_layer is not None and _forward(s)]
+    passes = any(s.first_layer is None and _forward(s) for s in program.segments)
+    adapters = sum(
+        s.count * sum(op.flops is not None and op.name.endswith(ADAPTERS) for op in s.ops)
+        for s in layers
+    )
+    return Runs(
+        layers=sum(s.count for s in layers),
+        passes=int(passes),
+        adapted=adapters // ADAPTER_PRODUCTS,
+        listed=sum(t.count for t in timed_ops(program) if not t.op.name.endswith("backward")),
+    )
 
 
 def _forward(segment: Segment) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
-from planner.host_cost import host_seconds
+from planner.host_cost import Engine, forward_runs, host_seconds
 from planner.model import Model
 from planner.program import Dims, Number, Program
 from planner.roofline import Speed, pass_cost
@@ -32,6 +32,7 @@ from planner.workload import Deployment, Inference, Training
 MAX_DECODE_POINTS = 16
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
 
+BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
 Interval = tuple[float, float]
 
@@ -108,12 +109,14 @@ class Passes:
         moved: Number = 0.0
         waited: Number = 0.0
         for stage in self.stages:
-            for made in by_phase(program(stage)):
+            phases = by_phase(program(stage))
+            again = layers_run_again(phases)
+            for made in phases:
                 cost = pass_cost(made, dims, speed)
                 gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
                 extrapolated = extrapolated + cost.extrapolated_s
                 square = square + cost.error_s**2
-                issuing = self._host(made)
+                issuing = self._host(made, again)
                 host += issuing
                 waited = waited + np.maximum(issuing - cost.time_s, 0.0)
         said = communication_cost(self.model, setting, dims, speed)
@@ -139,19 +142,30 @@ class Passes:
             ),
         )
 
-    def _host(self, program: Program) -> float:
-        """None where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
+    def _host(self, program: Program, checkpointed: int) -> float:
+        """0 where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
         known = self.speed.calibration
         graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
         if graph or known is None or known.host is None:
             return 0.0
-        return host_seconds(
-            program,
-            known.host,
-            self.runtime,
+        host = known.host.as_fast_as(self.setting.host_add_s)
+        return host_seconds(program, host, self.engine, checkpointed=checkpointed)
+
+    @property
+    def engine(self) -> Engine:
+        """Whose code issues the ops."""
+        return Engine(
+            runtime=self.runtime,
             model_type=self.model.text_type,
             attention=self.setting.attention,
         )
+
+
+def layers_run_again(phases: tuple[Program, ...]) -> int:
+    """Checkpointed layers: those that run forward on the way back."""
+    return sum(
+        forward_runs(program).layers for program in phases if program.segments[0].phase == BACKWARD
+    )
 
 
 @lru_cache(maxsize=256)

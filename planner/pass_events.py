@@ -16,7 +16,6 @@ from planner.allocator import Alloc, Event, Free
 from planner.program import OPENING, Buffer, Dims, Program
 from planner.runtimes.writer import INT64
 
-
 BIASED = "addmm"
 """The product with a bias, which torch has cuBLASLt do."""
 

@@ -22,6 +22,7 @@ from planner import ConfigError
 from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
+from planner.host_cost import Engine, unscaled_seconds
 from planner.op_times import Fit, family_named
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
@@ -289,18 +290,16 @@ def _disturbed(row: tuple[float, float, float], factor: float) -> float:
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
     """(measured, GPU's, host's) seconds of the passes of one inference record."""
-    from planner.host_cost import unscaled_seconds
     from profiles.compare import passes_of_record
 
-    model_type = planner.read_config(record.config).text_type
-    attention = str(record.attention).split(":")[0]
+    engine = Engine(
+        runtime=record.runtime,
+        model_type=planner.read_config(record.config).text_type,
+        attention=str(record.attention).split(":")[0],
+    )
+    if record.host_add_s:
+        host = host.as_fast_as(statistics.median(record.host_add_s))
     return [
-        (
-            measured_s,
-            gpu_s,
-            unscaled_seconds(
-                program, host, record.runtime, model_type=model_type, attention=attention
-            ),
-        )
+        (measured_s, gpu_s, unscaled_seconds(program, host, engine))
         for measured_s, gpu_s, program in passes_of_record(record)
     ]
