@@ -245,7 +245,7 @@ def test_what_other_tools_print_stands_beside_ours_where_their_gpu_is_shown(stor
     assert len(sizes) == 2
     for frame in sizes:
         assert {"ours", "GenZ", "aiconfigurator-vllm"} <= set(frame.value)
-        assert list(frame.value["batch × prompt"])[0] == "1 × 128"
+        assert next(iter(frame.value["batch × prompt"])) == "1 × 128"
     assert min(sizes[1].value["ours"]) > 3.13  # ms: the floor of a token's time
 
 

@@ -223,3 +223,15 @@ def test_gradients_of_weights_are_products_over_the_rows():
         3 * 2 * 512 * (model.parameter_count - 2048 * 4 * 16), rel=0.02
     )
     assert estimate.latency.step_interval_s[0] < estimate.latency.step_s
+
+
+def test_a_compiler_streams_attention_of_one_query_in_three_kernels():
+    """gpt-fast decodes without fused kernels: at short contexts theirs take the longer."""
+    compiled, engine = (of(runtime=runtime, output_tokens=2) for runtime in ("attnlab", "vllm"))
+    theirs, ours = (
+        e.op_times("decode").set_index("family").seconds["decode"] for e in (engine, compiled)
+    )
+    known = load("h200").fits["elementwise"].seconds((512.0,))
+    assert 3 * known < ours < theirs
+    long = of(runtime="attnlab", prompt_tokens=100_000, output_tokens=2).op_times("decode")
+    assert long.set_index("family").seconds["decode"] >= 2 * 2 * 8 * 128 * 100_000 / 4.8e12
