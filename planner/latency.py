@@ -1,16 +1,18 @@
 """TTFT, TPOT, throughput, utilisation and energy from the times of the passes.
 
-TTFT: one prefill of the whole prompt, as one pass; an engine that cuts it into chunks of some 8 192
-tokens multiplies as fast in each. TPOT: the mean over the decode steps, each over one token more
-than the last. End to end: TTFT and output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes
-over time · bandwidth, over the whole workload, of all GPUs. What an engine's scheduler does between
-the passes is not in any of them.
+TTFT: one prefill of all prompts, from the moment they are there. An engine with a pool (vLLM) takes
+at most `max_batched_tokens` in a pass: so many passes, each as long as the mean one, over whole
+prompts where they fit, else over a chunk of one at the mean of the chunks' contexts. TPOT: the mean
+over the decode steps, each over one token more than the last. End to end: TTFT and
+output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes over time · bandwidth, over the
+whole workload, of all GPUs. What an engine's scheduler does between the passes is not in any of
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -81,6 +83,28 @@ class PassTime:
     flops: Number
     moved_bytes: Number
     energy_j: Number | None
+
+    def repeated(self, count: Number) -> PassTime:
+        """So many of them, one after the other."""
+        together: dict[str, Any] = {}
+        for field in fields(self):
+            once = getattr(self, field.name)
+            together[field.name] = None if once is None else count * once
+        return PassTime(**together)
+
+
+def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
+    """In how many passes the prompts are taken, and the mean one of them."""
+    batch, length = (np.asarray(size, dtype=np.float64) for size in (prompt.batch, prompt.tokens))
+    several = np.ceil(batch * length / most_tokens)
+    whole = length <= most_tokens
+    tokens = np.where(whole, length, batch * length / several)
+    return several, replace(
+        prompt,
+        batch=np.where(whole, batch / several, 1.0)[()],
+        tokens=tokens[()],
+        context=np.where(whole, length, (length + tokens) / 2.0)[()],
+    )
 
 
 @lru_cache(maxsize=256)
@@ -208,7 +232,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     prompt = Dims(
         batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
     )
-    first = passes.timed(lambda stage: rules.prefill(stage, work, setting), prompt)
+    several, chunk = (
+        prompt_passes(prompt, setting.max_batched_tokens) if rules.pooled else (1, prompt)
+    )
+    first = passes.timed(lambda stage: rules.prefill(stage, work, setting), chunk).repeated(several)
     steps = work.output_tokens - 1
     tpot_s = step = None
     if steps:

@@ -9,11 +9,11 @@ import pytest
 import planner
 from planner.calibration import calibration_of, load
 from planner.catalog.gpus import gpu_named, gpus
-from planner.latency import passes_of
+from planner.latency import passes_of, prompt_passes
 from planner.op_kinds import Attention, Grouped, Product, timed_ops
 from planner.op_times import Roof
 from planner.prepared import prepare
-from planner.program import Dims
+from planner.program import Dims, visible_pairs
 from planner.roofline import op_times
 
 LLAMA = planner.load_model("llama-3.1-8b")
@@ -235,3 +235,43 @@ def test_a_compiler_streams_attention_of_one_query_in_three_kernels():
     assert 3 * known < ours < theirs
     long = of(runtime="attnlab", prompt_tokens=100_000, output_tokens=2).op_times("decode")
     assert long.set_index("family").seconds["decode"] >= 2 * 2 * 8 * 128 * 100_000 / 4.8e12
+
+
+def chunked(most_tokens, batch=1, prompt_tokens=16_384):
+    work = planner.Inference(batch=batch, prompt_tokens=prompt_tokens, output_tokens=2)
+    deploy = planner.Deployment(
+        gpu="h200", runtime="vllm", max_batched_tokens=most_tokens, max_sequences=64
+    )
+    return planner.estimate(LLAMA, work, deploy)
+
+
+def test_a_prompt_that_fits_is_one_pass():
+    prompt = Dims(batch=2, tokens=100, context=100)
+    several, one = prompt_passes(prompt, 200)
+    assert several == 1
+    assert (one.batch, one.tokens, one.context) == (2, 100, 100)
+
+
+def test_a_chunked_prompt_has_as_many_tokens_and_pairs_as_a_whole_one():
+    several, chunk = prompt_passes(Dims(batch=1, tokens=1000, context=1000), 250)
+    pairs = visible_pairs(None)
+    assert (several, chunk.tokens) == (4, 250)
+    assert several * pairs.of(chunk) == pairs.of(Dims(batch=1, tokens=1000, context=1000))
+
+
+def test_many_prompts_are_taken_some_at_a_time():
+    several, some = prompt_passes(Dims(batch=30, tokens=100, context=100), 1000)
+    assert (several, some.batch, some.tokens, some.context) == (3, 10, 100, 100)
+
+
+def test_smaller_chunks_take_longer_and_compute_as_much():
+    whole, large, small = (chunked(tokens) for tokens in (16_384, 2048, 512))
+    times = [e.latency.ttft_s for e in (whole, large, small)]
+    assert times == sorted(times)
+    assert times[2] < 2 * times[0]
+    assert small.latency.mfu < whole.latency.mfu
+
+
+def test_the_mean_pass_of_a_prefill_adds_up_to_the_first_token():
+    e = chunked(2048)
+    assert 8 * e.op_times("prefill").total_s.sum() == pytest.approx(e.latency.ttft_s, rel=0.01)
