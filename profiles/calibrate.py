@@ -33,10 +33,10 @@ from profiles.records import Record
 POINTS: Mapping[str, int] = {
     "gemm:bf16": 800,
     "gemm:fp8": 400,
-    "decode:bf16": 400,
-    "decode:fp8": 200,
-    "prefill:bf16": 300,
-    "grouped:bf16": 200,
+    "decode:bf16": 800,
+    "decode:fp8": 400,
+    "prefill:bf16": 600,
+    "grouped:bf16": 400,
 }
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
