@@ -11,8 +11,11 @@ autograd takes for a linear layer's.
 `scale`, one number an engine, is what a whole model's code takes beyond the same calls in a loop,
 which finds everything in the processor's caches. No pass ends before its host has issued it, so
 every measured pass bounds the factor from above; it is the least of the bounds that the calibration
-rows set, and no other row is seen. It stands for a host that nobody else disturbs. Who shares his
+rows set, and no other row is seen. It stands for a host that nobody else disturbs. Who shares its
 processor waits longer, in spells: `HostCost.spread` is how much longer the same rows have it.
+
+On a CPU what is measured of an op holds what issuing it costs, and nothing is computed meanwhile:
+only what lies between the ops is added.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import numpy as np
 from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
-from planner.host_cost import Engine, forward_runs, host_seconds
+from planner.host_cost import Engine, between_seconds, forward_runs, host_seconds
 from planner.model import Model
 from planner.program import Dims, Number, Program
 from planner.roofline import Speed, pass_cost
@@ -142,11 +142,12 @@ class Passes:
                 square = square + cost.error_s**2
                 issuing = self._host(made, again)
                 host += issuing
-                waited = waited + np.maximum(issuing - cost.time_s, 0.0)
+                meanwhile = 0.0 if speed.gpu.is_cpu else cost.time_s
+                waited = waited + np.maximum(issuing - meanwhile, 0.0)
         said = communication_cost(self.model, setting, dims, speed)
         time_s, error = gpu + said.time_s, np.sqrt(square + said.error_s**2)
         known = speed.calibration
-        if setting.mode == "graph":
+        if self.replays:
             if known is not None and known.graph is not None:
                 time_s = time_s + known.graph.replay_s
         elif host and known is not None and known.host is not None:
@@ -166,14 +167,21 @@ class Passes:
             ),
         )
 
+    @property
+    def replays(self) -> bool:
+        """Whether a CUDA graph launches the kernels."""
+        return self.setting.mode == "graph" and not self.speed.gpu.is_cpu
+
     def _host(self, program: Program, checkpointed: int) -> float:
-        """0 where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
+        """What the host needs to issue a pass; of a CPU, whose op times hold that, what lies
+        between the ops; 0 where a graph replays.
+        """
         known = self.speed.calibration
-        graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
-        if graph or known is None or known.host is None:
+        if self.replays or known is None or known.host is None:
             return 0.0
+        seconds = between_seconds if self.speed.gpu.is_cpu else host_seconds
         host = known.host.as_fast_as(self.setting.host_add_s)
-        return host_seconds(program, host, self.engine, checkpointed=checkpointed)
+        return seconds(program, host, self.engine, checkpointed=checkpointed)
 
     @property
     def engine(self) -> Engine:

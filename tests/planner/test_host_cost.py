@@ -1,12 +1,15 @@
 """What the host needs for a pass: no more kernels than the classes run, and what lies between."""
 
+from dataclasses import replace
+
 import pytest
 
 import planner
+from planner import roofline
 from planner.calibration import load
 from planner.host_calls import counted, trained
 from planner.host_cost import Engine, between_seconds, forward_runs, host_seconds
-from planner.latency import by_phase, layers_run_again
+from planner.latency import by_phase, latency, layers_run_again
 from planner.op_kinds import timed_ops
 from planner.runtimes import runtime_named
 from planner.training import training_phase
@@ -129,3 +132,20 @@ def test_a_host_that_adds_in_half_the_time_issues_a_step_in_half_the_time():
 def test_an_addition_that_takes_no_time_is_refused(add_s):
     with pytest.raises(planner.ConfigError, match="host_add_s="):
         planner.Deployment(gpu="h200", host_add_s=add_s)
+
+
+def test_a_cpu_computes_nothing_while_python_runs(monkeypatch):
+    """Its op times hold what issuing them costs; what lies between them is added."""
+    model = planner.read_config(config("llama", LAYERS))
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    measured = load("h200")
+    times = []
+    for host in (None, HOST):
+        known = replace(measured, host=host)
+        monkeypatch.setattr(roofline, "calibration_of", lambda gpu, known=known: known)
+        latency.cache_clear()
+        e = planner.estimate(model, work, planner.Deployment(gpu="cpu", dtype="bf16"))
+        times.append(e.latency.tpot_s)
+    latency.cache_clear()
+    program = runtime_named("transformers").decode(model, work, e.setting)
+    assert times[1] - times[0] == pytest.approx(between_seconds(program, HOST, LLAMA))
