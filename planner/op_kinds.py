@@ -33,8 +33,10 @@ GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 NO_KERNEL = re.compile(r"^(empty|new_empty|scalar_tensor)")
 SEVERAL_OUTPUTS = re.compile(r"native_layer_norm|nll_loss|topk|sort")
 ONE_KERNEL_NORMS = re.compile(r"native_layer_norm|rms_norm|fused")
-APART = ("gather", "cat", "optimizer")
-"""Kinds that a compiler leaves as they are."""
+APART = ("cat", "optimizer")
+APART_KERNELS = re.compile(r"topk|sort|scatter")
+"""Kinds, and kernels, that a compiler leaves as they are; rows that are picked by an index are
+loads of the op that wants them (torch/_inductor/lowering.py: index, gather, embedding)."""
 ATTENTION = "_scaled_dot_product"
 MASKED = 4
 """Inputs of fused attention: queries, keys, values, mask."""
@@ -169,7 +171,7 @@ def _chains(ops: list[tuple[Op, Kind]]) -> Iterator[tuple[Op, Kind]]:
     """Runs of ops that move bytes, each as its largest one."""
     run: list[tuple[Op, Kind]] = []
     for op, kind in ops:
-        if isinstance(kind, Bytes) and kind.kind not in APART:
+        if isinstance(kind, Bytes) and not _stands_apart(op, kind):
             run.append((op, kind))
             continue
         if run:
@@ -178,6 +180,10 @@ def _chains(ops: list[tuple[Op, Kind]]) -> Iterator[tuple[Op, Kind]]:
         yield op, kind
     if run:
         yield _largest(run)
+
+
+def _stands_apart(op: Op, kind: Bytes) -> bool:
+    return kind.kind in APART or bool(APART_KERNELS.match(op.kernel))
 
 
 def _largest(run: list[tuple[Op, Kind]]) -> tuple[Op, Kind]:

@@ -182,11 +182,11 @@ def test_quantised_weights_are_read_faster():
     assert 0.5 * plain.tpot_s < fp8.tpot_s < 0.85 * plain.tpot_s
 
 
-def kinds(model, runtime, which="decode"):
+def kinds(model, runtime, which="decode", *, fused=False):
     ready = prepare(planner.load_model(model), planner.Deployment(gpu="h200", runtime=runtime))
     work = planner.Inference(batch=2, prompt_tokens=64, output_tokens=4, logits="last")
     program = getattr(ready.runtime, which)(ready.model, work, ready.setting)
-    return timed_ops(program)
+    return timed_ops(program, fused=fused)
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "attnlab", "transformers"])
@@ -275,3 +275,13 @@ def test_smaller_chunks_take_longer_and_compute_as_much():
 def test_the_mean_pass_of_a_prefill_adds_up_to_the_first_token():
     e = chunked(2048)
     assert 8 * e.op_times("prefill").total_s.sum() == pytest.approx(e.latency.ttft_s, rel=0.01)
+
+
+def test_a_compiler_loads_rows_by_their_index_where_they_are_wanted():
+    """torch/_inductor/lowering.py: index, gather, embedding; topk and sort are kernels."""
+    fused, apart = (
+        {timed.op.kernel for timed in kinds("mixtral-8x7b", "attnlab", fused=fused)}
+        for fused in (True, False)
+    )
+    assert {"topk", "sort", "scatter", "_grouped_mm"} <= fused & apart
+    assert apart - fused == {"index", "gather"}
