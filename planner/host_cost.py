@@ -34,6 +34,9 @@ VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
 MODULE_CALLS = 3
 """Python functions that calling a module runs: __call__, _call_impl, forward."""
+MATH_PRODUCTS, MATH_OTHERS = 2, 5
+"""at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
+keys scaled, keys and values copied to every head, softmax."""
 ADAPTERS = ", adapters"
 ADAPTER_PRODUCTS = 2
 """How LoRA's products are named, and how many a linear layer has."""
@@ -159,5 +162,19 @@ def _name(timed: Timed) -> str:
     return OTHER
 
 
+def _written_out(timed: Timed) -> bool:
+    """Whether torch has no fused kernel for this attention: fp32 wants as many heads of keys.
+
+    Programs that list the ops of it do not come here.
+    """
+    match timed.kind:
+        case Attention(kv_bytes=4, heads=H, kv_heads=G, backward=False):
+            return H != G and not timed.op.kernel
+    return False
+
+
 def _cost(timed: Timed, host: HostCost) -> float:
+    if _written_out(timed):
+        product_s = host.op_s.get("linear", host.op_s[OTHER])
+        return MATH_PRODUCTS * product_s + MATH_OTHERS * host.op_s[OTHER]
     return host.op_s.get(_name(timed), host.op_s[OTHER])

@@ -149,3 +149,19 @@ def test_a_cpu_computes_nothing_while_python_runs(monkeypatch):
     latency.cache_clear()
     program = runtime_named("transformers").decode(model, work, e.setting)
     assert times[1] - times[0] == pytest.approx(between_seconds(program, HOST, LLAMA))
+
+
+def test_attention_in_fp32_over_grouped_heads_is_written_out():
+    """An H200 ran llama-50m's in torch's math kernel (profiles/data/h200.jsonl, smoke)."""
+    model = planner.read_config(config("llama", LAYERS))
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    seconds = []
+    for dtype in ("fp32", "bf16"):
+        deploy = planner.Deployment(gpu="h200", runtime="attnlab", mode="eager", dtype=dtype)
+        e = planner.estimate(model, work, deploy)
+        program = runtime_named("attnlab").decode(e.share.model, work, e.setting)
+        engine = replace(LLAMA, runtime="attnlab")
+        seconds.append(host_seconds(program, HOST, engine) / HOST.scale["transformers"])
+    ops = HOST.op_s
+    more = 2 * ops["linear"] + 5 * ops["add"] - ops["sdpa"]
+    assert seconds[0] - seconds[1] == pytest.approx(LAYERS * more)
