@@ -50,9 +50,20 @@ HELD_OUT = (
 FP8_PAIRS = ((14336, 4096), (4096, 14336), (6144, 4096), (18944, 3584), (3584, 18944))
 FP8_M = (1, 16, 64, 128, 512, 2048, 8192)
 
-CPU_CALIBRATION = ((512, 512), (2048, 512), (512, 2048), (1024, 1024), (4096, 1024), (768, 768))
-CPU_HELD_OUT = ((384, 384), (1536, 384), (640, 640), (3072, 768))
-CPU_M = (1, 4, 16, 64, 128, 256, 512)
+CPU_CALIBRATION = (
+    (512, 512),
+    (2048, 512),
+    (512, 2048),
+    (1024, 1024),
+    (4096, 1024),
+    (768, 768),
+    (24576, 512),
+    (40960, 768),
+)
+CPU_HELD_OUT = ((384, 384), (1536, 384), (640, 640), (3072, 768), (28672, 640))
+CPU_M = (1, 2, 3, 4, 16, 64, 128, 256, 512)
+"""2 and 3: rows that a CPU's libraries multiply slower than 4, over a vocabulary's weights most."""
+LARGEST_CPU_FLOPS = 5e9
 
 LARGEST_FLOPS = 5e12
 """No point takes longer than about 8 ms where 650 TFLOP/s are reached."""
@@ -80,7 +91,8 @@ def cpu_gemm_points() -> Iterator[OpPoint]:
     """fp32 at sizes a CPU does in milliseconds."""
     for n, k in (*CPU_CALIBRATION, *CPU_HELD_OUT):
         for m in CPU_M:
-            yield _point("linear", m, n, k, "fp32")
+            if 2 * m * n * k <= LARGEST_CPU_FLOPS:
+                yield _point("linear", m, n, k, "fp32")
 
 
 def moe_points() -> Iterator[OpPoint]:
