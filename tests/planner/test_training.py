@@ -98,6 +98,14 @@ def test_what_is_not_planned_is_refused_in_one_line(given, said):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_of_quantised_weights_is_refused(method):
+    deploy = planner.Deployment(gpu="h200", weight_dtype="nf4")
+    work = planner.Training(batch=1, sequence_tokens=64, method=method)
+    with pytest.raises(ConfigError, match="training of bitsandbytes weights is not planned yet"):
+        planner.estimate(LLAMA, work, deploy)
+
+
 def test_a_gpu_whose_attention_was_not_measured_is_marked():
     model = planner.read_config(TINY["llama"])
     seen = {gpu: of(model, gpu=gpu, dtype="bf16", sequence_tokens=64) for gpu in ("l40s", "h200")}
