@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from planner.workload import OPTIMIZERS
+
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -46,7 +48,8 @@ SequenceTokens = Annotated[
     int, typer.Option("--sequence", help="Tokens of a sequence in training.")
 ]
 OptimizerName = Annotated[
-    str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
+    str,
+    typer.Option("--optimizer", help=f"In training: {', '.join(OPTIMIZERS)}, none (no step)."),
 ]
 OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
 Checkpointing = Annotated[

@@ -244,8 +244,9 @@ def _torch_peaks(
     """
     apart = runtime.pooled or not runtime.on_torch
     workspace = workspace_bytes(gpu) if runtime.on_torch else 0
-    steps_differ = (
-        work.output_tokens > 1 and runtime.name == "transformers" and is_quantised(setting)
+    kivi = setting.cache is not None and setting.cache.kind == "quantised"
+    steps_differ = work.output_tokens > 1 and (
+        kivi or (runtime.name == "transformers" and is_quantised(setting))
     )
     if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
         pool = total_bytes(rows, "kv_cache") if apart else 0

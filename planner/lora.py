@@ -8,6 +8,7 @@ among the targets (peft/tuners/lora/layer.py), in float32 whatever the model's d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from planner.dtypes import element_bytes
@@ -65,8 +66,8 @@ def adapters_beside(
     for p in parameters:
         if p.linear and module_of(p) in modules:
             (out, into), name = p.shape, p.name.removesuffix(".weight")
-            yield tensor(f"{name}.lora_A.weight", lora.rank, into)
-            yield tensor(f"{name}.lora_B.weight", out, lora.rank)
+            for side, shape in (("A", (lora.rank, into)), ("B", (out, lora.rank))):
+                yield replace(tensor(f"{name}.lora_{side}.weight", *shape), layer=p.layer)
 
 
 def adapters(model: Model, lora: LoRA) -> list[Parameter]:

@@ -3,20 +3,31 @@
 AdamW (arXiv:1711.05101) keeps two moments of each parameter in its dtype, and the number of steps
 as a float32. Its step makes the root of the second moment: for all parameters at once ("foreach":
 torch/optim/adam.py, _multi_tensor_adam), for one after the other while the last one's is still
-there ("for-loop": _single_tensor_adam), or inside a kernel ("fused"). SGD without momentum keeps
-nothing and works in place.
+there ("for-loop": _single_tensor_adam), or inside a kernel ("fused"). SGD keeps nothing, with
+momentum one tensor a parameter, and works in place. bitsandbytes' AdamW8bit keeps moments of a byte
+with a float32 scale for each 256 (its kernels work in place), of tensors below 4 096 elements in
+float32. Adafactor (arXiv:1804.04235) keeps a mean for each row and column of a matrix; Muon one
+momentum of each hidden matrix, beside an AdamW for all else, as its documentation has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
+from planner.optimizer_loops import (
+    FLOAT32,
+    Adafactor,
+    AdafactorLists,
+    Muon,
+    TransformersAdafactor,
+)
+from planner.optimizer_parts import Part, columns, is_hidden, rows
 from planner.program import Buffer, Shape, Tape
+from planner.tensors import Parameter
 from planner.workload import Training
 
 ADAMW_PASSES = (
@@ -32,45 +43,95 @@ ADAMW_PASSES = (
 """The ops of a step of AdamW and how often each reads or writes an element of a parameter."""
 
 
+QUANTISED_FROM, BLOCK, MAPS_BYTES = 4096, 256, 2 * 256 * 4
+"""bitsandbytes 0.50, optim/optimizer.py: elements from which moments take a byte, and of a scale;
+of both maps of codes to numbers."""
+
+
 def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> list[Row]:
     """The states of the steady state, on the device."""
-    if work.optimizer != "adamw":
-        return []
-    elements, tensors = model.parameter_count, sum(t for t, _ in model.parameter_groups().values())
-    b = element_bytes(dtype)
-    if work.adapters is not None:
-        trained = adapters(model, work.adapters)
-        elements, tensors = sum(p.count for p in trained), len(trained)
-        b = adapter_bytes(work.adapters)
-    moments = Row(
+    b = element_bytes(dtype) if work.adapters is None else adapter_bytes(work.adapters)
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for p in trained(model, work):
+        for item, size in states(p, work, b, device):
+            counts[item] = counts.get(item, 0) + 1
+            sizes[item] = sizes.get(item, 0) + size
+    if "moments of AdamW8bit" in sizes:
+        sizes["maps of codes, AdamW8bit"], counts["maps of codes, AdamW8bit"] = MAPS_BYTES, 2
+    return [_row(item, counts[item], size, b) for item, size in sizes.items()]
+
+
+def trained(model: Model, work: Training) -> list[Parameter]:
+    """What the optimizer updates."""
+    lora = work.adapters
+    return list(model.parameters()) if lora is None else adapters(model, lora)
+
+
+def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:
+    """(what, bytes) of what the optimizer keeps of one parameter, in the order of its making."""
+    n, shape, optimizer = p.count, p.shape, work.optimizer
+    counted = device == "cpu" or work.optimizer_impl == "fused"  # else kept on the host
+    if optimizer == "muon" and is_hidden(shape, p.layer):
+        yield "momentum of Muon", n * b
+    elif optimizer in ("adamw", "muon"):
+        if counted:
+            yield "step counts of AdamW", FLOAT32
+        yield "moments of AdamW", n * b
+        yield "moments of AdamW", n * b
+    elif optimizer == "sgd-momentum":
+        yield "momentum of SGD", n * b
+    elif optimizer == "adamw-8bit":
+        quantised = n >= QUANTISED_FROM
+        for _ in range(2):
+            yield "moments of AdamW8bit" if quantised else FEW, n if quantised else n * FLOAT32
+        for _ in range(2 * quantised):
+            yield "scales of AdamW8bit", -(-n // BLOCK) * FLOAT32
+    elif optimizer in ("adafactor", "adafactor-transformers"):
+        theirs = optimizer == "adafactor-transformers"
+        each = FLOAT32 if theirs else b
+        if not theirs and device == "cpu":
+            yield "step counts of Adafactor", FLOAT32
+        if len(shape) > 1:
+            yield "means of rows, Adafactor", rows(shape) * each
+            yield "means of columns, Adafactor", columns(shape) * each
+        else:
+            yield "variances of vectors, Adafactor", n * each
+        if theirs:
+            yield "root mean squares, Adafactor", FLOAT32
+
+
+FEW = f"moments of AdamW8bit below {QUANTISED_FROM} elements"
+ITEMSIZES = {"moments of AdamW8bit": 1}
+IN_FLOAT32 = ("step counts", "scales", "root mean", "maps", FEW)
+
+
+def _row(item: str, tensors: int, size: int, b: int) -> Row:
+    itemsize = ITEMSIZES.get(item, FLOAT32 if item.startswith(IN_FLOAT32) else b)
+    count = 2 if item.startswith("moments") else 1
+    return Row(
         component="optimizer",
-        item="moments of AdamW",
-        count=2,
-        formula="parameters · b",
-        values=(("parameters", elements), ("b", b)),
-        size_bytes=2 * elements * b,
+        item=item,
+        count=count,
+        formula="elements · b",
+        values=(("elements", size // itemsize // count), ("b", itemsize)),
+        size_bytes=size,
+        note=f"{tensors} tensors",
     )
-    if device != "cpu" and work.optimizer_impl != "fused":  # adam.py keeps the counts on the host
-        return [moments]
-    counts = Row(
-        component="optimizer",
-        item="step counts of AdamW",
-        count=1,
-        formula="tensors · 4",
-        values=(("tensors", tensors),),
-        size_bytes=4 * tensors,
-    )
-    return [moments, counts]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A run of equal parts of the model: elements of each of its parameters, in their order."""
+IN_PLACE = {
+    "sgd": ("add_", 3),
+    "sgd-momentum": ("add_", 6),
+    "adamw-8bit": ("optimizer_update_8bit_blockwise", 5),
+}
+"""Kernels that allocate nothing, and how often they read or write an element of a parameter."""
 
-    label: str
-    sizes: tuple[int, ...]
-    count: int = 1
-    first_layer: int | None = None
+
+def _without_hidden(part: Part) -> Part:
+    if part.first_layer is None:
+        return part
+    return part.with_shapes(lambda shape: len(shape) != 2)
 
 
 class OptimizerWriter:
@@ -81,7 +142,27 @@ class OptimizerWriter:
         self.kept: dict[str, list[Buffer]] = {}  # what a part has made that lives after it
 
     def write(self, parts: Sequence[Part]) -> None:
-        """The step. A part's first repetition follows another part, the later ones itself."""
+        """The step."""
+        match self.optimizer, self.impl:
+            case "adafactor", "foreach":
+                AdafactorLists(self.tape, self.b).write(parts)
+            case "adafactor", _:
+                Adafactor(self.tape, "Adafactor", self.b).write(parts)
+            case "adafactor-transformers", _:
+                TransformersAdafactor(self.tape, "Adafactor", self.b).write(parts)
+            case "muon", _:
+                hidden = [
+                    part.with_shapes(lambda s: len(s) == 2)
+                    for part in parts
+                    if part.first_layer is not None
+                ]
+                Muon(self.tape, "Muon", self.b).write(hidden)
+                self._adamw_or_sgd([_without_hidden(part) for part in parts])
+            case _:
+                self._adamw_or_sgd(parts)
+
+    def _adamw_or_sgd(self, parts: Sequence[Part]) -> None:
+        """A part's first repetition follows another part, the later ones itself."""
         before = ""
         for part in parts:
             first, last = part.first_layer, part.label
@@ -100,8 +181,8 @@ class OptimizerWriter:
 
     def _update(self, part: Part, previous: str) -> None:
         total = sum(part.sizes)
-        if self.optimizer == "sgd":
-            self._run("add_", 3, total)
+        if self.optimizer in IN_PLACE:
+            self._run(*IN_PLACE[self.optimizer], total)
         elif self.impl == "fused":
             self._run("_fused_adamw_", 7, total)
         elif self.impl == "foreach":

@@ -11,12 +11,14 @@ from collections.abc import Hashable, Iterator
 
 from planner.allocator import Alloc, Event, Free
 from planner.dtypes import element_bytes
-from planner.lora import adapter_bytes, adapters
+from planner.lora import adapter_bytes
 from planner.model import Model
+from planner.optimizer_parts import is_hidden
+from planner.optimizers import states, trained
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
-from planner.runtimes.writer import FLOAT32, INT64
+from planner.runtimes.writer import INT64
 from planner.training import PLANNED
 from planner.workload import Training
 
@@ -34,13 +36,13 @@ def training_events(
         yield Alloc(name, INT64 * work.batch * tokens)
     phase = PLANNED[runtime](model, work, setting)
     played = script(phase.program, continues=False)
-    states = _states(model, work, setting)
+    made = _states(model, work, setting)
     for step in range(TRAINING_STEPS if work.optimizer else 1):
         inserted: dict[int, list[Event]] = {}
         if step == 0:
             inserted = workspace_events(played, workspace_bytes)
             if "optimizer step" in played.starts:
-                inserted.setdefault(played.starts["optimizer step"], []).extend(states)
+                inserted.setdefault(played.starts["optimizer step"], []).extend(made)
         yield from _step(played, phase.dims, step, inserted)
 
 
@@ -56,16 +58,15 @@ def _step(
 
 
 def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
-    """Two moments of each parameter; fused, its count of steps before them (else on the host)."""
-    if work.optimizer != "adamw":
-        return []
-    b, events = element_bytes(work.held_dtype(setting.dtype)), list[Event]()
-    trained = list(model.parameters())
+    """What the first step makes for each parameter; Muon's before those of its AdamW."""
+    b = element_bytes(work.held_dtype(setting.dtype))
     if work.adapters is not None:
-        b, trained = adapter_bytes(work.adapters), adapters(model, work.adapters)
-    on_device = work.optimizer_impl == "fused" or setting.device == "cpu"
-    for number, p in enumerate(trained):
-        if on_device:
-            events.append(Alloc(("steps", number), FLOAT32))
-        events += [Alloc((moment, number), p.count * b) for moment in ("first", "second")]
-    return events
+        b = adapter_bytes(work.adapters)
+    parameters = trained(model, work)
+    if work.optimizer == "muon":
+        parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))
+    return [
+        Alloc(("state", number, place), size)
+        for number, p in enumerate(parameters)
+        for place, (_, size) in enumerate(states(p, work, b, setting.device))
+    ]

@@ -130,8 +130,20 @@ class Inference:
 
 MAX_GPUS = 65_536
 
-OPTIMIZERS = ("adamw", "sgd")
-"""torch's, with the arguments that they have by default: sgd has no momentum."""
+OPTIMIZERS = (
+    "adamw",
+    "sgd",
+    "sgd-momentum",
+    "adamw-8bit",
+    "adafactor",
+    "adafactor-transformers",
+    "muon",
+)
+"""torch's with the arguments that they have by default (sgd has no momentum), bitsandbytes'
+AdamW8bit, transformers' Adafactor as its Trainer sets it; muon: torch's for the matrices of hidden
+layers, AdamW for all else."""
+OWN_WAY = ("adamw-8bit", "adafactor-transformers")
+"""Those to which `optimizer_impl` means nothing."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
 CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
@@ -171,10 +183,11 @@ class Training:
 
     `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
     there; with one it is a step of the steady state, its states made before, gradients set to None
-    after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
-    and `precision` that a runtime does not plan are refused by it. `precision` "pure": all of it in
-    the deployment's dtype; "autocast": weights, gradients and states in fp32 (of adapters; frozen
-    weights stay in that dtype), torch.autocast to it around the forward. `checkpointing` "full": a
+    after. `optimizer_impl` is how torch walks through the parameters (muon: AdamW's part).
+    `method`, `checkpointing` and `precision` that a runtime does not plan are refused by it.
+    `precision` "pure": all of it in the deployment's dtype; "autocast": weights, gradients and
+    states in fp32 (of adapters; frozen weights stay in that dtype), torch.autocast to it around
+    the forward. `checkpointing` "full": a
     layer keeps its input alone and runs again on the way back, the first one and every
     `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
     attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
@@ -222,6 +235,10 @@ class Training:
             check_size("loss_chunk_tokens", self.loss_chunk_tokens)
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
+        if self.optimizer == "adafactor" and self.optimizer_impl == "fused":
+            raise ConfigError(
+                "optimizer_impl='fused' is not what optimizer='adafactor' has: foreach, for-loop"
+            )
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
 
@@ -245,7 +262,9 @@ class Training:
         """What is run, for people."""
         optimizer = "no optimizer"
         if self.optimizer is not None:
-            optimizer = f"{self.optimizer} ({self.optimizer_impl})"
+            optimizer = self.optimizer
+            if optimizer not in OWN_WAY:
+                optimizer = f"{optimizer} ({self.optimizer_impl})"
         method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
         precision = "" if self.precision == "pure" else f"{self.precision}, "
         return (

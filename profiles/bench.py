@@ -107,6 +107,7 @@ class Bench:
             "weights_bytes": workload.weights_bytes,
             "kv_cache_bytes": kv_cache_bytes,
             "attention": attention_name(workload.attention, seen),
+            "experts": workload.experts,
         }
         if point.phase != "decode":
             values["peak_live_bytes"] = workload.weights_bytes + meter.peak_bytes

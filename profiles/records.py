@@ -101,6 +101,7 @@ class Record:
     step: Mapping[str, Any] | None = (
         None  # training: planner.Training's fields beside the sizes, dropout
     )
+    experts: str | None = None  # what multiplied a mixture's experts, as far as the runtime says it
     context_tokens: int | None = None  # KV length at the last decode step; None for prefill
     # time, device-synchronised
     warmup_steps: int | None = None  # passes (decode: steps) before the first timed one

@@ -108,6 +108,8 @@ def _inference() -> Iterator[SuitePoint]:
         yield _point(model, _prefill(1, 4096))
     for model in ("llama-3.1-8b", "gpt2", "qwen2.5-7b", "mistral-7b-v0.1"):
         yield _point(model, _generation(8, 512, 32), runtime="attnlab")
+    for model in ("qwen1.5-moe-a2.7b", "deepseek-v2-lite"):
+        yield _point(model, _generation(4, 512, 16), runtime="attnlab")
     for model in OTHERS:
         yield _point(model, _prefill(2, 1024 if model == "gpt2" else 2048))
     yield _point("llama-3.1-8b", _generation(1, 128, 64))

@@ -31,9 +31,11 @@ class TrainingRun:
             self.module = _with_lora(self.module, work.adapters or LoRA())
         elif work.method != "full":
             raise ConfigError(f"method={work.method!r} is not measured: full, lora")
+        if work.checkpointing == "selective":
+            raise ConfigError("checkpointing='selective' is not measured: none, full")
         if work.checkpointing == "full" and not isinstance(workload, AttnlabWorkload):
             hub: Any = workload.module
-            hub.activation_checkpointing_enable()
+            hub.activation_checkpointing_enable(every_n_layers=work.checkpoint_every)
             if work.method == "lora":
                 hub.enable_input_require_grads()
         trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -125,6 +127,7 @@ class TrainingBench(Bench):
             "weights_bytes": weights,
             "optimizer_bytes": states,
             "attention": attention_name(run.workload.attention, [meter.take_ops()]),
+            "experts": run.workload.experts,
             "peak_live_bytes": weights + states + meter.peak_bytes,
             "peak_op": meter.peak_op,
         }
@@ -161,9 +164,16 @@ def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim
     }
     if work.optimizer is None:
         return None
-    if work.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **ways)
-    return torch.optim.SGD(trained, **ways)
+    match work.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(trained, **ways)
+        case "sgd" | "sgd-momentum":
+            momentum = 0.9 if work.optimizer == "sgd-momentum" else 0.0
+            return torch.optim.SGD(trained, momentum=momentum, **ways)
+        case "adafactor":
+            return torch.optim.Adafactor(trained, foreach=ways["foreach"])
+        case _:
+            raise ConfigError(f"optimizer={work.optimizer!r} is not measured: adamw, sgd, …")
 
 
 def _with_lora(module: torch.nn.Module, lora: LoRA) -> torch.nn.Module:

@@ -30,6 +30,8 @@ class Workload(ABC):
 
     distribution: str  # the installed package whose version is the runtime's
     attention: str
+    experts: str | None = None
+    """What multiplies a mixture's experts, where the runtime says it."""
     module: torch.nn.Module
     vocab_size: int
 
@@ -74,6 +76,7 @@ class AttnlabWorkload(Workload):
     def __init__(
         self, model: Model, *, attention: str | None, dtype: str, device: torch.device
     ) -> None:
+        from attnlab.backend import experts_name
         from attnlab.kv_cache import KVCache
         from attnlab.transformer import Transformer
 
@@ -86,6 +89,7 @@ class AttnlabWorkload(Workload):
         ).eval()
         self.module = self._transformer
         self.attention = self._transformer.attention
+        self.experts = experts_name(self._transformer)
 
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
         """Preallocate keys and values of every layer."""

@@ -20,8 +20,8 @@ from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage,
 from planner.layers import Layer
 from planner.lora import adapted, adapter_bytes, adapters_beside
 from planner.model import Model
+from planner.optimizer_parts import Part as TrainedPart
 from planner.optimizers import OptimizerWriter
-from planner.optimizers import Part as TrainedPart
 from planner.parameters import layer_parameters
 from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
@@ -209,11 +209,11 @@ class PassWriter(Generic[Given]):
             own = self.outside(part) if kind is None else layer_parameters(kind, h)
             if self.lora is not None:
                 own = adapters_beside(own, self.lora, self.adapted)
-            sizes = tuple(p.count for p in own)
-            if sizes:
+            shapes = tuple(p.shape for p in own)
+            if shapes:
                 trained.append(
                     TrainedPart(
-                        label=part.label, sizes=sizes, count=part.count, first_layer=part.layer
+                        label=part.label, shapes=shapes, count=part.count, first_layer=part.layer
                     )
                 )
         return trained

@@ -182,7 +182,10 @@ class Attnlab:
         return 0
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
-        """Prefill and the last decode step, both over the cache of the whole generation."""
+        """Prefill and the last decode step, both over the cache of the whole generation.
+
+        KIVI's: also the last in which a group of keys is full.
+        """
         B, prompt, context = work.batch, work.prompt_tokens, work.context_tokens
         phases = [
             Phase(
@@ -191,14 +194,21 @@ class Attnlab:
                 dims=Dims(batch=B, tokens=prompt, context=prompt, capacity=context),
             )
         ]
-        if work.output_tokens > 1:
-            phases.append(
-                Phase(
-                    name="last decode step",
-                    program=self.decode(model, work, setting),
-                    dims=Dims(batch=B, tokens=1, context=context, capacity=context),
-                )
+        lengths = {"last decode step": context} if work.output_tokens > 1 else {}
+        if setting.cache is not None and setting.cache.kind == "quantised":  # keys come together
+            form = kv_format(setting.cache, setting.kv_dtype)
+            assert form is not None
+            filled = context // form.residual_tokens * form.residual_tokens
+            if filled > prompt:
+                lengths = {"last decode step that quantises keys": filled, **lengths}
+        phases += [
+            Phase(
+                name=name,
+                program=self.decode(model, work, setting),
+                dims=Dims(batch=B, tokens=1, context=length, capacity=context),
             )
+            for name, length in lengths.items()
+        ]
         return phases
 
     def pool(

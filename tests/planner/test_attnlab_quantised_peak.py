@@ -157,10 +157,48 @@ def test_an_estimate_over_each_quantised_cache_adds_up(spec, kv_dtype):
     for row in estimate.rows:
         text = row.substituted.replace("·", "*").replace("−", "-")
         assert row.count * eval(text, names) == row.size_bytes, row
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4, 9, 12])
+def test_the_peak_of_a_generation_over_kivis_cache_is_that_of_its_highest_pass(outputs):
+    model, passes = model_of("llama"), [21] + [1] * (outputs - 1)
+    spec = CacheSpec(kind="quantised", q_group_size=8, residual_tokens=8)
+    transformer = Transformer(model, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
+    with LiveTensorMeter() as meter:
+        held = build_cache(model, spec, batch=2, tokens=1, dtype=torch.bfloat16, device="cpu")
+        ids = torch.zeros(2, 21, dtype=torch.long)
+        for tokens in passes:
+            transformer(ids[:, :tokens], cache=held, logits="last")
+        seen = meter.peak_bytes - ids.nbytes
+    weights = sum(p.nbytes for p in transformer.parameters())
+    deploy = planner.Deployment(gpu="h200", runtime="attnlab", dtype="bf16", cache=spec)
+    work = planner.Inference(batch=2, prompt_tokens=21, output_tokens=outputs, logits="last")
+    estimate = planner.estimate(model, work, deploy)
+    assert estimate.memory.peak_live_bytes - estimate.memory.weights_bytes == seen
+    assert weights < estimate.memory.weights_bytes  # and rotary tables
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_a_sweep_has_what_estimates_have(kv_dtype):
     grid = planner.sweep(
-        ["mistral-7b-v0.1"], ["h200"], [2], [6000], runtime=("attnlab",), kv_dtype=("int8", "int4")
+        ["llama-3.1-8b"],
+        ["h200"],
+        [1, 7],
+        [100, 8192],
+        runtime=("attnlab",),
+        kv_dtype=(kv_dtype,),
+        output_tokens=8,
     )
-    assert (grid["kv_cache_bytes"] > 0).all()
+    model = planner.load_model("llama-3.1-8b")
+    for row in grid.to_dict("records"):
+        prompt = row["context_tokens"] - 7
+        work = planner.Inference(
+            batch=row["batch"], prompt_tokens=prompt, output_tokens=8, logits="last"
+        )
+        deploy = planner.Deployment(gpu="h200", runtime="attnlab", kv_dtype=kv_dtype)
+        memory = planner.estimate(model, work, deploy).memory
+        assert row["kv_cache_bytes"] == memory.kv_cache_bytes
+        assert row["total_bytes"] == memory.total_bytes
 
 
 def test_decoding_over_codes_needs_a_layers_keys_and_values_in_full_besides():

@@ -124,6 +124,25 @@ def test_what_profile_returns_is_what_was_stored(measured, store):
     assert set(measured.values()) <= set(stored)
 
 
+def test_a_mixture_of_ours_is_measured_as_it_is_planned_and_says_what_multiplies(tmp_path):
+    mixtral = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    made = profile(
+        planner.read_config(mixtral),
+        **WORK,
+        runtime="attnlab",
+        device="cpu",
+        phases=["prefill", "generation"],
+        repeats=1,
+        warmup=0,
+        out=tmp_path / "r.jsonl",
+    )
+    assert {record.experts for record in made} == {"grouped:loop"}
+    rows = compare(made)
+    peaks = [(r.predicted, r.measured) for r in rows if r.quantity == "peak_live_bytes"]
+    assert len(peaks) == 2
+    assert all(predicted == seen for predicted, seen in peaks)
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_gpt2_with_its_tied_head_is_counted_once(runtime, tmp_path):
     model = planner.read_config(GPT2)
