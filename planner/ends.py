@@ -34,11 +34,10 @@ class Step:
 class Patches:
     """An image cut by a convolution whose stride is its kernel; a class token, learned positions.
 
-    `image_size`, `patch_size`: (height, width) in pixels.
+    `image_size`: (height, width) in pixels.
     """
 
     image_size: tuple[int, int]
-    patch_size: tuple[int, int]
     projection: str
     class_token: str
     positions: str

@@ -87,8 +87,8 @@ class EncoderModel(nn.Module):
                 self.embed_positions = Embedding(*shapes["embed_positions.weight"], dtype=dtype)
             case RoPE() as rope:
                 self.rotary = RotaryTables(rope, trained, self.device)
-                local = model.local_positions or rope
-                self.rotary_local = RotaryTables(local, trained, self.device)
+                if model.local_positions is not None:
+                    self.rotary_local = RotaryTables(model.local_positions, trained, self.device)
         if ends.token_types is not None:
             rows = shapes[f"{ends.token_types}.weight"][0]
             self._put(ends.token_types, Embedding(rows, h, dtype=dtype))
@@ -238,7 +238,10 @@ class EncoderModel(nn.Module):
         if not isinstance(self.model.positions, RoPE):
             return None, None
         places = torch.arange(T, device=device)
-        return self.rotary(places, T, self.dtype), self.rotary_local(places, T, self.dtype)
+        rotation = local = self.rotary(places, T, self.dtype)
+        if self.model.local_positions is not None:
+            local = self.rotary_local(places, T, self.dtype)
+        return rotation, local
 
     def _embed_patches(self, pixels: Tensor, patches: Patches) -> Tensor:
         """A class token and a token for each patch, positions added: [B, 1 + patches, h]."""

@@ -74,7 +74,6 @@ def _patches(fields: Fields, root: str) -> Patches:
     """How `_embeddings` are used, in the module `root`."""
     return Patches(
         image_size=sides(fields, "image_size"),
-        patch_size=sides(fields, "patch_size"),
         projection=f"{root}embeddings.patch_embeddings.projection",
         class_token=f"{root}embeddings.cls_token",
         positions=f"{root}embeddings.position_embeddings",

@@ -276,6 +276,10 @@ def _missing_in_encoder(model: Model) -> list[str]:
         type(model.positions).__name__: not isinstance(
             model.positions, RoPE | LearnedPositions | NoPositions
         ),
+        "other layers than attention in both directions": not all(
+            isinstance(layer.attention, GQA) and layer.cross_attention is None
+            for layer in model.layer_kinds()
+        ),
         "an embedding_size of its own": model.embedding_size is not None,
         "parts beside the encoder": bool(model.towers),
         QUANTISED: model.quantization is not None,

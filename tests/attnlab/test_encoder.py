@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import planner
+from attnlab.caches import build_cache
 from attnlab.encoder import EncoderModel
 from attnlab.training import IGNORED
 from attnlab.transformer import Transformer
@@ -227,6 +228,13 @@ def test_an_encoder_and_a_decoder_name_each_other():
     decoder = described(hf.GPT2Config(vocab_size=V, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match="model_type=gpt2 is a decoder: Transformer runs it"):
         EncoderModel(decoder, **settings)
+
+
+def test_an_encoder_has_no_cache_to_build():
+    with pytest.raises(ConfigError, match="model_type=vit is an encoder: it runs without a cache"):
+        build_cache(
+            pair_of("vit")[1].model, None, batch=1, tokens=4, dtype=torch.float32, device="cpu"
+        )
 
 
 def test_nothing_is_made_on_another_device_first():
