@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import planner
+from attnlab.backend import backend_name
 from attnlab.caches import build_cache
 from attnlab.encoder import EncoderModel
 from attnlab.training import IGNORED
@@ -228,6 +229,13 @@ def test_an_encoder_and_a_decoder_name_each_other():
     decoder = described(hf.GPT2Config(vocab_size=V, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match="model_type=gpt2 is a decoder: Transformer runs it"):
         EncoderModel(decoder, **settings)
+
+
+def test_the_kernel_that_runs_is_that_of_all_tokens():
+    bert, modern = pair_of("bert")[1], pair_of("modernbert")[1]
+    assert backend_name(bert, tokens=9) == "sdpa:flash_cpu"
+    assert backend_name(modern, tokens=9).startswith("sdpa:")
+    assert backend_name(twin(bert, attention="naive")) == "naive"
 
 
 def test_an_encoder_has_no_cache_to_build():
