@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from attnlab.bidirectional import run_both_ways
 from attnlab.block import Block
 from attnlab.cache import Cache
 from attnlab.cross_attention import Encoded, mask_of, real_places
 from attnlab.linear import Embedding
 from attnlab.norms import build_norm
 from attnlab.relative import add_tables
-from attnlab.transformer import Transformer, check_ids, run_again
+from attnlab.transformer import Transformer, check_ids
 from planner.errors import ConfigError
 from planner.layers import LearnedPositions, RelativeBias
 from planner.model import Model, Tower
@@ -66,14 +67,7 @@ class Encoder(nn.Module):
             x = x + self.embed_positions(places)
         if self.tower.embedding_norm is not None:
             x = self.embed_norm(x)
-        plain = mask = mask_of(real_BS, S, S, x.device)
-        for index, block in enumerate(self.layers):
-            if block.bias_table is not None:
-                mask = block.bias_table(plain)
-            if checkpointing == "full":
-                x = run_again(block, x, None, mask, None, index)
-            else:
-                x = block(x, None, mask, None, index)
+        x = run_both_ways(self.layers, x, real_BS, checkpointing=checkpointing)
         return x if self.tower.final_norm is None else self.norm(x)
 
 

@@ -65,6 +65,8 @@ class Transformer(nn.Module):
         super().__init__()
         if latent is not None:
             check_choice("latent", latent, get_args(Latent))
+        if not model.is_decoder:
+            raise ConfigError(f"model_type={model.model_type} is an encoder: EncoderModel runs it")
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
