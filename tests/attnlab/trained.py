@@ -23,10 +23,10 @@ def trainable(family, dtype=torch.float32, **settings):
 
 
 def theirs_of(family, dtype=torch.float32):
-    """That of transformers, to be trained and thrown away."""
+    """That of transformers, without dropout, to be trained and thrown away."""
     seq2seq = family in encoder_decoders.FAMILIES
     theirs = encoder_decoders.pair_of(family)[0] if seq2seq else conftest._pair(family)[0]
-    return copy.deepcopy(theirs).to(dtype).train().requires_grad_(True)
+    return copy.deepcopy(theirs).to(dtype).eval().requires_grad_(True)
 
 
 def step(ours, ids, optimizer=None, *, batch=2, **how):
