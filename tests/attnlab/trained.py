@@ -29,12 +29,13 @@ def theirs_of(family, dtype=torch.float32):
     return copy.deepcopy(theirs).to(dtype).eval().requires_grad_(True)
 
 
-def step(ours, ids, optimizer=None, *, batch=2, **how):
-    """One training step on ids [B, T]; the last labels are ignored."""
+def step(ours, ids, optimizer=None, *, labels=None, **how):
+    """One training step on ids [B, T]; labels are the tokens after each, the last one ignored."""
     if ours.reads_encoder:
-        inputs = encoder_decoders.inputs_of(ours.model)[:batch]
-        how |= dict(encoder_inputs=inputs, encoder_tokens=[9, 4][:batch])
-    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+        inputs = encoder_decoders.inputs_of(ours.model)
+        how |= dict(encoder_inputs=inputs, encoder_tokens=[9, 4])
+    if labels is None:
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
     return training_step(ours, ids, labels, optimizer, **how)
 
 
