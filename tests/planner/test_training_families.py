@@ -36,12 +36,17 @@ def test_what_is_not_planned_is_refused(name):
         (None, "bf16", 2, 17, "none"),
         ("naive", "fp32", 2, 17, "full"),
         ("naive", "bf16", 1, 1, "none"),
+        (None, "fp32", 2, 17, "every second"),
+        (None, "bf16", 2, 17, "selective"),
+        ("naive", "bf16", 2, 9, "selective"),
     ],
 )
 def test_a_step_is_exact_in_every_family(name, attention, dtype, batch, tokens, checkpointing):
     model = described(name)
     live = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
     how = {"checkpointing": checkpointing}
+    if checkpointing == "every second":
+        how = {"checkpointing": "full", "checkpoint_every": 2}
     meter, dims = watched_step(live, batch, tokens, **how), square(batch, tokens)
     program = program_of(model, dims, attention=live.attention, dtype=dtype, **how)
     if getattr(model.positions, "rope_type", None) not in STRETCHED:

@@ -52,7 +52,8 @@ class Step:
     multiprocessors: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    checkpoint_every: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,8 @@ class AttnlabWriter(PassWriter[Shared]):
             model,
             element_bytes(step.dtype),
             numbers,
-            checkpointed=int(step.checkpointing == "full"),
+            checkpointed=0 if step.checkpointing == "none" else step.checkpoint_every,
+            selective=step.checkpointing == "selective",
         )
         self.step, self.regime = step, regime
         self.aten.multiprocessors = step.multiprocessors

@@ -32,9 +32,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         work,
         method=("full",),
         precision=("pure",),
-        checkpointing=("none", "full"),
-        checkpoint_every=(1,),
         loss_chunk_tokens=(None,),
+        accumulation_steps=(1,),
     )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
@@ -49,7 +48,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointing=work.checkpointing,  # type: ignore[arg-type]
+        checkpointing=work.checkpointing,
+        checkpoint_every=work.checkpoint_every,
     )
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     program = step_program(model, step, regime)
