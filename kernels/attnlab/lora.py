@@ -46,8 +46,9 @@ class AdaptedLinear(Linear):
         out = super().forward(x)
         if self.merged:
             return out
-        x = x.to(self.lora_A.weight.dtype)
-        return (out + self.lora_B(self.lora_A(x)) * self.scaling).to(out.dtype)
+        kept, x = out.dtype, x.to(self.lora_A.weight.dtype)
+        out = out + self.lora_B(self.lora_A(x)) * self.scaling
+        return out.to(kept)
 
     def matrix(self) -> Tensor:
         """W with the adapters in it."""

@@ -79,7 +79,8 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     ("given", "said"),
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab, transformers"),
-        ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
+        ({"method": "qlora"}, "method='qlora' is not planned for runtime=attnlab yet: full, lora"),
+        ({"loss_chunk_tokens": 8}, "loss_chunk_tokens=8 is not planned for runtime=attnlab yet"),
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
         ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0 is not allowed"),

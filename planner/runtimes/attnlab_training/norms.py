@@ -69,7 +69,9 @@ class NormWriter(AttnlabWriter):
         return f.cast(f.mul(wide, f.cast(weight, FLOAT32), f"{name}, scaled"), self.b, name)
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
-        """linear.Linear.forward."""
+        """linear.Linear.forward, or lora.AdaptedLinear.forward."""
         weight = self.weight(f"{module}.weight", out, x.sizes[-1])
         biases = self.weight(f"{module}.bias", out) if bias else None
-        return self.f.linear(x, weight, biases, name or module)
+        if module not in self.adapted:
+            return self.f.linear(x, weight, biases, name or module)
+        return self.with_adapters(self.f.linear(x, weight, biases, module), x, module, name)

@@ -12,6 +12,7 @@ from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
 from planner.program import Dims, Symbol
+from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
 """Primes that stand for any size above 1 where strides are compared."""
@@ -54,6 +55,7 @@ class Step:
     optimizer_impl: str = "foreach"
     checkpointing: Literal["none", "full", "selective"] = "none"
     checkpoint_every: int = 1
+    lora: LoRA | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,7 @@ class AttnlabWriter(PassWriter[Shared]):
             numbers,
             checkpointed=0 if step.checkpointing == "none" else step.checkpoint_every,
             selective=step.checkpointing == "selective",
+            lora=step.lora,
         )
         self.step, self.regime = step, regime
         self.aten.multiprocessors = step.multiprocessors

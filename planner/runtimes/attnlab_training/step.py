@@ -30,10 +30,9 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     check_step(
         "attnlab",
         work,
-        method=("full",),
+        method=("full", "lora"),
         precision=("pure",),
         loss_chunk_tokens=(None,),
-        accumulation_steps=(1,),
     )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
@@ -50,6 +49,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointing=work.checkpointing,
         checkpoint_every=work.checkpoint_every,
+        lora=work.adapters,
     )
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     program = step_program(model, step, regime)
