@@ -84,7 +84,7 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
         ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0 is not allowed"),
-        ({"precision": "autocast"}, "precision='autocast' is not planned"),
+        ({"precision": "autocast", "dtype": "fp16"}, "precision='autocast' in dtype='fp16' is not"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd, sgd-mom"),
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),
         ({"sequence_tokens": 131_073}, "sequence_tokens=131073 reaches beyond"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.autograd.aten import Sizes
+from planner.autograd.autocast import widens
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
@@ -44,7 +45,7 @@ class Regime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Which training step."""
+    """Which training step. `autocast`: the dtype of products in its region, around the forward."""
 
     attention: Literal["sdpa", "naive"]
     dtype: str
@@ -56,6 +57,7 @@ class Step:
     checkpointing: Literal["none", "full", "selective"] = "none"
     checkpoint_every: int = 1
     lora: LoRA | None = None
+    autocast: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +83,10 @@ class AttnlabWriter(PassWriter[Shared]):
             checkpointed=0 if step.checkpointing == "none" else step.checkpoint_every,
             selective=step.checkpointing == "selective",
             lora=step.lora,
+            autocast=None if step.autocast is None else element_bytes(step.autocast),
         )
         self.step, self.regime = step, regime
+        self.f.widens = widens(step.device)
         self.aten.multiprocessors = step.multiprocessors
 
 
