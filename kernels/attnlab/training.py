@@ -31,6 +31,27 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED)
 
 
+def loss_of(
+    transformer: Transformer,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    loss_chunk_tokens: int | None = None,
+    **how: Any,
+) -> Tensor:
+    """The loss of a forward, its way back still open; `how` is what the forward takes."""
+    if loss_chunk_tokens is None:
+        return next_token_loss(transformer(ids, **how), labels)
+    return chunked_loss(
+        transformer(ids, logits="none", **how),
+        *transformer.head,
+        labels,
+        chunk_tokens=loss_chunk_tokens,
+        model=transformer.model,
+        logits_bias=getattr(transformer, "final_logits_bias", None),
+    )
+
+
 def training_step(
     transformer: Transformer,
     ids: Tensor,
@@ -60,23 +81,17 @@ def training_step(
     if loss_chunk_tokens is not None:
         check_size("loss_chunk_tokens", loss_chunk_tokens)
     region = _region(transformer, precision)
-    how = dict(checkpointing=checkpointing, checkpoint_every=checkpoint_every)
+    how = dict(
+        checkpointing=checkpointing,
+        checkpoint_every=checkpoint_every,
+        loss_chunk_tokens=loss_chunk_tokens,
+    )
     real = (labels != IGNORED).sum() if accumulation_steps > 1 else None
     losses = []
     given = (ids, labels, encoder_inputs, encoder_tokens)
     for part, part_labels, encoder in _parts(accumulation_steps, *given):
         with region:
-            if loss_chunk_tokens is None:
-                loss = next_token_loss(transformer(part, **encoder, **how), part_labels)
-            else:
-                loss = chunked_loss(
-                    transformer(part, logits="none", **encoder, **how),
-                    *transformer.head,
-                    part_labels,
-                    chunk_tokens=loss_chunk_tokens,
-                    model=transformer.model,
-                    logits_bias=getattr(transformer, "final_logits_bias", None),
-                )
+            loss = loss_of(transformer, part, part_labels, **encoder, **how)
         if real is not None:
             loss = loss * ((part_labels != IGNORED).sum() / real)
         loss.backward()
