@@ -12,7 +12,8 @@ bytes are alive at most: both gradients (of what is trained, in their own dtypes
 bias has no V·e_b) and a chunk's logits beside their float32 copy, which float32 logits without a
 soft cap are themselves: C·V·4. A few numbers for each of the C tokens, and a [C, h] part of the
 gradient, are left out. Where the head computes in another dtype than it is kept in (autocast)
-its copy, V·h·e, and the part that a chunk adds to its gradient, V·h·e, come on top.
+its copy, V·h·e, comes on top, and after the float32 logits, if it is more than they are, what a
+chunk adds to its gradient, V·h·e.
 """
 
 from __future__ import annotations

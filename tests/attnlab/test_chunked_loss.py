@@ -82,6 +82,18 @@ def test_its_bytes_are_those_of_the_formula(chunk, dtype, cap):
     assert formula <= meter.peak_bytes <= formula + 64 * N + C * h * e
 
 
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_under_autocast_the_heads_copy_and_a_chunks_product_come_on_top(chunk):
+    model = wide()
+    x, w, labels = drawn(model, 2, 80)
+    with LiveTensorMeter() as meter, torch.autocast("cpu", torch.bfloat16):
+        chunked_loss(x, w, None, labels, chunk_tokens=chunk, model=model)
+    N, h, V, C, e = 160, 32, 1_000, chunk, 2
+    held = N * h * 4 + V * h * 4 + V * h * e  # gradients, the copy
+    formula = held + max(C * V * (e + 4), C * V * e + V * h * e)
+    assert formula <= meter.peak_bytes <= formula + 64 * N + C * h * (e + 4)
+
+
 def test_the_peak_of_a_step_falls_by_the_logits():
     ids = torch.randint(1_000, (2, 60), generator=torch.Generator().manual_seed(0))
     ours = Transformer(wide(), dtype=torch.float32, device="cpu")
