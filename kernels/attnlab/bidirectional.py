@@ -11,9 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from attnlab.checkpointing import Checkpointing, run
 from attnlab.cross_attention import mask_of
 from attnlab.masks import Keys, Mask, Pattern, visibility
-from attnlab.transformer import Rotation, run_again
+from attnlab.transformer import Rotation
 
 # Shapes.  B batch · T tokens · h hidden size
 
@@ -36,7 +37,8 @@ def run_both_ways(
     real_BT: Tensor | None,
     *,
     rotations: tuple[Rotation | None, Rotation | None] = (None, None),
-    checkpointing: str = "none",
+    checkpointing: Checkpointing = "none",
+    checkpoint_every: int = 1,
 ) -> Tensor:
     """[B, T, h] → [B, T, h] through all blocks.
 
@@ -52,8 +54,5 @@ def run_both_ways(
         if block.bias_table is not None:
             biased = block.bias_table(mask)
         mask = mask if biased is None else biased
-        if checkpointing == "full":
-            x = run_again(block, x, rotation, mask, None, index)
-        else:
-            x = block(x, rotation, mask, None, index)
+        x = run(checkpointing, checkpoint_every, index)(block, x, rotation, mask, None, index)
     return x
