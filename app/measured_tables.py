@@ -10,6 +10,7 @@ import streamlit as st
 
 from app import charts, measurements
 from planner.report import csv_text
+from profiles import peers
 from profiles.baselines import baseline_summary, baselines
 from profiles.repeatability import repeatability, repeats
 from profiles.rows import Row, to_frame
@@ -17,6 +18,7 @@ from profiles.summaries import summary
 
 SHARE = st.column_config.NumberColumn(format="%.2f %%")
 SIGNED = st.column_config.NumberColumn(format="%+.2f %%")
+MILLISECONDS = st.column_config.NumberColumn(format="%.1f")
 RIGHT = st.column_config.TextColumn(alignment="right")
 
 
@@ -133,6 +135,45 @@ def others(found: measurements.Store, rows: Sequence[Row]) -> None:
         column_config=dict.fromkeys(("mean", "our mean", "worst", "our worst"), SHARE),
         alt="Absolute error of other methods beside ours",
     )
+
+
+def beside_peers(found: measurements.Store, rows: Sequence[Row]) -> None:
+    """Where the peers' GPU is shown: what they say of their sizes, what we say, what was seen."""
+    if not any(row.device == peers.GPU for row in rows):
+        return
+    known = peers.peer_rows(found.records.values())
+    st.subheader("Llama-3.1-8B on an H200, as others see it")
+    st.caption(
+        "bf16. The names: what these tools print, for serving engines. Ours: vLLM with CUDA "
+        "graphs. Measured: whichever runtime ran; one that launches op by op waits for its host in "
+        "decode."
+    )
+    for column, (quantity, title) in zip(
+        st.columns(2), (("ttft_s", "TTFT in ms"), ("tpot_s", "TPOT in ms")), strict=True
+    ):
+        with column:
+            st.markdown(f"**{title}**")
+            table = pd.DataFrame(
+                [
+                    {
+                        "batch × prompt": f"{row.batch} × {row.prompt_tokens:,}",
+                        "measured": ", ".join(
+                            f"{1e3 * s:.1f} ({where})" for where, s in row.measured_s.items()
+                        ),
+                        "ours": 1e3 * row.planner_s,
+                        **{name: 1e3 * s for name, s in row.peers_s.items()},
+                    }
+                    for row in known
+                    if row.quantity == quantity
+                ]
+            )
+            numbers = [name for name in table if name not in ("batch × prompt", "measured")]
+            st.dataframe(
+                table,
+                hide_index=True,
+                column_config=dict.fromkeys(numbers, MILLISECONDS),
+                alt=f"{title} of Llama-3.1-8B on an H200 by each tool and size",
+            )
 
 
 def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:

@@ -56,8 +56,8 @@ class HostCost:
     """Seconds that the host needs to issue one op, by what runs it; "other" for the rest.
 
     `scale` multiplies them all: one number an engine, from its calibration rows (`scaled_on`), for
-    what Python does between ops. `spread`: how far single steps of the same work vary, and twice
-    what the factor leaves of its own rows, as a share.
+    what a whole model takes beyond the same calls in a loop (host_cost.py). `spread`: how far
+    single steps of the same work vary, and how much longer the slowest of those rows has it.
     """
 
     op_s: Mapping[str, float] = field(hash=False)
@@ -65,6 +65,13 @@ class HostCost:
     spread: float
     scaled_on: tuple[str, ...]
     source: str
+
+    def as_fast_as(self, add_s: float | None) -> HostCost:
+        """The host that needs `add_s` for an addition; None: this one."""
+        if add_s is None:
+            return self
+        ratio = add_s / self.op_s["add"]
+        return replace(self, op_s={name: ratio * cost for name, cost in self.op_s.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from planner.report import write_csv
 
 if TYPE_CHECKING:
     from profiles.baselines import BaselineSummary  # noqa: TID251
+    from profiles.peers import PeerRow  # noqa: TID251
     from profiles.repeatability import Repeatability  # noqa: TID251
     from profiles.rows import Row  # noqa: TID251
     from profiles.summaries import Summary  # noqa: TID251
@@ -51,6 +52,7 @@ def compare_command(
     from profiles.baselines import baseline_summary  # noqa: TID251
     from profiles.baselines import baselines as of_baselines  # noqa: TID251
     from profiles.compare import compare, summary, to_frame  # noqa: TID251
+    from profiles.peers import peer_rows  # noqa: TID251
     from profiles.records import default_paths, load  # noqa: TID251
     from profiles.repeatability import repeatability, repeats  # noqa: TID251
     from profiles.summaries import GROUPS  # noqa: TID251
@@ -74,6 +76,7 @@ def compare_command(
     spreads = repeatability(repeats(records))
     groups = [] if by is None else summary(rows, by=by)
     others = baseline_summary(of_baselines(records, rows)) if baselines else []
+    peers = peer_rows(records) if baselines else []
     if as_json:
         parts: dict[str, Sequence[Any]] = {
             "rows": rows,
@@ -81,6 +84,7 @@ def compare_command(
             "repeatability": spreads,
             "groups": groups,
             "baselines": others,
+            "peers": peers,
         }
         show({name: [asdict(row) for row in part] for name, part in parts.items()})
     elif rows:
@@ -90,6 +94,7 @@ def compare_command(
         _print_summaries(groups or summary(rows))
         if baselines:
             _print_baselines(others)
+            _print_peers(peers)
     elif files and problems:
         raise typer.Exit(2)
     else:
@@ -185,6 +190,25 @@ def _print_baselines(others: Sequence[BaselineSummary]) -> None:
                 ),
             )
             for o in others
+        ],
+    )
+
+
+def _print_peers(rows: Sequence[PeerRow]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row.peers_s))
+    _print(
+        "Llama-3.1-8B in bf16 on an H200: serving engines as other tools see them, vLLM as we do",
+        ["quantity", "batch × prompt"],
+        ["ours", *names, "measured"],
+        [
+            (
+                row.quantity,
+                f"{row.batch} × {row.prompt_tokens:,}",
+                seconds(row.planner_s),
+                *(seconds(row.peers_s[name]) if name in row.peers_s else "" for name in names),
+                "; ".join(f"{seconds(s)} ({where})" for where, s in row.measured_s.items()),
+            )
+            for row in rows
         ],
     )
 

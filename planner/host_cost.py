@@ -1,36 +1,131 @@
 """What the host needs to issue a pass one kernel at a time: eager PyTorch is often bound by it.
 
-    host = scale · Σ cost(op) + backward · Σ cost(op of the backward)
+    host = scale · (Σ cost(op) + views · cost(view) + calls · cost(call)) + Σ cost(op of backward)
 
-`cost` is measured by ops that compute nothing (profiles/microbench/host_ops.py); an op that nobody
-timed costs as much as an addition. `scale`, one number an engine, stands for what Python does
-between the ops (modules, views, the cache's classes); it comes from the calibration rows of the
-end-to-end records, and no other row is seen. Host times vary from run to run far more than a GPU's
-(`HostCost.spread`), and so does what is said of them here.
+`cost` is measured by ops that compute nothing (profiles/microbench/host_ops.py), one call after the
+other in a loop; an op that nobody timed costs as much as an addition. `views` (calls of torch that
+run no kernel) and `calls` (of Python functions) are counted in the classes themselves
+(host_calls.py), as are kernels that a program lists as one. An op of the backward pass costs what
+autograd takes for a linear layer's.
+
+`scale`, one number an engine, is what a whole model's code takes beyond the same calls in a loop,
+which finds everything in the processor's caches. No pass ends before its host has issued it, so
+every measured pass bounds the factor from above; it is the least of the bounds that the calibration
+rows set, and no other row is seen. It stands for a host that nobody else disturbs. Who shares its
+processor waits longer, in spells: `HostCost.spread` is how much longer the same rows have it.
+
+On a CPU what is measured of an op holds what issuing it costs, and nothing is computed meanwhile:
+only what lies between the ops is added.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from planner.calibration import HostCost
-from planner.op_kinds import Attention, Bytes, Grouped, Product, Timed, timed_ops
-from planner.program import Program
+from planner.host_calls import counted, trained
+from planner.op_kinds import Attention, Batched, Bytes, Grouped, Product, Timed, is_there, timed_ops
+from planner.program import Program, Segment
 
 OTHER = "add"
 ENGINES = ("transformers", "attnlab")
+VIEWS_TIMED = 2
+"""A view and a transpose are timed together: transpose_reshape."""
+MODULE_CALLS = 3
+"""Python functions that calling a module runs: __call__, _call_impl, forward."""
+MATH_PRODUCTS, MATH_OTHERS = 2, 5
+"""at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
+keys scaled, keys and values copied to every head, softmax."""
+ADAPTERS = ", adapters"
+ADAPTER_PRODUCTS = 2
+"""How LoRA's products are named, and how many a linear layer has."""
 
 
-def host_seconds(program: Program, host: HostCost, engine: str) -> float:
-    """Time to issue all ops of a pass."""
-    scale = host.scale.get(engine) or host.scale.get(ENGINES[0], 1.0)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Whose code issues the ops: the runtime, the model's type, attention's name."""
+
+    runtime: str
+    model_type: str = ""
+    attention: str = ""
+
+
+def host_seconds(
+    program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
+) -> float:
+    """Time to issue all ops of a pass, or of a phase of one in which layers are checkpointed."""
+    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
     forward, backward = _issued(program, host)
-    return scale * forward + _backward_scale(host) * backward
+    between = between_seconds(program, host, engine, checkpointed=checkpointed)
+    return scale * (forward + between) + _backward_scale(host) * backward
 
 
-def unscaled_seconds(program: Program, host: HostCost) -> float:
-    """The sum over the ops, as they were timed alone."""
-    return sum(_issued(program, host))
+def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
+    """Of a forward pass: every call as it was timed alone."""
+    return sum(_issued(program, host)) + between_seconds(program, host, engine)
+
+
+def between_seconds(
+    program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
+) -> float:
+    """What is issued and called between the listed ops, for every layer that runs forward.
+
+    Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back.
+    """
+    found = counted(engine.runtime, engine.model_type, engine.attention)
+    if found is None:
+        return 0.0
+    layer, whole = found
+    runs = forward_runs(program)
+    asked = layer.times(runs.layers).plus(whole.times(runs.passes))
+    calls, more = asked.calls, trained(engine.model_type)
+    if not checkpointed:
+        calls += runs.adapted * more.adapted
+    elif runs.passes:
+        calls += checkpointed * more.forward + runs.adapted * more.adapted_forward
+    elif runs.layers:
+        calls = checkpointed * more.backward + runs.adapted * more.adapted_backward
+    view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
+    call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
+    unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
+    return unlisted_s + asked.views * view_s + calls * call_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs:
+    """What runs forward: layers (those that are run again, too), the pass around them, adapted
+    linear layers (LoRA), and the ops that a program lists of all that.
+    """
+
+    layers: int
+    passes: int
+    adapted: int
+    listed: int
+
+
+@lru_cache(maxsize=256)
+def forward_runs(program: Program) -> Runs:
+    """Counted in the segments of a program."""
+    layers = [s for s in program.segments if s.first_layer is not None and _forward(s)]
+    passes = any(s.first_layer is None and _forward(s) for s in program.segments)
+    adapters = sum(
+        s.count * sum(op.flops is not None and op.name.endswith(ADAPTERS) for op in s.ops)
+        for s in layers
+    )
+    return Runs(
+        layers=sum(s.count for s in layers),
+        passes=int(passes),
+        adapted=adapters // ADAPTER_PRODUCTS,
+        listed=sum(t.count for t in timed_ops(program) if not t.op.name.endswith("backward")),
+    )
+
+
+def _forward(segment: Segment) -> bool:
+    """Whether a product runs here that is none of the backward pass."""
+    return not is_there(segment) and any(
+        op.flops is not None and not op.name.endswith("backward") for op in segment.ops
+    )
 
 
 def _issued(program: Program, host: HostCost) -> tuple[float, float]:
@@ -52,22 +147,34 @@ def _backward_scale(host: HostCost) -> float:
 def _name(timed: Timed) -> str:
     kernel = timed.op.kernel
     match timed.kind:
-        case Product():
-            return "linear_module" if "backward" not in timed.op.name else "linear"
+        case Product() | Grouped() | Batched():
+            return "linear"
         case Attention():
             return "sdpa"
-        case Grouped():
-            return "linear"
         case Bytes(kind="gather") if kernel.startswith("embedding"):
             return "embedding"
         case Bytes(kind="norm"):
             return "rms_norm"
-        case Bytes(kind="cat"):
+        case Bytes() if kernel == "cat":
             return "cat"
         case Bytes() if kernel in ("silu", "gelu", "relu", "sigmoid"):
             return "silu"
     return OTHER
 
 
+def _written_out(timed: Timed) -> bool:
+    """Whether torch has no fused kernel for this attention: fp32 wants as many heads of keys.
+
+    Programs that list the ops of it do not come here.
+    """
+    match timed.kind:
+        case Attention(kv_bytes=4, heads=H, kv_heads=G, backward=False):
+            return H != G and not timed.op.kernel
+    return False
+
+
 def _cost(timed: Timed, host: HostCost) -> float:
+    if _written_out(timed):
+        product_s = host.op_s.get("linear", host.op_s[OTHER])
+        return MATH_PRODUCTS * product_s + MATH_OTHERS * host.op_s[OTHER]
     return host.op_s.get(_name(timed), host.op_s[OTHER])

@@ -1,16 +1,18 @@
 """TTFT, TPOT, throughput, utilisation and energy from the times of the passes.
 
-TTFT: one prefill of the whole prompt, as one pass; an engine that cuts it into chunks of some 8 192
-tokens multiplies as fast in each. TPOT: the mean over the decode steps, each over one token more
-than the last. End to end: TTFT and output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes
-over time · bandwidth, over the whole workload, of all GPUs. What an engine's scheduler does between
-the passes is not in any of them.
+TTFT: one prefill of all prompts, from the moment they are there. An engine with a pool (vLLM) takes
+at most `max_batched_tokens` in a pass: so many passes, each as long as the mean one, over whole
+prompts where they fit, else over a chunk of one at the mean of the chunks' contexts. TPOT: the mean
+over the decode steps, each over one token more than the last. End to end: TTFT and
+output_tokens − 1 steps. MFU: FLOPs over time · peak; MBU: bytes over time · bandwidth, over the
+whole workload, of all GPUs. What an engine's scheduler does between the passes is not in any of
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
-from planner.host_cost import host_seconds
+from planner.host_cost import Engine, between_seconds, forward_runs, host_seconds
 from planner.model import Model
 from planner.program import Dims, Number, Program
 from planner.roofline import Speed, pass_cost
@@ -32,6 +34,7 @@ from planner.workload import Deployment, Inference, Training
 MAX_DECODE_POINTS = 16
 """Contexts at which a decode step is timed for the mean; all of them when there are fewer."""
 
+BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
 Interval = tuple[float, float]
 
@@ -81,6 +84,28 @@ class PassTime:
     moved_bytes: Number
     energy_j: Number | None
 
+    def repeated(self, count: Number) -> PassTime:
+        """So many of them, one after the other."""
+        together: dict[str, Any] = {}
+        for field in fields(self):
+            once = getattr(self, field.name)
+            together[field.name] = None if once is None else count * once
+        return PassTime(**together)
+
+
+def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
+    """In how many passes the prompts are taken, and the mean one of them."""
+    batch, length = (np.asarray(size, dtype=np.float64) for size in (prompt.batch, prompt.tokens))
+    several = np.ceil(batch * length / most_tokens)
+    whole = length <= most_tokens
+    tokens = np.where(whole, length, batch * length / several)
+    return several, replace(
+        prompt,
+        batch=np.where(whole, batch / several, 1.0)[()],
+        tokens=tokens[()],
+        context=np.where(whole, length, (length + tokens) / 2.0)[()],
+    )
+
 
 @lru_cache(maxsize=256)
 def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
@@ -108,18 +133,21 @@ class Passes:
         moved: Number = 0.0
         waited: Number = 0.0
         for stage in self.stages:
-            for made in by_phase(program(stage)):
+            phases = by_phase(program(stage))
+            again = layers_run_again(phases)
+            for made in phases:
                 cost = pass_cost(made, dims, speed)
                 gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
                 extrapolated = extrapolated + cost.extrapolated_s
                 square = square + cost.error_s**2
-                issuing = self._host(made)
+                issuing = self._host(made, again)
                 host += issuing
-                waited = waited + np.maximum(issuing - cost.time_s, 0.0)
+                meanwhile = 0.0 if speed.gpu.is_cpu else cost.time_s
+                waited = waited + np.maximum(issuing - meanwhile, 0.0)
         said = communication_cost(self.model, setting, dims, speed)
         time_s, error = gpu + said.time_s, np.sqrt(square + said.error_s**2)
         known = speed.calibration
-        if setting.mode == "graph":
+        if self.replays:
             if known is not None and known.graph is not None:
                 time_s = time_s + known.graph.replay_s
         elif host and known is not None and known.host is not None:
@@ -139,13 +167,37 @@ class Passes:
             ),
         )
 
-    def _host(self, program: Program) -> float:
-        """None where a graph replays, and on a CPU, whose op times hold what issuing them costs."""
+    @property
+    def replays(self) -> bool:
+        """Whether a CUDA graph launches the kernels."""
+        return self.setting.mode == "graph" and not self.speed.gpu.is_cpu
+
+    def _host(self, program: Program, checkpointed: int) -> float:
+        """What the host needs to issue a pass; of a CPU, whose op times hold that, what lies
+        between the ops; 0 where a graph replays.
+        """
         known = self.speed.calibration
-        graph = self.setting.mode == "graph" or self.speed.gpu.is_cpu
-        if graph or known is None or known.host is None:
+        if self.replays or known is None or known.host is None:
             return 0.0
-        return host_seconds(program, known.host, self.runtime)
+        seconds = between_seconds if self.speed.gpu.is_cpu else host_seconds
+        host = known.host.as_fast_as(self.setting.host_add_s)
+        return seconds(program, host, self.engine, checkpointed=checkpointed)
+
+    @property
+    def engine(self) -> Engine:
+        """Whose code issues the ops."""
+        return Engine(
+            runtime=self.runtime,
+            model_type=self.model.text_type,
+            attention=self.setting.attention,
+        )
+
+
+def layers_run_again(phases: tuple[Program, ...]) -> int:
+    """Checkpointed layers: those that run forward on the way back."""
+    return sum(
+        forward_runs(program).layers for program in phases if program.segments[0].phase == BACKWARD
+    )
 
 
 @lru_cache(maxsize=256)
@@ -188,7 +240,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     prompt = Dims(
         batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
     )
-    first = passes.timed(lambda stage: rules.prefill(stage, work, setting), prompt)
+    several, chunk = (
+        prompt_passes(prompt, setting.max_batched_tokens) if rules.pooled else (1, prompt)
+    )
+    first = passes.timed(lambda stage: rules.prefill(stage, work, setting), chunk).repeated(several)
     steps = work.output_tokens - 1
     tpot_s = step = None
     if steps:

@@ -13,16 +13,30 @@ from functools import lru_cache
 
 import numpy as np
 
-from planner.program import Dims, Extent, Number, Op, Program, Shape, Symbol, evaluate
+from planner.program import (
+    OPENING,
+    Dims,
+    Extent,
+    Number,
+    Op,
+    Program,
+    Segment,
+    Shape,
+    Symbol,
+    evaluate,
+)
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
 REDUCTION = re.compile(r"softmax|mean|sum|nll|amax|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 NO_KERNEL = re.compile(r"^(empty|new_empty|scalar_tensor)")
+SEVERAL_OUTPUTS = re.compile(r"native_layer_norm|nll_loss|topk|sort")
 ONE_KERNEL_NORMS = re.compile(r"native_layer_norm|rms_norm|fused")
-APART = ("gather", "cat", "optimizer")
-"""Kinds that a compiler leaves as they are."""
+APART = ("cat", "optimizer")
+APART_KERNELS = re.compile(r"topk|sort|scatter")
+"""Kinds, and kernels, that a compiler leaves as they are; rows that are picked by an index are
+loads of the op that wants them (torch/_inductor/lowering.py: index, gather, embedding)."""
 ATTENTION = "_scaled_dot_product"
 MASKED = 4
 """Inputs of fused attention: queries, keys, values, mask."""
@@ -120,8 +134,14 @@ def timed_ops(program: Program, *, fused: bool = False) -> tuple[Timed, ...]:
     walked: dict[int, list[tuple[object, Op, Kind]]] = {}
     for segment in program.segments:
         ops = segment.ops
+        if is_there(segment):
+            continue
         if id(ops) not in walked:
-            kinds: list[tuple[Op, Kind]] = [(op, kind_of(op)) for op in ops]
+            before: tuple[Op | None, ...] = (None, *ops)
+            kinds: list[tuple[Op, Kind]] = [
+                (op, Nothing() if _further_output(op, last) else kind_of(op))
+                for last, op in zip(before, ops, strict=False)
+            ]
             kept = [pair for pair in kinds if not isinstance(pair[1], Nothing)]
             made = list(_chains(kept)) if fused else kept
             walked[id(ops)] = [(_alike(op, kind), op, kind) for op, kind in made]
@@ -129,6 +149,18 @@ def timed_ops(program: Program, *, fused: bool = False) -> tuple[Timed, ...]:
             counts[key] = counts.get(key, 0) + segment.count
             first.setdefault(key, (op, kind))
     return tuple(Timed(op=op, kind=kind, count=counts[key]) for key, (op, kind) in first.items())
+
+
+def is_there(segment: Segment) -> bool:
+    """Whether a segment only says what the pass finds: nothing of it runs."""
+    return segment.label.startswith(OPENING)
+
+
+def _further_output(op: Op, before: Op | None) -> bool:
+    """Statistics of a norm, indices of a sort: outputs of the kernel that has just run."""
+    if before is None or op.kernel != before.kernel or not SEVERAL_OUTPUTS.match(op.kernel):
+        return False
+    return not (op.reads or op.moved or op.weight_bytes or op.flops)
 
 
 SAMPLE = Dims(batch=3, tokens=17, context=1009)
@@ -139,7 +171,7 @@ def _chains(ops: list[tuple[Op, Kind]]) -> Iterator[tuple[Op, Kind]]:
     """Runs of ops that move bytes, each as its largest one."""
     run: list[tuple[Op, Kind]] = []
     for op, kind in ops:
-        if isinstance(kind, Bytes) and kind.kind not in APART:
+        if isinstance(kind, Bytes) and not _stands_apart(op, kind):
             run.append((op, kind))
             continue
         if run:
@@ -148,6 +180,10 @@ def _chains(ops: list[tuple[Op, Kind]]) -> Iterator[tuple[Op, Kind]]:
         yield op, kind
     if run:
         yield _largest(run)
+
+
+def _stands_apart(op: Op, kind: Bytes) -> bool:
+    return kind.kind in APART or bool(APART_KERNELS.match(op.kernel))
 
 
 def _largest(run: list[tuple[Op, Kind]]) -> tuple[Op, Kind]:

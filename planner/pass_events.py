@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from planner.allocator import Alloc, Event, Free
-from planner.program import Buffer, Dims, Program
+from planner.program import OPENING, Buffer, Dims, Program
 from planner.runtimes.writer import INT64
-
-OPENING = "cache of "
-"""How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
-
 
 BIASED = "addmm"
 """The product with a bias, which torch has cuBLASLt do."""

@@ -174,6 +174,7 @@ def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> 
         longest_tokens=longest,
         tensor_parallel=deploy.tensor_parallel,
         pipeline_parallel=deploy.pipeline_parallel,
+        host_add_s=deploy.host_add_s,
     )
 
 

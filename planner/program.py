@@ -17,6 +17,8 @@ import numpy as np
 
 Number: TypeAlias = Any
 """A Python int, or a float64 array of them."""
+OPENING = "cache of "
+"""How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.errors import check_choice
 from planner.format import gib, seconds
-from planner.latency import Latency, latency, passes_of, training_latency
+from planner.latency import Latency, latency, passes_of, prompt_passes, training_latency
 from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.op_table import op_table
@@ -181,7 +181,8 @@ class Estimate:
         return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
 
     def op_times(self, which: str = "decode") -> pd.DataFrame:
-        """Where the time goes in "prefill", in the last "decode" step, or in a training step.
+        """Where the time goes in "prefill" (of several passes, the mean one), in the last "decode"
+        step, or in a training step.
 
         A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
         moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
@@ -200,6 +201,8 @@ class Estimate:
             context=context,
             encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
         )
+        if rules.pooled and not decodes:
+            _, dims = prompt_passes(dims, self.setting.max_batched_tokens)
         make = rules.decode if decodes else rules.prefill
         return op_table(passes, ((make(s, work, self.setting), dims) for s in passes.stages))
 

@@ -246,6 +246,23 @@ def _one_row_each(
     return np.where(np.asarray(rows) <= reached, one, seconds)
 
 
+def _three_reductions(moved: Number, speed: Speed) -> Number:
+    """Attention of one query, where a compiler writes it: scores, softmax, weighted values.
+
+    Each is a kernel that streams (torch/_inductor/decomposition.py: bmm of one row is a product and
+    a sum). gpt-fast turns the fused kernels off while it decodes, as that is faster
+    (generate.py, decode_n_tokens).
+    """
+    known, product = (
+        None if speed.calibration is None else speed.calibration.fit(*name)
+        for name in (("elementwise",), ("gemm", speed.dtype))
+    )
+    if known is None or product is None:
+        return np.inf
+    launch_s = known.seconds((NO_KERNEL_BYTES,))
+    return 2 * launch_s + _streamed(product, moved, 0.0, speed)
+
+
 def _warm_or_cold(kind: str, cold: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
     """What the op before has written still lies in the cache, where all of it fits."""
     assert speed.calibration is not None
@@ -293,9 +310,11 @@ def _attention_time(
     if any(fit is None for _, fit, _, _ in parts):
         return _unmeasured(timed, parts[0][3], speed.dtype, flops, moved, speed)
     seconds: Number = 0.0
-    for where, fit, sizes, _ in parts:
+    for where, fit, sizes, name in parts:
         assert fit is not None
         one = fit.seconds(sizes)
+        if speed.fused and name == "decode":
+            one = np.minimum(one, _three_reductions(moved, speed))
         seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)
     _, fit, sizes, family = parts[0]
     assert fit is not None

@@ -292,6 +292,8 @@ class Deployment:
     alone plans yet. The last six are vllm's: of the memory it takes `memory_utilization`, of a
     sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool pays for them, as with
     VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
+    `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
+    GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
     """
 
     gpu: str
@@ -311,6 +313,7 @@ class Deployment:
     max_sequences: int | None = None
     block_tokens: int = 16
     cuda_graphs: Literal["outside", "inside"] = "outside"
+    host_add_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -320,6 +323,10 @@ class Deployment:
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
         check_choice("mode", self.mode, ("graph", "eager"))
+        if self.host_add_s is not None and not 0 < self.host_add_s < 1:
+            raise ConfigError(
+                f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"
+            )
         check_choice("cuda_graphs", self.cuda_graphs, ("outside", "inside"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")

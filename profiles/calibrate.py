@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+import planner
 from planner import ConfigError
 from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
+from planner.host_cost import Engine, unscaled_seconds
 from planner.op_times import Fit, family_named
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
@@ -31,10 +33,10 @@ from profiles.records import Record
 POINTS: Mapping[str, int] = {
     "gemm:bf16": 800,
     "gemm:fp8": 400,
-    "decode:bf16": 400,
-    "decode:fp8": 200,
-    "prefill:bf16": 300,
-    "grouped:bf16": 200,
+    "decode:bf16": 800,
+    "decode:fp8": 400,
+    "prefill:bf16": 600,
+    "grouped:bf16": 400,
 }
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
@@ -122,17 +124,14 @@ def write(content: Mapping[str, Any], path: Path) -> int:
 def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
     """One factor from rows of (measured, GPU's, host's unscaled) seconds; None where none is bound.
 
-    Least squares of log(max(GPU, factor · host) / measured): a row that the GPU explains still says
-    that the host was no slower.
+    No pass ends before its host has issued it: each row bounds the factor from above, one that the
+    GPU explains too. Other work on the host's processor only makes rows slower, so the least bound
+    is the estimate.
     """
-    table = np.array([row for row in rows])
-    if not len(table) or not (table[:, 0] > BOUND * table[:, 1]).any():
+    table = list(rows)
+    if not any(measured > BOUND * gpu for measured, gpu, _ in table):
         return None
-    measured, gpu, host = table.T
-    tried = np.exp(np.linspace(np.log(0.5), np.log(8.0), 800))
-    times = np.maximum(gpu[:, None], host[:, None] * tried)
-    missed = (np.log(times / measured[:, None]) ** 2).sum(axis=0)
-    return float(tried[missed.argmin()])
+    return min(measured / host for measured, _, host in table)
 
 
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
@@ -260,12 +259,12 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
         factor = host_scale(rows)
         if factor is not None:
             scale[engine] = round(factor, 3)
-            apart = max(apart, *(_missed(row, factor) for row in rows))
+            apart = max(apart, *(_disturbed(row, factor) for row in rows))
     return {
         "host": {
             "op_s": costs,
             "scale": scale,
-            "spread": round(float(np.hypot(_spread(mine), 2 * apart)), 3),
+            "spread": round(float(np.hypot(_spread(mine), apart)), 3),
             "scaled_on": sorted(set(named)),
             "source": "records",
         }
@@ -283,18 +282,24 @@ def _spread(records: list[Record]) -> float:
     return float(np.quantile(off, 0.9)) if off else 0.3
 
 
-def _missed(row: tuple[float, float, float], factor: float) -> float:
-    """|log| of what the factor leaves of a calibration row that waits for the host."""
+def _disturbed(row: tuple[float, float, float], factor: float) -> float:
+    """How much longer a calibration row that waits for the host has it than the factor says."""
     measured, gpu, host = row
-    return abs(float(np.log(factor * host / measured))) if factor * host > gpu else 0.0
+    return measured / (factor * host) - 1.0 if measured > BOUND * gpu else 0.0
 
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
     """(measured, GPU's, host's) seconds of the passes of one inference record."""
-    from planner.host_cost import unscaled_seconds
     from profiles.compare import passes_of_record
 
+    engine = Engine(
+        runtime=record.runtime,
+        model_type=planner.read_config(record.config).text_type,
+        attention=str(record.attention).split(":")[0],
+    )
+    if record.host_add_s:
+        host = host.as_fast_as(statistics.median(record.host_add_s))
     return [
-        (measured_s, gpu_s, unscaled_seconds(program, host))
+        (measured_s, gpu_s, unscaled_seconds(program, host, engine))
         for measured_s, gpu_s, program in passes_of_record(record)
     ]

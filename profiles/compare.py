@@ -6,6 +6,7 @@ So an old record is always set against today's planner.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -125,7 +126,10 @@ def predicted(record: Record) -> dict[str, float | None]:
 
 
 def estimate_of(record: Record) -> planner.Estimate:
-    """The estimate of a record's work on its device; ConfigError where the planner refuses it."""
+    """The estimate of a record's work on its device; ConfigError where the planner refuses it.
+
+    How fast the host issued additions at the time is told, where the record has it.
+    """
     if record.environment.gpu is None:
         raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
     work: planner.Inference | planner.Training
@@ -145,6 +149,7 @@ def estimate_of(record: Record) -> planner.Estimate:
         dtype=record.dtype,
         kv_dtype=None if record.step is not None else record.kv_dtype,
         mode=record.mode,
+        host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)
 

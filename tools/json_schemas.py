@@ -16,8 +16,8 @@ from typing import Any
 from planner.cli import main
 
 OUT = Path(__file__).parents[1] / "planner" / "catalog" / "schemas"
-DYNAMIC = ("values",)
-"""Objects whose keys are data: symbols of a formula."""
+DYNAMIC = ("values", "peers_s", "measured_s")
+"""Objects whose keys are data: symbols of a formula, names of tools and runtimes."""
 
 FLEET = """
 [[gpus]]

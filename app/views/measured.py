@@ -123,6 +123,7 @@ else:
         against(shown)
         one_run.opened(stored, shown)
         measured_tables.others(stored, shown)
+        measured_tables.beside_peers(stored, shown)
         measured_tables.every_row(stored, shown)
     else:
         st.info("The filters leave no measurement.")

@@ -39,6 +39,7 @@ class Setting:
     longest_tokens: int | None = None  # of one sequence: max_model_tokens, else the positions
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    host_add_s: float | None = None
 
     @property
     def is_one_gpu(self) -> bool:

@@ -239,6 +239,16 @@ def test_other_methods_stand_beside_ours(store):
     assert ("TTFT", "naive-roofline") in table.index
 
 
+def test_what_other_tools_print_stands_beside_ours_where_their_gpu_is_shown(store):
+    records.append(store, on_h200())
+    sizes = [f for f in opened("measured").dataframe if "batch × prompt" in f.value]
+    assert len(sizes) == 2
+    for frame in sizes:
+        assert {"ours", "GenZ", "aiconfigurator-vllm"} <= set(frame.value)
+        assert next(iter(frame.value["batch × prompt"])) == "1 × 128"
+    assert min(sizes[1].value["ours"]) > 3.13  # ms: the floor of a token's time
+
+
 def test_training_steps_are_in_the_figures(store):
     step = {"optimizer": "adamw", "checkpointing": "none"}
     one = measured(phase="training", step=step, output_tokens=1, step_s=(0.1,), gradients_bytes=GIB)

@@ -84,11 +84,13 @@ def test_another_group_is_refused_in_one_line(run, file):
 
 def test_json_has_all_parts_and_fills_those_that_were_asked_for(run, file):
     plain = json.loads(run(file, "--json")[1])
-    assert list(plain) == ["rows", "summary", "repeatability", "groups", "baselines"]
-    assert plain["groups"] == plain["baselines"] == []
+    parts = ["rows", "summary", "repeatability", "groups", "baselines", "peers"]
+    assert list(plain) == parts
+    assert plain["groups"] == plain["baselines"] == plain["peers"] == []
     (runs, *_) = plain["repeatability"]
     assert (runs["between"], runs["points"], runs["worst_spread"]) == ("runs", 1, 0.4)
     full = json.loads(run(file, "--by", "suite", "--baselines", "--json")[1])
     assert full["rows"] == plain["rows"]
     assert {group["group"] for group in full["groups"]} == {"allocator", "training"}
     assert {b["method"] for b in full["baselines"]} == {"weights-only", "naive-roofline"}
+    assert {p["quantity"] for p in full["peers"]} == {"ttft_s", "tpot_s"}

@@ -9,11 +9,11 @@ import pytest
 import planner
 from planner.calibration import calibration_of, load
 from planner.catalog.gpus import gpu_named, gpus
-from planner.latency import passes_of
-from planner.op_kinds import Attention, Grouped, Product, timed_ops
+from planner.latency import passes_of, prompt_passes
+from planner.op_kinds import Attention, Bytes, Grouped, Product, timed_ops
 from planner.op_times import Roof
 from planner.prepared import prepare
-from planner.program import Dims
+from planner.program import Dims, visible_pairs
 from planner.roofline import op_times
 
 LLAMA = planner.load_model("llama-3.1-8b")
@@ -182,11 +182,11 @@ def test_quantised_weights_are_read_faster():
     assert 0.5 * plain.tpot_s < fp8.tpot_s < 0.85 * plain.tpot_s
 
 
-def kinds(model, runtime, which="decode"):
+def kinds(model, runtime, which="decode", *, fused=False):
     ready = prepare(planner.load_model(model), planner.Deployment(gpu="h200", runtime=runtime))
     work = planner.Inference(batch=2, prompt_tokens=64, output_tokens=4, logits="last")
     program = getattr(ready.runtime, which)(ready.model, work, ready.setting)
-    return timed_ops(program)
+    return timed_ops(program, fused=fused)
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "attnlab", "transformers"])
@@ -223,3 +223,69 @@ def test_gradients_of_weights_are_products_over_the_rows():
         3 * 2 * 512 * (model.parameter_count - 2048 * 4 * 16), rel=0.02
     )
     assert estimate.latency.step_interval_s[0] < estimate.latency.step_s
+
+
+def test_a_compiler_streams_attention_of_one_query_in_three_kernels():
+    """gpt-fast decodes without fused kernels: at short contexts theirs take the longer."""
+    compiled, engine = (of(runtime=runtime, output_tokens=2) for runtime in ("attnlab", "vllm"))
+    theirs, ours = (
+        e.op_times("decode").set_index("family").seconds["decode"] for e in (engine, compiled)
+    )
+    known = load("h200").fits["elementwise"].seconds((512.0,))
+    assert 3 * known < ours < theirs
+    long = of(runtime="attnlab", prompt_tokens=100_000, output_tokens=2).op_times("decode")
+    assert long.set_index("family").seconds["decode"] >= 2 * 2 * 8 * 128 * 100_000 / 4.8e12
+
+
+def chunked(most_tokens, batch=1, prompt_tokens=16_384):
+    work = planner.Inference(batch=batch, prompt_tokens=prompt_tokens, output_tokens=2)
+    deploy = planner.Deployment(
+        gpu="h200", runtime="vllm", max_batched_tokens=most_tokens, max_sequences=64
+    )
+    return planner.estimate(LLAMA, work, deploy)
+
+
+def test_a_prompt_that_fits_is_one_pass():
+    prompt = Dims(batch=2, tokens=100, context=100)
+    several, one = prompt_passes(prompt, 200)
+    assert several == 1
+    assert (one.batch, one.tokens, one.context) == (2, 100, 100)
+
+
+def test_a_chunked_prompt_has_as_many_tokens_and_pairs_as_a_whole_one():
+    several, chunk = prompt_passes(Dims(batch=1, tokens=1000, context=1000), 250)
+    pairs = visible_pairs(None)
+    assert (several, chunk.tokens) == (4, 250)
+    assert several * pairs.of(chunk) == pairs.of(Dims(batch=1, tokens=1000, context=1000))
+
+
+def test_many_prompts_are_taken_some_at_a_time():
+    several, some = prompt_passes(Dims(batch=30, tokens=100, context=100), 1000)
+    assert (several, some.batch, some.tokens, some.context) == (3, 10, 100, 100)
+
+
+def test_smaller_chunks_take_longer_and_compute_as_much():
+    whole, large, small = (chunked(tokens) for tokens in (16_384, 2048, 512))
+    times = [e.latency.ttft_s for e in (whole, large, small)]
+    assert times == sorted(times)
+    assert times[2] < 2 * times[0]
+    assert small.latency.mfu < whole.latency.mfu
+
+
+def test_the_mean_pass_of_a_prefill_adds_up_to_the_first_token():
+    e = chunked(2048)
+    assert 8 * e.op_times("prefill").total_s.sum() == pytest.approx(e.latency.ttft_s, rel=0.01)
+
+
+def test_a_compiler_loads_rows_by_their_index_where_they_are_wanted():
+    """torch/_inductor/lowering.py: index, gather, embedding; topk and sort are kernels."""
+    fused, apart = (
+        {t.op.kernel for t in kinds("mixtral-8x7b", "attnlab", fused=fused) if _gathers(t.kind)}
+        for fused in (True, False)
+    )
+    assert fused == {"topk", "sort", "scatter"}
+    assert apart == {*fused, "index", "gather"}
+
+
+def _gathers(kind):
+    return isinstance(kind, Bytes) and kind.kind == "gather"

@@ -86,3 +86,26 @@ def test_splits_are_kept_apart():
 
 def test_a_row_that_we_do_not_predict_has_no_baseline():
     assert found(measured(config={"model_type": "llama4"}, peak_live_bytes=1)) == []
+
+
+def test_every_size_that_the_peers_were_asked_for_has_our_time_beside_theirs():
+    rows = peers.peer_rows([])
+    assert len(rows) == len(peers.figures_s())
+    assert [row.quantity for row in rows] == sorted((r.quantity for r in rows), reverse=True)
+    for row in rows:
+        assert row.measured_s == {}
+        assert 0.5 < row.planner_s / row.peers_s["aiconfigurator-vllm"] < 1.5
+
+
+def test_what_was_measured_stands_beside_the_peers_by_runtime():
+    config = planner.load_model(peers.MODEL).config
+    asked = {"model": peers.MODEL, "config": config, "batch": 8, "prompt_tokens": 1024}
+    records = [
+        measured(ttft_s=(0.2,), runtime="transformers", attention="sdpa", **asked),
+        measured(ttft_s=(0.3,), runtime="transformers", attention="sdpa", **asked),
+        measured(ttft_s=(9.0,)),
+    ]
+    found = {(r.batch, r.prompt_tokens, r.quantity): r for r in peers.peer_rows(records)}
+    mode = records[0].mode
+    assert found[8, 1024, "ttft_s"].measured_s == {f"transformers, {mode}": pytest.approx(0.25)}
+    assert found[8, 4096, "ttft_s"].measured_s == {}

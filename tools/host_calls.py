@@ -1,0 +1,313 @@
+"""Write planner/catalog/host_calls.json: what a decode step asks of the host.
+
+    python -m tools.host_calls
+
+Every decoder class that the planner writes down op by op is built small and decodes one token under
+a counter: ops that run a kernel, calls of torch that run none (views), calls of Python functions
+(modules, caches, masks, look-ups of a module's parameters). Widths change none of them; layers do,
+so that what belongs to a layer is the difference of two depths, and the rest belongs to the pass.
+Attention counts as one kernel: how many it is made of is the device's business. Checkpointing hands
+every saved tensor through Python, and peft wraps every adapted linear layer: what both call in a
+training step is counted too (on a CPU: without the states of CUDA's random numbers). Run it after
+changing the pinned transformers or attnlab; a test fails until the file says what is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import planner
+from planner.host_calls import FILE, USUAL, Calls
+from planner.lora import adapted
+from planner.runtimes import runtime_named
+from planner.runtimes.transformers import EAGER_ONLY
+from planner.runtimes.transformers_code.families import HELD
+from profiles.workloads import Workload, build
+
+T = TypeVar("T")
+OUT = Path(__file__).parents[1] / "planner" / "catalog" / FILE
+DEPTHS = (12, 24)
+"""Multiples of every pattern of layers (gemma3: one in six attends to all)."""
+BATCH, PROMPT = 2, 4
+NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh")
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+WIDTHS = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
+LATENT = {
+    **WIDTHS,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+GPT2 = {"n_embd": 64, "n_head": 4, "n_positions": 64}
+OWN: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 64, "n_head": 4},
+    "falcon": {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64},
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neox": {k: WIDTHS[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")},
+    "opt": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 64,
+        "pad_token_id": 1,
+    },
+    "deepseek_v2": {**LATENT, "topk_method": "greedy"},
+    "deepseek_v3": LATENT,
+}
+TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"deepseek_v2", "deepseek_v3"}))
+"""Decoders."""
+TRAINED = tuple(kind for kind in TYPES if not kind.startswith("deepseek"))
+"""Those whose training is planned."""
+DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer"}
+
+
+def config(kind: str, layers: int) -> dict[str, Any]:
+    """A small config of a type."""
+    depth = DEPTH_NAMES.get(kind, "num_hidden_layers")
+    sizes = OWN.get(kind, {**WIDTHS, **EXPERTS})
+    return {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Ops of everything that runs inside, and those among them that run a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels = self.dispatched = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run it, and count it where it is no view."""
+        name = func.name().removeprefix("aten::")
+        self.dispatched += 1
+        self.kernels += not func.is_view and not name.startswith(NO_KERNEL)
+        return func(*args, **(kwargs or {}))
+
+
+class Viewing(TorchFunctionMode):
+    """Calls of torch from Python that run no kernel but make a tensor: views."""
+
+    def __init__(self, counting: Counting) -> None:
+        super().__init__()
+        self.counting, self.views = counting, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run it; a call that reached no op at all only asked for a shape."""
+        before = self.counting.dispatched, self.counting.kernels
+        out = func(*args, **(kwargs or {}))
+        after = self.counting.dispatched, self.counting.kernels
+        self.views += after[0] > before[0] and after[1] == before[1]
+        return out
+
+
+def decode_step(runtime: str, kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
+    """Runs the next step of a small model that has decoded two tokens, on the CPU."""
+    model = planner.read_config(config(kind, layers))
+    built: Workload = build(
+        model, runtime=runtime, attention=attention, dtype="bf16", device=torch.device("cpu")
+    )
+    built.begin(batch=BATCH, capacity_tokens=16)
+    prompt, token = (torch.zeros((BATCH, tokens), dtype=torch.int64) for tokens in (PROMPT, 1))
+    built.forward(prompt, "last")
+    built.forward(token, "last")
+    return lambda: built.forward(token, "last")
+
+
+def counted(runtime: str, kind: str, attention: str, layers: int) -> Calls:
+    """One decode step."""
+    with torch.no_grad(), empty_attention():
+        step = decode_step(runtime, kind, attention, layers)
+        counting = Counting()
+        with counting, Viewing(counting) as viewing:
+            step()
+        calls, _ = python_calls(step)
+    return Calls(kernels=float(counting.kernels), views=float(viewing.views), calls=float(calls))
+
+
+def python_calls(run: Callable[[], T]) -> tuple[int, T]:
+    """How many Python functions it calls, and its result."""
+    calls = 0
+
+    def seen(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(seen)
+    try:
+        made = run()
+    finally:
+        sys.setprofile(None)
+    return calls, made
+
+
+def trained(kind: str, *, checkpointed: bool, with_lora: bool) -> tuple[float, float]:
+    """Python calls of one layer's forward and backward in transformers."""
+    found = [_step(kind, n, checkpointed=checkpointed, with_lora=with_lora) for n in DEPTHS]
+    few, many = DEPTHS
+    forward, backward = ((b - a) / (many - few) for a, b in zip(*found, strict=True))
+    return round(forward, 2), round(backward, 2)
+
+
+def _step(kind: str, layers: int, *, checkpointed: bool, with_lora: bool) -> tuple[int, int]:
+    model = planner.read_config(config(kind, layers))
+    attention = attentions("transformers", kind)[-1]
+    module: Any = build(
+        model,
+        runtime="transformers",
+        attention=attention,
+        dtype="bf16",
+        device=torch.device("cpu"),
+    ).module.train()
+    if with_lora:
+        import peft
+
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        module = peft.get_peft_model(module, lora)
+        module.enable_input_require_grads()
+    if checkpointed:
+        module.activation_checkpointing_enable()
+    ids = torch.zeros((BATCH, PROMPT), dtype=torch.int64)
+    counts = (0, 0)
+    for _ in range(2):  # the first step looks things up that later ones find
+        forward, out = python_calls(lambda: module(input_ids=ids, labels=ids, use_cache=False))
+        backward, _ = python_calls(out.loss.backward)
+        counts = forward, backward
+    return counts
+
+
+def training() -> dict[str, Any]:
+    """A checkpointed layer's calls beyond a plain one's, and an adapted linear layer's."""
+    kinds = {}
+    for kind in TRAINED:
+        plain, _ = trained(kind, checkpointed=False, with_lora=False)
+        forward, backward = trained(kind, checkpointed=True, with_lora=False)
+        kinds[kind] = [round(forward - plain, 2), backward]
+    linears = len(adapted(planner.read_config(config(USUAL, 1)), planner.LoRA(rank=4)))
+    lora = {}
+    for name in ("plain", "checkpointed"):
+        bare, wrapped = (
+            trained(USUAL, checkpointed=name == "checkpointed", with_lora=with_lora)
+            for with_lora in (False, True)
+        )
+        lora[name] = [round((b - a) / linears, 2) for a, b in zip(bare, wrapped, strict=True)]
+    return {"checkpointed": kinds, "adapted": lora}
+
+
+@contextmanager
+def empty_attention() -> Iterator[None]:
+    """sdpa as one kernel, whatever the device would make of it."""
+    functional = torch.nn.functional
+    kept = functional.scaled_dot_product_attention
+
+    def nothing(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+    functional.scaled_dot_product_attention = nothing
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = kept
+
+
+def table() -> dict[str, dict[str, dict[str, dict[str, list[float]]]]]:
+    """runtime → type → attention → what a layer and the pass around them ask for."""
+    made: dict[str, Any] = {}
+    for runtime in ("attnlab", "transformers"):
+        for kind in TYPES:
+            for attention in attentions(runtime, kind):
+                layer, whole = parts(runtime, kind, attention)
+                entry = made.setdefault(runtime, {}).setdefault(kind, {})
+                entry[attention] = {
+                    part: [calls.kernels, calls.views, calls.calls]
+                    for part, calls in (("layer", layer), ("pass", whole))
+                }
+    return made
+
+
+def attentions(runtime: str, kind: str) -> tuple[str, ...]:
+    """Those of a runtime that it takes for this type."""
+    if runtime == "transformers":
+        return ("eager",) if kind in EAGER_ONLY else ("eager", "sdpa")
+    model = planner.read_config(config(kind, 2))
+    rules = runtime_named(runtime)
+    found = []
+    for attention in ("naive", "sdpa"):
+        try:
+            planner.estimate(
+                model,
+                planner.Inference(batch=1, prompt_tokens=4, output_tokens=2),
+                planner.Deployment(gpu="h200", runtime=rules.name, attention=attention),
+            )
+        except planner.ConfigError:
+            continue
+        found.append(attention)
+    return tuple(found)
+
+
+def parts(runtime: str, kind: str, attention: str) -> tuple[Calls, Calls]:
+    """What one layer asks for, averaged over the kinds there are, and what is left of the pass."""
+    few, many = DEPTHS
+    a, b = (counted(runtime, kind, attention, layers) for layers in DEPTHS)
+    more = b.plus(a.times(-1.0)).times(1 / (many - few))
+    layer = Calls(**{name: round(value, 2) for name, value in asdict(more).items()})
+    whole = a.plus(layer.times(-few))
+    return layer, Calls(**{name: round(value, 2) for name, value in asdict(whole).items()})
+
+
+def content() -> dict[str, Any]:
+    """The file's content."""
+    return {
+        "transformers": metadata.version("transformers"),
+        "python": ".".join(map(str, sys.version_info[:2])),
+        **training(),
+        "counts": table(),
+    }
+
+
+def text(made: dict[str, Any]) -> str:
+    """A type a line."""
+    heads = [name for name in made if name != "counts"]
+    lines = [f'"{name}": {json.dumps(made[name])}' for name in heads]
+    engines = []
+    for engine, kinds in made["counts"].items():
+        rows = ",\n".join(f'"{kind}": {json.dumps(entry)}' for kind, entry in kinds.items())
+        engines.append(f'"{engine}": {{\n{rows}\n}}')
+    return "{\n" + ",\n".join(lines) + ',\n"counts": {\n' + ",\n".join(engines) + "\n}}\n"
+
+
+if __name__ == "__main__":
+    OUT.write_text(text(content()), encoding="utf-8")
