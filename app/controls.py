@@ -25,7 +25,7 @@ from planner.runtimes.quantised_cache import (
     backends_of,
 )
 from planner.training import PLANNED as TRAINED_RUNTIMES
-from planner.workload import CACHE_BACKENDS, OPTIMIZER_IMPLS, OPTIMIZERS
+from planner.workload import CACHE_BACKENDS, CHECKPOINTING, OPTIMIZER_IMPLS, OPTIMIZERS
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
@@ -51,7 +51,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "workload": ("inference", "training"),
     "optimizer": (*OPTIMIZERS, "none"),
     "optimizer_impl": OPTIMIZER_IMPLS,
-    "checkpointing": ("none", "full"),
+    "checkpointing": CHECKPOINTING,
+    "precision": ("pure", "autocast"),
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
     "b_gpu": (SAME, *planner.gpus()),
@@ -74,6 +75,8 @@ START = {
     "optimizer": OPTIMIZERS[0],
     "optimizer_impl": OPTIMIZER_IMPLS[0],
     "checkpointing": "none",
+    "checkpoint_every": 1,
+    "precision": "pure",
     "tp": "1",
     "pp": "1",
     "batch": 8,
@@ -86,7 +89,16 @@ START = {
     "b_tp": SAME,
 }
 
-NUMBERS = ("batch", "prompt", "output", "sequence", "context", "kv_group", "kv_residual")
+NUMBERS = (
+    "batch",
+    "prompt",
+    "output",
+    "sequence",
+    "context",
+    "checkpoint_every",
+    "kv_group",
+    "kv_residual",
+)
 
 
 def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]:
@@ -263,7 +275,16 @@ def _training() -> planner.Training:
     checkpointing = either(
         "Checkpointing",
         "checkpointing",
-        "full: every layer keeps its input alone and is computed again on the way back.",
+        "full: a layer keeps its input alone and is computed again on the way back. selective: but "
+        "for its linear layers and attention.",
+    )
+    every = 1
+    if checkpointing == "full":
+        every = number("Every so many layers", "checkpoint_every", help="1: all of them.")
+    precision = either(
+        "Precision",
+        "precision",
+        "autocast: weights, gradients and states in fp32, products in bf16.",
     )
     return planner.Training(
         batch=batch,
@@ -271,6 +292,8 @@ def _training() -> planner.Training:
         optimizer=None if optimizer == "none" else optimizer,
         optimizer_impl=impl,  # type: ignore[arg-type]
         checkpointing=checkpointing,  # type: ignore[arg-type]
+        checkpoint_every=every,
+        precision=precision,  # type: ignore[arg-type]
     )
 
 

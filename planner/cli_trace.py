@@ -13,7 +13,7 @@ from planner.allocator import AllocatorSettings
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import check_choice, check_size
 from planner.format import gib
-from planner.overhead import context_bytes, workspace_bytes
+from planner.overhead import outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.report import write_csv
 
 if TYPE_CHECKING:
@@ -91,7 +91,13 @@ def summary(traced: ModuleTrace, gpu: Gpu) -> dict[str, Any]:
     expandable = traced.allocator(
         workspace_bytes=workspace, settings=AllocatorSettings(expandable_segments=True)
     )
-    device_used = plain.peak_reserved_bytes + context_bytes(gpu)
+    ops = {made.op for made in traced.made}
+    loaded = overhead_rows(
+        gpu,
+        attention="sdpa" if any("scaled_dot_product" in op for op in ops) else "eager",
+        trains=any("backward" in made.phase for made in traced.made),
+    )
+    device_used = plain.peak_reserved_bytes + outside_torch_bytes(loaded)
     return {
         "target": traced.name,
         "traced": True,

@@ -35,6 +35,11 @@ SPELLINGS = tuple(
         (r"^embed_out\.", "lm_head."),  # gpt_neox
         (r"LayerNorm\.gamma$", "LayerNorm.weight"),
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        (r"\bencoder\.layer\.", "layers."),  # vit, and the four below
+        (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
+        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     )
 )
 """Their spelling → the one that both sides are brought to."""
@@ -62,7 +67,6 @@ UNMATCHED = frozenset(
         "nemotron_h",
         "olmo_hybrid",
         "pegasus",
-        "vit",
     )
 )
 """Types whose files name or cut their tensors in ways that `SPELLINGS` does not know yet."""

@@ -50,7 +50,8 @@ class GQA:
     """Grouped-query attention (arXiv:2305.13245). MHA: kv heads == heads. MQA: kv heads == 1.
 
     `scaling` multiplies q·k, `logit_softcap` is gemma-2's c·tanh(x/c) on the scores, and a query
-    sees its own and the `sliding_window` − 1 positions before it (None: all of them). `fused_qkv`
+    sees its own and the `sliding_window` − 1 positions before it (None: all of them), in an encoder
+    `sliding_window` // 2 on each side. `fused_qkv`
     says that one matrix holds the three projections. `sinks`: a learned logit for each head that
     takes attention away (gpt-oss). `rope=False`: without the model's rotary positions (cohere2's
     full layers). `chunked`: the window is a chunk, a query sees its own chunk's positions only

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.dtypes import element_bytes
+from planner.ends import Ends
 from planner.errors import MAX_LAYERS, MAX_SIZE, ConfigError, check_size, shown
 from planner.layers import Layer, LearnedPositions, MoE, Norm, Positions, RoPE
 from planner.parameters import layer_parameters, norm_parameters
@@ -85,7 +86,8 @@ class Model:
     is not hidden_size; a linear leads in and another out (opt-350m).
     `towers` stand beside the main stack: of a multimodal model, vision; of a sequence-to-sequence
     model, whose `layers` are the decoder's, its encoder. `text_type`: the type of the text model
-    inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache.
+    inside a multimodal one. `is_decoder=False`: bidirectional attention and no cache; `ends`
+    says how its `extra_parameters` are used, None: not described.
     `encoder_tokens`: the encoder's length where the model fixes it (whisper). A `vocab_size` of 0:
     no token embedding (vision); `max_position_embeddings` None: positions without an end.
     What one of several GPUs holds of a model is a Model too (`parallel.py`): `first_layer` is the
@@ -123,6 +125,7 @@ class Model:
     towers: tuple[Tower, ...] = ()
     text_type: str = ""
     is_decoder: bool = True
+    ends: Ends | None = None
     encoder_tokens: int | None = None
     first_layer: int = 0
     token_embedding: bool = True

@@ -31,6 +31,11 @@ def training_phase(model: Model, work: Training, deploy: Deployment, setting: Se
     for field in ("kv_dtype", "cache"):
         if getattr(deploy, field) is not None:
             raise ConfigError(f"{field}={getattr(deploy, field)!r} is not allowed: None (training)")
+    if model.quantization is not None:
+        raise ConfigError(
+            f"training of {model.quantization.method} weights is not planned yet: plain ones, with "
+            "adapters where they are frozen"
+        )
     limit = model.max_position_embeddings
     if limit is not None and work.sequence_tokens > limit:
         raise ConfigError(

@@ -24,16 +24,26 @@ class TrainingRun:
     def __init__(self, workload: Workload, work: Training, ids: Tensor) -> None:
         self.work, self.workload = work, workload
         self.ids, self.labels = ids, ids.clone()
-        self.module = workload.module.train()
+        live: Any = workload.module.train()
+        self.module = live
         _without_dropout(self.module)
-        self._forward = self._attnlab if isinstance(workload, AttnlabWorkload) else self._hub
-        if work.method == "lora":
+        ours = isinstance(workload, AttnlabWorkload)
+        self._forward = self._attnlab if ours else self._hub
+        if work.method == "lora" and ours:
+            from attnlab.lora import add_adapters
+
+            add_adapters(live, work.adapters or LoRA())
+        elif work.method == "lora":
             self.module = _with_lora(self.module, work.adapters or LoRA())
         elif work.method != "full":
             raise ConfigError(f"method={work.method!r} is not measured: full, lora")
-        if work.checkpointing == "selective":
-            raise ConfigError("checkpointing='selective' is not measured: none, full")
-        if work.checkpointing == "full" and not isinstance(workload, AttnlabWorkload):
+        if work.checkpointing == "selective" and not ours:
+            raise ConfigError("checkpointing='selective' is not measured: none, full, or attnlab")
+        if work.loss_chunk_tokens is not None and not ours:
+            raise ConfigError(
+                f"loss_chunk_tokens={work.loss_chunk_tokens} is not measured: None, or attnlab"
+            )
+        if work.checkpointing == "full" and not ours:
             hub: Any = workload.module
             hub.activation_checkpointing_enable(every_n_layers=work.checkpoint_every)
             if work.method == "lora":
@@ -70,10 +80,16 @@ class TrainingRun:
         return loss
 
     def _attnlab(self) -> Tensor:
-        from attnlab.training import next_token_loss
+        from attnlab.training import loss_of
 
-        logits = self.module(self.ids, checkpointing=self.work.checkpointing)
-        return next_token_loss(logits, self.labels)
+        return loss_of(
+            self.module,
+            self.ids,
+            self.labels,
+            checkpointing=self.work.checkpointing,
+            checkpoint_every=self.work.checkpoint_every,
+            loss_chunk_tokens=self.work.loss_chunk_tokens,
+        )
 
 
 class TrainingBench(Bench):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from attnlab.bidirectional import both_ways
 from attnlab.cache import attention_of
+from attnlab.encoder import EncoderModel
 from attnlab.implementations import sdpa_backend
 from attnlab.latent import one_head
 from attnlab.masks import Keys, make_mask, pattern_of
@@ -16,19 +18,26 @@ from planner.layers import GQA, ALiBi
 
 
 def backend_name(
-    transformer: Transformer, *, batch: int = 1, tokens: int = 1, context_tokens: int = 1
+    transformer: Transformer | EncoderModel,
+    *,
+    batch: int = 1,
+    tokens: int = 1,
+    context_tokens: int = 1,
 ) -> str:
     """What runs a pass of `tokens` new of `context_tokens` tokens: "naive", "sdpa:flash", ...
 
     Layers that differ are joined: "sdpa:flash+math"; "none": no layer attends. The defaults ask for
-    a decode step. It makes one layer's q, k, v and mask on the device and lets torch choose.
+    a decode step; an encoder runs all of its tokens, none of them padding here. It makes one
+    layer's q, k, v and mask on the device and lets torch choose.
     """
     B, T, S, device = batch, tokens, max(tokens, context_tokens), transformer.device
     if transformer.attention != "sdpa":
         return transformer.attention
     if device.type == "meta":
         raise ConfigError("device=meta runs no attention: a device that computes")
-    absorbed = T == 1 if transformer.latent is None else transformer.latent == "absorbed"
+    causal = transformer.model.is_decoder
+    T, latent = (T, transformer.latent) if causal else (S, None)
+    absorbed = T == 1 if latent is None else latent == "absorbed"
     queries, keys = (torch.arange(n, S, device=device) for n in (S - T, 0))
     names = set()
     for attention in dict.fromkeys(map(attention_of, transformer.model.layers)):
@@ -38,7 +47,11 @@ def backend_name(
         H = G = attention.num_attention_heads
         if isinstance(transformer.model.positions, ALiBi):
             slopes = torch.ones(H, dtype=transformer.dtype, device=device)
-        mask = make_mask(queries, Keys(keys, in_order=True), pattern_of(attention), slopes=slopes)
+        pattern = pattern_of(attention)
+        if causal:
+            mask = make_mask(queries, Keys(keys, in_order=True), pattern, slopes=slopes)
+        else:
+            mask = both_ways(None, S, pattern.window, device)
         if (table := transformer.layers[0].bias_table) is not None:
             mask = table(mask)
         q_shape = B, T, H

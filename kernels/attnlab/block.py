@@ -71,8 +71,10 @@ class Block(nn.Module):
             self.mlp = Mixture(layer.feed_forward, h, dtype, experts=experts)
         elif layer.feed_forward is not None:
             self.mlp = FeedForward(layer.feed_forward, h, dtype)
-        for name in NORMS[layer.placement] if layer.norms is None else layer.norms:
-            setattr(self, name, build_norm(layer.norm, h, dtype))
+        norms = NORMS[layer.placement] if layer.norms is None else layer.norms
+        for name in norms if self.alone else NORMS[layer.placement]:
+            there = name in norms  # modernbert's first block reads what is normed already
+            setattr(self, name, build_norm(layer.norm, h, dtype) if there else nn.Identity())
 
     def forward(
         self,

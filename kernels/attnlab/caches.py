@@ -10,7 +10,7 @@ from attnlab.kivi import KiviCache
 from attnlab.kv_cache import KVCache
 from attnlab.paged import PagedCache
 from attnlab.ring import RingCache
-from planner.errors import check_choice
+from planner.errors import ConfigError, check_choice
 from planner.model import Model
 from planner.runtimes.attnlab import CACHE_KINDS, DEFAULT_BLOCK_TOKENS
 from planner.runtimes.attnlab_formats import kv_format
@@ -39,8 +39,10 @@ def build_cache(
 
     `dtype`: what is computed in; `kv_dtype`: what keys and values are kept in, as a Deployment
     names it (None: the same; in a quantised cache int4). `spec.capacity_tokens` goes before
-    `tokens`. Raises ConfigError for what is not here.
+    `tokens`. Raises ConfigError for what is not here, and for an encoder.
     """
+    if not model.is_decoder:
+        raise ConfigError(f"model_type={model.model_type} is an encoder: it runs without a cache")
     spec = spec or CacheSpec(kind="static")
     check_choice("cache.kind", spec.kind, CACHE_KINDS)
     names = {dtype: name for name, dtype in DTYPES.items()}

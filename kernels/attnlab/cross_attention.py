@@ -70,7 +70,12 @@ def _kept(x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def real_places(
-    tokens: Sequence[int] | None, *, batch: int, S: int, device: torch.device
+    tokens: Sequence[int] | None,
+    *,
+    batch: int,
+    S: int,
+    device: torch.device,
+    name: str = "encoder_tokens",
 ) -> Tensor | None:
     """Which of S places hold a sequence's real tokens, bool [B, S]; None: all of them.
 
@@ -78,7 +83,7 @@ def real_places(
     """
     real = check_real_tokens(tokens, T=S, batch=batch)
     if not all(real):
-        raise ConfigError(f"encoder_tokens={real} are not allowed: one at least of each")
+        raise ConfigError(f"{name}={real} are not allowed: one at least of each")
     if all(n == S for n in real):
         return None
     return torch.arange(S, device=device) < torch.tensor(real, device=device)[:, None]

@@ -133,7 +133,7 @@ class LatentAttention(nn.Module):
         """[B, H, T, v] over the latents as they lie."""
         mla = self.mla
         H, T = q_n.shape[1:3]
-        rebuild = self.kv_b_proj.weight.unflatten(0, (H, -1))  # [H, n + v, c]
+        rebuild = self.kv_b_proj.matrix().unflatten(0, (H, -1))  # [H, n + v, c]
         w_k, w_v = rebuild.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
         q = torch.cat((q_n @ w_k, q_r), dim=-1).flatten(1, 2)[:, None]  # [B, 1, H·T, c + r]
         out = self.attend(q, kv_B1Sc, kv_B1Sc[..., : mla.kv_lora_rank], mask=one_head(mask, H))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
@@ -13,6 +13,10 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def matrix(self) -> Tensor:
+        """W as it acts."""
+        return self.weight
 
 
 class Embedding(nn.Embedding):

@@ -37,8 +37,8 @@ def loop(x_Ri: Tensor, weight_Eio: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def grouped(x_Ri: Tensor, weight_Eio: Tensor, ends_E: Tensor) -> Tensor:
-    """All of them in one op."""
-    return grouped_mm(x_Ri, weight_Eio, offs=ends_E)
+    """All of them in one op, which autocast does not know: float32 weights stay so."""
+    return grouped_mm(x_Ri.to(weight_Eio.dtype), weight_Eio, offs=ends_E)
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"loop": loop, "grouped": grouped}

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from attnlab.bidirectional import run_both_ways
 from attnlab.block import Block
 from attnlab.cache import Cache
+from attnlab.checkpointing import Checkpointing, check_checkpointing
 from attnlab.cross_attention import Encoded, mask_of, real_places
 from attnlab.linear import Embedding
 from attnlab.norms import build_norm
 from attnlab.relative import add_tables
-from attnlab.transformer import Transformer, check_ids, run_again
+from attnlab.transformer import Transformer, check_ids
 from planner.errors import ConfigError
 from planner.layers import LearnedPositions, RelativeBias
 from planner.model import Model, Tower
@@ -55,7 +57,14 @@ class Encoder(nn.Module):
         if tower.final_norm is not None:
             self.norm = build_norm(tower.final_norm, h, dtype)
 
-    def forward(self, x: Tensor, real_BS: Tensor | None, *, checkpointing: str = "none") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        real_BS: Tensor | None,
+        *,
+        checkpointing: Checkpointing = "none",
+        checkpoint_every: int = 1,
+    ) -> Tensor:
         """Embedded tokens [B, S, h], or features [B, C, F] before convolutions → [B, S, h]."""
         for name in self.convolutions:
             x = gelu(getattr(self, name)(x))
@@ -66,14 +75,13 @@ class Encoder(nn.Module):
             x = x + self.embed_positions(places)
         if self.tower.embedding_norm is not None:
             x = self.embed_norm(x)
-        plain = mask = mask_of(real_BS, S, S, x.device)
-        for index, block in enumerate(self.layers):
-            if block.bias_table is not None:
-                mask = block.bias_table(plain)
-            if checkpointing == "full":
-                x = run_again(block, x, None, mask, None, index)
-            else:
-                x = block(x, None, mask, None, index)
+        x = run_both_ways(
+            self.layers,
+            x,
+            real_BS,
+            checkpointing=checkpointing,
+            checkpoint_every=checkpoint_every,
+        )
         return x if self.tower.final_norm is None else self.norm(x)
 
 
@@ -103,13 +111,15 @@ class EncoderDecoder(Transformer):
         inputs: Tensor,
         *,
         tokens: Sequence[int] | None = None,
-        checkpointing: Literal["none", "full"] = "none",
+        checkpointing: Checkpointing = "none",
+        checkpoint_every: int = 1,
     ) -> Tensor:
         """The encoder's output [B, S, h] of token ids [B, S], or of features [B, C, F] (whisper).
 
         `tokens`: how many of the S are real in each sequence, from the left; nothing sees the rest.
         """
         strides, length = self.encoder.tower.strides, self.model.encoder_tokens
+        how = dict(checkpointing=checkpointing, checkpoint_every=checkpoint_every)
         if not strides:
             B, S = check_ids(inputs)
             if isinstance(self.encoder.tower.positions, LearnedPositions):
@@ -118,13 +128,13 @@ class EncoderDecoder(Transformer):
             x = self.embed_tokens(inputs)
             if self.embedding_scale is not None:
                 x = x * self.embedding_scale
-            return self.encoder(x, real, checkpointing=checkpointing)
+            return self.encoder(x, real, **how)
         C, F = self.encoder.conv1.in_channels, prod(strides) * (length or 0)
         if inputs.dim() != 3 or inputs.shape[1:] != (C, F):
             raise ConfigError(f"features {list(inputs.shape)} are not allowed: [batch, {C}, {F}]")
         if tokens is not None:
             raise ConfigError("encoder_tokens are not allowed with features: None (all are seen)")
-        return self.encoder(inputs.to(self.dtype), None, checkpointing=checkpointing)
+        return self.encoder(inputs.to(self.dtype), None, **how)
 
     def read(self, inputs: Tensor, cache: Cache, *, tokens: Sequence[int] | None = None) -> None:
         """Encode, and leave all that the decoder needs of it in an empty cache."""
@@ -143,9 +153,10 @@ class EncoderDecoder(Transformer):
         encoder_states: Tensor | None = None,
         encoder_tokens: Sequence[int] | None = None,
         cache: Cache | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tokens: Sequence[int] | None = None,
-        checkpointing: Literal["none", "full"] = "none",
+        checkpointing: Checkpointing = "none",
+        checkpoint_every: int = 1,
     ) -> Tensor:
         """Logits [B, T, V] of the decoder's ids [B, T], as Transformer.forward.
 
@@ -154,13 +165,13 @@ class EncoderDecoder(Transformer):
         """
         if encoder_inputs is not None and encoder_states is not None:
             raise ConfigError("encoder_inputs and encoder_states are not allowed together: one")
+        check_checkpointing(checkpointing, checkpoint_every)
+        how = dict(checkpointing=checkpointing, checkpoint_every=checkpoint_every)
         given = encoder_inputs is not None or encoder_states is not None
         self._check_cache(cache, given=given)
         B, T = check_ids(ids)
         if encoder_inputs is not None:
-            encoder_states = self.encode(
-                encoder_inputs, tokens=encoder_tokens, checkpointing=checkpointing
-            )
+            encoder_states = self.encode(encoder_inputs, tokens=encoder_tokens, **how)
         if encoder_states is not None:
             real = self._real(encoder_states, encoder_tokens, B)
             S = encoder_states.shape[1]
@@ -174,7 +185,7 @@ class EncoderDecoder(Transformer):
             cache=cache,
             logits=logits,
             tokens=tokens,
-            checkpointing=checkpointing,
+            **how,
             encoded=Encoded(encoder_states, mask),
         )
         if cache is not None:

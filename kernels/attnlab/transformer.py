@@ -8,16 +8,15 @@ input lives until the module returns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attnlab import alibi
 from attnlab.block import Block
 from attnlab.cache import Cache, check_real_tokens
+from attnlab.checkpointing import Checkpointing, check_checkpointing, run
 from attnlab.cross_attention import Encoded
 from attnlab.implementations import choose
 from attnlab.latent import Latent
@@ -35,8 +34,6 @@ from planner.model import Model
 # Shapes.  B batch · T new tokens · S cached + new tokens · h hidden size · V vocabulary
 
 Rotation = tuple[Tensor, Tensor]
-
-run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no dropout here
 
 
 class Transformer(nn.Module):
@@ -65,6 +62,8 @@ class Transformer(nn.Module):
         super().__init__()
         if latent is not None:
             check_choice("latent", latent, get_args(Latent))
+        if not model.is_decoder:
+            raise ConfigError(f"model_type={model.model_type} is an encoder: EncoderModel runs it")
         if not model.lm_head:
             raise ConfigError("lm_head=False does not run in attnlab: a causal language model")
         check_model(model)
@@ -134,23 +133,25 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         cache: Cache | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         tokens: Sequence[int] | None = None,
         prefix_tokens: int = 0,
-        checkpointing: Literal["none", "full"] = "none",
+        checkpointing: Checkpointing = "none",
+        checkpoint_every: int = 1,
         encoded: Encoded | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; with "last" those of the last token, [B, 1, V].
 
+        With "none" what the head would be given, [B, T, h].
         With a cache the ids follow the tokens in it and are appended. `tokens`: how many of the T
         are real in each sequence, from the left; the logits behind them mean nothing. The first
-        `prefix_tokens` positions see one another in both directions (prefix-LM). `checkpointing`:
-        with "full" every block keeps its inputs alone and runs again on the way back. `encoded`:
-        what cross-attention sees. Raises ConfigError when ids do not fit the cache or a learned
-        table of positions; nothing is changed then.
+        `prefix_tokens` positions see one another in both directions (prefix-LM). `checkpointing`
+        and `checkpoint_every`: which blocks run again on the way back. `encoded`: what
+        cross-attention sees. Raises ConfigError when ids do not fit the cache or a learned table of
+        positions; nothing is changed then.
         """
-        check_choice("logits", logits, ("all", "last"))
-        check_choice("checkpointing", checkpointing, ("none", "full"))
+        check_choice("logits", logits, ("all", "last", "none"))
+        check_checkpointing(checkpointing, checkpoint_every)
         if checkpointing != "none" and cache is not None:
             raise ConfigError(f"checkpointing={checkpointing} is not allowed with a cache: none")
         check_size("prefix_tokens", prefix_tokens, minimum=0)
@@ -182,10 +183,8 @@ class Transformer(nn.Module):
             if block.bias_table is not None:
                 biased = block.bias_table(mask)
             mask = mask if biased is None else biased
-            if checkpointing == "full":
-                x = run_again(block, x, rotation, mask, None, index, encoded)
-            else:
-                x = block(x, rotation, mask, cache, index, encoded)
+            call = run(checkpointing, checkpoint_every, index + self.encoder_blocks)
+            x = call(block, x, rotation, mask, cache, index, encoded)
             del rotation, mask
         del rotations, masks, biased
         if cache is not None:
@@ -198,9 +197,10 @@ class Transformer(nn.Module):
             x = self.norm(x)
         if self.model.embedding_size is not None:
             x = self.project_out(x)
+        if logits == "none":
+            return x
         if self.model.tie_word_embeddings:
-            bias = self.lm_head.bias if self.model.lm_head_bias else None
-            out = nn.functional.linear(x, self.embed_tokens.weight, bias)
+            out = nn.functional.linear(x, *self.head)
         else:
             out = self.lm_head(x)
         del x
@@ -214,6 +214,18 @@ class Transformer(nn.Module):
         if self.model.final_logits_bias:
             out = out + self.final_logits_bias
         return out
+
+    @property
+    def head(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight [V, h] and bias [V] of the head, perhaps those of the embedding."""
+        bias = self.lm_head.bias if self.model.lm_head_bias else None
+        tied = self.model.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight, bias
+
+    @property
+    def encoder_blocks(self) -> int:
+        """Blocks that come before those of the decoder."""
+        return sum(len(tower.layers) for tower in self.model.towers) if self.reads_encoder else 0
 
     def _masks(
         self, positions: Tensor, cache: Cache | None, prefix_tokens: int

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face checkpoint into a Transformer: the family's names and orientation.
+"""Weights of a Hugging Face checkpoint into our modules: the family's names and orientation.
 
 Fused matrices keep the family's layout, which attention reads as it lies: nothing is reordered.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlab.encoder import EncoderModel
 from attnlab.transformer import Transformer
 from planner.checkpoint import read_checkpoint
 from planner.comparison import spelled
@@ -26,14 +27,23 @@ BUFFERS = (
     "attention.bias",
     "attention.masked_bias",
     "embed_scale",
+    "position_ids",
 )
 """Endings of tensors that checkpoints may hold and no parameter is made from."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 """A tensor of one expert in files that keep them apart: its number and which projection."""
 
-COPIES = ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""What checkpoints may repeat a tied embedding as."""
+COPIES = (
+    "lm_head.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "cls.predictions.decoder.bias",
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "roberta.embeddings.word_embeddings.weight",
+)
+"""What checkpoints may repeat a tied embedding, or the bias of its head, as."""
 
 OPTIONAL = "final_logits_bias"
 """A buffer of zeros where a checkpoint lacks it (bart)."""
@@ -42,7 +52,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 """What safetensors call the dtypes that are converted to the transformer's."""
 
 
-def load_state_dict(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
+def load_state_dict(transformer: Transformer | EncoderModel, state: Mapping[str, Tensor]) -> None:
     """Copy every parameter from `state`, converted to the transformer's dtype.
 
     Buffers and the copy of a tied head are passed over. Raises ConfigError, before anything is
@@ -52,7 +62,7 @@ def load_state_dict(transformer: Transformer, state: Mapping[str, Tensor]) -> No
     _copy(transformer, state)
 
 
-def load_safetensors(transformer: Transformer, path: str | Path) -> None:
+def load_safetensors(transformer: Transformer | EncoderModel, path: str | Path) -> None:
     """Copy every parameter from a .safetensors file, or a folder of one or of shards with an index.
 
     One tensor is read at a time. Raises ConfigError as `load_state_dict` does, for files that are
@@ -96,7 +106,7 @@ class _Files(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def _sources(transformer: Transformer, there: Iterable[str]) -> dict[str, list[str]]:
+def _sources(transformer: Transformer | EncoderModel, there: Iterable[str]) -> dict[str, list[str]]:
     """Parameter or buffer → the tensors that it is made of, whatever the files call them.
 
     Checkpoints of the model without its head (gpt2, bloom) leave the base module's name out; hubs
@@ -111,14 +121,14 @@ def _sources(transformer: Transformer, there: Iterable[str]) -> dict[str, list[s
     return {name: found.get(theirs, []) for name, theirs in named.items()}
 
 
-def _tensors(transformer: Transformer) -> dict[str, Tensor]:
+def _tensors(transformer: Transformer | EncoderModel) -> dict[str, Tensor]:
     """What is loaded: the parameters, and the buffers that a module keeps with them."""
     kept = transformer.state_dict(keep_vars=True)
     named = {p.name: kept[p.name] for p in transformer.model.parameters()}
     return named | kept
 
 
-def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> None:
+def _check(transformer: Transformer | EncoderModel, there: Mapping[str, tuple[int, ...]]) -> None:
     model, sources = transformer.model, _sources(transformer, there)
     copies = {spelled(name) for name in (*COPIES, model.checkpoint_name("lm_head.weight"))}
     tied = [name for name in there if model.tie_word_embeddings and spelled(name) in copies]
@@ -148,7 +158,7 @@ def _check(transformer: Transformer, there: Mapping[str, tuple[int, ...]]) -> No
 
 
 @torch.no_grad()
-def _copy(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
+def _copy(transformer: Transformer | EncoderModel, state: Mapping[str, Tensor]) -> None:
     turned = {p.name for p in transformer.model.parameters() if p.layer is not None}
     turned = turned if transformer.model.transposed_linears else set()
     sources = _sources(transformer, state)

@@ -18,6 +18,11 @@ from planner.autograd.tensors import Gradients, Leaf, Node, Tensor
 FLOAT32 = 4
 
 
+def widens(device: str) -> bool:
+    """Whether autocast there has the long float32 list: softmax, powers, sums, LayerNorm."""
+    return device != "cpu"
+
+
 class Autocast(Recorder):
     """Casts, those that the code asks for and those of a region of autocast.
 

@@ -106,6 +106,25 @@ class PassWriter(Generic[Given]):
         dims = tuple((n,) for n in shape)
         return self._trained_leaf(self.given(name, dims, adapter_bytes(self.lora)))
 
+    def with_adapters(self, result: Tensor, x: Tensor, module: str, name: str) -> Tensor:
+        """A linear layer's result and what its adapters make of x.
+
+        peft/tuners/lora/layer.py, Linear.forward; attnlab's lora.py has the same ops. The result
+        goes when the sum is there: the caller has no name for it.
+        """
+        assert self.lora is not None
+        f, rank, kept = self.f, self.lora.rank, result.itemsize
+        into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
+        back = self.adapter(f"{module}.lora_B", result.sizes[-1], rank)
+        x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
+        called = f"{module}, adapters"
+        result = f.add(
+            result,
+            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
+            f"{module} with adapters",
+        )
+        return f.cast(result, kept, name or module)
+
     def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again
             return replace(made, node=next(self.known))

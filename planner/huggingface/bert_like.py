@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from planner.ends import Ends, Step
 from planner.errors import ConfigError
-from planner.huggingface.blocks import layer_count, layernorm, plain
+from planner.huggingface.blocks import activation, layer_count, layernorm, plain
 from planner.huggingface.fields import Fields
 from planner.huggingface.gpt_like import head_width
 from planner.huggingface.heads import (
@@ -23,7 +24,7 @@ from planner.huggingface.heads import (
     padding,
     refuse,
 )
-from planner.layers import GQA, Dense, Layer, LearnedPositions, Norm
+from planner.layers import GQA, Activation, Dense, Layer, LearnedPositions, Norm
 from planner.model import Model
 from planner.parameters import norm_parameters
 from planner.tensors import Parameter, tensor
@@ -76,6 +77,7 @@ def read_roberta(fields: Fields, *, stem: str, head_first: bool = False) -> Mode
         head=head,
         offset=positions_offset(fields, padding(fields, absent=1)),
         beside=(token_types(fields, root),),
+        pad=padding(fields, absent=1),
     )
 
 
@@ -98,10 +100,15 @@ def encoder(
     offset: int = 0,
     beside: tuple[Parameter, ...] = (),
     block_names: Names = BLOCK_NAMES,
+    pad: int | None = None,
 ) -> Model:
-    """The blocks, the embedding with its norm, and the head; `beside`: more parameters."""
+    """The blocks, the embedding with its norm, and the head; `beside`: more parameters.
+
+    `pad`: the token that takes no position, where there is one.
+    """
     refuse(fields, is_decoder=False, add_cross_attention=False)
     h, norm = fields.size("hidden_size"), layernorm(fields)
+    types = [p.name.removesuffix(".weight") for p in beside if "token_type" in p.name]
     return described(
         fields,
         layers=(bert_layer(fields, norm),) * layer_count(fields),
@@ -109,6 +116,14 @@ def encoder(
         max_position_embeddings=fields.size("max_position_embeddings") - offset,
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         is_decoder=False,
+        ends=Ends(
+            token_types=types[0] if types else None,
+            embedding_norm=(f"{root}embeddings.LayerNorm", norm),
+            padding=pad,
+            pooler=Step(name=f"{root}pooler.dense", activation="tanh") if head.pooler else None,
+            reads=head.reads,
+            steps=head.steps,
+        ),
         lm_head=head.lm_head,
         lm_head_bias=head.lm_head,
         extra_parameters=(
@@ -156,28 +171,41 @@ def bert_names(root: str, block_names: Names = BLOCK_NAMES) -> Names:
 
 
 def prediction_head(
-    fields: Fields, norm: Norm, *, module: str, transform: str, norm_name: str
+    fields: Fields,
+    norm: Norm,
+    *,
+    module: str,
+    transform: str,
+    norm_name: str,
+    activation: Activation = "gelu",
 ) -> Head:
     """A linear layer and a norm before the logits, whose bias is tied as their weight is."""
     h, V = fields.size("hidden_size"), fields.size("vocab_size")
+    turn, normed = f"{module}.{transform}dense", f"{module}.{transform}{norm_name}"
     untied: tuple[Parameter, ...] = ()
     if not fields.flag("tie_word_embeddings"):
         untied = (tensor(f"{module}.decoder.bias", V, group="head"),)
     return Head(
         lm_head=True,
         parameters=(
-            *dense(f"{module}.{transform}dense", out=h, into=h),
-            *norm_parameters(norm, f"{module}.{transform}{norm_name}", h),
+            *dense(turn, out=h, into=h),
+            *norm_parameters(norm, normed, h),
             *untied,
         ),
         names=(("lm_head.bias", f"{module}.bias"), ("lm_head.weight", f"{module}.decoder.weight")),
+        steps=(Step(name=turn, activation=activation, norm=norm, norm_name=normed),),
     )
 
 
 def cls_predictions(fields: Fields, norm: Norm) -> Head:
     """BertLMPredictionHead."""
     return prediction_head(
-        fields, norm, module="cls.predictions", transform="transform.", norm_name="LayerNorm"
+        fields,
+        norm,
+        module="cls.predictions",
+        transform="transform.",
+        norm_name="LayerNorm",
+        activation=activation(fields),
     )
 
 
@@ -192,6 +220,13 @@ def labelled(fields: Fields, ending: str) -> tuple[Parameter, ...]:
     return dense("classifier", out=label_count(fields), into=h)
 
 
+def label_steps(ending: str) -> tuple[Step, ...]:
+    """How `labelled` is used; not described for choices, whose tokens have a dimension more."""
+    if ending == "ForMultipleChoice":
+        return ()
+    return (Step(name="qa_outputs" if ending == "ForQuestionAnswering" else "classifier"),)
+
+
 def _bert(fields: Fields, ending: str) -> Head:
     next_sentence = dense("cls.seq_relationship", out=2, into=fields.size("hidden_size"))
     match ending:
@@ -203,9 +238,15 @@ def _bert(fields: Fields, ending: str) -> Head:
             lm = cls_predictions(fields, layernorm(fields))
             return replace(lm, pooler=True, parameters=(*lm.parameters, *next_sentence))
         case "ForNextSentencePrediction":
-            return Head(pooler=True, parameters=next_sentence)
+            steps = (Step(name="cls.seq_relationship"),)
+            return Head(pooler=True, parameters=next_sentence, reads="pooled", steps=steps)
     pooler = ending in ("ForSequenceClassification", "ForMultipleChoice")
-    return Head(pooler=pooler, parameters=labelled(fields, ending))
+    return Head(
+        pooler=pooler,
+        parameters=labelled(fields, ending),
+        reads="pooled" if pooler else "all",
+        steps=label_steps(ending),
+    )
 
 
 def roberta_head(fields: Fields, ending: str) -> Head:
@@ -220,8 +261,14 @@ def roberta_head(fields: Fields, ending: str) -> Head:
             )
         case "ForSequenceClassification":
             labels = dense("classifier.out_proj", out=label_count(fields), into=h)
-            return Head(parameters=(*dense("classifier.dense", out=h, into=h), *labels))
-    return Head(pooler=ending == "ForMultipleChoice", parameters=labelled(fields, ending))
+            steps = (
+                Step(name="classifier.dense", activation="tanh"),
+                Step(name="classifier.out_proj"),
+            )
+            turned = dense("classifier.dense", out=h, into=h)
+            return Head(parameters=(*turned, *labels), reads="first", steps=steps)
+    pooler = ending == "ForMultipleChoice"
+    return Head(pooler=pooler, parameters=labelled(fields, ending), steps=label_steps(ending))
 
 
 READERS: dict[str, Callable[[Fields], Model]] = {

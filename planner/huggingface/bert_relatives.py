@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from planner.ends import Ends, Step
 from planner.errors import ConfigError
 from planner.huggingface.bert_like import (
     BLOCK_NAMES,
     ROBERTA_ENDINGS,
     bert_layer,
     encoder,
+    label_steps,
     labelled,
     positions_offset,
     roberta_head,
@@ -28,7 +30,7 @@ from planner.huggingface.heads import (
     named_class,
     padding,
 )
-from planner.layers import LearnedPositions, Norm
+from planner.layers import Activation, LearnedPositions, Norm
 from planner.model import Model
 from planner.parameters import norm_parameters
 from planner.tensors import tensor
@@ -74,7 +76,7 @@ def read_distilbert(fields: Fields) -> Model:
     feed_forward = plain(
         fields, activation_field="activation", intermediate_size=fields.size("hidden_dim")
     )
-    head = _distilbert_head(fields, ending)
+    head = _distilbert_head(fields, ending, feed_forward.activation)
     norm = DISTILBERT_NORM
     return described(
         fields,
@@ -83,6 +85,11 @@ def read_distilbert(fields: Fields) -> Model:
         max_position_embeddings=fields.size("max_position_embeddings"),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         is_decoder=False,
+        ends=Ends(
+            embedding_norm=(f"{root}embeddings.LayerNorm", norm),
+            reads=head.reads,
+            steps=head.steps,
+        ),
         lm_head=head.lm_head,
         lm_head_bias=head.lm_head,
         extra_parameters=(
@@ -98,20 +105,27 @@ def read_distilbert(fields: Fields) -> Model:
     )
 
 
-def _distilbert_head(fields: Fields, ending: str) -> Head:
+def _distilbert_head(fields: Fields, ending: str, activation: Activation) -> Head:
     h = fields.size("hidden_size")
     match ending:
         case "Model":
             return Head()
         case "ForMaskedLM":
-            norm = norm_parameters(DISTILBERT_NORM, "vocab_layer_norm", h)
-            return Head(lm_head=True, parameters=(*dense("vocab_transform", out=h, into=h), *norm))
+            name, norm = "vocab_layer_norm", DISTILBERT_NORM
+            made = (*dense("vocab_transform", out=h, into=h), *norm_parameters(norm, name, h))
+            step = Step(name="vocab_transform", activation=activation, norm=norm, norm_name=name)
+            return Head(lm_head=True, parameters=made, steps=(step,))
         case "ForSequenceClassification" | "ForMultipleChoice":
             before = dense("pre_classifier", out=h, into=h)
-            return Head(parameters=(*before, *labelled(fields, ending)))
+            first = Step(name="pre_classifier", activation="relu")
+            return Head(
+                parameters=(*before, *labelled(fields, ending)),
+                reads="first",
+                steps=(first, *label_steps(ending)),
+            )
         case "ForQuestionAnswering" if label_count(fields) != 2:
             raise ConfigError(f"num_labels={label_count(fields)} is not allowed: 2, start and end")
-    return Head(parameters=labelled(fields, ending))
+    return Head(parameters=labelled(fields, ending), steps=label_steps(ending))
 
 
 def read_mpnet(fields: Fields) -> Model:
@@ -129,6 +143,7 @@ def read_mpnet(fields: Fields) -> Model:
         head=roberta_head(fields, ending),
         offset=positions_offset(fields, 1),
         beside=(tensor(table, buckets, heads),),
+        pad=1,
         block_names=MPNET_NAMES,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.ends import Reads, Step
 from planner.errors import ConfigError, check_size, shown
 from planner.huggingface.blocks import about
 from planner.huggingface.fields import Fields
@@ -20,13 +21,15 @@ Names = tuple[tuple[str, str], ...]
 class Head:
     """What a class puts on the bare model: a pooler, a language-model head, parameters.
 
-    `names` are the checkpoint names of the language-model head.
+    `names` are the checkpoint names of the language-model head; `reads` and `steps`: Ends.
     """
 
     pooler: bool = False
     lm_head: bool = False
     parameters: tuple[Parameter, ...] = ()
     names: Names = ()
+    reads: Reads = "all"
+    steps: tuple[Step, ...] = ()
 
 
 def named_class(fields: Fields, stem: str, endings: Sequence[str]) -> str:

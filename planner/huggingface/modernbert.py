@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.ends import Ends, Reads, Step
 from planner.errors import check_choice
 from planner.huggingface.bert_like import labelled
 from planner.huggingface.blocks import activation, layer_count, layer_windows, layernorm
@@ -23,7 +24,7 @@ from planner.huggingface.heads import (
     refuse,
 )
 from planner.huggingface.mixed import rope_by_kind
-from planner.layers import ACTIVATIONS, GQA, Dense, Layer, Norm
+from planner.layers import GQA, Dense, Layer, Norm
 from planner.model import Model
 from planner.parameters import norm_parameters
 from planner.tensors import Parameter
@@ -41,6 +42,7 @@ THETAS: dict[str, tuple[str | None, float]] = {
     "full_attention": ("global_rope_theta", 160_000.0),
     "sliding_attention": ("local_rope_theta", 10_000.0),
 }
+POOLING: dict[str, Reads] = {"cls": "first", "mean": "mean"}
 BLOCK_NAMES: Names = (
     ("self_attn.qkv_proj", "attn.Wqkv"),
     ("self_attn.o_proj", "attn.Wo"),
@@ -97,6 +99,7 @@ def read_modernbert(fields: Fields) -> Model:
         max_position_embeddings=fields.size("max_position_embeddings"),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         is_decoder=False,
+        ends=Ends(embedding_norm=("embedding_norm", norm), reads=head.reads, steps=head.steps),
         lm_head=head.lm_head,
         lm_head_bias=head.lm_head and fields.flag("decoder_bias"),
         extra_parameters=(*norm_parameters(norm, "embedding_norm", h), *head.parameters),
@@ -131,19 +134,25 @@ def _head(fields: Fields, ending: str, norm: Norm) -> Head:
     if ending == "Model":
         return Head()
     h = fields.size("hidden_size")
-    check_choice("classifier_pooling", fields.raw("classifier_pooling"), ("cls", "mean"))
-    check_choice("classifier_activation", fields.raw("classifier_activation"), ACTIVATIONS)
+    pooling = check_choice("classifier_pooling", fields.raw("classifier_pooling"), tuple(POOLING))
+    act = activation(fields, "classifier_activation")
     transform: tuple[Parameter, ...] = (
         *dense("head.dense", out=h, into=h, bias=fields.flag("classifier_bias")),
         *norm_parameters(norm, "head_norm", h),
     )
+    turn = Step(name="head.dense", activation=act, norm=norm, norm_name="head_norm")
+    steps = (turn, Step(name="classifier"))
     match ending:
         case "ForMaskedLM":
-            return Head(lm_head=True, parameters=transform)
+            return Head(lm_head=True, parameters=transform, steps=(turn,))
         case "ForQuestionAnswering":
             labels = dense("classifier", out=label_count(fields), into=h)
-            return Head(parameters=(*transform, *labels))
-    return Head(parameters=(*transform, *labelled(fields, ending)))
+            return Head(parameters=(*transform, *labels), steps=steps)
+    labels = labelled(fields, ending)
+    if ending == "ForMultipleChoice":  # its tokens have a dimension more
+        return Head(parameters=(*transform, *labels))
+    reads = POOLING[pooling] if ending == "ForSequenceClassification" else "all"
+    return Head(parameters=(*transform, *labels), reads=reads, steps=steps)
 
 
 READERS = {"modernbert": read_modernbert}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from planner.ends import Ends
 from planner.errors import ConfigError, check_size, shown
 from planner.huggingface.blocks import about, gqa, layer_count
 from planner.huggingface.fields import Fields
@@ -137,7 +138,7 @@ def inside(tower: Tower, base: str) -> Tower:
     )
 
 
-def image_model(fields: Fields, tower: Tower, *head: Parameter) -> Model:
+def image_model(fields: Fields, tower: Tower, *head: Parameter, ends: Ends | None = None) -> Model:
     """An encoder of images by itself: no vocabulary, positions of patches, no cache."""
     return Model(
         hidden_size=tower.hidden_size,
@@ -149,6 +150,7 @@ def image_model(fields: Fields, tower: Tower, *head: Parameter) -> Model:
         tie_word_embeddings=False,
         lm_head=False,
         is_decoder=False,
+        ends=ends,
         extra_parameters=(*tower.outer, *head),
         parameter_names=tower.parameter_names,
         **about(fields),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from planner.ends import Ends, Patches, Step
 from planner.errors import check_choice, check_size
 from planner.huggingface.blocks import activation, chosen_head, layernorm, plain
 from planner.huggingface.fields import Fields
@@ -67,11 +70,22 @@ def _embeddings(fields: Fields) -> list[Parameter]:
     ]
 
 
+def _patches(fields: Fields, root: str) -> Patches:
+    """How `_embeddings` are used, in the module `root`."""
+    return Patches(
+        image_size=sides(fields, "image_size"),
+        projection=f"{root}embeddings.patch_embeddings.projection",
+        class_token=f"{root}embeddings.cls_token",
+        positions=f"{root}embeddings.position_embeddings",
+    )
+
+
 def read_vit(fields: Fields) -> Model:
     """ViT (arXiv:2010.11929): the bare model has a pooler, its heads have none."""
     heads = ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling")
     head, norm, h = chosen_head(fields, *heads), layernorm(fields), fields.size("hidden_size")
-    feed_forward = plain(fields)
+    feed_forward, root = plain(fields), "" if head == "ViTModel" else "vit."
+    ends = Ends(patches=_patches(fields, root), final_norm=(f"{root}layernorm", norm))
     tower = Tower(
         part="vision",
         hidden_size=h,
@@ -83,17 +97,23 @@ def read_vit(fields: Fields) -> Model:
     )
     if head == "ViTModel":
         out = fields.optional_size("pooler_output_size", minimum=0) or h
-        check_choice("pooler_act", fields.raw("pooler_act"), ("tanh", *ACTIVATIONS))
-        return image_model(fields, tower, *head_linear("pooler.dense", out=out, into=h))
+        act = check_choice("pooler_act", fields.raw("pooler_act"), ("tanh", *ACTIVATIONS))
+        pooler = Step(name="pooler.dense", activation=act)  # type: ignore[arg-type]
+        ends = replace(ends, pooler=pooler)
+        return image_model(fields, tower, *head_linear("pooler.dense", out=out, into=h), ends=ends)
+    tower = inside(tower, "vit")
     if head == "ViTForImageClassification":
-        return image_model(fields, inside(tower, "vit"), *classifier(fields, into=h))
+        labels = classifier(fields, into=h)
+        ends = replace(ends, reads="first", steps=(Step(name="classifier"),) if labels else ())
+        return image_model(fields, tower, *labels, ends=ends)
     pixels = fields.size("encoder_stride") ** 2 * fields.size("num_channels")
     return image_model(
         fields,
-        inside(tower, "vit"),
+        tower,
         tensor("vit.embeddings.mask_token", 1, 1, h, group="embedding"),
         tensor("decoder.0.weight", pixels, h, 1, 1, group="head"),
         tensor("decoder.0.bias", pixels, group="head"),
+        ends=ends,
     )
 
 

@@ -240,7 +240,7 @@ def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_by
 def missing_parts(model: Model) -> list[str]:
     """What of a model attnlab cannot run, in words; empty where it runs all of it."""
     if not model.is_decoder:
-        return ["bidirectional encoders"]
+        return _missing_in_encoder(model)
     if not isinstance(
         model.positions,
         RoPE | LearnedPositions | Sinusoidal | ALiBi | RelativeBias | NoPositions,
@@ -266,6 +266,28 @@ def missing_parts(model: Model) -> list[str]:
     return [*missing, *(part for part, there in wanted.items() if there)]
 
 
+def _missing_in_encoder(model: Model) -> list[str]:
+    """What of an encoder by itself is not there to be run (kernels/attnlab/encoder.py)."""
+    ends = model.ends
+    if ends is None or not model.layers:
+        return ["bidirectional encoders"]
+    unused = [p.name for p in model.extra_parameters if not ends.uses(p.name)]
+    wanted = {
+        type(model.positions).__name__: not isinstance(
+            model.positions, RoPE | LearnedPositions | NoPositions
+        ),
+        "other layers than attention in both directions": not all(
+            isinstance(layer.attention, GQA) and layer.cross_attention is None
+            for layer in model.layer_kinds()
+        ),
+        "an embedding_size of its own": model.embedding_size is not None,
+        "parts beside the encoder": bool(model.towers),
+        QUANTISED: model.quantization is not None,
+    }
+    missing = [part for layer in model.layer_kinds() for part in _missing_in(layer)]
+    return [*missing, *(part for part, there in wanted.items() if there), *unused]
+
+
 def _is_planned(model: Model, part: str) -> bool:
     """Weights that are quantised on loading are planned, though not run."""
     return part == QUANTISED and isinstance(model.quantization, TorchAO)
@@ -278,7 +300,7 @@ def _missing_in(layer: Layer) -> list[str]:
     if isinstance(attention, Mixer) and not isinstance(attention, RECURRENT):
         return [f"{attention.kind} layers"]
     wanted = {
-        "norms of other names": layer.norms != (("input_layernorm",) if alone else None),
+        "norms of other names": layer.norms not in _norms_of(layer, alone=alone),
         "a flat decay": isinstance(attention, KimiDelta) and attention.flat_decay,
         "sigmoid routers that weigh what comes out": isinstance(feed_forward, MoE)
         and feed_forward.router == "sigmoid"
@@ -303,6 +325,13 @@ def _missing_in(layer: Layer) -> list[str]:
                 "caches shared between layers": mla.shares_cache,
             }
     return [part for part, there in wanted.items() if there]
+
+
+def _norms_of(layer: Layer, *, alone: bool) -> tuple[tuple[str, ...] | None, ...]:
+    """What a block may name its norms; the first of modernbert has one alone."""
+    if alone:
+        return (("input_layernorm",),)
+    return (None, ("post_attention_layernorm",)) if layer.placement == "pre" else (None,)
 
 
 def _is_plain(gqa: GQA) -> bool:

@@ -75,7 +75,9 @@ def _check_autocast(model: Model, setting: Setting) -> None:
             f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16 (fp16 needs a "
             "GradScaler, fp32 no region)"
         )
-    if model.text_type in WRITERS:
+    casts_itself = model.text_type == "nemotron" and setting.device == "cuda"  # its LayerNorm
+    if model.text_type in WRITERS or casts_itself:
+        where = " on a GPU" if casts_itself else ""
         raise ConfigError(
-            f"precision='autocast' of model_type={model.model_type} is not planned yet: pure"
+            f"precision='autocast' of model_type={model.model_type}{where} is not planned yet: pure"
         )

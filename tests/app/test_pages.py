@@ -278,6 +278,24 @@ def test_a_training_step_is_planned():
     assert {card.label: card.value for card in app.metric}["Total"] != shown["Total"]
 
 
+def test_every_way_to_train_in_transformers_is_planned():
+    how = {"optimizer": "muon", "checkpointing": "full", "checkpoint_every": "2"}
+    app = opened(workload="training", sequence="2048", batch="1", precision="autocast", **how)
+    assert not app.exception
+    work = planner.Training(
+        batch=1,
+        sequence_tokens=2048,
+        optimizer="muon",
+        checkpointing="full",
+        checkpoint_every=2,
+        precision="autocast",
+    )
+    model = planner.load_model("llama-3.1-8b")
+    memory = planner.estimate(model, work, planner.Deployment(gpu="h200")).memory
+    shown = {card.label: card.value for card in app.metric}
+    assert shown["Total"] == gib(memory.total_bytes)
+
+
 def test_training_where_it_is_not_planned_says_where_it_is():
     app = opened(runtime="vllm", workload="training")
     assert not app.exception

@@ -27,7 +27,8 @@ def runs(config):
     stray = model.text_type not in WINDOWED and any(
         getattr(layer.attention, "sliding_window", None) for layer in model.layers
     )
-    return model if model.lm_head and not missing_parts(model) and not stray else None
+    runs_here = model.is_decoder and model.lm_head and not missing_parts(model)
+    return model if runs_here and not stray else None
 
 
 CONFIGS = {

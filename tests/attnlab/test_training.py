@@ -68,6 +68,7 @@ def test_checkpointing_with_a_cache_is_refused(llama_pair, ids):
 
 
 def test_an_optimizer_moves_the_weights_and_leaves_no_gradients(llama_pair, ids):
+    torch.manual_seed(0)
     ours = Transformer(llama_pair[1].model, dtype=torch.float32, device="cpu")
     before = [p.detach().clone() for p in ours.parameters()]
     sgd = torch.optim.SGD(ours.parameters(), lr=1.0)

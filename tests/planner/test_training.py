@@ -79,11 +79,12 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     ("given", "said"),
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab, transformers"),
-        ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
+        ({"method": "qlora"}, "method='qlora' is not planned for runtime=attnlab yet: full, lora"),
+        ({"loss_chunk_tokens": 8}, "loss_chunk_tokens=8 is not planned for runtime=attnlab yet"),
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
         ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0 is not allowed"),
-        ({"precision": "autocast"}, "precision='autocast' is not planned"),
+        ({"precision": "autocast", "dtype": "fp16"}, "precision='autocast' in dtype='fp16' is not"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd, sgd-mom"),
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),
         ({"sequence_tokens": 131_073}, "sequence_tokens=131073 reaches beyond"),
@@ -96,6 +97,14 @@ def test_what_is_not_planned_is_refused_in_one_line(given, said):
         of(**given)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_of_quantised_weights_is_refused(method):
+    deploy = planner.Deployment(gpu="h200", weight_dtype="nf4")
+    work = planner.Training(batch=1, sequence_tokens=64, method=method)
+    with pytest.raises(ConfigError, match="training of bitsandbytes weights is not planned yet"):
+        planner.estimate(LLAMA, work, deploy)
 
 
 def test_a_gpu_whose_attention_was_not_measured_is_marked():

@@ -84,7 +84,7 @@ class AttentionWriter(PositionWriter):
 
     def _naive(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor, given: Shared) -> Tensor:
         """implementations.naive: float32 throughout, scores [B, G, H/G·T, T] kept in full."""
-        f = self.f
+        f, kept = self.f, q.itemsize
         H, G, D = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
         bias, visible = (given.mask, None) if self.is_biased else (None, given.mask)
         if given.mask is None and self.regime.several_tokens:
@@ -113,7 +113,7 @@ class AttentionWriter(PositionWriter):
             scores = f.softmax(f.view(scores, ((B,), (G,), rows, (T,))), "softmax")
         out = self._pairs(scores, f.cast(v, FLOAT32, "float32 values"), "attention")
         out = f.view(out, ((B,), (H,), (T,), (D,)))
-        return f.cast(out, self.b, "attention")
+        return f.cast(out, kept, "attention")
 
     def _sinks(self, H: int) -> Tensor:
         """A column beside the scores, [B, H, T, 1]: a view."""
@@ -124,17 +124,24 @@ class AttentionWriter(PositionWriter):
     def _pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """a @ b of [B, G, …] tensors: one product for each of B · G (torch.matmul)."""
         f, pairs = self.f, (*a.dims[0], *a.dims[1])
-        flat_a = f.view(a, (pairs, *a.dims[2:]))
-        flat_b = f.view(b, (pairs, *b.dims[2:]))
+        right = f.lowered(b)
+        left = f.lowered(a)
+        flat_a = f.view(left, (pairs, *a.dims[2:]))
+        flat_b = f.view(right, (pairs, *b.dims[2:]))
         out = f.matmul(flat_a, flat_b, name, kernel="bmm")
         return f.view(out, (*a.dims[:-1], b.dims[-1]))
 
     def _sdpa(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor, given: Shared) -> Tensor:
         """scaled_dot_product_attention, flash where it is allowed to."""
         added = given.mask
+        if added is not None:
+            added = self.f.lowered(added)
+        v = self.f.lowered(v)
+        k = self.f.lowered(k)
+        q = self.f.lowered(q)
         if added is not None and not self.is_biased:  # a bool mask becomes one of q's dtype
-            reads = (added, *(self.aten.number("mask", self.b) for _ in ("0", "-inf")))
-            added = self.aten.new("where.self", "mask", added.dims, self.b, reads=reads)
+            reads = (added, *(self.aten.number("mask", q.itemsize) for _ in ("0", "-inf")))
+            added = self.aten.new("where.self", "mask", added.dims, q.itemsize, reads=reads)
             del reads
         return self.f.fused_attention(
             q,
@@ -143,6 +150,6 @@ class AttentionWriter(PositionWriter):
             added,
             "attention",
             pairs=visible_pairs(window_of(gqa)),
-            kernel=fused_kernel(self.step.device, self.step.capability, self.b),
+            kernel=fused_kernel(self.step.device, self.step.capability, q.itemsize),
             trains=True,
         )

@@ -74,8 +74,9 @@ class MixtureWriter(FeedForwardWriter):
             weight = self.weight("gate", E, x.sizes[-1])
             bias = f.cast(self.weight("gate.bias", E), FLOAT32, "router") if moe.bias else None
             wide = f.cast(x, FLOAT32, "router")
-            logits = f.linear(wide, f.cast(weight, FLOAT32, "router"), bias, "router")
-            del wide, weight, bias
+            wide_weight = f.cast(weight, FLOAT32, "router")
+            logits = f.linear(wide, wide_weight, bias, "router")
+            del wide, wide_weight, weight, bias
         else:
             logits = f.cast(self.linear(x, "gate", E, bias=moe.bias), FLOAT32, "router")
         if moe.router == "softmax":
@@ -85,7 +86,7 @@ class MixtureWriter(FeedForwardWriter):
         choice = (logits if moe.router == "sigmoid" else scores).detach()
         del logits
         if moe.router == "sigmoid-groups":
-            choice = aten.elementwise("add.Tensor", "router", choice)
+            choice = aten.elementwise("add.Tensor", "router", choice, itemsize=FLOAT32)
         if moe.n_group > 1:
             choice = self._within_best_groups(moe, choice)
         values = aten.new("topk", "routing", few, FLOAT32, reads=(choice,))

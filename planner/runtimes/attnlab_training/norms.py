@@ -13,14 +13,15 @@ class NormWriter(AttnlabWriter):
 
     def norm(self, norm: Norm, x: Tensor, name: str, module: str) -> Tensor:
         """norms.RMSNorm.forward, op by op, or LayerNorm."""
-        f, b, h = self.f, self.b, x.sizes[-1]
+        f, b, h = self.f, x.itemsize, x.sizes[-1]
         weights = [self.weight(f"{module}.weight", h)] if norm.weight else []
         if norm.kind == "layernorm":
             if norm.plus_one:
                 weights = [f.shift(weight, f"{name}, 1 + weight") for weight in weights]
             if norm.bias:
                 weights.append(self.weight(f"{module}.bias", h))
-            kept = FLOAT32 if self.step.device == "cuda" else b  # CPUs keep the input's dtype
+            wider = self.step.device == "cuda" or (self.b == FLOAT32 and bool(weights))
+            kept = FLOAT32 if wider else b  # CPUs keep the input's dtype, or a wider weight's
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
         wide = f.cast(x, FLOAT32, f"{name}, float32")
         wide = f.mul(wide, self._inverse_rms(wide, name), f"{name}, normalised")
@@ -66,10 +67,12 @@ class NormWriter(AttnlabWriter):
         if norm.kind == "layernorm":
             wide = f.sub(wide, f.mean(wide, f"{name}, mean"), f"{name}, centred")
         wide = f.mul(wide, self._inverse_rms(wide, name), f"{name}, normalised")
-        return f.cast(f.mul(wide, f.cast(weight, FLOAT32), f"{name}, scaled"), self.b, name)
+        return f.cast(f.mul(wide, f.cast(weight, FLOAT32), f"{name}, scaled"), x.itemsize, name)
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
-        """linear.Linear.forward."""
+        """linear.Linear.forward, or lora.AdaptedLinear.forward."""
         weight = self.weight(f"{module}.weight", out, x.sizes[-1])
         biases = self.weight(f"{module}.bias", out) if bias else None
-        return self.f.linear(x, weight, biases, name or module)
+        if module not in self.adapted:
+            return self.f.linear(x, weight, biases, name or module)
+        return self.with_adapters(self.f.linear(x, weight, biases, module), x, module, name)

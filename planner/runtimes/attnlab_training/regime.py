@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.autograd.aten import Sizes
+from planner.autograd.autocast import widens
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
 from planner.program import Dims, Symbol
+from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
 """Primes that stand for any size above 1 where strides are compared."""
@@ -43,7 +45,7 @@ class Regime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Which training step."""
+    """Which training step. `autocast`: the dtype of products in its region, around the forward."""
 
     attention: Literal["sdpa", "naive"]
     dtype: str
@@ -52,7 +54,10 @@ class Step:
     multiprocessors: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    checkpoint_every: int = 1
+    lora: LoRA | None = None
+    autocast: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +80,13 @@ class AttnlabWriter(PassWriter[Shared]):
             model,
             element_bytes(step.dtype),
             numbers,
-            checkpointed=int(step.checkpointing == "full"),
+            checkpointed=0 if step.checkpointing == "none" else step.checkpoint_every,
+            selective=step.checkpointing == "selective",
+            lora=step.lora,
+            autocast=None if step.autocast is None else element_bytes(step.autocast),
         )
         self.step, self.regime = step, regime
+        self.f.widens = widens(step.device)
         self.aten.multiprocessors = step.multiprocessors
 
 

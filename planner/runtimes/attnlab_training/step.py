@@ -26,16 +26,17 @@ from planner.workload import Training
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
-    check_trained(model, setting.dtype)
+    held = work.held_dtype(setting.dtype)
+    check_trained(model, held)
     check_step(
         "attnlab",
         work,
-        method=("full",),
-        precision=("pure",),
-        checkpointing=("none", "full"),
-        checkpoint_every=(1,),
+        method=("full", "lora"),
+        precision=("pure", "autocast"),
         loss_chunk_tokens=(None,),
     )
+    if work.precision == "autocast" and setting.dtype != "bf16":
+        raise ConfigError(f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16")
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
     regime = Regime.of(model, dims)
@@ -43,13 +44,16 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         _check_flash(model, setting.dtype, regime)
     step = Step(
         attention=setting.attention,  # type: ignore[arg-type]
-        dtype=setting.dtype,
+        dtype=held,
         device=setting.device,
         capability=setting.capability,
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointing=work.checkpointing,  # type: ignore[arg-type]
+        checkpointing=work.checkpointing,
+        checkpoint_every=work.checkpoint_every,
+        lora=work.adapters,
+        autocast=setting.dtype if work.precision == "autocast" else None,
     )
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     program = step_program(model, step, regime)

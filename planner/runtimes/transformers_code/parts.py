@@ -94,26 +94,12 @@ class PartWriter(CodeWriter):
         return f.cast(wide, x.itemsize, name)
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
-        """The forward of a linear layer, with its adapters where it has some.
-
-        peft/tuners/lora/layer.py, Linear.forward.
-        """
+        """The forward of a linear layer, with its adapters where it has some."""
         if module not in self.adapted:
             return self._linear(x, module, out, bias=bias, name=name)
-        assert self.lora is not None
-        f, rank = self.f, self.lora.rank
-        result = self._linear(x, module, out, bias=bias, name=name)
-        kept = result.itemsize
-        into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
-        back = self.adapter(f"{module}.lora_B", out, rank)
-        x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
-        called = f"{module}, adapters"
-        result = f.add(
-            result,
-            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
-            f"{module} with adapters",
+        return self.with_adapters(
+            self._linear(x, module, out, bias=bias, name=name), x, module, name
         )
-        return f.cast(result, kept, name or module)
 
     def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """nn.Linear.forward, Conv1D.forward or FalconLinear.forward."""

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from planner.autograd.aten import Sizes
+from planner.autograd.autocast import widens
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
@@ -157,11 +158,6 @@ class Shared:
     bias: Tensor | None = None
     cross_bias: Tensor | None = None
     encoded: Tensor | None = None
-
-
-def widens(device: str) -> bool:
-    """Whether autocast there has the long float32 list: softmax, powers, sums, LayerNorm."""
-    return device != "cpu"
 
 
 class CodeWriter(PassWriter[Shared]):
