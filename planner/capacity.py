@@ -108,6 +108,7 @@ def _workloads(work: Inference, *, batch: Cells, prompt: Cells) -> Workloads:
         logits=work.logits,
         encoder_tokens=work.encoder_tokens,
         padded=work.padded,
+        float32_logits=work.float32_logits,
     )
 
 

@@ -35,23 +35,27 @@ from planner.cli_options import (
     Attention,
     Batch,
     Cache,
+    CheckpointEvery,
     Checkpointing,
     CsvFile,
     Dtype,
     EncoderTokens,
     Files,
+    Float32Logits,
     GpuName,
     KvDtype,
     Logits,
     LoraDtype,
     LoraRank,
     LoraTargets,
+    LossChunk,
     Method,
     ModelName,
     OptimizerImpl,
     OptimizerName,
     Output,
     Padded,
+    Precision,
     Prompt,
     RuntimeName,
     SequenceTokens,
@@ -115,6 +119,9 @@ def estimate_command(
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
+    checkpoint_every: CheckpointEvery = 1,
+    loss_chunk: LossChunk = None,
+    precision: Precision = "pure",
     accumulation: Accumulation = 1,
     method: Method = "full",
     lora_rank: LoraRank = 8,
@@ -122,6 +129,7 @@ def estimate_command(
     lora_dtype: LoraDtype = None,
     encoder_tokens: EncoderTokens = None,
     padded: Padded = False,
+    float32_logits: Float32Logits = False,
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -135,6 +143,9 @@ def estimate_command(
             optimizer=None if optimizer == "none" else optimizer,
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            checkpoint_every=checkpoint_every,
+            loss_chunk_tokens=loss_chunk,
+            precision=precision,  # type: ignore[arg-type]
             padded=padded,
             accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]
@@ -149,6 +160,7 @@ def estimate_command(
             logits=logits,  # type: ignore[arg-type]
             encoder_tokens=encoder_tokens,
             padded=padded,
+            float32_logits=float32_logits,
         )
     deploy = Deployment(
         gpu=gpu,

@@ -11,6 +11,7 @@ import typer
 
 from planner.cli_options import AsJson, CsvFile
 from planner.cli_output import console, show, warn
+from planner.cli_published import show_published
 from planner.errors import ConfigError
 from planner.format import gib, percent, seconds
 from planner.report import write_csv
@@ -36,6 +37,9 @@ def compare_command(
     traced: Annotated[
         bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
     ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Memory that others measured, in place of records.")
+    ] = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
 ) -> None:
@@ -51,6 +55,11 @@ def compare_command(
     from profiles.repeatability import repeatability, repeats  # noqa: TID251
     from profiles.summaries import GROUPS  # noqa: TID251
 
+    if published:
+        if files or by is not None or baselines or traced:
+            raise ConfigError("--published stands alone: neither files nor other views")
+        show_published(as_json=as_json, csv=csv)
+        return
     if by is not None and by not in GROUPS:
         raise ConfigError(f"--by {by} is not allowed: one of {', '.join(GROUPS)}")
     for file in files or ():

@@ -49,9 +49,21 @@ OptimizerName = Annotated[
     str, typer.Option("--optimizer", help="In training: adamw, sgd or none (backward only).")
 ]
 OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
-Checkpointing = Annotated[str, typer.Option("--checkpointing", help="In training: none or full.")]
+Checkpointing = Annotated[
+    str, typer.Option("--checkpointing", help="In training: none, full or selective.")
+]
+CheckpointEvery = Annotated[
+    int, typer.Option("--checkpoint-every", help="Full checkpointing of every so many-th layer.")
+]
+LossChunk = Annotated[
+    int | None, typer.Option("--loss-chunk", help="Tokens whose logits and loss come at a time.")
+]
+Precision = Annotated[str, typer.Option("--precision", help="In training: pure or autocast.")]
 Padded = Annotated[
     bool, typer.Option("--padded", help="Sequences differ in length: an attention mask is given.")
+]
+Float32Logits = Annotated[
+    bool, typer.Option("--float32-logits", help="All logits are cast: transformers before 4.46.")
 ]
 Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")

@@ -139,20 +139,23 @@ def _of_share(share: Share, prepared: Prepared, work: Inference) -> Estimate:
 
 def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     """One training step. Gradients count whole; what they lack at the peak is activations' own."""
+    if work.precision == "autocast" and deploy.dtype is None:
+        deploy = replace(deploy, dtype="bf16")
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = setting_of(model, deploy, runtime, gpu)
     check_padded(work, runtime.name)
     check_accumulation(work, runtime.name)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
-    weights = weight_rows(model, runtime, setting.dtype, note="")
+    held_dtype = work.held_dtype(setting.dtype)
+    weights = weight_rows(model, runtime, held_dtype, note="")
     adapted = adapter_rows(model, work)
     gradients = gradient_rows(adapted or weights)
     rows = (
         *weights,
         *adapted,
         *gradients,
-        *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
+        *optimizer_rows(model, work, dtype=held_dtype, device=setting.device),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
         *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),

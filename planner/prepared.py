@@ -129,9 +129,11 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
 
 
 def check_padded(work: Inference | Training, runtime: str) -> None:
-    """ConfigError for padding in a runtime whose programs know none."""
+    """ConfigError for padding, or logits that are cast, in a runtime whose programs know none."""
     if work.padded and runtime != "transformers":
         raise ConfigError(f"padded=True is not planned for runtime={runtime}: transformers")
+    if isinstance(work, Inference) and work.float32_logits and runtime != "transformers":
+        raise ConfigError(f"float32_logits=True is not in runtime={runtime}: transformers")
 
 
 def check_accumulation(work: Training, runtime: str) -> None:

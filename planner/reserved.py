@@ -147,6 +147,8 @@ def _play(
 def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     """One allocation a stored tensor, embedding first, then the layers, then the rest; buffers."""
     model, dtype = plan.model, plan.setting.dtype
+    if isinstance(plan.work, Training):
+        dtype = plan.work.held_dtype(dtype)
     if model.quantization is None:
         b = element_bytes(dtype)
         sizes = [(p, p.count * b, 1) for p in model.parameters()]

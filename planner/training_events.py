@@ -59,7 +59,8 @@ def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
     """Two moments of each parameter; fused, its count of steps before them (else on the host)."""
     if work.optimizer != "adamw":
         return []
-    b, events, trained = element_bytes(setting.dtype), list[Event](), list(model.parameters())
+    b, events = element_bytes(work.held_dtype(setting.dtype)), list[Event]()
+    trained = list(model.parameters())
     if work.adapters is not None:
         b, trained = adapter_bytes(work.adapters), adapters(model, work.adapters)
     on_device = work.optimizer_impl == "fused" or setting.device == "cpu"

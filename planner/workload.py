@@ -24,7 +24,8 @@ class CacheSpec:
     `block_tokens` the page of a paged one. The rest sets a quantised one, by the names of
     transformers' QuantizedCache: `backend` quanto or hqq (None: the one that has the dtype, quanto
     first), `axis_key` and `axis_value` (None: 0), `q_group_size` (None: 64 elements share a scale)
-    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype.
+    and `residual_tokens`, its residual_length (None: 128). The bits are those of the KV dtype. In
+    attnlab it is KIVI's, which has the last two alone (None: groups of 32, 128 tokens).
 
     `scales`: "token-head", one for each token and head, or for `q_group_size` channels of it, in a
     cache of any other kind (attnlab). None: what the KV dtype needs; int8 and int4 cannot be
@@ -91,6 +92,7 @@ class Inference:
     `logits`: "all", a plain forward over the prompt; "last", what `generate` does.
     `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
     `padded`: shorter sequences are padded, and an attention mask hides that (transformers).
+    `float32_logits`: logits are cast, as transformers before 4.46 does to all of them.
     """
 
     batch: int
@@ -99,6 +101,7 @@ class Inference:
     logits: Literal["all", "last"] = "all"
     encoder_tokens: int | None = None
     padded: bool = False
+    float32_logits: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch", "prompt_tokens", "output_tokens"):
@@ -130,6 +133,7 @@ MAX_GPUS = 65_536
 OPTIMIZERS = ("adamw", "sgd")
 """torch's, with the arguments that they have by default: sgd has no momentum."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
+CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
 
 
@@ -168,8 +172,14 @@ class Training:
     `.grad` is None before, and of the model's output only the loss is kept. `optimizer` None ends
     there; with one it is a step of the steady state, its states made before, gradients set to None
     after. `optimizer_impl` is how torch walks through the parameters. `method`, `checkpointing`
-    and `precision` that a runtime does not plan are refused by it. `encoder_tokens`: what a
-    sequence-to-sequence model's encoder reads; None: as many as the labels' `sequence_tokens`.
+    and `precision` that a runtime does not plan are refused by it. `precision` "pure": all of it in
+    the deployment's dtype; "autocast": weights, gradients and states in fp32 (of adapters; frozen
+    weights stay in that dtype), torch.autocast to it around the forward. `checkpointing` "full": a
+    layer keeps its input alone and runs again on the way back, the first one and every
+    `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
+    attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
+    all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
+    as the labels' `sequence_tokens`.
     `lora`: the adapters of method "lora"; None: a LoRA() of all defaults. `padded`: as of
     Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its loss
     dropped before the next, whose gradients are added up before the optimizer's step.
@@ -179,16 +189,18 @@ class Training:
     sequence_tokens: int
     optimizer: str | None = "adamw"
     method: Literal["full", "lora", "qlora"] = "full"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "full", "selective"] = "none"
     precision: Literal["pure", "autocast"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
     encoder_tokens: int | None = None
     lora: LoRA | None = None
     padded: bool = False
     accumulation_steps: int = 1
+    checkpoint_every: int = 1
+    loss_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("batch", "sequence_tokens", "accumulation_steps"):
+        for field in ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every"):
             check_size(field, getattr(self, field))
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -200,11 +212,23 @@ class Training:
                 f"lora={shown(self.lora)} is not allowed: None for method={self.method!r}, "
                 "a LoRA for 'lora'"
             )
-        check_choice("checkpointing", self.checkpointing, ("none", "full"))
+        check_choice("checkpointing", self.checkpointing, CHECKPOINTING)
+        if self.checkpoint_every != 1 and self.checkpointing != "full":
+            raise ConfigError(
+                f"checkpoint_every={self.checkpoint_every} is not allowed: 1 for checkpointing="
+                f"{self.checkpointing!r}, any for 'full'"
+            )
+        if self.loss_chunk_tokens is not None:
+            check_size("loss_chunk_tokens", self.loss_chunk_tokens)
         check_choice("precision", self.precision, ("pure", "autocast"))
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
+
+    def held_dtype(self, dtype: str) -> str:
+        """What weights, gradients and states are kept in, computing in `dtype`."""
+        whole = self.precision == "autocast" and self.method == "full"
+        return "fp32" if whole else dtype
 
     @property
     def adapters(self) -> LoRA | None:
@@ -223,10 +247,18 @@ class Training:
         if self.optimizer is not None:
             optimizer = f"{self.optimizer} ({self.optimizer_impl})"
         method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
+        precision = "" if self.precision == "pure" else f"{self.precision}, "
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
-            f"{optimizer}"
+            f"{precision}{self._checkpointing}{optimizer}"
         )
+
+    @property
+    def _checkpointing(self) -> str:
+        if self.checkpointing == "none":
+            return ""
+        every = "" if self.checkpoint_every == 1 else f", every {self.checkpoint_every} layers"
+        return f"checkpointing {self.checkpointing}{every}, "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -140,12 +140,17 @@ class Bench:
         return CudaPeaks(self)
 
     def powered(self, passes: Callable[[], None]) -> dict[str, Any]:
-        """Run; the energy it took where that was long enough, clocks and throttling right after."""
+        """Run; the energy it took where that was long enough, clocks and throttling right after.
+
+        How fast the host was then is told by what an addition cost it, before and after.
+        """
         gc.collect()
+        before = meters.host_add_s(self.device)
         started_j, started_s = self._energy_j(), time.perf_counter()
         passes()
         ended_j, ended_s = self._energy_j(), time.perf_counter()
         values = self._clocks()
+        values["host_add_s"] = (*before, *meters.host_add_s(self.device))
         if started_j is not None and ended_j is not None and ended_s - started_s >= ENERGY_WINDOW_S:
             values["energy_j"] = ended_j - started_j
         return values

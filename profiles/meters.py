@@ -168,6 +168,30 @@ class Stopwatch:
         self.samples_s.append(begin.elapsed_time(end) / 1e3)
 
 
+HOST_ADDITIONS = 200
+"""Fewer than the kernels that a device lets wait: the host never waits for it."""
+
+
+def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
+    """Seconds that the host needs to issue an addition of 64 elements: its speed at this moment.
+
+    What issues a model's ops in eager mode shares its processor with others, and may be twice as
+    fast in one process as in the next.
+    """
+    x = torch.ones(64, device=device)
+    for _ in range(20):
+        x + x
+    found = []
+    for _ in range(samples):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(HOST_ADDITIONS):
+            x + x
+        found.append((time.perf_counter() - started) / HOST_ADDITIONS)
+    return tuple(found)
+
+
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 

@@ -1,4 +1,4 @@
-"""Which kernels a transformer really runs: attention's, asked of torch, and those of experts."""
+"""Which kernels a transformer really runs: attention, asked of torch, and those of its experts."""
 
 from __future__ import annotations
 

@@ -85,6 +85,7 @@ class Cache(ABC):
             raise ConfigError(f"dtype={dtype} is not allowed for a cache: a floating-point dtype")
         self.capacity_tokens, self.dtype, self.device = capacity_tokens, dtype, torch.device(device)
         self.attentions = [attention_of(layer) for layer in model.layers]
+        self.form = form
         self.codecs = [
             None if form is None or attention is None else Codec(form, attention)
             for attention in self.attentions

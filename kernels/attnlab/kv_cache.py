@@ -149,6 +149,8 @@ class FixedShapeCache(KVCache):
 
     def take(self, other: KVCache) -> None:
         """Everything that a static cache of the same model holds, after a prefill say."""
+        if other.form != self.form:
+            raise ConfigError("a cache of one KV format does not fit one of another: the same form")
         if other.batch != self.batch or other.length > self.capacity:
             raise ConfigError(
                 f"a cache of batch={other.batch}, length={other.length} does not fit one of "

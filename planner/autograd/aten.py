@@ -5,6 +5,7 @@ No history is kept here: these are what forward and backward formulas are made o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -26,6 +27,16 @@ from planner.program import Buffer, Extent, Shape, Symbol, Tape
 from planner.program import Dims as Point
 
 ONE: Shape = (1,)
+ATTENTION = tuple(
+    f"_scaled_dot_product_{which}attention{where}"
+    for which, where in (("flash_", ""), ("flash_", "_for_cpu"), ("cudnn_", ""), ("efficient_", ""))
+)
+KEPT = ("mm", "addmm", "_grouped_mm")
+
+
+def is_kept(kernel: str) -> bool:
+    """Whether selective checkpointing keeps what this op returns: linear layers, attention."""
+    return kernel in KEPT or kernel in ATTENTION
 
 
 class Sizes(dict[Symbol, int]):
@@ -55,6 +66,8 @@ class Aten:
         self.doing = ""  # the node whose backward runs
         self.made = 0  # allocations so far
         self.last: int | None = None  # from here on nothing is allocated any more
+        self.keeps: deque[Tensor] | None = None  # takes what selective checkpointing keeps
+        self.taken: deque[Tensor] | None = None  # gives it when a block runs again
 
     def sizes(self, dims: Dims) -> Ints:
         """Dimensions as numbers of this regime."""
@@ -74,16 +87,22 @@ class Aten:
         flops: Shape | None = None,
         scratch: Sequence[tuple[Shape, int]] = (),
         rows: Sequence[Shape] = (),
+        returned: bool = True,
     ) -> Tensor:
         """What an op allocates; `scratch` (shape, itemsize) goes when it ends.
 
-        `rows` are bytes read beyond whole tensors, such as rows of a table.
+        `rows` are bytes read beyond whole tensors, such as rows of a table. `returned`: the op does
+        not let go of it itself.
         """
         sizes = self.sizes(dims)
         laid = contiguous(sizes) if strides is None else strides
         if self.last is not None and self.made >= self.last:
             never = Storage(Buffer(name=name, shape=(0,), itemsize=itemsize), None, self.made)
             return Tensor(never, dims, sizes, laid, itemsize, name)
+        kept = returned and is_kept(kernel)
+        if kept and self.taken:
+            self.made += 1
+            return self.taken.popleft()
         moved = tuple((*x.shape, x.itemsize) for x in reads if x.storage.tape is not None)
         moved += tuple(rows)
         weights = (x for x in reads if x.storage.tape is None)
@@ -100,7 +119,10 @@ class Aten:
             kernel=kernel,
         )
         self.made += 1
-        return Tensor(Storage(buffer, self.tape, self.made - 1), dims, sizes, laid, itemsize, name)
+        storage = Storage(buffer, self.tape, self.made - 1)
+        if kept and self.keeps is not None:
+            self.keeps.append(Tensor(storage, dims, sizes, laid, itemsize, name))
+        return Tensor(storage, dims, sizes, laid, itemsize, name)
 
     def elementwise(
         self, kernel: str, name: str, *operands: Tensor, itemsize: int | None = None
@@ -239,7 +261,8 @@ class Aten:
         dims = whole.dims if isinstance(whole, Like) else whole
         images = all(is_channels_last(x.sizes, x.strides) for x in parts)
         strides = channels_last(self.sizes(dims)) if images else None
-        return self.new("cat", name, dims, parts[0].itemsize, strides=strides, reads=parts)
+        widest = max(x.itemsize for x in parts)
+        return self.new("cat", name, dims, widest, strides=strides, reads=parts)
 
     def mm(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
         """a · b of two matrices, or of as many pairs of them; 2 · m · k · n FLOPs a pair."""

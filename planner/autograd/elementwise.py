@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from planner.autograd.recording import Recorder, only
+from planner.autograd.autocast import Autocast
+from planner.autograd.recording import only
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 BOOL = 1
 
 
-class Elementwise(Recorder):
+class Elementwise(Autocast):
     """Ops on each element."""
 
     def add(self, a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -94,6 +95,7 @@ class Elementwise(Recorder):
             scaled = self.aten.elementwise("mul.Scalar", called, lower)
             return [self.aten.elementwise("mul.Tensor", called, only(flowed), scaled)]
 
+        x = self.widened(x)
         out = self.aten.elementwise("pow.Tensor_Scalar", name, x)
         return self._record(backward, (x,), out, (x,))
 
@@ -106,6 +108,7 @@ class Elementwise(Recorder):
             half = self.aten.elementwise("mul.Scalar", called, only(flowed))
             return [self.aten.elementwise("mul.Tensor", called, half, cube)]
 
+        x = self.widened(x)
         out = self.aten.elementwise("rsqrt", name, x)
         return self._record(backward, (x,), out, (out,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.autograd.autocast import FLOAT32
 from planner.autograd.elementwise import Elementwise
 from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.picking import Picking
@@ -41,6 +42,8 @@ class Functions(Elementwise, Reductions, Picking, FusedAttention):
             kept, called = node.saved[0], f"gradient of {node.inputs[0].name}"
             return [self.aten.new("nll_loss_backward", called, kept.dims, kept.itemsize)]
 
+        if self.low is not None:  # on every device's float32 list
+            log_probabilities = self.cast(log_probabilities, FLOAT32, "float32 log-probabilities")
         b, reads = log_probabilities.itemsize, (log_probabilities,)
         loss = self.aten.new("nll_loss_forward", "loss", (), b, reads=reads)
         count = self.aten.new("nll_loss_forward", "count of labels", (), b)

@@ -117,7 +117,7 @@ class FusedAttention(Products):
         if kernel == "cudnn":
             one = self.aten.sizes((T,)) == (1,) and mask is None
             size = self._split_bytes(q, k) if one else (CUDNN_WORKSPACE_BYTES,)
-            self.aten.new(called, "workspace", (size,), 1)
+            self.aten.new(called, "workspace", (size,), 1, returned=False)
         seeds.reverse()  # a list lets go of its last one first
         masks = () if mask is None else (mask,)
         saved = (*seeds, out, *rows, v, q, k, *masks)  # the last ones go first

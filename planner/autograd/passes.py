@@ -29,15 +29,17 @@ from planner.tensors import Parameter
 from planner.workload import LoRA
 
 Given = TypeVar("Given")
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, HEAD, AGAIN = "embedding", "head", ", which runs again"
 
 
 class PassWriter(Generic[Given]):
     """Writes one pass of a model whose parts a subclass runs: forward alone, or a training step.
 
     `numbers` are sizes that stand for the symbols, `b` bytes of an element of the weights. Without
-    `trains` nothing is recorded for a way back. `checkpointed`: every layer keeps its inputs alone
-    and runs again on the way back. `crossing` are what made tensors that later parts
+    `trains` nothing is recorded for a way back. `checkpointed`: every such layer, from the first
+    on, keeps its inputs alone and runs again on the way back; 0: none does. `selective`: they keep
+    what their products return, too. `autocast`: bytes of an element that products take in a region
+    of autocast around the forward. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them.
@@ -50,13 +52,17 @@ class PassWriter(Generic[Given]):
         numbers: Mapping[Symbol, int],
         *,
         trains: bool = True,
-        checkpointed: bool = False,
+        checkpointed: int = 0,
+        selective: bool = False,
+        autocast: int | None = None,
         lora: LoRA | None = None,
         accumulates: bool = False,
     ) -> None:
         self.accumulates = accumulates
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
+        self.selective = selective
+        self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
@@ -65,6 +71,8 @@ class PassWriter(Generic[Given]):
         self.tape = Tape()
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
+        self.f.low, self.f.casts = autocast, {}
+        self.casts: dict[str, dict[Leaf, Tensor]] = {}  # of each part, cached until the region ends
         self.walking = ""  # the part that is being written
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
@@ -146,6 +154,7 @@ class PassWriter(Generic[Given]):
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
                     graphs[part.label] = self._walk(part, carried)
+        self._end_autocast()
         if self.accumulates:
             self._open_with_gradients()
         tape.phase = "backward"
@@ -176,6 +185,17 @@ class PassWriter(Generic[Given]):
             del loss
             self.with_loss.clear()
         return tape.program(name)
+
+    def _end_autocast(self) -> None:
+        """The region's cache is cleared."""
+        if self.f.low is None:
+            return
+        self.f.casts = {}
+        for part in self.parts():
+            label = f"autocast ends: {part.label}"
+            if not self.tape.again(label, count=part.count, first_layer=part.layer):
+                with self.tape.segment(label, count=part.count, first_layer=part.layer):
+                    self.casts[part.label].clear()
 
     def _ones_like(self, loss: Tensor) -> Tensor:
         return self.aten.new("ones_like", "gradient of the loss", (), loss.itemsize)
@@ -225,21 +245,49 @@ class PassWriter(Generic[Given]):
     def parts(self) -> Iterator[Part]:
         """Embedding, runs of equal layers with the first of each kind apart, head."""
         yield Part(EMBEDDING)
-        seen: set[Layer] = set()
-        for start, count, layer in self.model.layer_groups():
-            label = layer_label(layer)
-            # without a way back only the first of all differs: its input may live on
-            if layer not in seen and (self.trains or start == 0):
-                seen.add(layer)
-                yield Part(f"first {label}", 1, start, layer)
+        seen: dict[str, int] = {}
+        for start, count, layer, keeps in self._runs():
+            label = f"{layer_label(layer)}{keeps}"
+            again = keeps in ("", AGAIN) and self.checkpointed > 0
+            while count and seen.get(label, 0) < self._apart(layer, start):
+                seen[label] = seen.get(label, 0) + 1
+                order = "first" if seen[label] == 1 else "second"
+                yield Part(f"{order} {label}", 1, start, layer, again=again)
                 start, count = start + 1, count - 1
             if count:
-                yield Part(label, count, start, layer)
+                yield Part(label, count, start, layer, again=again)
         yield Part(HEAD)
+
+    def _runs(self) -> Iterator[tuple[int, int, Layer, str]]:
+        """Runs of layers that are alike: (first, how many, the layer, what it keeps, in words).
+
+        Behind a layer that runs again, one that does not may let go of what that one returned.
+        """
+        every = self.checkpointed
+        for start, count, layer in self.model.layer_groups():
+            if every < 2:
+                yield start, count, layer, ""
+                continue
+            for index in range(start, start + count):
+                keeps = {0: AGAIN, 1: ", behind it"}.get(index % every, ", which keeps all")
+                yield index, 1, layer, keeps
+
+    def _apart(self, layer: Layer, start: int) -> int:
+        """How many layers of a kind are written apart, seen from the one at `start`.
+
+        Without a way back only the first of all differs: its input may live on. Of a kind whose
+        first layer is the model's, and reached by no gradient from before, the second may be the
+        one that frees what they share.
+        """
+        if not self.trains:
+            return int(start == 0)
+        return 1 + (self.lora is not None and layer == self.model.layers[0])
 
     def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
         self.walking, self.leaves[part.label] = part.label, []
+        self.keeps_inputs = part.again
+        self.casts[part.label] = self.f.casts = {}
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
         entered: list[Tensor] = []
@@ -272,23 +320,24 @@ class PassWriter(Generic[Given]):
     def run_layer(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer, which keeps its inputs alone where it is checkpointed."""
         f, given = self.f, self.shared(layer)
-        if not self.checkpointed:
+        if not self.keeps_inputs:
             return self.block(layer, x, given)
         leaves, entrance = self.leaves[self.walking], x.node
 
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
-            graph, f.graph, f.frame = f.graph, Graph(), frame
+            graph, f.graph, f.frame, f.casts = f.graph, Graph(), frame, {}
             self.known, expected = iter(leaves), [leaf.expected for leaf in leaves]
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
-                self.known, f.graph, f.frame = None, graph, None
+                self.known, f.graph, f.frame, f.casts = None, graph, None, {}
                 for leaf, gradients in zip(leaves, expected, strict=True):
                     leaf.expected = gradients  # this graph sends none
 
         f.frame = Frame(self.aten, again, x, given)
+        self.aten.keeps = f.frame.kept if self.selective else None
         out = self.block(layer, x, given)
-        f.frame = None
+        f.frame = self.aten.keeps = None
         return out
 
 
@@ -296,7 +345,7 @@ class PassWriter(Generic[Given]):
 class Part:
     """A run of equal layers, or what stands before or behind them.
 
-    `ends`: what it makes is not handed to the next part.
+    `ends`: what it makes is not handed to the next part. `again`: it is checkpointed.
     """
 
     label: str
@@ -305,6 +354,7 @@ class Part:
     layer_kind: Layer | None = None
     stack: str = ""
     ends: bool = False
+    again: bool = False
 
 
 def _no_way_back(node: Node, flowed: Gradients) -> Gradients:

@@ -7,14 +7,15 @@ torch 2.13 (see recording.py).
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
-from planner.autograd.recording import Recorder, only
+from planner.autograd.autocast import Autocast
+from planner.autograd.recording import only
 from planner.autograd.tensors import Dims, Gradients, Node, Tensor
 from planner.program import Shape
 
 INT64 = 8
 
 
-class Picking(Recorder):
+class Picking(Autocast):
     """Ops that pick, and sums."""
 
     def index(self, x: Tensor, picks: Tensor, rows: Dims, name: str) -> Tensor:
@@ -74,6 +75,7 @@ class Picking(Recorder):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             return [self.aten.expand(only(flowed), node.inputs[0].dims)]
 
+        x = self.widened(x)
         dims = (*x.dims[:-1], ONE)
         out = self.aten.new("sum.dim_IntList", name, dims, x.itemsize, reads=(x,))
         return self._record(backward, (x,), out)
@@ -88,6 +90,7 @@ class Picking(Recorder):
             assert apart is not None
             return [self.aten.expand(apart, like.dims)]
 
+        x = self.widened(x)
         dims = (x.dims[0], x.dims[2])
         out = self.aten.new("sum.dim_IntList", name, dims, x.itemsize, reads=(x,))
         return self._record(backward, (x,), out)

@@ -32,6 +32,8 @@ class Products(Views):
                 made[0] = self.aten.mm(gradient, turned, called, kernel=kernel)
             return made
 
+        b = self.lowered(b)
+        a = self.lowered(a)
         out = self.aten.mm(a, b, name, kernel=kernel)
         return self._record(backward, (a, b), out, _needed(a, b))
 
@@ -46,6 +48,9 @@ class Products(Views):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """x · Wᵀ (+ b) of rows: [..., in] → [..., out]."""
+        bias = None if bias is None else self.lowered(bias)
+        weight = self.lowered(weight)
+        x = self.lowered(x)
         rows: Dims = (tuple(e for dim in x.dims[:-1] for e in dim), x.dims[-1])
         turned = self.transpose(weight, 0, 1)
         flat = self.view(x, rows)
@@ -69,6 +74,9 @@ class Products(Views):
                 made[2] = self._right_gradient(kept.pop(), node.inputs[2], gradient, called, "mm")
             return made
 
+        b = self.lowered(b)
+        a = self.lowered(a)
+        bias = self.lowered(bias)
         out = self.aten.mm(a, b, name, kernel="addmm")
         return self._record(backward, (bias, a, b), out, _needed(a, b))
 
@@ -90,6 +98,9 @@ class Products(Views):
                 del product, turned
             return made
 
+        b = self.lowered(b)
+        a = self.lowered(a)
+        bias = self.lowered(bias)
         *pairs, m, k = a.dims
         dims = (*pairs, m, b.dims[-1])
         flops = (2, *(e for dim in (*dims, k) for e in dim))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.autograd.aten import ONE
-from planner.autograd.recording import Recorder, only
+from planner.autograd.autocast import Autocast
+from planner.autograd.recording import only
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Reductions(Recorder):
+class Reductions(Autocast):
     """Ops along the last dimension."""
 
     def mean(self, x: Tensor, name: str) -> Tensor:
@@ -40,6 +41,7 @@ class Reductions(Recorder):
             ]
 
         back = kernel.replace("_safe", "")
+        x = self.widened(x)
         out = self.aten.new(kernel, name, x.dims, x.itemsize, reads=(x,))
         return self._record(backward, (x,), out, (out,))
 
@@ -63,6 +65,7 @@ class Reductions(Recorder):
                 for index, like in enumerate(node.inputs)
             ]
 
+        x = self.widened(x)
         out = self.aten.new("native_layer_norm", name, x.dims, x.itemsize, reads=(x, *weights))
         column = (*x.dims[:-1], ONE)
         rows = [

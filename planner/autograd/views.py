@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.autograd.recording import Recorder, only
+from planner.autograd.autocast import Autocast
+from planner.autograd.recording import only
 from planner.autograd.tensors import Backward, Dims, Gradients, Node, Tensor
 from planner.program import Extent
 
 
-class Views(Recorder):
+class Views(Autocast):
     """Ops that move nothing, or copy."""
 
     def view(self, x: Tensor, dims: Dims, name: str = "") -> Tensor:
@@ -137,14 +138,3 @@ class Views(Recorder):
             ]
 
         return self._record(backward, parts, self.aten.cat(parts, dim, dims, name))
-
-    def cast(self, x: Tensor, itemsize: int, name: str = "") -> Tensor:
-        """x.to(dtype), x itself where it is of that dtype; the gradient is cast back."""
-        if x.itemsize == itemsize:
-            return x
-
-        def backward(node: Node, flowed: Gradients) -> Gradients:
-            like = node.inputs[0]
-            return [self.aten.cast(only(flowed), like.itemsize, f"gradient of {like.name}")]
-
-        return self._record(backward, (x,), self.aten.cast(x, itemsize, name or x.name))

@@ -15,7 +15,7 @@ from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share
 from planner.program import Dims, Number, Program
-from planner.workload import CacheSpec, Inference
+from planner.workload import CacheSpec, Inference, Training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +232,17 @@ def check_one_gpu(runtime: str, **degrees: int) -> None:
     for field, degree in degrees.items():
         if degree != 1:
             raise ConfigError(f"{field}={degree} is not planned for runtime={runtime}: 1, or vllm")
+
+
+def check_step(runtime: str, work: Training, **planned: tuple[object, ...]) -> None:
+    """ConfigError for a field of a training step that is none of what the runtime plans."""
+    for field, allowed in planned.items():
+        value = getattr(work, field)
+        if value not in allowed:
+            raise ConfigError(
+                f"{field}={value!r} is not planned for runtime={runtime} yet: "
+                f"{', '.join(map(str, allowed))}"
+            )
 
 
 def check_cache_kind(

@@ -448,6 +448,7 @@ def _program(
         residual_tokens=residual_tokens,
         static=is_static(setting),
         padded=work.padded,
+        float32_logits=work.float32_logits,
     )
     return pass_program(model, what, Regime.of(model, dims))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
+from planner.layers import GQA
 from planner.model import Model
 from planner.program import Dims
-from planner.runtimes.base import Phase, Setting
+from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
@@ -15,21 +16,32 @@ from planner.workload import Training
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
-    for field, planned in (("method", ("full", "lora")), ("precision", ("pure",))):
-        if getattr(work, field) not in planned:
-            raise ConfigError(
-                f"{field}={getattr(work, field)!r} is not planned for runtime=transformers yet: "
-                f"{', '.join(planned)}"
-            )
+    check_step(
+        "transformers",
+        work,
+        method=("full", "lora"),
+        precision=("pure", "autocast"),
+        loss_chunk_tokens=(None,),
+    )
     if not is_held(model) or not model.lm_head:
         raise ConfigError(
             f"training of model_type={model.model_type} is not planned for runtime=transformers "
             f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
+    if work.precision == "autocast":
+        _check_autocast(model, setting)
     if work.adapters is not None and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: full"
+        )
+    if work.checkpointing == "selective" and any(
+        isinstance(layer.attention, GQA) and layer.attention.clip_qkv is not None
+        for layer in model.layer_kinds()
+    ):
+        raise ConfigError(
+            "checkpointing='selective' does not run with clip_qkv: torch refuses what is kept and "
+            "clipped in place"
         )
     tokens, encoder = work.sequence_tokens, None
     if model.is_seq2seq or work.encoder_tokens is not None:
@@ -39,12 +51,14 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=setting.dtype,
+        autocast=setting.dtype if work.precision == "autocast" else None,
         device=setting.device,
         capability=setting.capability,
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointed=work.checkpointing == "full",
+        checkpointed=0 if work.checkpointing == "none" else work.checkpoint_every,
+        selective=work.checkpointing == "selective",
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
@@ -52,3 +66,16 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def _check_autocast(model: Model, setting: Setting) -> None:
+    """ConfigError where a region of autocast is not planned."""
+    if setting.dtype != "bf16":
+        raise ConfigError(
+            f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16 (fp16 needs a "
+            "GradScaler, fp32 no region)"
+        )
+    if model.text_type in WRITERS:
+        raise ConfigError(
+            f"precision='autocast' of model_type={model.model_type} is not planned yet: pure"
+        )

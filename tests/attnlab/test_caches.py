@@ -229,6 +229,3 @@ def test_bad_passes_are_refused_and_change_nothing(llama_pair, ids):
         cache_of("static", ours.model, dtype=torch.int8)
     with pytest.raises(ConfigError, match="tokens are not allowed with fixed shapes"):
         ours(ids, cache=cache_of("fixed shapes", ours.model), tokens=[3, 4])
-    spec = CacheSpec(kind="quantised")
-    with pytest.raises(ConfigError, match=r"cache\.kind='quantised' is not allowed"):
-        build_cache(ours.model, spec, batch=1, tokens=1, dtype=torch.float32, device="cpu")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import transformers as hf
 from hypothesis import strategies as st
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from profiles.meters import LiveTensorMeter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EAGER_ONLY = ("bloom", "gemma2")
+KEPT_OPS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing keeps on a CPU."""
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 DROPOUTS = (
     "attention_dropout", "attn_pdrop", "dropout", "embd_pdrop", "hidden_dropout", "layerdrop",
@@ -212,6 +221,23 @@ def inference_peaks(
             seen.append(meter.peak_bytes)
             del out
     return seen
+
+
+CHECKPOINTING = st.sampled_from(
+    (("none", 1), ("none", 1), ("full", 1), ("full", 1), ("full", 2), ("full", 3), ("selective", 1))
+)
+"""Training's `checkpointing` and `checkpoint_every`."""
+
+
+def checkpoint(live: torch.nn.Module, how: tuple[str, int]) -> None:
+    """Turn it on in the class; selective by torch's contexts, which transformers passes on."""
+    (which, every), kwargs = how, None
+    if which == "none":
+        return
+    if which == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, KEPT_OPS)
+        kwargs = {"use_reentrant": False, "context_fn": contexts}
+    live.activation_checkpointing_enable(kwargs, every_n_layers=every)
 
 
 def training_meter(

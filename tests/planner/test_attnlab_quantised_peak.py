@@ -1,10 +1,13 @@
 """Closed-form peaks over quantised caches against storages watched while real passes run."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import planner
 from attnlab.caches import build_cache
 from attnlab.implementations import choose
 from attnlab.transformer import Transformer
@@ -131,3 +134,45 @@ def test_kivis_peak_of_random_models_is_exact(
     attention = "naive" if naive else choose(None, model.layers)
     spec = CacheSpec(kind="quantised", q_group_size=2, residual_tokens=residual)
     assert_exact(model, attention, dtype, spec, kv_dtype, batch=batch, passes=passes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_dtype"),
+    [
+        *((spec_of(k, d), d) for k in KINDS for d in KV_DTYPES),
+        (CacheSpec(kind="quantised"), "int4"),
+    ],
+    ids=lambda x: getattr(x, "kind", x),
+)
+def test_an_estimate_over_each_quantised_cache_adds_up(spec, kv_dtype):
+    model = planner.load_model("mistral-7b-v0.1")
+    deploy = planner.Deployment(gpu="h200", runtime="attnlab", cache=spec, kv_dtype=kv_dtype)
+    work = planner.Inference(batch=2, prompt_tokens=6000, output_tokens=100, logits="last")
+    estimate = planner.estimate(model, work, deploy)
+    assert estimate.table()["bytes"].sum() == estimate.memory.total_bytes
+    assert estimate.memory.kv_cache_bytes == planner.kv_cache_bytes(
+        model, batch=2, context_tokens=6099, dtype=kv_dtype, runtime="attnlab", cache=spec
+    )
+    names = {"min": min, "max": max, "ceil": math.ceil}
+    for row in estimate.rows:
+        text = row.substituted.replace("·", "*").replace("−", "-")
+        assert row.count * eval(text, names) == row.size_bytes, row
+    grid = planner.sweep(
+        ["mistral-7b-v0.1"], ["h200"], [2], [6000], runtime=("attnlab",), kv_dtype=("int8", "int4")
+    )
+    assert (grid["kv_cache_bytes"] > 0).all()
+
+
+def test_decoding_over_codes_needs_a_layers_keys_and_values_in_full_besides():
+    """A reference: a kernel that reads codes would not."""
+    model = planner.load_model("llama-3.1-8b")
+    work = planner.Inference(batch=8, prompt_tokens=8192, output_tokens=64, logits="last")
+    plain, quantised = (
+        planner.estimate(
+            model, work, planner.Deployment(gpu="h200", runtime="attnlab", kv_dtype=dtype)
+        )
+        for dtype in ("bf16", "int8")
+    )
+    codes, full = quantised.memory.kv_cache_bytes, plain.memory.kv_cache_bytes
+    assert codes / full == pytest.approx((128 + 4) / 256)
+    assert quantised.memory.total_bytes < plain.memory.total_bytes

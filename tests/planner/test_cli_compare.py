@@ -35,6 +35,17 @@ def file(tmp_path):
     return path
 
 
+def test_what_others_measured_is_shown_apart(run, file, tmp_path):
+    table = tmp_path / "published.csv"
+    code, out, _ = run("--published", "--json", "--csv", table)
+    answer = json.loads(out)
+    assert code == 0
+    assert {row["source"] for row in answer["rows"]} == {row["source"] for row in answer["summary"]}
+    assert len(table.read_text().splitlines()) == 1 + len(answer["rows"])
+    assert run("--published")[0] == 0
+    assert run("--published", file)[0] == 2
+
+
 def test_repeatability_stands_before_any_error(run, file):
     code, out, err = run(file)
     assert (code, err) == (0, "")

@@ -98,7 +98,7 @@ def test_the_seed_figure_holds_to_the_byte():
         ({"dtype": "int4", "cache": CacheSpec(kind="static")}, "'static': 'quantised' does"),
         ({"dtype": "bf16", "cache": CacheSpec(kind="quantised")}, "one of fp8, int8, int4"),
         ({"dtype": "fp16", "compute_dtype": "bf16"}, "it keeps what is computed, bf16"),
-        ({"dtype": "int8", "runtime": "attnlab"}, "'int8' is not kept by runtime=attnlab"),
+        ({"dtype": "int3", "runtime": "attnlab"}, "'int3' is not kept by runtime=attnlab"),
         ({"dtype": "int4", "runtime": "vllm"}, "'int4' is not kept by runtime=vllm"),
         ({"decoded_tokens": 9}, "decoded_tokens=9 is not allowed: a whole number from 0 to 8"),
     ],

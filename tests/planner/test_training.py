@@ -80,7 +80,9 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab, transformers"),
         ({"method": "lora"}, "method='lora' is not planned for runtime=attnlab yet: full"),
-        ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full"),
+        ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
+        ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
+        ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0 is not allowed"),
         ({"precision": "autocast"}, "precision='autocast' is not planned"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd"),
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),

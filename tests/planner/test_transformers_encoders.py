@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import planner
 from planner import ConfigError
 from profiles.meters import module_bytes
-from tests.planner.small_decoders import DTYPES, described
+from tests.planner.small_decoders import CHECKPOINTING, DTYPES, checkpoint, described
 from tests.planner.small_encoders import (
     berts,
     built,
@@ -33,10 +33,9 @@ def held(live, config, work, dtype, attention):
     return memory.peak_live_bytes - memory.weights_bytes - memory.optimizer_bytes
 
 
-def trained(config, dtype, attention, checkpointed):
+def trained(config, dtype, attention, how):
     live = built(described(config), dtype, attention).train()
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    checkpoint(live, how)
     return live
 
 
@@ -61,16 +60,17 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
     attention=ATTENTIONS,
     batch=st.integers(1, 3),
     tokens=SIZES,
-    checkpointed=st.booleans(),
+    how=CHECKPOINTING,
 )
-def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, checkpointed):
-    live = trained(config, dtype, attention, checkpointed)
+def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how):
+    live = trained(config, dtype, attention, how)
     meter = step_meter(live, batch, tokens, tokens)
     work = planner.Training(
         batch=batch,
         sequence_tokens=tokens,
         optimizer=None,
-        checkpointing="full" if checkpointed else "none",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
@@ -102,17 +102,18 @@ def test_a_generation_of_t5_is_exact(config, dtype, attention, batch, encoded, t
     batch=st.integers(1, 3),
     encoded=SIZES,
     tokens=SIZES,
-    checkpointed=st.booleans(),
+    how=CHECKPOINTING,
 )
-def test_a_step_of_t5_is_exact(config, dtype, attention, batch, encoded, tokens, checkpointed):
-    live = trained(config, dtype, attention, checkpointed)
+def test_a_step_of_t5_is_exact(config, dtype, attention, batch, encoded, tokens, how):
+    live = trained(config, dtype, attention, how)
     meter = step_meter(live, batch, encoded, tokens)
     work = planner.Training(
         batch=batch,
         sequence_tokens=tokens,
         encoder_tokens=encoded,
         optimizer=None,
-        checkpointing="full" if checkpointed else "none",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
@@ -147,7 +148,7 @@ BERT = {
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("config", [T5 | {"vocab_size": 50, "d_model": 16, "d_ff": 24}, BERT])
 def test_a_step_with_adamw_adds_up(config, impl):
-    live = trained(config, "bf16", "sdpa", False)
+    live = trained(config, "bf16", "sdpa", ("none", 1))
     ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
     adamw = torch.optim.AdamW(live.parameters(), **ways)
     step_meter(live, 2, 30, 30, adamw)  # makes the states

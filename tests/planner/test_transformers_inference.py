@@ -54,6 +54,38 @@ def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager,
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    config=decoders(),
+    dtype=st.sampled_from(tuple(DTYPES)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 30),
+    logits=st.sampled_from(("all", "last")),
+)
+def test_logits_that_are_cast_as_old_versions_do_are_exact(config, dtype, batch, tokens, logits):
+    """modeling_llama.py before 4.46: logits = self.lm_head(hidden_states).float()."""
+    assume("logit_scale" not in config)
+    assume(not described(config).to_dict().get("final_logit_softcapping"))
+    attention = "eager" if config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), dtype, attention).eval()
+    live.get_output_embeddings().register_forward_hook(lambda module, given, out: out.float())
+    seen = inference_peaks(live, batch, tokens, steps=2, last=logits == "last")
+    model = planner.read_config(live.config.to_dict())
+    assume(model.logit_scale is None)
+    what = {"attention": attention, "dtype": dtype, "logits": logits, "float32_logits": True}
+    assert [predicted(model, batch, tokens, step, **what) for step in range(3)] == seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"), [("llama", "vllm"), ("llama", "attnlab"), ("t5", "transformers")]
+)
+def test_logits_that_nothing_casts_are_refused(kind, runtime):
+    work = planner.Inference(batch=2, prompt_tokens=8, float32_logits=True)
+    deploy = planner.Deployment(gpu="h200", runtime=runtime)
+    with pytest.raises(planner.ConfigError, match="float32_logits=True is not"):
+        planner.estimate(planner.read_config({"model_type": kind}), work, deploy)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     config=decoders(tuple(kind for kind in KINDS if kind in STATIC)),

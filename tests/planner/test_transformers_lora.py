@@ -20,11 +20,13 @@ from profiles.module_trace import fake_ids, trace_module
 from profiles.trace import _built
 from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import (
+    CHECKPOINTING,
     DTYPES,
     EAGER_ONLY,
     KINDS,
     MIXTURES,
     built,
+    checkpoint,
     decoders,
     described,
     words,
@@ -85,16 +87,15 @@ def own_names(model, layer, modules):
     batch=st.integers(1, 3),
     tokens=st.integers(1, 45),
     eager=st.booleans(),
-    checkpointed=st.booleans(),
+    how=CHECKPOINTING,
 )
-def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, checkpointed):
+def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, how):
     config, lora = adapted
     if dtype == "fp32" and lora.dtype is not None:
         lora = planner.LoRA(rank=lora.rank, targets=lora.targets)  # adapters are the model's there
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention)
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    checkpoint(live, how)
     live = with_adapters(live, lora)
     meter = step_meter(live, batch, tokens)
     work = planner.Training(
@@ -103,13 +104,31 @@ def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, check
         optimizer=None,
         method="lora",
         lora=lora,
-        checkpointing="full" if checkpointed else "none",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention)
     model = planner.read_config(live.config.to_dict())
     memory = planner.estimate(model, work, deploy).memory
     assert memory.weights_bytes == module_bytes(live)
     assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(adapted=adapted_decoders(), checkpointed=st.booleans())
+def test_what_layers_share_is_freed_once(adapted, checkpointed):
+    """Also where the first layer is reached by no gradient from before."""
+    config, lora = adapted
+    work = planner.Training(
+        batch=2,
+        sequence_tokens=30,
+        method="lora",
+        lora=lora,
+        checkpointing="full" if checkpointed else "none",
+    )
+    model = planner.read_config(described(config).to_dict())
+    deploy = planner.Deployment(gpu="h200", dtype="bf16")
+    assert planner.estimate(model, work, deploy).memory.peak_reserved_bytes
 
 
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])

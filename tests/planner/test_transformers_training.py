@@ -16,9 +16,11 @@ from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter, module_bytes
 from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import (
+    CHECKPOINTING,
     DTYPES,
     EAGER_ONLY,
     built,
+    checkpoint,
     decoders,
     described,
     takes_padding,
@@ -33,6 +35,11 @@ def predicted(model, batch, tokens, **what):
     return peak(pass_program(model, step, Regime.of(model, dims)), dims)
 
 
+def written(how):
+    which, every = how
+    return {"checkpointed": 0 if which == "none" else every, "selective": which == "selective"}
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     config=decoders(),
@@ -40,18 +47,17 @@ def predicted(model, batch, tokens, **what):
     batch=st.integers(1, 3),
     tokens=st.integers(1, 45),
     eager=st.booleans(),
-    checkpointed=st.booleans(),
+    how=CHECKPOINTING,
     padded=st.booleans(),
 )
-def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkpointed, padded):
+def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, how, padded):
     padded = padded and takes_padding(config)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    checkpoint(live, how)
     meter = training_meter(live, batch, tokens, padded=padded)
     model = planner.read_config(live.config.to_dict())
-    what = {"attention": attention, "dtype": dtype, "checkpointed": checkpointed, "padded": padded}
+    what = {"attention": attention, "dtype": dtype, "padded": padded, **written(how)}
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
 
 
@@ -62,16 +68,13 @@ def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, checkp
     batch=st.integers(1, 3),
     tokens=st.integers(1, 30),
     eager=st.booleans(),
-    checkpointed=st.booleans(),
+    how=CHECKPOINTING,
     impl=st.sampled_from((None, "foreach", "fused")),
 )
-def test_gradients_of_several_batches_add_up(
-    config, dtype, batch, tokens, eager, checkpointed, impl
-):
+def test_gradients_of_several_batches_add_up(config, dtype, batch, tokens, eager, how, impl):
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention).train()
-    if checkpointed:
-        live.activation_checkpointing_enable()
+    checkpoint(live, how)
     adamw = None
     if impl is not None:
         ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
@@ -93,7 +96,8 @@ def test_gradients_of_several_batches_add_up(
         accumulation_steps=3,
         optimizer=None if impl is None else "adamw",
         optimizer_impl=impl or "foreach",
-        checkpointing="full" if checkpointed else "none",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
     )
     deploy = planner.Deployment(gpu="cpu", dtype=dtype, attention=attention)
     memory = planner.estimate(planner.read_config(live.config.to_dict()), work, deploy).memory

@@ -93,6 +93,12 @@ def test_every_timed_step_is_kept(measured):
     assert all(s > 0 for record in measured.values() for s in record.step_s)
 
 
+def test_the_hosts_speed_is_told_before_and_after_the_timed_passes(measured):
+    for record in measured.values():
+        assert len(record.host_add_s) == 6
+        assert all(0 < s < 1e-2 for s in record.host_add_s)
+
+
 def test_a_record_says_what_ran(measured):
     prefill, decode, generation = (measured[phase] for phase in GENERATIVE)
     assert (prefill.output_tokens, prefill.context_tokens) == (1, None)

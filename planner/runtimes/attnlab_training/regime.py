@@ -75,7 +75,7 @@ class AttnlabWriter(PassWriter[Shared]):
             model,
             element_bytes(step.dtype),
             numbers,
-            checkpointed=step.checkpointing == "full",
+            checkpointed=int(step.checkpointing == "full"),
         )
         self.step, self.regime = step, regime
         self.aten.multiprocessors = step.multiprocessors

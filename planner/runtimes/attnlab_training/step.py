@@ -19,20 +19,23 @@ from planner.program import B, Dims, Program, T
 from planner.runtimes.attnlab_training.attention import AttentionWriter
 from planner.runtimes.attnlab_training.mixture import MixtureWriter, check_trained
 from planner.runtimes.attnlab_training.regime import Regime, Shared, Step, gqa_of, window_of
-from planner.runtimes.base import Phase, Setting
+from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.writer import FLOAT32, INT64
 from planner.workload import Training
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     """One step's program and sizes; ConfigError for what is not planned."""
-    for field, planned in (("method", "full"), ("precision", "pure")):
-        if getattr(work, field) != planned:
-            raise ConfigError(
-                f"{field}={getattr(work, field)!r} is not planned for runtime=attnlab yet: "
-                f"{planned}"
-            )
     check_trained(model, setting.dtype)
+    check_step(
+        "attnlab",
+        work,
+        method=("full",),
+        precision=("pure",),
+        checkpointing=("none", "full"),
+        checkpoint_every=(1,),
+        loss_chunk_tokens=(None,),
+    )
     tokens = work.sequence_tokens
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
     regime = Regime.of(model, dims)
@@ -46,7 +49,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         multiprocessors=setting.multiprocessors,
         optimizer=work.optimizer,
         optimizer_impl=work.optimizer_impl,
-        checkpointing=work.checkpointing,
+        checkpointing=work.checkpointing,  # type: ignore[arg-type]
     )
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     program = step_program(model, step, regime)

@@ -43,7 +43,7 @@ class BloomWriter(LoopWriter):
         shaped = f.view(scores, ((B,), (H,), (T,), keys))
         if given.mask is not None:
             shaped = f.add(shaped, given.mask, "masked scores")
-        weights = f.cast(self.float32_softmax(shaped), self.b, "attention weights")
+        weights = f.cast(self.float32_softmax(shaped), q.itemsize, "attention weights")
         flat = f.view(weights, ((B, H), (T,), keys))
         context = f.matmul(flat, v, "attention", kernel="bmm")
         context = self._merged(context, H)

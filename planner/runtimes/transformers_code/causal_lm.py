@@ -146,6 +146,8 @@ class CausalLM(BlockWriter, MaskWriter):
             logits = f.scale(logits, "logits")
         if self.trains:
             return self._loss(logits)
+        if self.what.float32_logits:
+            logits = f.cast(logits, FLOAT32, "float32 logits")
         self.kept.append(logits)
         return logits
 

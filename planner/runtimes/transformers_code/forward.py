@@ -74,6 +74,10 @@ def pass_program(model: Model, what: Pass, regime: Regime) -> Program:
         )
     if what.padded:
         _check_padded(model, what)
+    if what.float32_logits and model.text_type in WRITERS:
+        raise ConfigError(
+            f"float32_logits=True is not what a {model.text_type} did in any version: False"
+        )
     writer = WRITERS.get(model.text_type, CausalLM)(model, what, regime)
     writer.before()
     if what.kind == "training":

@@ -52,21 +52,26 @@ class KernelWriter(PositionWriter):
     ) -> Tensor:
         """F.scaled_dot_product_attention."""
         f, window = self.f, None
-        kernel = fused_kernel(self.what.device, self.what.capability, self.b)
+        mask = None if mask is None else f.lowered(mask)
+        v = f.lowered(v)
+        k = f.lowered(k)
+        q = f.lowered(q)
+        kernel = fused_kernel(self.what.device, self.what.capability, q.itemsize)
         if isinstance(attention, GQA) and mask is not None:
             window = attention.sliding_window
         added = None
         if mask is not None and mask.itemsize == BOOL:
-            reads = (mask, *(self.aten.number("mask", self.b) for _ in ("0", "-inf")))
+            reads = (mask, *(self.aten.number("mask", q.itemsize) for _ in ("0", "-inf")))
             everyone: Dims = ((B,), *mask.dims[1:])  # the bool mask is one for all sequences
-            added = self.aten.new("where.self", "mask", everyone, self.b, reads=reads)
+            added = self.aten.new("where.self", "mask", everyone, q.itemsize, reads=reads)
             del reads
         elif mask is not None:
             added = mask
         unequal = k.sizes[-1] != v.sizes[-1] or (k.sizes[1] != q.sizes[1] and mask is not None)
         grouped = k.sizes[1] != q.sizes[1]
         if (kernel == "cpu" and unequal) or (kernel == "efficient" and grouped):
-            return self._math(q, k, v, added)
+            with f.outside_autocast():
+                return self._math(q, k, v, added)
         return f.fused_attention(
             q,
             k,
@@ -105,8 +110,9 @@ class KernelWriter(PositionWriter):
             scores = f.add(scores, given.mask, "masked scores")
         if self.code.softmax == "narrow":
             scores = f.softmax(scores, "attention weights")
+            scores = f.cast(scores, v.itemsize, "attention weights")
         else:
-            scores = f.cast(self.float32_softmax(scores), self.b, "attention weights")
+            scores = f.cast(self.float32_softmax(scores), q.itemsize, "attention weights")
         out = self.pairs(scores, v, "attention")
         out = f.transpose(out, 1, 2)
         if self.code.block == "gpt2":
@@ -120,6 +126,8 @@ class KernelWriter(PositionWriter):
     def pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """torch.matmul of [B, H, …] tensors: one product for each of B · H."""
         f, pairs = self.f, (*a.dims[0], *a.dims[1])
+        b = f.lowered(b)
+        a = f.lowered(a)
         if a.sizes[1] != b.sizes[1]:
             b = f.expand(b, (*a.dims[:2], *b.dims[2:]))
         flat_a = f.view(a, (pairs, *a.dims[2:]))
@@ -132,7 +140,7 @@ class KernelWriter(PositionWriter):
 
         The mask is added out of place, as it is wherever ops are watched.
         """
-        f, aten, b = self.f, self.aten, self.b
+        f, aten, b = self.f, self.aten, q.itemsize
         causal = mask is None and q.sizes[2] > 1
         wide, k, v = (f.cast(x, FLOAT32, f"float32 {x.name}") for x in (q, k, v))
         q = f.scale(wide, "scaled queries")

@@ -14,9 +14,10 @@ class LoopWriter(AttentionWriter):
 
     def loop(self, weights: Tensor | None) -> None:
         """A layer returned these: those of the layer before go."""
-        saved_anyway = self.trains and not self.checkpointed
-        runs_again = self.known is not None
-        if saved_anyway or runs_again:
+        if self.known is not None:  # it runs again
+            return
+        if self.trains and not self.keeps_inputs:  # its graph holds them
+            self.looped = None
             return
         if weights is not None:
             (heads,) = weights.dims[1] if len(weights.dims) == 4 else (weights.sizes[0],)

@@ -58,7 +58,7 @@ class MixtureWriter(PartWriter):
         if moe.norm_topk_prob:
             weights = f.divide_(weights, f.sum(weights, "routing"))
         if self.model.text_type != "mixtral":
-            weights = f.cast(weights, self.b, "routing")
+            weights = f.cast(weights, logits.itemsize, "routing")
         return logits, weights, picks
 
     def _route_by_groups(self, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ class PartWriter(CodeWriter):
 
         A class that is written in Python holds what its forward names until it returns.
         """
-        f, b, shape = self.f, self.b, shape or (x.sizes[-1],)
+        f, b, shape = self.f, x.itemsize, shape or (x.sizes[-1],)
         weights = [self.weight(f"{module}.weight", *shape)] if norm.weight else []
         if norm.kind == "layernorm":
             if self.code.norm == "python":
@@ -30,7 +30,8 @@ class PartWriter(CodeWriter):
                     f.cast(x, FLOAT32, f"{name}, float32"), weights, name, statistics_bytes=FLOAT32
                 )
                 return f.cast(wide, b, name)
-            kept = FLOAT32 if self.what.device == "cuda" else b  # CPUs keep the input's dtype
+            on_gpu = self.what.device == "cuda"
+            kept = FLOAT32 if on_gpu else max(b, self.b)  # CPUs: the input's dtype or the weights'
             return f.layer_norm(x, weights, name, statistics_bytes=kept)
         if self.code.norm == "mixed":
             return self._mixed_norm(x, weights[0], name)
@@ -90,7 +91,7 @@ class PartWriter(CodeWriter):
             f"{name}, normalised",
         )
         wide = f.mul(f.cast(weight, FLOAT32, f"{name}, weight"), wide, f"{name}, scaled")
-        return f.cast(wide, self.b, name)
+        return f.cast(wide, x.itemsize, name)
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """The forward of a linear layer, with its adapters where it has some.
@@ -102,6 +103,7 @@ class PartWriter(CodeWriter):
         assert self.lora is not None
         f, rank = self.f, self.lora.rank
         result = self._linear(x, module, out, bias=bias, name=name)
+        kept = result.itemsize
         into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
         back = self.adapter(f"{module}.lora_B", out, rank)
         x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
@@ -111,7 +113,7 @@ class PartWriter(CodeWriter):
             f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
             f"{module} with adapters",
         )
-        return f.cast(result, self.b, name or module)
+        return f.cast(result, kept, name or module)
 
     def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """nn.Linear.forward, Conv1D.forward or FalconLinear.forward."""
@@ -125,9 +127,17 @@ class PartWriter(CodeWriter):
         weight = self.weight(f"{module}.weight", out, into)
         biases_or_none = self.weight(f"{module}.bias", out) if bias else None
         if self.code.block == "falcon":
-            product = f.linear(x, weight, None, name or module)
+            product = self._by_hand(x, weight, name or module)
             return product if biases_or_none is None else f.add(product, biases_or_none, module)
         return f.linear(x, weight, biases_or_none, name or module)
+
+    def _by_hand(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
+        """x @ weight.T: autocast does not cache the cast of a view."""
+        f = self.f
+        turned = f.lowered(f.transpose(weight, 0, 1))
+        rows: Dims = (tuple(e for dim in x.dims[:-1] for e in dim), x.dims[-1])
+        product = f.matmul(f.view(f.lowered(x), rows), turned, name)
+        return f.view(product, (*x.dims[:-1], turned.dims[1]), name)
 
     def feed_forward(self, dense: Dense, x: Tensor) -> Tensor:
         """LlamaMLP, Phi3MLP, GPT2MLP and their like: .forward."""

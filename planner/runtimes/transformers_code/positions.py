@@ -52,13 +52,15 @@ class PositionWriter(PartWriter):
         cos, sin = rotation
         if self.code.pairs and self.code.block != "cohere":
             cos, sin = (self._twice(table) for table in (cos, sin))
-        R = cos.sizes[-1]
+        R, kept = cos.sizes[-1], q.itemsize
         if self.code.rotary == "whole" and q.sizes[-1] == R:
             if self.code.float32_rotary and self.code.block == "cohere":
                 q, k = self.f.cast(q, FLOAT32), self.f.cast(k, FLOAT32)
             turned_q = self._turned(q, cos, sin, "query")
             turned_k = self._turned(k, cos, sin, "key")
-            return self.f.cast(turned_q, self.b), self.f.cast(turned_k, self.b)
+            if not (self.code.float32_rotary or self.code.float32_tables):
+                return turned_q, turned_k
+            return self.f.cast(turned_q, kept), self.f.cast(turned_k, kept)
         if self.code.rotary == "joined":
             joined_q = self._joined(q, self._turned(self.f.narrow(q, R), cos, sin, "query"))
             joined_k = self._joined(k, self._turned(self.f.narrow(k, R), cos, sin, "key"))

@@ -30,10 +30,12 @@ class Pass:
     """A prefill into an empty cache, one decode step over a filled one, or a training step.
 
     `held_whole`: sliding layers still hold the storage of the whole prefill (the first step).
-    `padded`: an attention mask hides padding. `static`: a StaticCache. `quantised`: a
-    QuantizedCache; with neither a DynamicCache. Of it `residual_tokens` are unquantised before the
-    pass. Training has no cache; `checkpointed`: every layer runs again on the way back; `lora`:
-    adapters are trained, nothing else; `accumulates`: earlier steps left gradients.
+    `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
+    `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
+    `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
+    such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
+    are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
+    a region around the forward, weights in fp32.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -47,13 +49,21 @@ class Pass:
     held_whole: bool = False
     static: bool = False
     padded: bool = False
+    float32_logits: bool = False
     quantised: QuantisedCache | None = None
     residual_tokens: int = 0
     optimizer: str | None = None
     optimizer_impl: str = "foreach"
-    checkpointed: bool = False
+    checkpointed: int = 0
+    selective: bool = False
+    autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
+
+    @property
+    def held_dtype(self) -> str:
+        """What weights are kept in: fp32 where a region of autocast casts all that is trained."""
+        return "fp32" if self.autocast and self.lora is None else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +159,11 @@ class Shared:
     encoded: Tensor | None = None
 
 
+def widens(device: str) -> bool:
+    """Whether autocast there has the long float32 list: softmax, powers, sums, LayerNorm."""
+    return device != "cpu"
+
+
 class CodeWriter(PassWriter[Shared]):
     """A pass of transformers in one regime of sizes."""
 
@@ -163,14 +178,17 @@ class CodeWriter(PassWriter[Shared]):
         trains = what.kind == "training"
         super().__init__(
             model,
-            element_bytes(what.dtype),
+            element_bytes(what.held_dtype),
             numbers,
             trains=trains,
             checkpointed=what.checkpointed,
+            selective=what.selective,
+            autocast=element_bytes(what.autocast) if what.autocast else None,
             lora=what.lora,
             accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
+        self.f.widens = widens(what.device)
         self.aten.watched = what.device == "cpu"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)

@@ -59,13 +59,17 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         checkpointed, the second lets go of the biases, which the first one makes again.
         """
         ends, last = {1}, len(layers) - 1
+        every, before = self.checkpointed, len(self.model.towers[0].layers)
+        counted = 0 if stack == "encoder" else before  # modeling_utils.py counts through both
         if self.trains:
-            ends |= {2, last} if self.checkpointed else {last}
+            ends |= {2, last} if every else {last}
+            ends |= set(range(1, len(layers))) if every > 1 else set()
         start = 0
         for end in (*sorted(end for end in ends if end <= last), len(layers)):
             for layer, run in groupby(layers[start:end]):
                 count = len(list(run))
-                yield Part(f"{stack} {start}", count, start, layer, stack)
+                again = every > 0 and (counted + start) % every == 0
+                yield Part(f"{stack} {start}", count, start, layer, stack, again=again)
                 start += count
 
     def outside(self, part: Part) -> Iterable[Parameter]:

@@ -1,0 +1,202 @@
+"""Steps inside torch.autocast: peaks to the byte, over random small decoders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import planner
+from planner.runtimes.transformers_code import regime
+from planner.runtimes.transformers_code.forward import pass_program
+from profiles.meters import LiveTensorMeter, module_bytes
+from tests.attnlab.families import FAMILIES
+from tests.planner.small_decoders import (
+    CHECKPOINTING,
+    EAGER_ONLY,
+    built,
+    checkpoint,
+    decoders,
+    described,
+    padding,
+    takes_padding,
+    words,
+)
+from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
+from tests.planner.test_transformers_training import predicted, written
+
+
+def step_meter(live, batch, tokens, optimizer=None, *, padded=False):
+    ids = words(live.config, batch, tokens)
+    mask = padding(batch, tokens) if padded else None
+    with LiveTensorMeter() as meter:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = live(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return meter
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    config=decoders(),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 30),
+    eager=st.booleans(),
+    how=CHECKPOINTING,
+    padded=st.booleans(),
+)
+def test_the_peak_of_a_step_is_exact(config, batch, tokens, eager, how, padded):
+    padded = padded and takes_padding(config)
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), "fp32", attention).train()
+    checkpoint(live, how)
+    meter = step_meter(live, batch, tokens, padded=padded)
+    model = planner.read_config(live.config.to_dict())
+    what = {"attention": attention, "dtype": "bf16", "autocast": "bf16", "padded": padded}
+    assert predicted(model, batch, tokens, **what, **written(how)).live_bytes == meter.peak_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    adapted=adapted_decoders(),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 20),
+    eager=st.booleans(),
+    how=CHECKPOINTING,
+)
+def test_the_peak_of_a_step_with_adapters_is_exact(adapted, batch, tokens, eager, how):
+    """Frozen weights in bf16, adapters in fp32: what Trainer(bf16=True) makes of peft's models."""
+    config, lora = adapted
+    lora = planner.LoRA(rank=lora.rank, targets=lora.targets)
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), "bf16", attention)
+    checkpoint(live, how)
+    live = with_adapters(live, lora)
+    meter = step_meter(live, batch, tokens)
+    work = planner.Training(
+        batch=batch,
+        sequence_tokens=tokens,
+        optimizer=None,
+        method="lora",
+        lora=lora,
+        precision="autocast",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
+    )
+    model = planner.read_config(live.config.to_dict())
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", attention=attention)
+    memory = planner.estimate(model, work, deploy).memory
+    assert memory.weights_bytes == module_bytes(live)
+    assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "mistral", "qwen2", "gpt_neox"])
+def test_a_step_with_adamw_adds_up(name):
+    config = described(FAMILIES[name]().to_dict())
+    attention = "eager" if name in EAGER_ONLY else "sdpa"
+    live = built(config, "fp32", attention).train()
+    adamw = torch.optim.AdamW(live.parameters(), foreach=True)
+    step_meter(live, 2, 30, adamw)  # makes the states
+    meter = step_meter(live, 2, 30, adamw)
+    states = sum(value.nbytes for state in adamw.state.values() for value in state.values())
+    work = planner.Training(batch=2, sequence_tokens=30, precision="autocast")
+    deploy = planner.Deployment(gpu="cpu", attention=attention)
+    memory = planner.estimate(planner.read_config(config.to_dict()), work, deploy).memory
+    assert memory.optimizer_bytes == states
+    assert memory.weights_bytes == module_bytes(live)
+    assert memory.peak_live_bytes == module_bytes(live) + states + meter.peak_bytes
+
+
+# -- a GPU's list: its ops take and make float32 ---------------------------------------------------
+
+WIDE = {
+    "pow": lambda x: torch.pow(x, 3.0),
+    "softmax": lambda x: functional.softmax(x, -1),
+    "rsqrt": torch.rsqrt,
+    "sum": lambda x: x.sum(-1),
+    "layer_norm": lambda x: functional.layer_norm(x, (4,)),
+}
+AS_THEY_ARE = {
+    "mean": lambda x: x.mean(-1),
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "add": lambda x: x + x,
+}
+
+
+def test_torch_widens_on_a_gpu_what_is_widened_here():
+    with FakeTensorMode():
+        x = torch.empty(4, 4, device="cuda", dtype=torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            widened = {name for name, op in (WIDE | AS_THEY_ARE).items() if op(x).itemsize == 4}
+            product = functional.linear(x.float(), x.float())
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    assert widened == WIDE.keys()
+    assert product.dtype == torch.bfloat16
+
+
+class GpuList(TorchFunctionMode):
+    """The ops of a GPU's float32 list, cast on the CPU."""
+
+    FUNCTIONS = (torch.pow, torch.Tensor.pow, torch.rsqrt, torch.Tensor.sum, functional.layer_norm)
+    inside = True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        softmax = func is functional.softmax and kwargs.get("dtype") is None
+        listed = softmax or func in self.FUNCTIONS
+        if listed and self.inside and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **kwargs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=decoders(),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 20),
+    eager=st.booleans(),
+)
+def test_the_long_list_is_exact_too(config, batch, tokens, eager):
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), "fp32", attention).train()
+    ids = words(live.config, batch, tokens)
+    with LiveTensorMeter() as meter:
+        with torch.autocast("cpu", dtype=torch.bfloat16), GpuList():
+            loss = live(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    model = planner.read_config(live.config.to_dict())
+    what = {"attention": attention, "dtype": "bf16", "autocast": "bf16"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(regime, "widens", lambda device: True)
+        pass_program.cache_clear()
+        found = predicted(model, batch, tokens, **what).live_bytes
+    pass_program.cache_clear()
+    assert found == meter.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "said"),
+    [
+        ("llama-3.1-8b", "fp16", "in dtype='fp16' is not planned: bf16"),
+        ("llama-3.1-8b", "fp32", "in dtype='fp32' is not planned: bf16"),
+        ({"model_type": "t5"}, None, "of model_type=t5 is not planned yet: pure"),
+    ],
+)
+def test_regions_that_are_not_planned_are_refused(model, dtype, said):
+    work = planner.Training(batch=1, sequence_tokens=8, precision="autocast")
+    deploy = planner.Deployment(gpu="h200", dtype=dtype)
+    with pytest.raises(planner.ConfigError, match=said):
+        planner.estimate(planner.load_model(model), work, deploy)
