@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli_options import AsJson, CsvFile
-from planner.cli_output import console, show, warn
+from planner.cli_output import print_columns, show, warn
 from planner.cli_published import show_published
 from planner.errors import ConfigError
 from planner.format import gib, percent, seconds
@@ -105,7 +105,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Every row for people."""
     traced = ["traced"] * any(row.traced is not None for row in rows)
     columns = ["device", "model", "phase", "quantity"]
-    _print(
+    print_columns(
         "Predicted beside measured",
         columns,
         ["predicted", *traced, "measured", "error"],
@@ -129,7 +129,7 @@ def _print_repeatability(spreads: Sequence[Repeatability]) -> None:
     devices = dict.fromkeys(spread.device for spread in spreads)
     again = {spread.device for spread in spreads if spread.between == "runs"}
     if spreads:
-        _print(
+        print_columns(
             "Repeatability: (largest − smallest) / median of one point measured again",
             ["device", "between", "quantity"],
             ["points", "mean spread", "worst"],
@@ -146,7 +146,7 @@ def _print_repeatability(spreads: Sequence[Repeatability]) -> None:
 
 def _print_summaries(groups: Sequence[Summary]) -> None:
     by = next((group.by for group in groups if group.by), None)
-    _print(
+    print_columns(
         "Errors: predicted / measured − 1",
         [*([by] if by else []), "quantity", "split"],
         ["n", "mean", "mean |error|", "p90", "worst", "not predicted"],
@@ -166,7 +166,7 @@ def _print_summaries(groups: Sequence[Summary]) -> None:
 
 
 def _print_baselines(others: Sequence[BaselineSummary]) -> None:
-    _print(
+    print_columns(
         "Baselines: |error| of each method, and ours on the same rows",
         ["device", "quantity", "split", "method"],
         ["n", "mean", "p90", "worst", "our mean", "our p90", "our worst"],
@@ -196,7 +196,7 @@ def _print_baselines(others: Sequence[BaselineSummary]) -> None:
 
 def _print_peers(rows: Sequence[PeerRow]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.peers_s))
-    _print(
+    print_columns(
         "Llama-3.1-8B in bf16 on an H200: serving engines as other tools see them, vLLM as we do",
         ["quantity", "batch × prompt"],
         ["ours", *names, "measured"],
@@ -211,21 +211,6 @@ def _print_peers(rows: Sequence[PeerRow]) -> None:
             for row in rows
         ],
     )
-
-
-def _print(
-    title: str, left: Sequence[str], right: Sequence[str], lines: Sequence[Sequence[str]]
-) -> None:
-    from rich.table import Table
-
-    view = Table(title=title, title_justify="left")
-    for column in left:
-        view.add_column(column)
-    for column in right:
-        view.add_column(column, justify="right")
-    for line in lines:
-        view.add_row(*line)
-    console().print(view)
 
 
 def _value(row: Row, value: float) -> str:

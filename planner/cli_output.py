@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -41,6 +42,22 @@ def show_table(table: pd.DataFrame, *, title: str) -> None:
         view.add_column(str(column), overflow="fold")
     for row in table.itertuples(index=False):
         view.add_row(*("" if str(cell) == "<NA>" else str(cell) for cell in row))
+    console().print(view)
+
+
+def print_columns(
+    title: str, left: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
+) -> None:
+    """A table of words: `left` and then `right` head its columns, aligned as they are called."""
+    from rich.table import Table
+
+    view = Table(title=title, title_justify="left")
+    for column in left:
+        view.add_column(column)
+    for column in right:
+        view.add_column(column, justify="right")
+    for line in lines:
+        view.add_row(*line)
     console().print(view)
 
 

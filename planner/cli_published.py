@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli_output import console, show
+from planner.cli_output import print_columns, show
 from planner.format import gib
 from planner.report import write_csv
 
@@ -28,7 +28,7 @@ def show_published(*, as_json: bool, csv: Path | None) -> None:
     if as_json:
         show({"rows": [asdict(r) for r in rows], "summary": [asdict(s) for s in summaries]})
         return
-    _print(
+    print_columns(
         "Published beside predicted (with: what the run's version is known to hold besides)",
         ["run", "quantity"],
         ["predicted", "measured", "error", "with"],
@@ -46,7 +46,7 @@ def show_published(*, as_json: bool, csv: Path | None) -> None:
     )
     for sentence, count in reasons(rows).items():
         show(f"{count:3} × {sentence}")
-    _print(
+    print_columns(
         "Errors: predicted / measured − 1",
         ["source", "quantity"],
         ["n", "mean |error|", "worst", "mean with", "worst with", "not planned"],
@@ -78,18 +78,3 @@ def reasons(rows: Sequence[PublishedRow]) -> dict[str, int]:
 def signed(error: float | None) -> str:
     """A signed error; empty where there is none."""
     return "" if error is None else f"{error:+.2%}"
-
-
-def _print(
-    title: str, left: Sequence[str], right: Sequence[str], lines: Sequence[Sequence[str]]
-) -> None:
-    from rich.table import Table
-
-    view = Table(title=title, title_justify="left")
-    for column in left:
-        view.add_column(column)
-    for column in right:
-        view.add_column(column, justify="right")
-    for line in lines:
-        view.add_row(*line)
-    console().print(view)

@@ -57,6 +57,20 @@ def ledger_table(rows: Sequence[Row]) -> pd.DataFrame:
     )
 
 
+def buffer_row(
+    item: str, count: int, formula: str, values: tuple[tuple[str, int], ...], size_bytes: int
+) -> Row:
+    """What a module holds besides its parameters; `size_bytes` of all `count` of them."""
+    return Row(
+        component="weights",
+        item=f"{item} (buffer)",
+        count=count,
+        formula=formula,
+        values=values,
+        size_bytes=size_bytes,
+    )
+
+
 def constant_row(item: str, size_bytes: int, note: str) -> Row:
     """A figure of the overhead that is known and not computed; `note` says from where."""
     return Row(

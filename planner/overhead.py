@@ -64,13 +64,6 @@ def outside_torch_bytes(rows: Iterable[Row]) -> int:
     )
 
 
-def context_bytes(gpu: Gpu) -> int:
-    """The device context, where anything is known of it."""
-    if gpu.vendor not in WITH_CONTEXT:
-        return 0
-    return dict(gpu.process_bytes).get("context", CONTEXT_BYTES)
-
-
 def workspace_bytes(gpu: Gpu) -> int:
     """The cuBLAS workspace that torch allocates at the first matrix product; none on a CPU."""
     if gpu.vendor not in WITH_CONTEXT:

@@ -20,6 +20,7 @@ from profiles.records import Record
 from profiles.repeatability import Repeatability, repeatability, repeats
 from profiles.rows import QUANTITIES, Row
 from profiles.summaries import Summary, summary
+from tools import markdown
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- accuracy: written by `python -m tools.accuracy_table` -->"
@@ -102,7 +103,7 @@ def table(summaries: Sequence[Summary], *, split: bool) -> str:
         cells = [cell for side in sides for cell in errors(of.get((quantity, side)))]
         if any(cells):
             lines.append([of_quantity(quantity), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(lines)
 
 
 def errors(one: Summary | None) -> list[str]:
@@ -121,11 +122,7 @@ def share(fraction: float | None) -> str:
 
 def written(text: str, part: str) -> str:
     """`text` with `part` between its marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+    return markdown.between(BEGIN, END, text, part)
 
 
 def committed() -> list[Record]:

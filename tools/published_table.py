@@ -9,6 +9,7 @@ from planner.cli_published import reasons, signed
 from planner.format import of_quantity
 from planner.report import write_text
 from profiles.published import PublishedRow, published_rows, published_summary
+from tools import markdown
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "published.md"
@@ -34,7 +35,7 @@ def summary_table(rows: Sequence[PublishedRow]) -> str:
         lines.append(
             [s.source, of_quantity(s.quantity), f"{s.n}", *cells, f"{s.unpredicted or ''}"]
         )
-    return markdown(lines)
+    return markdown.table(lines)
 
 
 def page(rows: Sequence[PublishedRow]) -> str:
@@ -56,21 +57,12 @@ def page(rows: Sequence[PublishedRow]) -> str:
             ]
         )
     sentences = "\n".join(f"- {mark} {why}." for why, mark in marks.items())
-    return "\n\n".join((HEAD.strip(), summary_table(rows), markdown(lines), sentences)) + "\n"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join((HEAD.strip(), summary_table(rows), markdown.table(lines), sentences)) + "\n"
 
 
 def written(text: str, part: str) -> str:
     """`text` with `part` between its marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+    return markdown.between(BEGIN, END, text, part)
 
 
 if __name__ == "__main__":

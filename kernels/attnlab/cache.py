@@ -106,6 +106,7 @@ class Cache(ABC):
         self.cross_real: Tensor | None = None
         self.lengths = [0] * batch
         self.new_tokens = [0] * batch  # real tokens of the pass that is under way
+        self.real: Tensor | None = None  # which those are, bool [B, T]; None: all of them
         self.T = 0
 
     @property
@@ -145,6 +146,7 @@ class Cache(ABC):
                     f"capacity_tokens={self.capacity_tokens}"
                 )
         self.T, self.new_tokens = T, real
+        self.real = real_mask(real, T, self.device)
         if self.ragged:
             positions = self._starts()[:, None] + torch.arange(T, device=self.device)
         else:
@@ -170,14 +172,6 @@ class Cache(ABC):
     @abstractmethod
     def _keep(self, index: int, *new_BGTD: Tensor) -> tuple[Tensor, ...]:
         """`append` of what is stored, quantised or not."""
-
-    @property
-    def real(self) -> Tensor | None:
-        """Which of the pass's tokens are real, bool [B, T]; None: all of them."""
-        if all(n == self.T for n in self.new_tokens):
-            return None
-        places = torch.arange(self.T, device=self.device)
-        return places < torch.tensor(self.new_tokens, device=self.device)[:, None]
 
     def advance(self) -> None:
         """The pass ends: its real tokens count as held."""
@@ -214,14 +208,19 @@ class Cache(ABC):
         return b, t, p
 
 
-def zero_padding(x_BGTD: Tensor, new_tokens: Sequence[int]) -> Tensor:
+def zero_padding(x_BGTD: Tensor, real_BT: Tensor | None) -> Tensor:
     """Zeros behind the real tokens: a hidden key weighs nothing, and nothing times NaN is NaN.
 
     Padding that sees no key at all is NaN in every later layer.
     """
-    places = torch.arange(x_BGTD.shape[2], device=x_BGTD.device)
-    real = places < torch.tensor(new_tokens, device=x_BGTD.device)[:, None]  # [B, T]
-    return x_BGTD.masked_fill(~real[:, None, :, None], 0)
+    return x_BGTD if real_BT is None else x_BGTD.masked_fill(~real_BT[:, None, :, None], 0)
+
+
+def real_mask(tokens: Sequence[int], T: int, device: torch.device) -> Tensor | None:
+    """Which of T places hold a sequence's first `tokens`, bool [B, T]; None: all of them."""
+    if all(n == T for n in tokens):
+        return None
+    return torch.arange(T, device=device) < torch.tensor(tokens, device=device)[:, None]
 
 
 def check_real_tokens(tokens: Sequence[int] | None, *, T: int, batch: int) -> list[int]:

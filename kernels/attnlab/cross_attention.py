@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnlab.attention import Attention
-from attnlab.cache import Cache, check_real_tokens
+from attnlab.cache import Cache, check_real_tokens, real_mask
 from attnlab.masks import Mask
 from planner.errors import ConfigError
 from planner.layers import GQA
@@ -84,9 +84,7 @@ def real_places(
     real = check_real_tokens(tokens, T=S, batch=batch)
     if not all(real):
         raise ConfigError(f"{name}={real} are not allowed: one at least of each")
-    if all(n == S for n in real):
-        return None
-    return torch.arange(S, device=device) < torch.tensor(real, device=device)[:, None]
+    return real_mask(real, S, device)
 
 
 def mask_of(real_BS: Tensor | None, T: int, S: int, device: torch.device) -> Mask:

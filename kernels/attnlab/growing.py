@@ -53,10 +53,10 @@ class GrowingCache(Cache):
         if self.positions is None:
             held = torch.arange(self.length, device=self.device)
             self.positions = held.expand(self.batch, self.length)
-        places = torch.arange(self.T, device=self.device)
-        new = self._starts()[:, None] + places
-        real = places < torch.tensor(self.new_tokens, device=self.device)[:, None]
-        self.positions = torch.cat((self.positions, torch.where(real, new, -1)), dim=1)
+        new = self._starts()[:, None] + torch.arange(self.T, device=self.device)
+        if self.real is not None:
+            new = torch.where(self.real, new, -1)
+        self.positions = torch.cat((self.positions, new), dim=1)
         self._keys = Keys(self.positions, in_order=False)
 
     def keys(self, pattern: Pattern) -> Keys:
@@ -69,8 +69,7 @@ class GrowingCache(Cache):
         held = self.layers[index]
         for which, new in enumerate(new_BGTD):
             x = new.detach().to(self.streams[index][which].dtype)
-            if self.ragged:
-                x = zero_padding(x, self.new_tokens)
+            x = zero_padding(x, self.real)
             if len(held) <= which:
                 held.append(x.clone(memory_format=torch.contiguous_format))
             else:

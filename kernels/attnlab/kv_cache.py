@@ -124,7 +124,7 @@ class FixedShapeCache(KVCache):
             raise ConfigError(f"ids have batch={batch}, the cache has batch={self.batch}")
         if tokens is not None:
             raise ConfigError("tokens are not allowed with fixed shapes: None (all are real)")
-        self.T, self.new_tokens = T, [T] * batch
+        self.T, self.new_tokens, self.real = T, [T] * batch, None
         return self.starts[:, None] + torch.arange(T, device=self.device)
 
     def keys(self, pattern: Pattern) -> Keys:

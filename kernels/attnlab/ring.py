@@ -80,8 +80,7 @@ class RingCache(KVCache):
         news = [new.detach().to(kept.dtype) for kept, new in zip(layer, new_BGTD, strict=True)]
         if turn.source is None:
             return self._write_one(layer, news)
-        if self.ragged:
-            news = [zero_padding(new, self.new_tokens) for new in news]
+        news = [zero_padding(new, self.real) for new in news]
         joined = news
         if any(self.lengths):
             joined = [torch.cat(pair, dim=2) for pair in zip(layer, news, strict=True)]

@@ -17,7 +17,7 @@ from planner.layers import (
     RoPE,
     Sinusoidal,
 )
-from planner.ledger import Row
+from planner.ledger import Row, buffer_row
 from planner.mixers import Mixer
 from planner.mixers.linear import GatedDeltaNet, KimiDelta
 from planner.mixers.mamba import Mamba, Mamba2
@@ -170,11 +170,15 @@ class Attnlab:
         for positions in (model.positions, model.local_positions):
             if isinstance(positions, RoPE):
                 D = positions.rotary_dim
-                rows.append(_buffer("rotary frequencies", 1, "d_rot · 2", ("d_rot", D), 2 * D))
+                rows.append(
+                    buffer_row("rotary frequencies", 1, "d_rot · 2", (("d_rot", D),), 2 * D)
+                )
         for layer, count in model.layer_kinds().items():
             match layer.feed_forward:
                 case MoE(router="sigmoid-groups", num_experts=E, correction_bias=False):
-                    rows.append(_buffer("router bias", count, "E · 4", ("E", E), count * E * 4))
+                    rows.append(
+                        buffer_row("router bias", count, "E · 4", (("E", E),), count * E * 4)
+                    )
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
@@ -224,17 +228,6 @@ class Attnlab:
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence."""
         return _program(model, work, setting, "decode")
-
-
-def _buffer(item: str, count: int, formula: str, value: tuple[str, int], size_bytes: int) -> Row:
-    return Row(
-        component="weights",
-        item=f"{item} (buffer)",
-        count=count,
-        formula=formula,
-        values=(value,),
-        size_bytes=size_bytes,
-    )
 
 
 def missing_parts(model: Model) -> list[str]:

@@ -13,7 +13,7 @@ from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
 from planner.layers import GQA, MLA, ALiBi, Layer, MoE, RoPE
-from planner.ledger import Row
+from planner.ledger import Row, buffer_row
 from planner.model import Model
 from planner.parallel import Share
 from planner.program import Dims, Number, Program, minimum
@@ -237,39 +237,41 @@ class Transformers:
             assert isinstance(model.positions, RoPE)
             D = model.positions.rotary_dim
             values = (("S", S), ("d_rot", D))
-            rows.append(_buffer("rotary table", L, "S · d_rot · 4", values, L * S * D * 4))
+            rows.append(buffer_row("rotary table", L, "S · d_rot · 4", values, L * S * D * 4))
         elif isinstance(model.positions, RoPE):
             D, tables = model.positions.rotary_dim, 2
             if model.local_positions is not None:  # two for each kind of layer that there is
                 tables *= len({_slides(layer) for layer in model.layer_kinds()})
             size = tables * 2 * D
-            rows.append(_buffer("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size))
+            rows.append(
+                buffer_row("rotary frequencies", tables, "d_rot · 2", (("d_rot", D),), size)
+            )
         if model.text_type == "falcon" and isinstance(model.positions, ALiBi):  # made, not used
             gqa = model.layers[0].attention
             assert isinstance(gqa, GQA)
             D = gqa.head_dim
-            rows.append(_buffer("rotary frequencies", 2, "d_h · 2", (("d_h", D),), 4 * D))
+            rows.append(buffer_row("rotary frequencies", 2, "d_h · 2", (("d_h", D),), 4 * D))
         if model.embedding_scale is not None and model.text_type.startswith("gemma"):
-            rows.append(_buffer("embedding scale", 1, "b", (("b", b),), b))
+            rows.append(buffer_row("embedding scale", 1, "b", (("b", b),), b))
         for layer, count in model.layer_kinds().items():
             match layer.feed_forward:
                 case MoE(router="sigmoid-groups", num_experts=E):
                     item = 4 if model.text_type in FLOAT32_CORRECTIONS else b
                     values = (("E", E), ("b", item))
-                    rows.append(_buffer("router bias", count, "E · b", values, count * E * item))
+                    rows.append(buffer_row("router bias", count, "E · b", values, count * E * item))
         masks = {"gpt_neo": L, "gpt_bigcode": 1}.get(model.text_type, 0)
         if masks:
-            rows.append(_buffer("causal mask", masks, "S · S", (("S", S),), masks * S * S))
+            rows.append(buffer_row("causal mask", masks, "S · S", (("S", S),), masks * S * S))
         if model.text_type == "bert":
-            rows.append(_buffer("positions and token types", 2, "S · 8", (("S", S),), 2 * S * 8))
+            rows.append(buffer_row("positions and token types", 2, "S · 8", (("S", S),), 2 * S * 8))
         if model.text_type in FLOAT32_ROUTERS and b < 4:
             routed = sum(p.count for p in model.parameters() if p.group == "router")
             values = (("parameters", routed), ("b", b))
             more = routed * (4 - b)
-            rows.append(_buffer("routers in float32", 1, "parameters · (4 − b)", values, more))
+            rows.append(buffer_row("routers in float32", 1, "parameters · (4 − b)", values, more))
         for tower in model.towers:
             if size := tower.buffer_bytes:
-                rows.append(_buffer(f"of the {tower.part} part", 1, "n", (("n", size),), size))
+                rows.append(buffer_row(f"of the {tower.part} part", 1, "n", (("n", size),), size))
         return rows
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
@@ -470,16 +472,3 @@ def _encoder(model: Model, work: Inference) -> Number | None:
 
 def _slides(layer: Layer) -> bool:
     return isinstance(layer.attention, GQA) and layer.attention.sliding_window is not None
-
-
-def _buffer(
-    item: str, count: int, formula: str, values: tuple[tuple[str, int], ...], size: int
-) -> Row:
-    return Row(
-        component="weights",
-        item=f"{item} (buffer)",
-        count=count,
-        formula=formula,
-        values=values,
-        size_bytes=size,
-    )

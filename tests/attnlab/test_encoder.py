@@ -28,6 +28,7 @@ from tests.attnlab.encoder_pairs import (
     pair_of,
     theirs_of,
 )
+from tests.attnlab.rounding import assert_as_near, in_bfloat16
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 TEXT = [family for family in FAMILIES if "vit" not in family]
@@ -102,12 +103,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(pair, attention):
     inputs = inputs_of(ours.model)
     exact = ours(inputs)
     rounded = twin(ours, attention=attention, dtype=torch.bfloat16)(inputs)
-    assert rounded.dtype == torch.bfloat16
-    copy = type(theirs)(theirs.config).to(torch.bfloat16).eval()
-    copy.load_state_dict(theirs.state_dict())
-    their_error = (theirs_of(copy, inputs)[0].float() - exact).square().mean().sqrt()
-    error = (rounded.float() - exact).square().mean().sqrt()
-    assert error <= 1.5 * their_error + 1e-3
+    assert_as_near(rounded, theirs_of(in_bfloat16(theirs), inputs)[0], exact)
 
 
 def test_parameters_are_those_the_planner_counts_and_nothing_is_cached(pair):

@@ -14,6 +14,7 @@ from attnlab.transformer import Transformer
 from attnlab.weights import load_safetensors, load_state_dict
 from planner import CacheSpec, ConfigError
 from tests.attnlab.encoder_decoders import FAMILIES, V, inputs_of, padding_mask, pair_of, theirs_of
+from tests.attnlab.rounding import assert_as_near, in_bfloat16
 from tests.attnlab.test_caches import CHUNKS, KINDS, LENGTH, cache_of
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
@@ -76,14 +77,9 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(pair, ids, attention)
     inputs = inputs_of(ours.model)
     exact = ours(ids, encoder_inputs=inputs)
     rounded = twin(ours, attention=attention, dtype=torch.bfloat16)(ids, encoder_inputs=inputs)
-    assert rounded.dtype == torch.bfloat16
-    copy = type(theirs)(theirs.config).to(torch.bfloat16).eval()
-    copy.load_state_dict(theirs.state_dict())
     theirs_inputs = inputs if inputs.dtype == torch.long else inputs.bfloat16()
     with torch.no_grad():
-        their_error = (theirs_of(copy, ids, theirs_inputs).float() - exact).square().mean().sqrt()
-    error = (rounded.float() - exact).square().mean().sqrt()
-    assert error <= 1.5 * their_error + 1e-3
+        assert_as_near(rounded, theirs_of(in_bfloat16(theirs), ids, theirs_inputs), exact)
 
 
 def test_parameters_are_those_the_planner_counts(pair):
