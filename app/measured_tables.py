@@ -148,32 +148,29 @@ def beside_peers(found: measurements.Store, rows: Sequence[Row]) -> None:
         "graphs. Measured: whichever runtime ran; one that launches op by op waits for its host in "
         "decode."
     )
-    for column, (quantity, title) in zip(
-        st.columns(2), (("ttft_s", "TTFT in ms"), ("tpot_s", "TPOT in ms")), strict=True
-    ):
-        with column:
-            st.markdown(f"**{title}**")
-            table = pd.DataFrame(
-                [
-                    {
-                        "batch × prompt": f"{row.batch} × {row.prompt_tokens:,}",
-                        "measured": ", ".join(
-                            f"{1e3 * s:.1f} ({where})" for where, s in row.measured_s.items()
-                        ),
-                        "ours": 1e3 * row.planner_s,
-                        **{name: 1e3 * s for name, s in row.peers_s.items()},
-                    }
-                    for row in known
-                    if row.quantity == quantity
-                ]
-            )
-            numbers = [name for name in table if name not in ("batch × prompt", "measured")]
-            st.dataframe(
-                table,
-                hide_index=True,
-                column_config=dict.fromkeys(numbers, MILLISECONDS),
-                alt=f"{title} of Llama-3.1-8B on an H200 by each tool and size",
-            )
+    for quantity, title in (("ttft_s", "TTFT in ms"), ("tpot_s", "TPOT in ms")):
+        st.markdown(f"**{title}**")
+        table = pd.DataFrame(
+            [
+                {
+                    "batch × prompt": f"{row.batch} × {row.prompt_tokens:,}",
+                    "measured": ", ".join(
+                        f"{1e3 * s:.1f} ({where})" for where, s in row.measured_s.items()
+                    ),
+                    "ours": 1e3 * row.planner_s,
+                    **{name: 1e3 * s for name, s in row.peers_s.items()},
+                }
+                for row in known
+                if row.quantity == quantity
+            ]
+        )
+        numbers = [name for name in table if name not in ("batch × prompt", "measured")]
+        st.dataframe(
+            table,
+            hide_index=True,
+            column_config=dict.fromkeys(numbers, MILLISECONDS),
+            alt=f"{title} of Llama-3.1-8B on an H200 by each tool and size",
+        )
 
 
 def every_row(found: measurements.Store, rows: Sequence[Row]) -> None:

@@ -11,15 +11,16 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import planner
-from profiles.records import DATA, Record
+from profiles.records import Record
 
 MODEL, GPU, DTYPE = "llama-3.1-8b", "h200", "bf16"
 RUNTIME = "vllm"
 STEPS = 8
 """Decode steps over which our TPOT is the mean: at the prompt's length, as the peers'."""
-TABLE = DATA / "peers" / f"{MODEL}-{GPU}.csv"
+TABLE = Path(__file__).parent / "data" / "peers" / f"{MODEL}-{GPU}.csv"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

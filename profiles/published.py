@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,10 +24,9 @@ import planner
 from planner.errors import ConfigError
 from planner.estimate import kv_cache_bytes
 from planner.layers import RoPE
-from profiles.records import DATA
 from profiles.rows import relative_error
 
-TABLE = DATA / "published" / "memory.jsonl"
+TABLE = Path(__file__).parent / "data" / "published" / "memory.jsonl"
 EXPLAINED_FROM = 0.05
 """A larger error than this needs a sentence."""
 
