@@ -114,7 +114,7 @@ def prepare(model: Model, deploy: Deployment) -> Prepared:
     setting = setting_of(model, deploy, runtime, gpu)
     cache = deploy.cache
     if runtime.pooled and (cache is None or cache.kind == "paged"):
-        cache = CacheSpec(kind="paged", block_tokens=setting.block_tokens)
+        cache = replace(cache or CacheSpec(kind="paged"), block_tokens=setting.block_tokens)
     note = runtime.peak_note(model) or _quantised_note(model) or runtime.cache_note(setting)
     return Prepared(
         model=model,

@@ -264,3 +264,11 @@ def test_importing_planner_loads_neither_torch_nor_pandas_nor_streamlit():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pool_has_no_scales_and_says_so():
+    deploy = Deployment(
+        gpu="h200", runtime="vllm", cache=CacheSpec(kind="paged", scales="token-head")
+    )
+    with pytest.raises(ConfigError, match=r"cache\.scales='token-head' is not in runtime=vllm"):
+        of("llama-3.1-8b", deploy)
