@@ -106,10 +106,12 @@ def _inference() -> Iterator[SuitePoint]:
         yield _point(model, _generation(4, 512, 16), series=model == LARGE[1])
     for model in LARGE:
         yield _point(model, _prefill(1, 4096))
+    yield _point("bamba-9b", _generation(4, 512, 8, repeats=2))
     for model in ("llama-3.1-8b", "gpt2", "qwen2.5-7b", "mistral-7b-v0.1"):
         yield _point(model, _generation(8, 512, 32), runtime="attnlab")
     for model in ("qwen1.5-moe-a2.7b", "deepseek-v2-lite"):
         yield _point(model, _generation(4, 512, 16), runtime="attnlab")
+    yield _point("bamba-9b", _generation(4, 512, 16), runtime="attnlab")
     for model in OTHERS:
         yield _point(model, _prefill(2, 1024 if model == "gpt2" else 2048))
     yield _point("llama-3.1-8b", _generation(1, 128, 64))
@@ -133,6 +135,7 @@ def _inference() -> Iterator[SuitePoint]:
     yield _point("gemma-3-1b", _generation(8, 2048, 16))
     yield _point("qwen2.5-0.5b", _generation(64, 1024, 16))
     yield _point("llama-3.2-1b", _prefill(32, 1024))
+    yield _point("bamba-9b", _prefill(1, 2048, repeats=2))
     yield _point("qwen2.5-14b", _generation(8, 1024, 16))
     yield _point("qwen3-30b-a3b", _generation(4, 512, 8))
 

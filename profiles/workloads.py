@@ -173,10 +173,19 @@ class TransformersWorkload(Workload):
         self._cache = None
 
     def kv_cache_bytes(self) -> int:
-        """Bytes of the keys and values that are visible, not of the storages behind them."""
+        """Bytes of what is visible of keys, values and states, not of the storages behind them."""
         layers = () if self._cache is None else self._cache.layers
-        held = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-        return tensor_bytes(held)
+        return tensor_bytes(t for layer in layers for t in _cached(layer))
+
+
+def _cached(layer: Any) -> Iterator[Tensor]:
+    """A layer's tensors: keys and values, or a mixer's states, or both (falcon_h1)."""
+    for name in ("keys", "values"):
+        if (held := getattr(layer, name, None)) is not None:
+            yield held
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, {})
+        yield from (state for state in states.values() if state is not None)
 
 
 RUNTIMES: dict[str, type[AttnlabWorkload] | type[TransformersWorkload]] = {
