@@ -86,7 +86,8 @@ def measured(record: Record) -> dict[str, float]:
     """The quantities that a record has, in the planner's terms.
 
     The driver's figure is the whole device's: what others used before this process touched it goes
-    off. A prefill's median is a TTFT; a decode record's median step is its step_s.
+    off. A prefill's median is a TTFT; a decode record's median step is its step_s, or its replay_s
+    where a CUDA graph replays it.
     """
     used = record.device_used_peak_bytes
     others = record.device_used_before_bytes or 0
@@ -101,9 +102,14 @@ def measured(record: Record) -> dict[str, float]:
         "device_used_bytes": None if used is None else used - others,
         "ttft_s": record.median_ttft_s,
         "tpot_s": record.median_tpot_s,
-        "step_s": record.median_step_s if record.phase in ("decode", "training") else None,
+        "replay_s": record.median_step_s if record.mode == "graph" else None,
+        "step_s": record.median_step_s if _stepped(record) else None,
     }
     return {quantity: value for quantity, value in values.items() if value is not None}
+
+
+def _stepped(record: Record) -> bool:
+    return record.phase == "training" or (record.phase == "decode" and record.mode == "eager")
 
 
 def predicted(record: Record) -> dict[str, float | None]:
@@ -121,6 +127,7 @@ def predicted(record: Record) -> dict[str, float | None]:
         "device_used_bytes": memory.device_used_bytes,
         "ttft_s": latency.ttft_s,
         "tpot_s": latency.tpot_s,
+        "replay_s": latency.tpot_s,
         "step_s": latency.step_s if record.phase == "training" else latency.tpot_s,
     }
 
