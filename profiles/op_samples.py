@@ -14,6 +14,7 @@ import numpy as np
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
+ALIGNED_ELEMENTS = 8
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 
@@ -76,7 +77,8 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm":
-            return f"gemm:{dtype}", [s["m"], s["n"], s["k"]], 1
+            kind = "gemm" if aligned(s["n"], s["k"]) else "unaligned"
+            return f"{kind}:{dtype}", [s["m"], s["n"], s["k"]], 1
         case "moe":
             reached = min(s["experts"], s["m"])
             return f"grouped:{dtype}", [s["m"], reached, s["n"], s["k"]], 1
@@ -91,6 +93,11 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None
+
+
+def aligned(n: int, k: int) -> bool:
+    """Whether rows of inputs and output begin at 16 bytes in a 2-byte dtype."""
+    return n % ALIGNED_ELEMENTS == 0 and k % ALIGNED_ELEMENTS == 0
 
 
 def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
