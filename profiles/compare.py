@@ -135,7 +135,8 @@ def predicted(record: Record) -> dict[str, float | None]:
 def estimate_of(record: Record) -> planner.Estimate:
     """The estimate of a record's work on its device; ConfigError where the planner refuses it.
 
-    How fast the host issued additions at the time is told, where the record has it.
+    What a graph replayed were the eager pass's own kernels. How fast the host issued additions at
+    the time is told, where the record has it.
     """
     if record.environment.gpu is None:
         raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
@@ -155,7 +156,7 @@ def estimate_of(record: Record) -> planner.Estimate:
         attention=record.attention.split(":")[0] if record.attention else None,
         dtype=record.dtype,
         kv_dtype=None if record.step is not None else record.kv_dtype,
-        mode=record.mode,
+        mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.op_families import gemm_family
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
-ALIGNED_ELEMENTS = 8
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 
@@ -77,7 +77,7 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm":
-            kind = "gemm" if aligned(s["n"], s["k"]) else "unaligned"
+            kind = gemm_family(dtype, s["n"], s["k"])
             return f"{kind}:{dtype}", [s["m"], s["n"], s["k"]], 1
         case "moe":
             reached = min(s["experts"], s["m"])
@@ -90,14 +90,11 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
         case "optimizer" if record.backend == "fused":
             return "optimizer", [float(record.bytes)], 1
+        case "bandwidth" if record.op in ("sort", "topk"):
+            return record.op, [float(record.bytes)], 1
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None
-
-
-def aligned(n: int, k: int) -> bool:
-    """Whether rows of inputs and output begin at 16 bytes in a 2-byte dtype."""
-    return n % ALIGNED_ELEMENTS == 0 and k % ALIGNED_ELEMENTS == 0
 
 
 def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:

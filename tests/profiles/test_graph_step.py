@@ -102,7 +102,7 @@ def test_a_record_of_replayed_steps_is_held_against_a_decode_step_without_its_ho
     (row,) = compare([record])
     work = planner.Inference(batch=2, prompt_tokens=8, output_tokens=4)
     how = {"runtime": "attnlab", "attention": "sdpa", "dtype": "bf16"}
-    deploy = planner.Deployment(gpu="h200", mode="graph", **how)
+    deploy = planner.Deployment(gpu="h200", mode="captured", **how)
     replayed = planner.estimate(llama, work, deploy).latency.tpot_s
     eager = planner.estimate(llama, work, replace(deploy, mode="eager")).latency.tpot_s
     assert row.predicted == pytest.approx(replayed)
