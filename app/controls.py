@@ -25,7 +25,7 @@ from planner.runtimes.quantised_cache import (
     backends_of,
 )
 from planner.training import PLANNED as TRAINED_RUNTIMES
-from planner.workload import CACHE_BACKENDS, CHECKPOINTING, OPTIMIZER_IMPLS, OPTIMIZERS
+from planner.workload import CACHE_BACKENDS, CHECKPOINTING, MODES, OPTIMIZER_IMPLS, OPTIMIZERS
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
@@ -40,6 +40,11 @@ KV_HELP = (
     "attention only."
 )
 
+MODE_HELP = (
+    "eager: one kernel at a time, as generate() does, which a busy host slows down. captured: the "
+    "same kernels in a CUDA graph. graph: as the runtime makes its graphs; attnlab's are compiled."
+)
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model": tuple(planner.catalogue()),
     "gpu": tuple(planner.gpus()),
@@ -48,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": (AS_MODEL, *KV_DTYPES),
     "kv_backend": CACHE_BACKENDS,
     "logits": ("last", "all"),
+    "mode": MODES,
     "workload": ("inference", "training"),
     "optimizer": (*OPTIMIZERS, "none"),
     "optimizer_impl": OPTIMIZER_IMPLS,
@@ -71,6 +77,7 @@ START = {
     "kv_group": DEFAULT_GROUP_SIZE,
     "kv_residual": DEFAULT_RESIDUAL_TOKENS,
     "logits": "last",
+    "mode": MODES[0],
     "workload": "inference",
     "optimizer": OPTIMIZERS[0],
     "optimizer_impl": OPTIMIZER_IMPLS[0],
@@ -196,12 +203,14 @@ def _deployment() -> planner.Deployment:
     with right:
         kept = kv_dtypes({"runtime": named})
         kv_dtype = select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
+    mode = either("Steps launched", "mode", MODE_HELP)
     tensor_parallel, pipeline_parallel = layout() if named == "vllm" else (1, 1)
     return planner.Deployment(
         gpu=gpu.name,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         runtime=named,
+        mode=mode,  # type: ignore[arg-type]
         dtype=None if dtype == AS_MODEL else dtype,
         kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
         cache=_cache(kv_dtype) if named == "transformers" else None,

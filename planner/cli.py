@@ -27,6 +27,7 @@ from planner.cli_layout import (
     PipelineParallel,
     TensorParallel,
     Utilization,
+    launching,
     layout,
 )
 from planner.cli_options import (
@@ -43,6 +44,7 @@ from planner.cli_options import (
     Files,
     Float32Logits,
     GpuName,
+    HostAdd,
     KvDtype,
     Logits,
     LoraDtype,
@@ -50,6 +52,7 @@ from planner.cli_options import (
     LoraTargets,
     LossChunk,
     Method,
+    Mode,
     ModelName,
     OptimizerImpl,
     OptimizerName,
@@ -114,6 +117,8 @@ def estimate_command(
     max_seqs: MaxSequences = None,
     eager: Eager = False,
     cuda_graphs: CudaGraphs = "outside",
+    mode: Mode = None,
+    host_add: HostAdd = None,
     train: Train = False,
     sequence: SequenceTokens = 1024,
     optimizer: OptimizerName = "adamw",
@@ -170,7 +175,8 @@ def estimate_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
-        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
+        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
+        **launching(mode, eager=eager, host_add=host_add),
     )
     result: Estimate | TracedEstimate
     if traced:

@@ -26,6 +26,7 @@ from planner.cli_layout import (
     PipelineParallel,
     TensorParallel,
     Utilization,
+    launching,
     layout,
 )
 from planner.cli_options import (
@@ -36,8 +37,10 @@ from planner.cli_options import (
     CsvFile,
     Dtype,
     GpuName,
+    HostAdd,
     KvDtype,
     Logits,
+    Mode,
     ModelName,
     Output,
     Prompt,
@@ -76,6 +79,8 @@ def fit_command(
     max_seqs: MaxSequences = None,
     eager: Eager = False,
     cuda_graphs: CudaGraphs = "outside",
+    mode: Mode = None,
+    host_add: HostAdd = None,
     traffic: Annotated[
         str | None,
         typer.Option(
@@ -100,7 +105,8 @@ def fit_command(
         kv_dtype=kv_dtype,
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
-        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, eager, cuda_graphs),
+        **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
+        **launching(mode, eager=eager, host_add=host_add),
     )
     described = load_model(model)
     result = estimate(described, work, deploy)

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.errors import ConfigError, shown
+
 TensorParallel = Annotated[
     int, typer.Option("--tp", help="GPUs that share each layer (vllm).", rich_help_panel="vllm")
 ]
@@ -52,7 +54,6 @@ def layout(
     max_model_len: int | None,
     max_batched: int | None,
     max_seqs: int | None,
-    eager: bool,
     cuda_graphs: str,
 ) -> dict[str, Any]:
     """These options as the fields of a Deployment."""
@@ -63,6 +64,17 @@ def layout(
         "max_model_tokens": max_model_len,
         "max_batched_tokens": max_batched,
         "max_sequences": max_seqs,
-        "mode": "eager" if eager else "graph",
         "cuda_graphs": cuda_graphs,
     }
+
+
+def launching(mode: str | None, *, eager: bool, host_add: float | None) -> dict[str, Any]:
+    """How steps are launched, as fields of a Deployment; `eager` is vllm's own word for it."""
+    if eager and mode not in (None, "eager"):
+        raise ConfigError(f"--mode {shown(mode)} is not allowed with --enforce-eager: eager")
+    taken = "eager" if eager else mode or "graph"
+    if host_add is not None and taken != "eager":
+        raise ConfigError(
+            f"--host-add is not allowed with --mode {taken}: a graph waits for no host"
+        )
+    return {"mode": taken, "host_add_s": host_add}

@@ -27,6 +27,22 @@ EncoderTokens = Annotated[
 RuntimeName = Annotated[
     str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
 ]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        help="How steps are launched: eager; captured, the same kernels in a CUDA graph; graph "
+        "(the default), as the runtime makes its graphs (attnlab's are compiled).",
+    ),
+]
+HostAdd = Annotated[
+    float | None,
+    typer.Option(
+        "--host-add",
+        metavar="SECONDS",
+        help="How fast the host launches: what x + x over 64 elements costs it, 7e-6; eager only.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
 WeightDtype = Annotated[
     str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")

@@ -145,6 +145,7 @@ layers, AdamW for all else."""
 OWN_WAY = ("adamw-8bit", "adafactor-transformers")
 """Those to which `optimizer_impl` means nothing."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
+MODES = ("graph", "captured", "eager")
 CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
 
@@ -324,7 +325,7 @@ class Deployment:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
-        check_choice("mode", self.mode, ("graph", "captured", "eager"))
+        check_choice("mode", self.mode, MODES)
         if self.host_add_s is not None and not 0 < self.host_add_s < 1:
             raise ConfigError(
                 f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"

@@ -33,6 +33,9 @@ __all__ = [
     "to_frame",
 ]
 
+AUTOCAST_DTYPE = "bf16"
+"""What training_bench.py's autocast regions compute in."""
+
 
 def compare(
     records: Iterable[Record],
@@ -154,12 +157,17 @@ def estimate_of(record: Record) -> planner.Estimate:
         gpu=record.environment.gpu,
         runtime=record.runtime,
         attention=record.attention.split(":")[0] if record.attention else None,
-        dtype=record.dtype,
+        dtype=AUTOCAST_DTYPE if _autocast(record) else record.dtype,
         kv_dtype=None if record.step is not None else record.kv_dtype,
         mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)
+
+
+def _autocast(record: Record) -> bool:
+    """Whether a step computes in another dtype than its weights are in, which the record names."""
+    return record.step is not None and record.step.get("precision") == "autocast"
 
 
 def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:

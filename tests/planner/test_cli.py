@@ -170,3 +170,36 @@ def test_a_cache_that_is_not_understood_is_named(run, cache, said):
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+STEPS = ("estimate", "llama-3.1-8b", "--gpu", "h200", "--output", "8", "--logits", "last", "--json")
+
+
+def test_how_steps_are_launched_decides_their_time(run):
+    tpot_s = {}
+    for mode in ("graph", "captured", "eager"):
+        code, out, err = run(*STEPS, "--runtime", "attnlab", "--mode", mode)
+        assert (code, err) == (0, "")
+        tpot_s[mode] = json.loads(out)["latency"]["tpot_s"]
+    assert tpot_s["graph"] < tpot_s["captured"] < tpot_s["eager"]
+
+
+def test_a_host_twice_as_fast_halves_what_waits_for_it(run):
+    eager = (*STEPS, "--mode", "eager", "--host-add")
+    fast, slow = (json.loads(run(*eager, s)[1])["latency"]["tpot_s"] for s in ("1e-5", "2e-5"))
+    assert slow == pytest.approx(2 * fast)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--mode", "fast"), "mode='fast' is not allowed: one of graph, captured, eager"),
+        (("--enforce-eager", "--mode", "graph"), "--mode 'graph' is not allowed with"),
+        (("--host-add", "7e-6"), "--host-add is not allowed with --mode graph"),
+        (("--mode", "eager", "--host-add", "-1"), "host_add_s=-1.0 is not allowed"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused_in_one_line(run, options, said):
+    code, out, err = run(*STEPS, *options)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert said in err
