@@ -157,7 +157,7 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
             (p, stored.size_bytes // stored.copies, stored.copies)
             for p, stored in model.stored_tensors(dtype)
         ]
-    sizes.sort(key=lambda entry: _place(entry[0].group, entry[0].layer))
+    sizes.sort(key=lambda entry: entry[0].place)
     number = 0
     for _, size, copies in sizes:
         for _ in range(copies):
@@ -171,12 +171,6 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
         for index in range(row.count):
             yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
-
-
-def _place(group: str, layer: int | None) -> tuple[int, int]:
-    if layer is not None:
-        return 1, layer
-    return (0, 0) if group == "embedding" else (2, 0)
 
 
 class _Decode:

@@ -62,7 +62,7 @@ def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
     b = element_bytes(work.held_dtype(setting.dtype))
     if work.adapters is not None:
         b = adapter_bytes(work.adapters)
-    parameters = trained(model, work)
+    parameters = sorted(trained(model, work), key=lambda p: p.place)
     if work.optimizer == "muon":
         parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))
     return [

@@ -34,9 +34,17 @@ class Reductions(Autocast):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
             reads = (only(flowed), result)
+            scratch = ()
+            if self.aten.on_gpu and back == "_softmax":  # SoftMax.cu: tmp = grad * output
+                scratch = ((result.shape, result.itemsize),)
             return [
                 self.aten.new(
-                    f"{back}_backward_data", called, result.dims, result.itemsize, reads=reads
+                    f"{back}_backward_data",
+                    called,
+                    result.dims,
+                    result.itemsize,
+                    reads=reads,
+                    scratch=scratch,
                 )
             ]
 
