@@ -41,12 +41,27 @@ def test_what_tensors_hold_is_exact(held_out):
     assert all(row.predicted == row.measured for row in rows)
 
 
+def test_what_tensors_hold_at_the_peak_is_exact(held_out):
+    rows = [row for row in held_out if row.quantity == "peak_live_bytes"]
+    assert len(rows) >= 90
+    assert all(row.predicted == row.measured for row in rows)
+
+
+def test_what_torch_allocates_is_mostly_exact(held_out):
+    """To the 512 bytes of a number that earlier versions of the profiler held, too."""
+    rows = [row for row in held_out if row.quantity == "peak_allocated_bytes"]
+    exact = [row for row in rows if abs(row.predicted - row.measured) <= 512]
+    assert len(exact) >= 0.95 * len(rows)
+    assert max(abs(row.relative_error) for row in rows) < 0.0001
+
+
 def test_what_torch_reserves_for_inference_is_mostly_exact(held_out):
     rows = [r for r in held_out if r.quantity == "peak_reserved_bytes" and r.phase != "training"]
     exact = [r for r in rows if r.predicted == r.measured]
-    others = {r.model for r in rows} - {r.model for r in exact}
-    assert len(exact) >= 20
-    assert others <= {"deepseek-v2-lite", "qwen1.5-moe-a2.7b"}
+    others = [r for r in rows if r.predicted != r.measured]
+    assert len(exact) >= 70
+    assert {r.model for r in others} <= {"deepseek-v2-lite", "qwen1.5-moe-a2.7b"}  # see addresses.py
+    assert max(abs(r.relative_error) for r in others) < 0.003
 
 
 def test_many_models_are_held_out(held_out):
