@@ -17,9 +17,7 @@ BEHIND = {
 Norms that stand first in a block are left behind it: they are small."""
 
 
-def module_order(
-    parameters: Iterable[Parameter], model: Model, *, runtime: str
-) -> list[Parameter]:
+def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str) -> list[Parameter]:
     """Embedding, layers, norm and head, as `named_parameters()` has them."""
     ordered = sorted(parameters, key=lambda p: p.place)
     if runtime != "transformers" or model.text_type not in BEHIND:

@@ -17,6 +17,7 @@ from planner.latency import passes_of
 from planner.program import Dims, Program
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
+from profiles.points import planned_dtype
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame
 from profiles.summaries import Summary, summary
@@ -146,7 +147,7 @@ def estimate_of(record: Record) -> planner.Estimate:
         gpu=record.environment.gpu,
         runtime=record.runtime,
         attention=record.attention.split(":")[0] if record.attention else None,
-        dtype=record.dtype,
+        dtype=planned_dtype(work, record.dtype),
         kv_dtype=None if record.step is not None else record.kv_dtype,
         mode=record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
