@@ -27,6 +27,7 @@ LOOKS = {
     "device_used_bytes": ("#7F858F", "star"),
     "ttft_s": ("#3A66C9", "circle"),
     "tpot_s": ("#CF7C00", "diamond"),
+    "replay_s": ("#A45AA8", "hexagon"),
     "step_s": ("#1B9A82", "square"),
 }
 FILLED = {"held-out": "", "calibration": "-open", None: "-open-dot"}

@@ -46,7 +46,8 @@ def profile_command(
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite", help="smoke, inference, training, allocator, microbench or overheads."
+            "--suite",
+            help="smoke, inference, training, latency, allocator, microbench or overheads.",
         ),
     ] = None,
     budget: Annotated[

@@ -45,6 +45,7 @@ QUANTITIES = {
     "device_used_bytes": "Device used",
     "ttft_s": "TTFT",
     "tpot_s": "TPOT",
+    "replay_s": "Decode step, replayed",
     "step_s": "Step",
 }
 """What is predicted and measured, as people call it."""

@@ -9,10 +9,9 @@ run no kernel) and `calls` (of Python functions) are counted in the classes them
 autograd takes for a linear layer's.
 
 `scale`, one number an engine, is what a whole model's code takes beyond the same calls in a loop,
-which finds everything in the processor's caches. No pass ends before its host has issued it, so
-every measured pass bounds the factor from above; it is the least of the bounds that the calibration
-rows set, and no other row is seen. It stands for a host that nobody else disturbs. Who shares its
-processor waits longer, in spells: `HostCost.spread` is how much longer the same rows have it.
+which finds everything in the processor's caches: the median over the calibration rows that wait for
+their host, each at the speed its host had then; no other row is seen. Who shares a processor waits
+longer, in spells: `HostCost.spread` is how far single steps are from their median.
 
 On a CPU what is measured of an op holds what issuing it costs, and nothing is computed meanwhile:
 only what lies between the ops is added.
@@ -37,6 +36,8 @@ MODULE_CALLS = 3
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
+ROUTING = ("sort", "topk", "histc", "cumsum", "softmax", "index")
+"""Kernels that cost the host far more than an addition; most deal tokens out to experts."""
 ADAPTERS = ", adapters"
 ADAPTER_PRODUCTS = 2
 """How LoRA's products are named, and how many a linear layer has."""
@@ -117,7 +118,11 @@ def forward_runs(program: Program) -> Runs:
         layers=sum(s.count for s in layers),
         passes=int(passes),
         adapted=adapters // ADAPTER_PRODUCTS,
-        listed=sum(t.count for t in timed_ops(program) if not t.op.name.endswith("backward")),
+        listed=sum(
+            t.count
+            for t in timed_ops(program)
+            if not (t.op.name.endswith("backward") or t.op.sometimes)
+        ),
     )
 
 
@@ -147,7 +152,9 @@ def _backward_scale(host: HostCost) -> float:
 def _name(timed: Timed) -> str:
     kernel = timed.op.kernel
     match timed.kind:
-        case Product() | Grouped() | Batched():
+        case Grouped():
+            return "grouped_mm"
+        case Product() | Batched():
             return "linear"
         case Attention():
             return "sdpa"
@@ -159,6 +166,8 @@ def _name(timed: Timed) -> str:
             return "cat"
         case Bytes() if kernel in ("silu", "gelu", "relu", "sigmoid"):
             return "silu"
+        case Bytes() if kernel.split(".")[0].strip("_") in ROUTING:
+            return kernel.split(".")[0].strip("_")
     return OTHER
 
 

@@ -170,7 +170,7 @@ class Passes:
     @property
     def replays(self) -> bool:
         """Whether a CUDA graph launches the kernels."""
-        return self.setting.mode == "graph" and not self.speed.gpu.is_cpu
+        return self.setting.mode != "eager" and not self.speed.gpu.is_cpu
 
     def _host(self, program: Program, checkpointed: int) -> float:
         """What the host needs to issue a pass; of a CPU, whose op times hold that, what lies

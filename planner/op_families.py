@@ -12,7 +12,7 @@ H · key-value heads G · head dim D · experts E that are reached · bytes read
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from planner.program import Number
@@ -22,6 +22,9 @@ Work: TypeAlias = tuple[Number, Number]
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 """Bytes of a weight, by the dtype that products run in."""
+
+ALIGNED_ELEMENTS = 8
+"""Elements of 2 bytes in 16."""
 
 ALIAS = {"fp16": "bf16", "fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
 """Dtypes that run at one speed share a fit (the same units, the same bytes)."""
@@ -45,6 +48,15 @@ def gemm_work(m: Number, n: Number, k: Number, dtype: str) -> Work:
     b = WEIGHT_BYTES[dtype]
     out = max(b, 2.0)
     return 2.0 * m * n * k, b * (m * k + n * k) + out * m * n
+
+
+def gemm_family(dtype: str, *fixed: Number) -> str:
+    """The family of a product whose weight and activation have these fixed sizes."""
+    if WEIGHT_BYTES.get(ALIAS.get(dtype, dtype)) != 2.0:
+        return "gemm"
+    if any(size % 2 for size in fixed):
+        return "gemm_odd"
+    return "gemm_even" if any(size % ALIGNED_ELEMENTS for size in fixed) else "gemm"
 
 
 def decode_work(B: Number, S: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
@@ -77,6 +89,10 @@ def bytes_work(size: Number, dtype: str) -> Work:
 
 
 GEMM = Family(name="gemm", sizes=("m", "n", "k"), work=gemm_work, scales=(3.0, 4.0, 4.0))
+GEMM_EVEN = replace(GEMM, name="gemm_even")
+GEMM_ODD = replace(GEMM, name="gemm_odd")
+"""Products with rows of 2-byte elements that do not all begin at 16 bytes, because a fixed size is
+no multiple of 8, or is odd: the kernels that load 16 bytes at once cannot take them."""
 GROUPED = Family(
     name="grouped",
     sizes=("m", "E", "n", "k"),
@@ -115,6 +131,8 @@ BYTE_KINDS = (
     "cat",
     "gather",
     "optimizer",
+    "sort",
+    "topk",
 )
 """Ops that compute next to nothing, by how well they stream."""
 COMMUNICATION = ("all_reduce:2", "all_reduce:4", "all_reduce:8")
@@ -129,6 +147,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         GEMM,
+        GEMM_EVEN,
+        GEMM_ODD,
         GROUPED,
         DECODE,
         PREFILL,

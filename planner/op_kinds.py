@@ -30,13 +30,16 @@ ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
 REDUCTION = re.compile(r"softmax|mean|sum|nll|amax|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
+ROUTING = ("sort", "topk")
+"""Several kernels, and latencies: they do not stream."""
 NO_KERNEL = re.compile(r"^(empty|new_empty|scalar_tensor)")
 SEVERAL_OUTPUTS = re.compile(r"native_layer_norm|nll_loss|topk|sort")
 ONE_KERNEL_NORMS = re.compile(r"native_layer_norm|rms_norm|fused")
 APART = ("cat", "optimizer")
-APART_KERNELS = re.compile(r"topk|sort|scatter")
+APART_KERNELS = re.compile(r"topk|scatter")
 """Kinds, and kernels, that a compiler leaves as they are; rows that are picked by an index are
-loads of the op that wants them (torch/_inductor/lowering.py: index, gather, embedding)."""
+loads of the op that wants them (torch/_inductor/lowering.py: index, gather, embedding), and up to
+512 numbers are sorted inside a kernel (torch/_inductor/ir.py: Sort)."""
 ATTENTION = "_scaled_dot_product"
 MASKED = 4
 """Inputs of fused attention: queries, keys, values, mask."""
@@ -326,6 +329,8 @@ def _byte_kind(op: Op) -> str:
     name, kernel = op.name, op.kernel
     if kernel.startswith("_fused_adamw"):
         return "optimizer"
+    if kernel.split(".")[0] in ROUTING:
+        return kernel.split(".")[0]
     if GATHER.search(kernel) or (not kernel and "embedding" in name):
         return "gather"
     if kernel.startswith(("cat", "constant_pad")) and not ROTARY.search(name):

@@ -161,6 +161,12 @@ class Op:
     moved: tuple[Shape, ...] = ()  # bytes moved beyond whole buffers, such as rows of a table
     kernel: str = ""
 
+    @property
+    def sometimes(self) -> bool:
+        """Whether what it makes is there under a condition only: a factor that is 1 or 0."""
+        extents = (e for buffer in self.allocates for e in buffer.shape if isinstance(e, Symbol))
+        return any(sign in e.name for e in extents for sign in ("<", ">", "=="))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:

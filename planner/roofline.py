@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.calibration import TRANSFERRED, Calibration, calibration_of
 from planner.catalog.gpus import Gpu
-from planner.op_families import ALIAS
+from planner.op_families import ALIAS, GEMM, gemm_family
 from planner.op_kinds import (
     Attention,
     Batched,
@@ -171,10 +171,11 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             ratio = 1.0 if kind.head else speed.weight_ratio
             moved = moved - op.weight_bytes * (1.0 - ratio)
             m, n, k = kind.sizes(dims)
+            family = _product_family(speed, dtype, (m, n, k), kind.free)
             if ratio < 1.0 and ALIAS.get(dtype, dtype) != "fp8":
                 n = n * ratio  # weight-only: as a product over as many bytes of weights
-            fit = _covering(speed, "gemm", dtype, (m, n, k))
-            sizes, free, family = (m, n, k), (kind.free,), "gemm"
+            fit = _covering(speed, family, dtype, (m, n, k))
+            sizes, free = (m, n, k), (kind.free,)
         case Grouped():
             dtype = speed.product_dtype
             rows, reached, n = evaluate(kind.m, dims), evaluate(kind.reached, dims), kind.n
@@ -203,11 +204,21 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         seconds = _one_row_each(sizes, seconds, flops, moved, speed)
     if isinstance(kind, Bytes):
         seconds = _warm_or_cold(kind.kind, fit, sizes, speed)
+        if op.sometimes:
+            seconds = seconds * (np.asarray(moved) > 0)
     if speed.fused and isinstance(kind, Product):
         unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
         one = _streamed(fit, moved, unpacked, speed)
         seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
     return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
+
+
+def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: int) -> str:
+    """By how rows lie in memory, where that was measured; batch and tokens are multiples of 8."""
+    fixed = [round(float(np.ravel(size)[0])) for place, size in enumerate(sizes) if place != free]
+    family = gemm_family(dtype, *fixed)
+    known = speed.calibration is not None and speed.calibration.fit(family, dtype) is not None
+    return family if known else GEMM.name
 
 
 LARGE_PRODUCT = (1.0, 32768.0, 8192.0)

@@ -21,6 +21,9 @@ BACKENDS = {
     "llama.cpp": ("flash", "vllm", "cudnn", "default"),
 }
 """Attention kernels that a runtime takes, best first: torch 2.11's sdpa takes cuDNN's on Hopper."""
+WIDE_BACKENDS = {"fp32": ("efficient",)}
+"""Flash and cuDNN's kernels take 2-byte elements alone (aten/src/ATen/native/transformers/cuda/
+sdp_utils.cpp: check_tensor_dtype)."""
 DEFAULT_LINK_SHARE = 0.5
 """Of the interconnect's one-way rate that a ring reaches where nobody measured it."""
 DEFAULT_HOP_S = 6e-6
@@ -34,7 +37,7 @@ def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
     return speed_of(
         gpu,
         setting.dtype,
-        backends=BACKENDS.get(runtime, ()),
+        backends=(*WIDE_BACKENDS.get(setting.dtype, ()), *BACKENDS.get(runtime, ())),
         fused=runtime == "attnlab" and setting.mode == "graph",
         weight_ratio=ratio,
         expert_ratio=expert_ratio,

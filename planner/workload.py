@@ -284,7 +284,9 @@ class Training:
 class Deployment:
     """The GPU, the runtime on it and how it is set. None: what the model or the runtime takes.
 
-    `mode` is how steps are launched: as a CUDA graph or one kernel at a time ("eager").
+    `mode` is how steps are launched: one kernel at a time ("eager"), those same kernels replayed by
+    a CUDA graph ("captured"), or as the runtime makes its graphs ("graph"): attnlab's are compiled
+    first, which fuses what only moves bytes (as gpt-fast does); the others' are captured.
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
     transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
     cache keeps what is computed (transformers), another dtype takes a quantised one. `gpus` are
@@ -304,7 +306,7 @@ class Deployment:
     weight_dtype: str | None = None
     kv_dtype: str | None = None
     cache: CacheSpec | None = None
-    mode: Literal["graph", "eager"] = "graph"
+    mode: Literal["graph", "captured", "eager"] = "graph"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     memory_utilization: float = 0.9
@@ -322,7 +324,7 @@ class Deployment:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
-        check_choice("mode", self.mode, ("graph", "eager"))
+        check_choice("mode", self.mode, ("graph", "captured", "eager"))
         if self.host_add_s is not None and not 0 < self.host_add_s < 1:
             raise ConfigError(
                 f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"

@@ -97,11 +97,12 @@ def _answers(record: Record, row: Row) -> Mapping[str, float]:
     if row.quantity in PEAKS:
         return {} if record.step is not None else {WEIGHTS_ONLY: _weights_bytes(record)}
     answers = {}
-    if row.quantity in ("ttft_s", "tpot_s", "step_s"):
+    if row.quantity in ("ttft_s", "tpot_s", "replay_s", "step_s"):
         answers[NAIVE_ROOFLINE] = _roofline_s(record, row.quantity)
     ran = (record.model, record.environment.gpu, record.dtype)
     if ran == (peers.MODEL, peers.GPU, peers.DTYPE):
-        sizes = (record.batch, record.prompt_tokens, row.quantity)
+        told = "tpot_s" if row.quantity == "replay_s" else row.quantity
+        sizes = (record.batch, record.prompt_tokens, told)
         answers |= peers.figures_s().get(sizes, {})
     return answers
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from planner import ConfigError
-from profiles import meters, nvml
+from profiles import graph_step, meters, nvml
 from profiles.points import Point
 from profiles.workloads import Workload, attention_name
 
@@ -127,7 +127,10 @@ class Bench:
 
         def passes() -> None:
             for _ in range(point.passes):
-                self._timed_pass(workload, point, ids, first, rest)
+                if point.mode == "graph":
+                    self._replayed_pass(workload, point, ids, rest)
+                else:
+                    self._timed_pass(workload, point, ids, first, rest)
 
         values = self.powered(passes)
         steps = first if point.phase == "prefill" else rest
@@ -179,6 +182,19 @@ class Bench:
         for _ in range(point.output_tokens - 1):
             with rest.step():
                 next(tokens)
+
+    def _replayed_pass(
+        self, workload: Workload, point: Point, ids: torch.Tensor, rest: meters.Stopwatch
+    ) -> None:
+        """A prefill, then every decode step captured, replayed once unseen and once timed."""
+        workload.reset()
+        token = next(iter(workload.tokens(ids, output_tokens=1, logits=point.logits)))
+        for _ in range(point.output_tokens - 1):
+            step = graph_step.capture(workload, token, point.logits)
+            step.replay()  # the first replay uploads the graph
+            with rest.step():
+                step.replay()
+            token = step.token
 
     def _energy_j(self) -> float | None:
         return self.driver.energy_j() if self.driver else None

@@ -124,14 +124,10 @@ def write(content: Mapping[str, Any], path: Path) -> int:
 def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
     """One factor from rows of (measured, GPU's, host's unscaled) seconds; None where none is bound.
 
-    No pass ends before its host has issued it: each row bounds the factor from above, one that the
-    GPU explains too. Other work on the host's processor only makes rows slower, so the least bound
-    is the estimate.
+    Of a row that takes about what its kernels take the host may have been done long before.
     """
-    table = list(rows)
-    if not any(measured > BOUND * gpu for measured, gpu, _ in table):
-        return None
-    return min(measured / host for measured, _, host in table)
+    factors = [measured / host for measured, gpu, host in rows if measured > BOUND * gpu]
+    return statistics.median(factors) if factors else None
 
 
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
@@ -250,6 +246,8 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
     scale, named, apart = dict[str, float](), list[str](), 0.0
     mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
+        mine = [r for r in mine if r.host_add_s]
     for engine in sorted({r.runtime for r in mine}):
         rows = []
         for record in mine:
@@ -283,9 +281,9 @@ def _spread(records: list[Record]) -> float:
 
 
 def _disturbed(row: tuple[float, float, float], factor: float) -> float:
-    """How much longer a calibration row that waits for the host has it than the factor says."""
+    """How far a calibration row that waits for the host is from what the factor says."""
     measured, gpu, host = row
-    return measured / (factor * host) - 1.0 if measured > BOUND * gpu else 0.0
+    return abs(measured / (factor * host) - 1.0) if measured > BOUND * gpu else 0.0
 
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:

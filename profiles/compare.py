@@ -87,7 +87,8 @@ def measured(record: Record) -> dict[str, float]:
     """The quantities that a record has, in the planner's terms.
 
     The driver's figure is the whole device's: what others used before this process touched it goes
-    off. A prefill's median is a TTFT; a decode record's median step is its step_s.
+    off. A prefill's median is a TTFT; a decode record's median step is its step_s, or its replay_s
+    where a CUDA graph replays it.
     """
     used = record.device_used_peak_bytes
     others = record.device_used_before_bytes or 0
@@ -102,9 +103,14 @@ def measured(record: Record) -> dict[str, float]:
         "device_used_bytes": None if used is None else used - others,
         "ttft_s": record.median_ttft_s,
         "tpot_s": record.median_tpot_s,
-        "step_s": record.median_step_s if record.phase in ("decode", "training") else None,
+        "replay_s": record.median_step_s if record.mode == "graph" else None,
+        "step_s": record.median_step_s if _stepped(record) else None,
     }
     return {quantity: value for quantity, value in values.items() if value is not None}
+
+
+def _stepped(record: Record) -> bool:
+    return record.phase == "training" or (record.phase == "decode" and record.mode == "eager")
 
 
 def predicted(record: Record) -> dict[str, float | None]:
@@ -122,6 +128,7 @@ def predicted(record: Record) -> dict[str, float | None]:
         "device_used_bytes": memory.device_used_bytes,
         "ttft_s": latency.ttft_s,
         "tpot_s": latency.tpot_s,
+        "replay_s": latency.tpot_s,
         "step_s": latency.step_s if record.phase == "training" else latency.tpot_s,
     }
 
@@ -129,7 +136,8 @@ def predicted(record: Record) -> dict[str, float | None]:
 def estimate_of(record: Record) -> planner.Estimate:
     """The estimate of a record's work on its device; ConfigError where the planner refuses it.
 
-    How fast the host issued additions at the time is told, where the record has it.
+    What a graph replayed were the eager pass's own kernels. How fast the host issued additions at
+    the time is told, where the record has it.
     """
     if record.environment.gpu is None:
         raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
@@ -149,7 +157,7 @@ def estimate_of(record: Record) -> planner.Estimate:
         attention=record.attention.split(":")[0] if record.attention else None,
         dtype=planned_dtype(work, record.dtype),
         kv_dtype=None if record.step is not None else record.kv_dtype,
-        mode=record.mode,
+        mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)

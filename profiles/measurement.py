@@ -42,7 +42,7 @@ def record_of(
         runtime_version=environment.installed(RUNTIMES[runtime].distribution),
         dtype=dtype,
         kv_dtype=dtype,
-        mode="eager",
+        mode=run.mode if isinstance(run, Point) else "eager",
         environment=replace(env, **clocks),
         **values,
         **place,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.op_families import gemm_family
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
@@ -76,7 +77,8 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm":
-            return f"gemm:{dtype}", [s["m"], s["n"], s["k"]], 1
+            kind = gemm_family(dtype, s["n"], s["k"])
+            return f"{kind}:{dtype}", [s["m"], s["n"], s["k"]], 1
         case "moe":
             reached = min(s["experts"], s["m"])
             return f"grouped:{dtype}", [s["m"], reached, s["n"], s["k"]], 1
@@ -88,6 +90,8 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
         case "optimizer" if record.backend == "fused":
             return "optimizer", [float(record.bytes)], 1
+        case "bandwidth" if record.op in ("sort", "topk"):
+            return record.op, [float(record.bytes)], 1
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None

@@ -83,7 +83,8 @@ def _measured_s(
     found: dict[str, list[float]] = {}
     for record in records:
         if (record.batch, record.prompt_tokens) == (batch, prompt_tokens):
-            value = record.median_ttft_s if quantity == "ttft_s" else record.median_tpot_s
+            tpot_s = record.median_step_s if record.mode == "graph" else record.median_tpot_s
+            value = record.median_ttft_s if quantity == "ttft_s" else tpot_s
             if value is not None and record.step is None:
                 found.setdefault(f"{record.runtime}, {record.mode}", []).append(value)
     return {name: statistics.median(values) for name, values in found.items()}

@@ -15,11 +15,14 @@ GENERATIVE = tuple(phase for phase in PHASES if phase != "training")
 
 DecodePhase = Literal["prefill", "decode", "generation"]
 Logits = Literal["last", "all"]
+Mode = Literal["eager", "graph"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One phase of inference to measure."""
+    """One phase of inference to measure. `mode`: how decode steps are launched; a graph replays
+    those of a "decode" alone.
+    """
 
     phase: DecodePhase
     batch: int
@@ -28,6 +31,11 @@ class Point:
     logits: Logits = "last"
     repeats: int = 5
     warmup: int = 2
+    mode: Mode = "eager"
+
+    def __post_init__(self) -> None:
+        if check_choice("mode", self.mode, ("eager", "graph")) == "graph":
+            check_choice("phase (mode=graph)", self.phase, ("decode",))
 
     @property
     def work(self) -> Inference:
@@ -56,7 +64,8 @@ class Point:
         """For people: "prefill 1 × 4096", "generation 8 × 512 + 32"."""
         output = f" + {self.output_tokens}" if self.output_tokens > 1 else ""
         logits = " all logits" if self.logits == "all" else ""
-        return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}"
+        graph = ", a CUDA graph" if self.mode == "graph" else ""
+        return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}{graph}"
 
 
 def planned_dtype(work: Inference | Training, dtype: str | None) -> str | None:

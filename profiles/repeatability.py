@@ -122,6 +122,8 @@ def _passes(record: Record) -> Mapping[str, Sequence[float]]:
     """The values of each time over the passes of one record, in the terms of `measured`."""
     if record.phase == "prefill":
         return {"ttft_s": record.step_s}
+    if record.mode == "graph":
+        return {"replay_s": record.step_s}
     if record.phase != "generation":
         return {"step_s": record.step_s}
     return {"ttft_s": record.ttft_s, "tpot_s": record.repeat_tpot_s}

@@ -277,6 +277,8 @@ def _measured(out: Path, suite: str, here: records.Environment) -> set[str]:
 
 def _does_not_fit(point: SuitePoint, lane: Lane) -> str | None:
     """Why a point would only fail here; an OOM ends one process on a GPU, but a CPU's machine."""
+    if lane.environment.device != "cuda" and getattr(point.run, "mode", "eager") == "graph":
+        return "a CUDA graph needs a GPU"
     try:
         needed_bytes = needed(point, lane.environment.gpu).memory.peak_live_bytes
     except ConfigError:  # not predicted: all the more worth measuring, where that is safe

@@ -74,6 +74,18 @@ def _generation(batch: int, prompt: int, output: int, *, repeats: int = 3) -> Po
     )
 
 
+def _replayed(batch: int, prompt: int, *, repeats: int = 12) -> Point:
+    return Point(
+        phase="decode",
+        batch=batch,
+        prompt_tokens=prompt,
+        output_tokens=5,
+        repeats=repeats,
+        warmup=1,
+        mode="graph",
+    )
+
+
 def _step(batch: int, tokens: int, **how: Any) -> TrainingPoint:
     return TrainingPoint(work=Training(batch=batch, sequence_tokens=tokens, **how), repeats=3)
 
@@ -140,6 +152,47 @@ def _inference() -> Iterator[SuitePoint]:
     yield _point("qwen3-30b-a3b", _generation(4, 512, 8))
 
 
+PEERS_SIZES = (
+    (1, 128),
+    (8, 1024),
+    (1, 16384),
+    (8, 4096),
+    (1, 1024),
+    (32, 1024),
+    (1, 4096),
+    (32, 4096),
+)
+"""Batch and prompt tokens at which other tools were asked about Llama-3.1-8B (peers.py)."""
+
+
+def _latency() -> Iterator[SuitePoint]:
+    """Passes that the device bounds: decode steps that a CUDA graph replays, large prefills."""
+    for batch, prompt in PEERS_SIZES:
+        replayed = _replayed(batch, prompt, repeats=4 if batch * prompt > 65536 else 12)
+        yield _point("llama-3.1-8b", replayed, runtime="attnlab")
+    for model, batch, prompt in (
+        ("qwen2.5-7b", 16, 2048),
+        ("deepseek-v2-lite", 8, 1024),
+        ("qwen1.5-moe-a2.7b", 4, 512),
+        ("mistral-7b-v0.1", 4, 8192),
+        ("gpt2", 8, 512),
+        ("llama-3.2-1b", 32, 2048),
+        ("olmo2-7b", 16, 1024),
+        ("qwen3-4b", 64, 512),
+        ("qwen2.5-14b", 8, 1024),
+        ("phi-2", 16, 512),
+        ("qwen1.5-moe-a2.7b", 32, 512),
+        ("gemma-2-9b", 4, 2048),
+    ):
+        yield _point(model, _replayed(batch, prompt), runtime="attnlab")
+    for model, batch, prompt in (("llama-3.1-8b", 8, 1024), ("qwen2.5-7b", 16, 512)):
+        yield _point(model, _replayed(batch, prompt))
+    yield _point("qwen3-0.6b", _replayed(4, 1024))
+    for batch, prompt in PEERS_SIZES:
+        if batch * prompt > 8192:
+            yield _point("llama-3.1-8b", _prefill(batch, prompt, repeats=2))
+
+
 def _training() -> Iterator[SuitePoint]:
     """Full steps, checkpointed ones, other optimizers and dtypes; LoRA."""
     yield _point("llama-3.2-1b", _step(2, 2048), series=True)
@@ -193,5 +246,6 @@ SUITES = {
     "smoke": _smoke,
     "inference": _inference,
     "training": _training,
+    "latency": _latency,
     "allocator": _allocator,
 }

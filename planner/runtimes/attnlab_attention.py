@@ -187,9 +187,10 @@ class AttentionWriter(Writer):
             tape.free(mean, *self.copy_of(wide, x))
             wide = centred
         square = tape.new(name, shape, FLOAT32, reads=(wide,))
-        mean = self.replaced(tape.new(name, column, FLOAT32), square)
-        shifted = self.replaced(tape.new(name, column, FLOAT32), mean)
-        inverse = self.replaced(tape.new(name, column, FLOAT32), shifted)
+        averaged = tape.new(name, column, FLOAT32, reads=(square,), kernel="mean")
+        mean = self.replaced(averaged, square)
+        shifted = self.replaced(tape.new(name, column, FLOAT32, reads=(mean,)), mean)
+        inverse = self.replaced(tape.new(name, column, FLOAT32, reads=(shifted,)), shifted)
         scaled = tape.new(name, shape, FLOAT32, reads=(wide,))
         tape.free(inverse, *self.copy_of(wide, x))
         weight = tape.new(name, shape[-2:], FLOAT32) if b != FLOAT32 else None

@@ -252,8 +252,17 @@ class CacheProgram:
                 held = self._gather(attention)
                 self.tape.free(*new)
                 return Attended(keys=S, held=held, strided=ALWAYS)
+        if self.kind != "dynamic":
+            self._fill(attention)
         self.tape.free(*new)
         return Attended(keys=S)
+
+    def _fill(self, attention: GQA | MLA) -> None:
+        """Each stream's new rows written behind those that are there."""
+        for stream in self.kept(attention):
+            written = (B, stream.heads, T, stream.width)
+            moved = ((*written, stream.itemsize), (*written, self.b))
+            self.tape.run(f"kept {stream.name}", moved=moved, kernel="copy_")
 
     def _grow(self, attention: GQA | MLA) -> None:
         tape, cast = self.tape, None

@@ -201,9 +201,10 @@ class _Forward(AttentionWriter, MixtureWriter):
             return out
         wide = x if b == FLOAT32 else tape.new(name, shape, FLOAT32, reads=(x,))
         square = tape.new(name, shape, FLOAT32, reads=(wide,))
-        mean = self.replaced(tape.new(name, column, FLOAT32, reads=(square,)), square)
-        shifted = self.replaced(tape.new(name, column, FLOAT32), mean)
-        inverse = self.replaced(tape.new(name, column, FLOAT32), shifted)
+        averaged = tape.new(name, column, FLOAT32, reads=(square,), kernel="mean")
+        mean = self.replaced(averaged, square)
+        shifted = self.replaced(tape.new(name, column, FLOAT32, reads=(mean,)), mean)
+        inverse = self.replaced(tape.new(name, column, FLOAT32, reads=(shifted,)), shifted)
         scaled = tape.new(name, shape, FLOAT32, reads=(wide,))
         tape.free(inverse, *self.copy_of(wide, x))
         if not norm.weight:

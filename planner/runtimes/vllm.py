@@ -143,7 +143,7 @@ class Vllm:
             sorters=min(1 << (rows - 1).bit_length(), setting.multiprocessors),
             workspace_bytes=setting.workspace_bytes,
             flush_bytes=setting.l2_bytes,
-            compiled=setting.mode == "graph",
+            compiled=setting.mode != "eager",
             experts_elements=workspace_elements(model, setting.capability),
             gpus=setting.tensor_parallel,
             later_stage=model.first_layer > 0,

@@ -49,7 +49,7 @@ class Writer:
         """x · cos + rotate_half(x) · sin over the first `rotary` of D, each step a tensor."""
         tape, b, full = self.tape, self.b, (*rows, rotary)
         straight = tape.new("rotary", full, b, reads=(x,))
-        negated = tape.new("rotary", (*rows, rotary // 2), b)
+        negated = tape.new("rotary", (*rows, rotary // 2), b, moved=((*rows, rotary // 2, b),))
         turned = tape.new("rotary", full, b, reads=(x,))
         tape.free(negated)
         product = tape.new("rotary", full, b, reads=(turned,))

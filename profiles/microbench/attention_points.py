@@ -57,6 +57,18 @@ def prefill_points() -> Iterator[OpPoint]:
             yield from _prefill(heads, batch, tokens, "efficient")
 
 
+def masked_points() -> Iterator[OpPoint]:
+    """A prompt behind an explicit mask, heads not grouped: what a window or padding takes."""
+    for heads in ((32, 32, 128), (16, 16, 64), (16, 16, 256)):
+        for batch, tokens in ((1, 1024), (1, 4096), (1, 8192), (4, 2048)):
+            yield OpPoint(
+                family="prefill",
+                op="sdpa_masked",
+                shape=shape_of(heads, batch, tokens, tokens),
+                split=split_of(heads),
+            )
+
+
 def decode_points() -> Iterator[OpPoint]:
     """One query a sequence over its cache: a chequerboard of batch and context, denser for two."""
     for heads in (*CALIBRATION, *HELD_OUT):

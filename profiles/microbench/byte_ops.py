@@ -131,6 +131,28 @@ def _argmax(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: logits.argmax(dim=-1)
 
 
+def _topk(point: OpPoint, buffers: Buffers) -> Call:
+    scores = _rows(point, buffers)
+    return lambda: torch.topk(scores, point.shape["top_k"], dim=-1)
+
+
+def _picks(point: OpPoint, buffers: Buffers) -> Tensor:
+    """The expert of each pick of each token, in the tokens' order."""
+    return buffers.indices(point.shape["width"], point.shape["rows"] * point.shape["top_k"])
+
+
+def _sort(point: OpPoint, buffers: Buffers) -> Call:
+    picks = _picks(point, buffers)
+    return lambda: torch.sort(picks)
+
+
+def _histc(point: OpPoint, buffers: Buffers) -> Call:
+    picks, experts = _picks(point, buffers).sort()[0].int(), point.shape["width"]
+    if picks.device.type == "cpu":
+        picks = picks.float()
+    return lambda: torch.histc(picks, bins=experts, min=0, max=experts - 1)
+
+
 BYTE_OPS: dict[str, Maker] = {
     "copy": _copy,
     "sum": _sum,
@@ -147,4 +169,7 @@ BYTE_OPS: dict[str, Maker] = {
     "cross_entropy": _cross_entropy,
     "upcast": _upcast,
     "argmax": _argmax,
+    "topk": _topk,
+    "sort": _sort,
+    "histc": _histc,
 }

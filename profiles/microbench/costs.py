@@ -43,7 +43,7 @@ def flops(point: OpPoint) -> int:
     s = point.shape
     if point.op in ("linear", "scaled_mm", "grouped_mm") and "m" in s:
         forward = 2 * s["m"] * s["n"] * s["k"]
-    elif point.op == "sdpa" and s:
+    elif point.op in ("sdpa", "sdpa_masked") and s:
         forward = 4 * s["batch"] * s["heads"] * s["head_dim"] * _pairs(s["tokens"], s["context"])
     else:
         return 0
@@ -105,6 +105,25 @@ def _sdpa(s: Shape, size: int) -> int:
     return size * 2 * s["batch"] * s["head_dim"] * (query + cache)
 
 
+def _sdpa_masked(s: Shape, size: int) -> int:
+    """And the mask, a byte a pair."""
+    return _sdpa(s, size) + s["tokens"] * s["context"]
+
+
+def _picked(s: Shape, size: int) -> int:
+    """Experts' numbers in, sorted ones and their old places out, for each pick of each token."""
+    return 3 * INDEX_BYTES * s["rows"] * s["top_k"]
+
+
+def _topk(s: Shape, size: int) -> int:
+    """All scores in, the best and their places out."""
+    return s["rows"] * (size * s["width"] + (size + INDEX_BYTES) * s["top_k"])
+
+
+def _histc(s: Shape, size: int) -> int:
+    return 4 * (s["rows"] * s["top_k"] + s["width"])
+
+
 def _rope(s: Shape, size: int) -> int:
     """q and k in and out; cosines and sines."""
     rotated = s["tokens"] * s["head_dim"] * (s["heads"] + s["kv_heads"])
@@ -150,6 +169,10 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "upcast": _upcast,
     "argmax": _argmax,
     "adamw": _adamw,
+    "sdpa_masked": _sdpa_masked,
+    "sort": _picked,
+    "topk": _topk,
+    "histc": _histc,
 }
 
 

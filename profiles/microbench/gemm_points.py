@@ -47,6 +47,17 @@ HELD_OUT = (
     (2816, 2048),  # a DeepSeek-V2-Lite expert: gate and up
     (1024, 1024),
 )
+UNALIGNED = (
+    (32001, 4096),  # a vocabulary with one token added
+    (50259, 1024),
+    (50258, 1024),  # even: rows of 4-byte alignment
+    (50260, 1024),  # 8-byte
+    (51201, 2048),
+    (4096, 4097),
+)
+"""Rows that do not begin at 16 bytes: tensor cores are fed by other kernels then."""
+UNALIGNED_M = (1, 8, 64, 512, 2048, 8192)
+
 FP8_PAIRS = ((14336, 4096), (4096, 14336), (6144, 4096), (18944, 3584), (3584, 18944))
 FP8_M = (1, 16, 64, 128, 512, 2048, 8192)
 
@@ -75,7 +86,7 @@ def split_of(n: int, k: int) -> Split:
 
 
 def gemm_points() -> Iterator[OpPoint]:
-    """bf16 over every pair, then fp8 over a few."""
+    """bf16 over every pair, then fp8 over a few, then rows that begin anywhere."""
     grid = M_GRID + M_LARGE
     pairs = [pair for both in _alternate(CALIBRATION, HELD_OUT) for pair in both]
     for shift, (n, k) in enumerate(pairs):
@@ -85,6 +96,9 @@ def gemm_points() -> Iterator[OpPoint]:
     for n, k in FP8_PAIRS:
         for m in FP8_M:
             yield _point("scaled_mm", m, n, k, "fp8")
+    for n, k in UNALIGNED:
+        for m in UNALIGNED_M:
+            yield _point("linear", m, n, k, "bf16")
 
 
 def cpu_gemm_points() -> Iterator[OpPoint]:

@@ -67,6 +67,14 @@ class _Tiny:
             "adamw_foreach": lambda: self._adamw(fused=False),
             "adamw_fused": lambda: self._adamw(fused=True),
             "launch_and_wait": self._launch_and_wait,
+            "grouped_mm": self._grouped_mm,
+            "sort": lambda: self._of_picks(torch.sort),
+            "topk": self._topk,
+            "histc": lambda: self._of_picks(lambda x: torch.histc(x, bins=8, min=0, max=7)),
+            "cumsum": lambda: self._of_picks(lambda x: torch.cumsum(x, 0, dtype=torch.int32)),
+            "index": self._index,
+            "softmax": self._softmax,
+            "cast": self._cast,
         }
         return calls[op]()
 
@@ -133,6 +141,31 @@ class _Tiny:
             parameter.grad = self.randn(WIDTH)
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=not fused)
         return optimizer.step
+
+    def _grouped_mm(self) -> Call:
+        x, w = self.randn(8, WIDTH), self.randn(8, WIDTH, WIDTH)
+        ends = torch.arange(1, 9, dtype=torch.int32, device=self.device)
+        return lambda: nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=ends)
+
+    def _of_picks(self, op: Callable[[Tensor], object]) -> Call:
+        picks = torch.arange(8, dtype=torch.int32, device=self.device)
+        return lambda: op(picks)
+
+    def _topk(self) -> Call:
+        scores = self.randn(1, WIDTH)
+        return lambda: torch.topk(scores, 8, dim=-1)
+
+    def _index(self) -> Call:
+        x, picks = self.randn(8, WIDTH), torch.arange(8, device=self.device)
+        return lambda: x[picks]
+
+    def _softmax(self) -> Call:
+        x = self.randn(1, WIDTH)
+        return lambda: nn.functional.softmax(x, dim=-1, dtype=torch.float32)
+
+    def _cast(self) -> Call:
+        x = self.randn(1, WIDTH)
+        return lambda: x.float()
 
     def _launch_and_wait(self) -> Call:
         x, y = self.randn(1, WIDTH), self.randn(1, WIDTH)

@@ -47,6 +47,8 @@ class Preparer:
                 return self._grouped_mm(point)
             case "sdpa":
                 return self._sdpa(point)
+            case "sdpa_masked":
+                return self._sdpa_masked(point)
             case "adamw":
                 return self._adamw(point)
         return BYTE_OPS[point.op](point, self.buffers)
@@ -103,6 +105,13 @@ class Preparer:
                 return attend()
 
         return attend_by_backend
+
+    def _sdpa_masked(self, point: OpPoint) -> Call:
+        """A bool mask [1, 1, T, S] as transformers makes one; torch picks what takes a mask."""
+        q, k, v = self._qkv(point)
+        size = (point.shape["tokens"], point.shape["context"])
+        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None, None]
+        return lambda: nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def _qkv(self, point: OpPoint) -> tuple[Tensor, Tensor, Tensor]:
         """q as a projection leaves it, [B, T, H, D] seen as [B, H, T, D]; k and v as a cache is."""

@@ -17,6 +17,7 @@ ROW_OPS = ("rms_norm", "layer_norm", "gelu_tanh", "rope", "softmax", "embedding"
 SWEEP_BYTES = tuple(4 * KIB * 4**i for i in range(10))  # 4 KiB … 1 GiB of one tensor
 WARM_BYTES = (256 * KIB, 1 * MIB, 4 * MIB, 16 * MIB)
 VOCABULARY, HELD_OUT_VOCABULARY = 128256, 50257
+ROUTED_EXPERTS, HELD_OUT_EXPERTS = 64, (128,)
 ROPE_HEADS: Heads = LLAMA
 
 HOST_OPS = (
@@ -37,7 +38,16 @@ HOST_OPS = (
     "adamw_foreach",
     "adamw_fused",
     "launch_and_wait",
+    "grouped_mm",
+    "sort",
+    "topk",
+    "histc",
+    "cumsum",
+    "index",
+    "softmax",
+    "cast",
 )
+CPU_HOST_OPS = HOST_OPS[: HOST_OPS.index("adamw_foreach")]
 GRAPH_KERNELS = (1, 10, 100, 1000)
 SEGMENT_BYTES = (2 * MIB, 20 * MIB, 256 * MIB, 1024 * MIB)
 
@@ -89,6 +99,16 @@ def bandwidth_points() -> Iterator[OpPoint]:
             for rows in (1, 64, 512, 2048):
                 shape = {"rows": rows, "width": vocabulary}
                 yield OpPoint(family="bandwidth", op=op, shape=shape, dtype=dtype, split=split)
+
+
+def routing_points() -> Iterator[OpPoint]:
+    """What sorts tokens by expert: top-k of `width` scores a token, sort and count of the picks."""
+    for width in (ROUTED_EXPERTS, *HELD_OUT_EXPERTS):
+        split: Split = "calibration" if width == ROUTED_EXPERTS else "held-out"
+        for op in ("topk", "sort", "histc"):
+            for rows in (4, 64, 1024, 4096):
+                shape = {"rows": rows, "width": width, "top_k": 8}
+                yield OpPoint(family="bandwidth", op=op, shape=shape, dtype="fp32", split=split)
 
 
 def cpu_bandwidth_points() -> Iterator[OpPoint]:

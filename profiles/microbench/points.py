@@ -29,7 +29,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
         last: Iterator[OpPoint] = iter(())
         first: list[Iterator[OpPoint]] = [
             other.cpu_ceiling_points(),
-            other.host_points(ops=other.HOST_OPS[:-3], dtype="fp32"),
+            other.host_points(ops=other.CPU_HOST_OPS, dtype="fp32"),
         ]
         rest = [
             gemm.cpu_gemm_points(),
@@ -46,7 +46,9 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             gemm.gemm_points(),
             attention.prefill_points(),
             attention.decode_points(),
+            attention.masked_points(),
             other.bandwidth_points(),
+            other.routing_points(),
             other.backward_points(),
             gemm.moe_points(),
             other.optimizer_points(),

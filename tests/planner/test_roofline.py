@@ -15,6 +15,8 @@ from planner.op_times import Roof
 from planner.prepared import prepare
 from planner.program import Dims, visible_pairs
 from planner.roofline import op_times
+from planner.runtimes import runtime_named
+from planner.speed import speed_for
 
 LLAMA = planner.load_model("llama-3.1-8b")
 CALIBRATED = sorted(
@@ -86,9 +88,39 @@ def test_each_fit_names_a_source_with_version_and_licence(gpu):
 )
 def test_fits_hold_on_shapes_that_they_never_saw(gpu, fit, median, p90):
     held_out = load(gpu).fits[fit].held_out
-    assert held_out.count > 100
+    assert held_out.count >= 96
     assert held_out.median <= median
     assert held_out.p90 <= p90
+
+
+def test_a_vocabulary_of_an_odd_size_that_no_fit_saw_is_timed_by_other_odd_ones():
+    """50 257: GPT-2's head runs at a seventh of what 50 304 reaches."""
+    held_out = load("h200").fits["gemm_odd:bf16"].held_out
+    assert held_out.count == 8
+    assert held_out.median <= 0.10
+    assert held_out.p90 <= 0.15
+    odd, padded = (seconds_of_head(V) for V in (50257, 50304))
+    assert odd > 4 * padded
+
+
+def seconds_of_head(vocab_size):
+    model = planner.read_config({**planner.load_model("gpt2").config, "vocab_size": vocab_size})
+    work = planner.Inference(batch=8, prompt_tokens=1024, logits="all")
+    deploy = planner.Deployment(gpu="h200", runtime="transformers", dtype="bf16", mode="eager")
+    e = planner.estimate(model, work, deploy)
+    program = runtime_named("transformers").prefill(model, work, e.setting)
+    dims = Dims(batch=8, tokens=1024, context=1024)
+    speed = speed_for(model, e.setting, "transformers", e.gpu)
+    return sum(t.seconds for t in op_times(program, dims, speed) if t.timed.op.name == "logits")
+
+
+def test_a_captured_step_has_all_kernels_of_an_eager_one_and_no_host():
+    compiled, captured, eager = (
+        of(runtime="attnlab", mode=mode).latency.tpot_s for mode in ("graph", "captured", "eager")
+    )
+    assert compiled < captured < eager
+    same = [of(runtime="transformers", mode=mode).latency.tpot_s for mode in ("graph", "captured")]
+    assert same[0] == same[1]
 
 
 def test_a_roofline_is_a_smooth_maximum_over_a_floor():
@@ -278,14 +310,14 @@ def test_the_mean_pass_of_a_prefill_adds_up_to_the_first_token():
 
 
 def test_a_compiler_loads_rows_by_their_index_where_they_are_wanted():
-    """torch/_inductor/lowering.py: index, gather, embedding; topk and sort are kernels."""
+    """torch/_inductor/lowering.py: index, gather, embedding; topk is a kernel, sort inside one."""
     fused, apart = (
         {t.op.kernel for t in kinds("mixtral-8x7b", "attnlab", fused=fused) if _gathers(t.kind)}
         for fused in (True, False)
     )
-    assert fused == {"topk", "sort", "scatter"}
-    assert apart == {*fused, "index", "gather"}
+    assert fused == {"topk", "scatter"}
+    assert apart == {*fused, "sort", "index", "gather"}
 
 
 def _gathers(kind):
-    return isinstance(kind, Bytes) and kind.kind == "gather"
+    return isinstance(kind, Bytes) and kind.kind in ("gather", "sort", "topk")

@@ -14,7 +14,8 @@ from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
 
 MATRIX = ("linear", "sdpa")
-GATHERED = ("embedding", "grouped_mm", "adamw")  # read or write parts of their tensors, or in place
+GATHERED = ("embedding", "grouped_mm", "adamw", "histc")
+"""They read or write parts of their tensors, write in place, or read what was made of them."""
 
 
 class Watched(Buffers):
@@ -76,10 +77,11 @@ def test_bytes_are_those_of_the_tensors_that_go_in_and_come_out(point):
     buffers = Watched(device=torch.device("cpu"), pool_bytes=14 * 2**30)
     with FakeTensorMode(), torch.no_grad():
         results = tree_leaves(Preparer(buffers).prepare(point)())
-    scales = 8 if point.op == "scaled_mm" else 0
+    s = point.shape
+    beside = {"scaled_mm": 8, "sdpa_masked": s.get("tokens", 0) * s.get("context", 0)}
     tensors = [*buffers.taken, *(leaf for leaf in results if isinstance(leaf, torch.Tensor))]
     seen_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    assert costs.floor_bytes(point) == seen_bytes + scales
+    assert costs.floor_bytes(point) == seen_bytes + beside.get(point.op, 0)
 
 
 def test_cuda_points_can_be_prepared_and_run_on_fake_tensors():

@@ -51,7 +51,8 @@ def test_a_quarter_of_the_list_has_a_quarter_of_every_large_family():
 
 
 def test_an_eighth_of_the_list_spans_the_sizes_of_a_product():
-    prefix = [point for point in points("cuda") if point.family == "gemm"][:34]
+    products = [point for point in points("cuda") if point.family == "gemm"]
+    prefix = products[: len(products) // 8]
     rows = {point.shape["m"] for point in prefix}
     assert min(rows) <= 2
     assert max(rows) >= 8192
