@@ -8,8 +8,8 @@ same address in 11 of 13 processes. Segments
 laid out so reserve to the byte what was reserved in all 16, at rising addresses in 8. Ranges
 given back are not used again: an allocator asks for more only where nothing it has fits.
 
-Where two blocks of one size are free, this decides, and drivers may differ: qwen1.5-moe's prefill of
-2 × 2 048 tokens reserves 30.11 to 30.28 GB when its segments are put anywhere.
+Where two blocks of one size are free, this decides, and drivers may differ: qwen1.5-moe's prefill
+of 2 × 2 048 tokens reserves 30.11 to 30.28 GB when its segments are put anywhere.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ class Products(Views):
     ) -> Tensor:
         """Rows of x [rows, in] times the matrix [E, in, out] of each row's group, which ends there.
 
-        `read`: bytes of the matrices that are reached; `scratch`: of each such product. The matrices are transposed weights, whose
-        gradient is made as it lies.
+        `read`: bytes of the matrices that are reached; `scratch`: of each such product. The
+        matrices are transposed weights, whose gradient is made as it lies.
         """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:

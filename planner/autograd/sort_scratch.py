@@ -1,4 +1,4 @@
-"""What CUDA's kernels that sort allocate besides their results: torch.sort, an embedding's backward.
+"""What CUDA's kernels that sort allocate besides results: torch.sort, an embedding's gradient.
 
 ATen/native/cuda/Sort.cpp, Sort.cu and Embedding.cu of torch 2.11; keys and their places are int64.
 The temporary storage of cub's radix sort is device/dispatch/dispatch_radix_sort.cuh's of CUDA 13,

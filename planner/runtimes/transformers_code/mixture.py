@@ -79,7 +79,6 @@ class MixtureWriter(PartWriter):
     def _route_by_groups(self, moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """DeepseekV3TopkRouter.forward."""
         f, aten, E, k = self.f, self.aten, moe.num_experts, moe.num_experts_per_tok
-        table: Dims = ((B, T), (E,))
         weight = self.weight("router.weight", E, x.sizes[-1])
         logits = f.linear(
             f.cast(x, FLOAT32, "router"), f.cast(weight, FLOAT32, "router"), None, "router"
