@@ -202,8 +202,8 @@ class MoE:
     arXiv:2409.12136): two experts, one after the other, each weighed among those that are at most
     2 · `router_jitter_noise` of their score behind. Router "sigmoid-groups"
     (DeepSeek-V3, arXiv:2412.19437): sigmoid scores plus a correction bias, top `topk_group` of
-    `n_group` groups first, each judged by its `group_best` best scores (DeepSeek-V2: one), in
-    whatever router has groups. `shared` runs for every token.
+    `n_group` groups first, each judged by its `group_best` best scores (DeepSeek-V2: one, where it
+    limits groups at all), in whatever router has groups. `shared` runs for every token.
     """
 
     num_experts: int

@@ -34,11 +34,13 @@ from planner.dtypes import element_bytes
 from planner.format import gib
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
+from planner.module_order import module_order
 from planner.pass_events import PassWriter, script
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import INT64
+from planner.tensors import Parameter
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
 
@@ -149,18 +151,17 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     model, dtype = plan.model, plan.setting.dtype
     if isinstance(plan.work, Training):
         dtype = plan.work.held_dtype(dtype)
+    sizes: dict[Parameter, list[int]] = {}
     if model.quantization is None:
         b = element_bytes(dtype)
-        sizes = [(p, p.count * b, 1) for p in model.parameters()]
+        sizes = {p: [p.count * b] for p in model.parameters()}
     else:
-        sizes = [
-            (p, stored.size_bytes // stored.copies, stored.copies)
-            for p, stored in model.stored_tensors(dtype)
-        ]
-    sizes.sort(key=lambda entry: _place(entry[0].group, entry[0].layer))
+        for p, stored in model.stored_tensors(dtype):
+            each = stored.size_bytes // stored.copies
+            sizes.setdefault(p, []).extend([each] * stored.copies)
     number = 0
-    for _, size, copies in sizes:
-        for _ in range(copies):
+    for p in module_order(sizes, model, runtime=plan.runtime):
+        for size in sizes[p]:
             yield Alloc(("weight", number), size)
             number += 1
     if isinstance(plan.work, Training) and plan.work.adapters is not None:
@@ -171,12 +172,6 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
         for index in range(row.count):
             yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
-
-
-def _place(group: str, layer: int | None) -> tuple[int, int]:
-    if layer is not None:
-        return 1, layer
-    return (0, 0) if group == "embedding" else (2, 0)
 
 
 class _Decode:

@@ -13,6 +13,7 @@ from planner.allocator import Alloc, Event, Free
 from planner.dtypes import element_bytes
 from planner.lora import adapter_bytes
 from planner.model import Model
+from planner.module_order import module_order
 from planner.optimizer_parts import is_hidden
 from planner.optimizers import states, trained
 from planner.pass_events import PassScript, script, workspace_events
@@ -36,7 +37,7 @@ def training_events(
         yield Alloc(name, INT64 * work.batch * tokens)
     phase = PLANNED[runtime](model, work, setting)
     played = script(phase.program, continues=False)
-    made = _states(model, work, setting)
+    made = _states(model, work, setting, runtime)
     for step in range(TRAINING_STEPS if work.optimizer else 1):
         inserted: dict[int, list[Event]] = {}
         if step == 0:
@@ -57,12 +58,12 @@ def _step(
             yield Alloc(name, size) if makes else Free(name)
 
 
-def _states(model: Model, work: Training, setting: Setting) -> list[Event]:
+def _states(model: Model, work: Training, setting: Setting, runtime: str) -> list[Event]:
     """What the first step makes for each parameter; Muon's before those of its AdamW."""
     b = element_bytes(work.held_dtype(setting.dtype))
     if work.adapters is not None:
         b = adapter_bytes(work.adapters)
-    parameters = trained(model, work)
+    parameters = module_order(trained(model, work), model, runtime=runtime)
     if work.optimizer == "muon":
         parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))
     return [

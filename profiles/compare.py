@@ -17,6 +17,7 @@ from planner.latency import passes_of
 from planner.program import Dims, Program
 from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
+from profiles.points import planned_dtype
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame
 from profiles.summaries import Summary, summary
@@ -32,9 +33,6 @@ __all__ = [
     "summary",
     "to_frame",
 ]
-
-AUTOCAST_DTYPE = "bf16"
-"""What training_bench.py's autocast regions compute in."""
 
 
 def compare(
@@ -157,17 +155,12 @@ def estimate_of(record: Record) -> planner.Estimate:
         gpu=record.environment.gpu,
         runtime=record.runtime,
         attention=record.attention.split(":")[0] if record.attention else None,
-        dtype=AUTOCAST_DTYPE if _autocast(record) else record.dtype,
+        dtype=planned_dtype(work, record.dtype),
         kv_dtype=None if record.step is not None else record.kv_dtype,
         mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
     return planner.estimate(planner.read_config(record.config), work, deploy)
-
-
-def _autocast(record: Record) -> bool:
-    """Whether a step computes in another dtype than its weights are in, which the record names."""
-    return record.step is not None and record.step.get("precision") == "autocast"
 
 
 def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:

@@ -68,6 +68,16 @@ class Point:
         return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}{graph}"
 
 
+def planned_dtype(work: Inference | Training, dtype: str | None) -> str | None:
+    """The dtype that the planner is asked for, of a run whose weights are in `dtype`.
+
+    It names what autocast computes in, bf16 (training_bench.py), where all of fp32 weights are
+    trained.
+    """
+    casts = isinstance(work, Training) and work.precision == "autocast" and work.adapters is None
+    return "bf16" if casts and dtype == "fp32" else dtype
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPoint:
     """A training step to measure: the first `warmup` steps are not timed, at least one of them."""

@@ -23,7 +23,7 @@ from planner import ConfigError
 from planner.format import gib
 from profiles import environment, nvml, records
 from profiles.isolated import Ended, run_isolated
-from profiles.points import SuitePoint
+from profiles.points import SuitePoint, planned_dtype
 from profiles.records import DEFAULT_OUT, Record
 from profiles.suites import suite_points
 
@@ -294,7 +294,7 @@ def needed(point: SuitePoint, gpu: str | None) -> planner.Estimate:
         gpu=gpu or "cpu",
         runtime=point.runtime,
         attention=point.attention,
-        dtype=point.dtype,
+        dtype=planned_dtype(point.run.work, point.dtype),
         mode="eager",
     )
     return planner.estimate(planner.load_model(point.model), point.run.work, deploy)

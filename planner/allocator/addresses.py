@@ -2,14 +2,20 @@
 
 The driver does not say. What 16 histories of an H200's allocator show (profiles/data/histories,
 driver 580): address space is taken in multiples of 32 MiB, each below the one before; an allocation
-lies at the beginning of its range, and what is left behind it serves later ones that fit. Segments
-laid out so reserve to the byte what was reserved in 15 of the 16, at rising addresses in 8. Ranges
+lies at the beginning of its range, and what is left behind it serves later ones that fit. Above all
+of them the context has 8 MiB of a range, whose other 24 the first segment gets that fits: at the
+same address in 11 of 13 processes. Segments
+laid out so reserve to the byte what was reserved in all 16, at rising addresses in 8. Ranges
 given back are not used again: an allocator asks for more only where nothing it has fits.
+
+Where two blocks of one size are free, this decides, and drivers may differ: qwen1.5-moe's prefill
+of 2 × 2 048 tokens reserves 30.11 to 30.28 GB when its segments are put anywhere.
 """
 
 from __future__ import annotations
 
 RANGE_BYTES = 32 * 2**20
+CONTEXT_BYTES = 8 * 2**20
 TOP = 1 << 47
 
 
@@ -17,8 +23,9 @@ class AddressSpace:
     """The addresses of one device, from the top downwards."""
 
     def __init__(self) -> None:
-        self._low = TOP
-        self._left: list[tuple[int, int]] = []  # (size, address) of what is left in ranges
+        self._low = TOP - RANGE_BYTES
+        rest_size = RANGE_BYTES - CONTEXT_BYTES
+        self._left = [(rest_size, TOP - rest_size)]  # (size, address) of what is left in ranges
 
     def take(self, size: int) -> int:
         """Where an allocation of so many bytes lies: the smallest rest that fits, else below."""

@@ -62,6 +62,7 @@ class Aten:
     def __init__(self, tape: Tape, numbers: Mapping[Symbol, int]) -> None:
         self.tape, self.numbers = tape, numbers
         self.watched = True
+        self.on_gpu = False  # kernels of CUDA allocate scratch that those of a CPU do not
         self.multiprocessors = 0  # of the CUDA device; 0: not known, or none
         self.doing = ""  # the node whose backward runs
         self.made = 0  # allocations so far
@@ -245,6 +246,24 @@ class Aten:
         at = len(like.dims) + 1 + dim
         dims = (*like.dims[:at], (len(parts),), *like.dims[at:])
         return self.new("stack", name, dims, like.itemsize, reads=parts)
+
+    def as_complex(self, x: Tensor) -> Tensor:
+        """view_as_complex of x.reshape(…, -1, 2): pairs of neighbours as one number each."""
+        return self._as_numbers(x, 2)
+
+    def as_real(self, x: Tensor) -> Tensor:
+        """view_as_real(x).flatten(-2): a complex number as two neighbours."""
+        return self._as_numbers(x, 0.5)
+
+    def _as_numbers(self, x: Tensor, joined: float) -> Tensor:
+        """A view whose elements are so many of x's."""
+        (width,) = x.dims[-1]
+        assert isinstance(width, int)
+        assert x.strides[-1] == 1
+        dims = (*x.dims[:-1], (int(width / joined),))
+        strides = (*(int(s / joined) for s in x.strides[:-1]), 1)
+        seen = self._seen(x, dims, self.sizes(dims), strides)
+        return replace(seen, itemsize=int(x.itemsize * joined))
 
     def expand(self, x: Tensor, dims: Dims) -> Tensor:
         """x repeated to other sizes, without a copy."""

@@ -8,6 +8,7 @@ from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.picking import Picking
 from planner.autograd.recording import only
 from planner.autograd.reductions import Reductions
+from planner.autograd.sort_scratch import embedding_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
@@ -21,9 +22,17 @@ class Functions(Elementwise, Reductions, Picking, FusedAttention):
             like = node.inputs[0]
             called = f"gradient of {like.name}"
             reads = (only(flowed),)
+            scratch = (
+                embedding_scratch(node.saved[0].shape, *like.sizes) if self.aten.on_gpu else ()
+            )
             return [
                 self.aten.new(
-                    "embedding_dense_backward", called, like.dims, like.itemsize, reads=reads
+                    "embedding_dense_backward",
+                    called,
+                    like.dims,
+                    like.itemsize,
+                    reads=reads,
+                    scratch=scratch,
                 )
             ]
 

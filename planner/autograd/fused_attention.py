@@ -116,7 +116,9 @@ class FusedAttention(Products):
             rows.append(self.aten.new(called, "log-sum-exp", (B, H, last), FLOAT32))
         if kernel == "cudnn":
             one = self.aten.sizes((T,)) == (1,) and mask is None
-            size = self._split_bytes(q, k) if one else (CUDNN_WORKSPACE_BYTES,)
+            size: Shape = (CUDNN_WORKSPACE_BYTES,)
+            if one:  # values narrower than keys (latent attention) are not split: none was seen
+                size = self._split_bytes(q, k) if q.sizes[-1] == v.sizes[-1] else (0,)
             self.aten.new(called, "workspace", (size,), 1, returned=False)
         seeds.reverse()  # a list lets go of its last one first
         masks = () if mask is None else (mask,)

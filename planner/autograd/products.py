@@ -6,6 +6,8 @@ torch 2.13 (see recording.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.autograd.recording import only
 from planner.autograd.tensors import Dims, Gradients, Like, Node, Tensor
 from planner.autograd.views import Views
@@ -58,7 +60,9 @@ class Products(Views):
             out = self.matmul(flat, turned, name)
         else:
             out = self.addmm(bias, flat, turned, name)
-        return self.view(out, (*x.dims[:-1], weight.dims[0]), name)
+        out = self.view(out, (*x.dims[:-1], weight.dims[0]), name)
+        del flat  # of arguments that nobody else holds the first one goes first
+        return out
 
     def addmm(self, bias: Tensor, a: Tensor, b: Tensor, name: str) -> Tensor:
         """bias + a · b: the bias takes the gradient as it is, to be summed over the rows."""
@@ -108,12 +112,19 @@ class Products(Views):
         return self._record(backward, (a, b), out, (a, b))
 
     def grouped_mm(
-        self, x: Tensor, weight: Tensor, offsets: Tensor, name: str, *, read: Shape
+        self,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        name: str,
+        *,
+        read: Shape,
+        scratch: Sequence[tuple[Shape, int]] = (),
     ) -> Tensor:
         """Rows of x [rows, in] times the matrix [E, in, out] of each row's group, which ends there.
 
-        `read`: bytes of the matrices that are reached. The matrices are transposed weights, whose
-        gradient is made as it lies.
+        `read`: bytes of the matrices that are reached; `scratch`: of each such product. The
+        matrices are transposed weights, whose gradient is made as it lies.
         """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
@@ -132,13 +143,21 @@ class Products(Views):
                     strides=strides,
                     flops=flops,
                     reads=(gradient, kept[0 if index else -1]),
+                    scratch=scratch,
                 )
             return made
 
         dims = (x.dims[0], weight.dims[2])
         flops = (2, *(e for dim in (*dims, x.dims[1]) for e in dim))
         out = self.aten.new(
-            "_grouped_mm", name, dims, x.itemsize, flops=flops, reads=(x,), rows=(read,)
+            "_grouped_mm",
+            name,
+            dims,
+            x.itemsize,
+            flops=flops,
+            reads=(x,),
+            rows=(read,),
+            scratch=scratch,
         )
         return self._record(backward, (x, weight), out, (*_needed(x, weight), offsets))
 

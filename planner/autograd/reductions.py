@@ -12,6 +12,7 @@ from planner.autograd.aten import ONE
 from planner.autograd.autocast import Autocast
 from planner.autograd.recording import only
 from planner.autograd.tensors import Gradients, Node, Tensor
+from planner.program import Shape
 
 
 class Reductions(Autocast):
@@ -34,9 +35,17 @@ class Reductions(Autocast):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
             reads = (only(flowed), result)
+            scratch: tuple[tuple[Shape, int], ...] = ()
+            if self.aten.on_gpu and back == "_softmax":  # SoftMax.cu: tmp = grad * output
+                scratch = ((result.shape, result.itemsize),)
             return [
                 self.aten.new(
-                    f"{back}_backward_data", called, result.dims, result.itemsize, reads=reads
+                    f"{back}_backward_data",
+                    called,
+                    result.dims,
+                    result.itemsize,
+                    reads=reads,
+                    scratch=scratch,
                 )
             ]
 

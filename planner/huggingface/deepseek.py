@@ -93,7 +93,7 @@ def read_deepseek_v2(fields: Fields) -> Model:
         ),
         n_group=fields.size("n_group") if grouped else 1,
         topk_group=fields.size("topk_group") if grouped else 1,
-        group_best=1,
+        group_best=1 if grouped else 2,
         norm_topk_prob=False,
         routed_scaling_factor=fields.number("routed_scaling_factor"),
     )

@@ -41,7 +41,7 @@ from planner.runtimes.transformers_code.forward import check_written, is_held, p
 from planner.runtimes.transformers_code.regime import Pass, Regime, windows
 from planner.workload import CacheSpec, Inference
 
-EXACT_PEAKS = HELD | {"deepseek_v3"}
+EXACT_PEAKS = HELD | {"deepseek_v2", "deepseek_v3"}
 """Model types whose inference equals, to the byte, what their classes allocate (tests/)."""
 
 

@@ -43,6 +43,8 @@ WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
 SLIDING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3")
 OTHERS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt")
 KINDS = (*GROUPED, *OTHERS)
+LATENT = ("deepseek_v2", "deepseek_v3")
+"""Types whose inference alone is planned."""
 
 
 @st.composite
@@ -55,6 +57,9 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     H, wide = groups * shared, draw(st.integers(1, 90))
     tied = draw(st.booleans())
     made = {"model_type": kind, "vocab_size": vocabulary, "tie_word_embeddings": tied, **NO_TOKENS}
+    if kind in LATENT:
+        made["intermediate_size"] = wide
+        return {**made, **_latent(draw, kind, layers, H)}
     if kind in OTHERS:
         return {**made, **_other(draw, kind, layers, (H, groups, head_dim), wide)}
     made |= {
@@ -96,6 +101,38 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
         made["moe_intermediate_size"] = 8 * draw(st.integers(1, 5))
     if kind == "qwen2_moe":
         made["shared_expert_intermediate_size"] = draw(st.integers(1, 60))
+    return made
+
+
+def _latent(draw: st.DrawFn, kind: str, layers: int, heads: int) -> dict[str, Any]:
+    """DeepSeek's latent attention and its mixtures, whose groups have two experts or more."""
+    groups, experts = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    widths = ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    made = {
+        **{field: 8 * draw(st.integers(1, 4)) for field in widths},
+        "hidden_size": 8 * heads * draw(st.integers(1, 3)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 128,
+        "q_lora_rank": draw(st.none() | st.integers(1, 40)),
+        "qk_rope_head_dim": 2 * draw(st.integers(1, 8)),
+        "attention_bias": draw(st.booleans()),
+        "n_routed_experts": groups * experts,
+        "n_shared_experts": draw(st.integers(1, 2)),
+        "n_group": groups,
+        "topk_group": draw(st.integers(1, groups)),
+        "moe_intermediate_size": 8 * draw(st.integers(1, 5)),
+        "first_k_dense_replace": draw(st.integers(0, 2)),
+    }
+    made["num_experts_per_tok"] = draw(st.integers(1, made["topk_group"] * experts))
+    made["head_dim"] = made["qk_rope_head_dim"]
+    if kind == "deepseek_v2":
+        methods = ("greedy", "group_limited_greedy")
+        made |= {"topk_method": draw(st.sampled_from(methods)), "mlp_bias": draw(st.booleans())}
+    else:
+        made["norm_topk_prob"] = draw(st.booleans())
+        made["rope_interleave"] = draw(st.booleans())
     return made
 
 

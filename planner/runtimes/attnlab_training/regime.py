@@ -87,6 +87,7 @@ class AttnlabWriter(PassWriter[Shared]):
         )
         self.step, self.regime = step, regime
         self.f.widens = widens(step.device)
+        self.aten.on_gpu = step.device == "cuda"
         self.aten.multiprocessors = step.multiprocessors
 
 

@@ -179,8 +179,8 @@ class AttentionWriter(CacheWriter):
         latent = f.view(latent, ((B,), ONE, (T,), (d_c,)))
         k_rot = f.view(k_rot, ((B,), ONE, (T,), (D_rope,)))
         if given.rotation is not None:
-            cos, sin = given.rotation
-            if mla.rope_interleave:
+            if mla.rope_interleave and self.code.rotary != "complex":
+                cos, sin = given.rotation
                 turned = (
                     self._interleaved(q_rot, cos, "query"),
                     self._interleaved(k_rot, sin, "key"),

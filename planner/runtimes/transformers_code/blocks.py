@@ -66,7 +66,7 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
         hidden = self._normed(layer, hidden, "feed-forward norm")
         hidden = self.fed(layer, hidden)
         hidden = f.add(residual, self._scaled(layer, hidden), "hidden states")
-        del weights
+        del residual, weights
         return hidden
 
     def _post(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
@@ -78,7 +78,7 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
         hidden = self.fed(layer, hidden)
         hidden = self._normed(layer, hidden, "post norm")
         hidden = f.add(residual, hidden, "hidden states")
-        del weights
+        del residual, weights
         return hidden
 
     def _sandwich(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
@@ -92,7 +92,7 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
         hidden = self.fed(layer, hidden)
         hidden = self._normed(layer, hidden, "post norm")
         hidden = f.add(residual, hidden, "hidden states")
-        del weights
+        del residual, weights
         return hidden
 
     def _post_sum(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
@@ -104,7 +104,7 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
         hidden = self.fed(layer, hidden)
         hidden = f.add(residual, hidden, "residual")
         hidden = self._normed(layer, hidden, "hidden states")
-        del weights
+        del residual, weights
         return hidden
 
     def _parallel(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:

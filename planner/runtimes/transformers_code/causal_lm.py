@@ -59,7 +59,7 @@ class CausalLM(BlockWriter, MaskWriter):
             assert mask is not None
             self.masks[None] = self.biased_mask(mask, self.alibis, H)
             del mask
-        self.rotations: dict[bool, tuple[Tensor, Tensor]] = {}
+        self.rotations: dict[bool, tuple[Tensor, ...]] = {}
         for layer in model.layer_kinds():
             slides = self._slides(layer)
             rope = model.local_positions if slides else model.positions

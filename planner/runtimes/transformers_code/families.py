@@ -19,6 +19,7 @@ class Code:
     kept until both are joined), also where none is left; "held": so in attention's own forward,
     which keeps the rotated parts. `late_norms`: queries and keys are normed when all three are
     there.
+    "complex": neighbouring dimensions are one complex number, turned in float32 (deepseek_v2).
     `pairs`: neighbouring dimensions turn together. `float32_rotary`: queries and keys are cast.
     `float32_tables`: sine and cosine stay float32.
     `projections`: how queries, keys and values are made. `scaled_queries`: before the heads (opt).
@@ -29,7 +30,7 @@ class Code:
     """
 
     norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
-    rotary: Literal["whole", "joined", "joined late", "returned", "held"] = "whole"
+    rotary: Literal["whole", "joined", "joined late", "returned", "held", "complex"] = "whole"
     late_norms: bool = False
     pairs: bool = False
     float32_rotary: bool = False
@@ -60,6 +61,7 @@ CODES: dict[str, Code] = {
         loop=True,
         masked=True,
     ),
+    "deepseek_v2": Code(rotary="complex"),
     "ernie4_5": Code(pairs=True, float32_rotary=True, float32_tables=True),
     "exaone4": Code(late_norms=True),
     "gemma3_text": Code(late_norms=True),

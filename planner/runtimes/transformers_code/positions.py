@@ -9,6 +9,8 @@ from planner.program import B, S, T
 from planner.runtimes.transformers_code.parts import PartWriter
 from planner.runtimes.writer import FLOAT32, INT64
 
+COMPLEX64 = 8
+
 
 class PositionWriter(PartWriter):
     """What tells a model where its tokens stand."""
@@ -28,12 +30,14 @@ class PositionWriter(PartWriter):
         del ids
         return aten.cast(wide, INT64, name), ones
 
-    def rotary_tables(self, rope: RoPE) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, rope: RoPE) -> tuple[Tensor, ...]:
         """<Type>RotaryEmbedding.forward: cos and sin, times the attention scaling."""
         aten, name, R = self.aten, "rotary tables", rope.rotary_dim
         wide = aten.new("_to_copy", name, (ONE, (T,), ONE), FLOAT32)
         freqs = aten.new("mul.Tensor", name, (ONE, (T,), (R // 2,)), FLOAT32, reads=(wide,))
         del wide
+        if self.code.rotary == "complex":
+            return (self._polar(freqs),)
         angles = aten.new("cat", name, (ONE, ONE, (T,), (R,)), FLOAT32, reads=(freqs,))
         scaled = [
             aten.elementwise("mul.Tensor", name, aten.elementwise(kernel, name, angles))
@@ -45,10 +49,18 @@ class PositionWriter(PartWriter):
         scaled.reverse()  # a list lets go of its last one first
         return cos, sin
 
-    def rotated(
-        self, q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _polar(self, freqs: Tensor) -> Tensor:
+        """DeepseekV2RotaryEmbedding.forward: cos + i · sin, times the attention scaling."""
+        aten, name = self.aten, "rotary tables"
+        ones = aten.elementwise("ones_like", name, freqs)
+        unscaled = aten.elementwise("polar", name, ones, freqs, itemsize=COMPLEX64)
+        del ones
+        return aten.elementwise("mul.Tensor", name, unscaled)
+
+    def rotated(self, q: Tensor, k: Tensor, rotation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """apply_rotary_pos_emb; of "held" code the rotation alone."""
+        if self.code.rotary == "complex":
+            return self._turned_as_complex(q, k, rotation[0])
         cos, sin = rotation
         if self.code.pairs and self.code.block != "cohere":
             cos, sin = (self._twice(table) for table in (cos, sin))
@@ -80,6 +92,26 @@ class PositionWriter(PartWriter):
         joined_q = self._joined(q, turned[0])
         joined_k = self._joined(k, turned[1])
         return joined_q, joined_k
+
+    def _turned_as_complex(self, q: Tensor, k: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """modeling_deepseek_v2.apply_rotary_emb: both are complex before either is turned."""
+        aten, b = self.aten, q.itemsize
+        named = [
+            aten.as_complex(aten.cast(x, FLOAT32, f"{name}, float32"))
+            for x, name in ((q, "query"), (k, "key"))
+        ]
+        by_head = aten.as_view(turns, (turns.dims[0], ONE, *turns.dims[1:]))
+        assert by_head is not None
+        turned_q, turned_k = (
+            aten.cast(
+                aten.as_real(aten.elementwise("mul.Tensor", f"rotated {name}", x, by_head)),
+                b,
+                f"rotated {name}",
+            )
+            for x, name in zip(named, ("query", "key"), strict=True)
+        )
+        named.reverse()  # a list lets go of its last one first
+        return turned_q, turned_k
 
     def _twice(self, table: Tensor) -> Tensor:
         """The first half of a table with every column twice (repeat_interleave)."""

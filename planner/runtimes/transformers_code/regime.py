@@ -149,9 +149,12 @@ def seen_tokens(window: int | None) -> Symbol:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shared:
-    """What a decoder layer is given besides its input."""
+    """What a decoder layer is given besides its input.
 
-    rotation: tuple[Tensor, Tensor] | None
+    `rotation`: cosines and sines, or complex numbers alone.
+    """
+
+    rotation: tuple[Tensor, ...] | None
     mask: Tensor | None
     alibi: Tensor | None = None
     position_ids: Tensor | None = None
@@ -186,6 +189,7 @@ class CodeWriter(PassWriter[Shared]):
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
         self.aten.watched = what.device == "cpu"
+        self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
 
