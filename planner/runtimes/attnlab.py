@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError
 from planner.kv_cache import Kept, layer_rows
@@ -182,8 +184,8 @@ class Attnlab:
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
-        """All cells run the same programs."""
-        return 0
+        """A prompt of one token is no prefill to latent attention; else the programs are the same."""
+        return (work.prompt_tokens == 1) * 1 if _latent(model) else 0
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
         """Prefill and the last decode step, both over the cache of the whole generation.
@@ -347,8 +349,6 @@ def unplanned_parts(model: Model) -> list[str]:
         match layer.attention:
             case Mixer() as mixer:
                 found.append(f"{mixer.kind} layers")
-            case MLA():
-                found.append("latent attention (MLA)")
             case GQA(output_gate=True):
                 found.append("gated attention")
             case GQA() as gqa if gqa.temperature:
@@ -370,6 +370,7 @@ def _check_runs(model: Model) -> None:
 
 def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Program:
     spec = setting.cache or CacheSpec(kind="static")
+    one = kind == "decode" or (_latent(model) and np.max(work.prompt_tokens) == 1)
     return forward_program(
         model,
         Pass(
@@ -381,5 +382,10 @@ def _program(model: Model, work: Inference, setting: Setting, kind: str) -> Prog
             cache=spec.kind,  # type: ignore[arg-type]
             block_tokens=spec.block_tokens or DEFAULT_BLOCK_TOKENS,
             form=kv_format(setting.cache, setting.kv_dtype),
+            latent="absorbed" if one else "expanded",
         ),
     )
+
+
+def _latent(model: Model) -> bool:
+    return any(isinstance(layer.attention, MLA) for layer in model.layer_kinds())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from planner.layers import GQA, ALiBi, Norm, RoPE
+from planner.layers import GQA, MLA, ALiBi, Norm, RoPE
 from planner.model import Model
 from planner.program import (
     FOLDED,
@@ -48,12 +48,16 @@ class AttentionWriter(Writer):
     def make_masks(self) -> None:
         """One for each pattern of layers."""
         for layer in self.model.layer_kinds():
-            gqa = layer.attention
-            assert isinstance(gqa, GQA)
-            pattern = self.cache.pattern(gqa)
-            if pattern not in self.masks:
-                biased = isinstance(self.model.positions, ALiBi)
-                self.masks[pattern] = self._bias(gqa, pattern) if biased else self._mask(pattern)
+            attention = layer.attention
+            assert isinstance(attention, GQA | MLA)
+            pattern = self.cache.pattern(attention)
+            if pattern in self.masks:
+                continue
+            if isinstance(self.model.positions, ALiBi):
+                assert isinstance(attention, GQA), "no other attention takes a bias"
+                self.masks[pattern] = self._bias(attention, pattern)
+            else:
+                self.masks[pattern] = self._mask(pattern)
 
     def _table(self, pattern: Pattern, made: Symbol) -> Buffer:
         """visibility(): [T, keys], each condition a table of its own for a moment."""

@@ -13,18 +13,21 @@ from typing import Literal
 
 from planner.dtypes import element_bytes
 from planner.kv_formats import KvFormat
-from planner.layers import GQA, Dense, Layer, LearnedPositions, MoE, Norm, RoPE, Sinusoidal
+from planner.layers import GQA, MLA, Dense, Layer, LearnedPositions, MoE, Norm, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Buffer, Extent, Program, Shape, T
-from planner.runtimes.attnlab_attention import AttentionWriter
 from planner.runtimes.attnlab_cache_program import CacheKind, CacheProgram
+from planner.runtimes.attnlab_latent import Latent, LatentWriter
 from planner.runtimes.attnlab_mixture import Experts, MixtureWriter, chosen_experts
 from planner.runtimes.writer import FLOAT32, INT64, layer_label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """Which pass: a prefill (whole, or a chunk of one) or decode, over which cache, and how."""
+    """Which pass: a prefill (whole, or a chunk of one) or decode, over which cache, and how.
+
+    `latent`: how latent attention runs; None: expanded in a prefill, absorbed in a decode step.
+    """
 
     kind: Literal["prefill", "decode"]
     attention: Literal["sdpa", "naive"]
@@ -35,24 +38,26 @@ class Pass:
     block_tokens: int = 16
     form: KvFormat | None = None
     experts: Experts | None = None
+    latent: Latent | None = None
 
 
 @lru_cache(maxsize=128)
 def forward_program(model: Model, what: Pass) -> Program:
     """One forward pass over a cache, from token ids to logits.
 
-    `model` has grouped-query attention only. `what.experts`: how experts are multiplied, None: as
+    `model` has grouped-query or latent attention only. `what.experts`: how experts are multiplied, None: as
     attnlab chooses.
     """
     return _Forward(model, what).write()
 
 
-class _Forward(AttentionWriter, MixtureWriter):
+class _Forward(LatentWriter, MixtureWriter):
     """Walks through Transformer.forward and writes the tape."""
 
     def __init__(self, model: Model, what: Pass) -> None:
         super().__init__(model, what.dtype)
         self.what, self.attention, self.norm = what, what.attention, self._norm
+        self.latent = what.latent or ("expanded" if what.kind == "prefill" else "absorbed")
         self.experts = what.experts or chosen_experts(model, what.dtype)
         self.cache = CacheProgram(
             self.tape,
@@ -149,7 +154,7 @@ class _Forward(AttentionWriter, MixtureWriter):
         tables = []
         for _ in ("cos", "sin"):
             table = tape.new("rotary tables", (T, D), FLOAT32, reads=(double,))
-            if rope.rope_type in SCALED_TABLES:
+            if scales_tables(rope):
                 table = self.replaced(tape.new("rotary tables", (T, D), FLOAT32), table)
             if b != FLOAT32:
                 narrow = tape.new("rotary tables", (T, D), b, reads=(table,))
@@ -229,32 +234,32 @@ class _Forward(AttentionWriter, MixtureWriter):
     def _block(self, layer: Layer) -> None:
         """Block.forward, by where the norms stand."""
         assert layer.feed_forward is not None
-        gqa, fed, x = _gqa(layer), layer.feed_forward, self.hidden
+        attention, fed, x = _attention(layer), layer.feed_forward, self.hidden
         match layer.placement:
             case "pre" | "sandwich":
                 after = layer.placement == "sandwich"
-                middle = self._part(layer, x, gqa, before=True, after=after)
+                middle = self._part(layer, x, attention, before=True, after=after)
                 self._part(layer, middle, fed, before=True, after=after, into=x)
                 self.tape.free(middle, x)
             case "post":
-                middle = self._part(layer, x, gqa, before=False, after=True)
+                middle = self._part(layer, x, attention, before=False, after=True)
                 self._part(layer, middle, fed, before=False, after=True, into=x)
                 self.tape.free(middle, x)
             case "post-sum":
-                total = self._part(layer, x, gqa, before=False, after=False)
+                total = self._part(layer, x, attention, before=False, after=False)
                 middle = self.replaced(self._norm(layer.norm, total, "attention norm"), total)
                 total = self._part(layer, middle, fed, before=False, after=False)
                 last = self._norm(layer.norm, total, "feed-forward norm")
                 self.tape.free(total, middle, x, last)
                 self.tape.new("residual", x.shape, self.b, into=x)
             case _:
-                self._parallel(layer, gqa, fed)
+                self._parallel(layer, attention, fed)
 
     def _part(
         self,
         layer: Layer,
         x: Buffer,
-        part: GQA | Dense | MoE,
+        part: GQA | MLA | Dense | MoE,
         *,
         before: bool,
         after: bool,
@@ -262,7 +267,7 @@ class _Forward(AttentionWriter, MixtureWriter):
     ) -> Buffer:
         """x + multiplier · norm(f(norm(x))), with the norms that there are."""
         tape = self.tape
-        name = "attention" if isinstance(part, GQA) else "feed-forward"
+        name = "attention" if isinstance(part, GQA | MLA) else "feed-forward"
         normed = self._norm(layer.norm, x, f"{name} norm") if before else None
         out = self._run(part, normed or x)
         tape.free(normed)
@@ -277,10 +282,12 @@ class _Forward(AttentionWriter, MixtureWriter):
         tape.free(out, named)
         return total
 
-    def _run(self, part: GQA | Dense | MoE, x: Buffer) -> Buffer:
+    def _run(self, part: GQA | MLA | Dense | MoE, x: Buffer) -> Buffer:
         match part:
             case GQA():
                 return self.attention_block(part, x)
+            case MLA():
+                return self.latent_block(part, x)
             case MoE():
                 return self.mixture(part, x)
         return self.dense(part, x)
@@ -290,12 +297,12 @@ class _Forward(AttentionWriter, MixtureWriter):
             return out
         return self.replaced(self.tape.new("scaled", out.shape, self.b, reads=(out,)), out)
 
-    def _parallel(self, layer: Layer, gqa: GQA, fed: Dense | MoE) -> None:
+    def _parallel(self, layer: Layer, attention: GQA | MLA, fed: Dense | MoE) -> None:
         """Attention and feed-forward on one norm's output, or on a norm's each."""
         tape, x, b = self.tape, self.hidden, self.b
         one = layer.placement == "parallel"
         normed = self._norm(layer.norm, x, "norm")
-        out = self._scaled(layer, self.attention_block(gqa, normed))
+        out = self._scaled(layer, self._run(attention, normed))
         if not one:
             tape.free(normed)
         middle = tape.new("residual", x.shape, b, reads=(x, out))
@@ -380,6 +387,17 @@ SCALED_TABLES = ("yarn", "longrope", "su")
 """Rotary types whose tables are multiplied by an attention factor, but for a factor of 1."""
 
 
-def _gqa(layer: Layer) -> GQA:
-    assert isinstance(layer.attention, GQA)
+def scales_tables(rope: RoPE) -> bool:
+    """Whether cos and sin are multiplied: not by what is 1, nor by mscale over an equal one."""
+    given = dict(rope.scaling)
+    weights = given.get("mscale"), given.get("mscale_all_dim")
+    if given.get("attention_factor") is not None:
+        return rope.rope_type in SCALED_TABLES and given["attention_factor"] != 1.0
+    if rope.rope_type == "yarn" and all(weights):
+        return weights[0] != weights[1]
+    return rope.rope_type in SCALED_TABLES
+
+
+def _attention(layer: Layer) -> GQA | MLA:
+    assert isinstance(layer.attention, GQA | MLA)
     return layer.attention

@@ -1,5 +1,6 @@
 """attnlab's closed-form peaks against storages watched while the real passes run on the CPU."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,6 +14,7 @@ from attnlab.implementations import choose
 from attnlab.transformer import Transformer
 from planner import CacheSpec
 from planner.activations import peak
+from planner.layers import MLA, NoPositions, RoPE
 from planner.program import Dims
 from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
@@ -33,9 +35,11 @@ def model_of(family):
     return planner.read_config(FAMILIES[family]().to_dict())
 
 
-def live_peaks(model, attention, dtype, kv_dtype, kind, batch, passes, logits):
+def live_peaks(model, attention, dtype, kv_dtype, kind, batch, passes, logits, latent=None):
     """(tokens, context, highest bytes of live storages) of each pass."""
-    transformer = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
+    transformer = Transformer(
+        model, attention=attention, dtype=DTYPES[dtype], device="cpu", latent=latent
+    )
     transformer.requires_grad_(False)
     seen = []
     with LiveTensorMeter() as meter:
@@ -56,7 +60,9 @@ def live_peaks(model, attention, dtype, kv_dtype, kind, batch, passes, logits):
     return seen
 
 
-def predicted(model, attention, dtype, kv_dtype, kind, batch, tokens, context, capacity, logits):
+def predicted(
+    model, attention, dtype, kv_dtype, kind, batch, tokens, context, capacity, logits, latent=None
+):
     program = forward_program(
         model,
         Pass(
@@ -67,6 +73,7 @@ def predicted(model, attention, dtype, kv_dtype, kind, batch, tokens, context, c
             logits=logits,
             cache=kind,
             block_tokens=8,
+            latent=latent or ("absorbed" if tokens == 1 else "expanded"),
         ),
     )
     dims = Dims(batch=batch, tokens=tokens, context=context, capacity=capacity)
@@ -82,7 +89,10 @@ def assert_exact(family, attention, dtype, kind, *, batch, passes, logits="all",
 
 
 def attentions(family):
-    return ("naive",) if family in ("gemma2", "gpt_oss") else ("sdpa", "naive")
+    latent = any(isinstance(layer.attention, MLA) for layer in model_of(family).layers)
+    if latent or family in ("gemma2", "gpt_oss"):  # values of another width: no fused CPU kernel
+        return ("naive",)
+    return ("sdpa", "naive")
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
@@ -136,6 +146,61 @@ def test_the_peak_of_random_models_is_exact(model, passes, kind, naive, dtypes, 
     seen = live_peaks(*what, passes, logits)
     ours = [predicted(*what, t, s, sum(passes), logits) for t, s, _ in seen]
     assert ours == [measured for _, _, measured in seen]
+
+
+@st.composite
+def latents(draw, *, fused=None):
+    """A model of one kind of layer with latent attention, its experts or not.
+
+    `fused`: of widths that the CPU has a fused kernel for, keys as wide as values.
+    """
+    nope, rope = draw(st.integers(1, 9)), 2 * draw(st.integers(0 if fused else 1, 4))
+    if fused == "absorbed":
+        rope = 0
+    mla = MLA(
+        num_attention_heads=draw(st.integers(1, 4)),
+        q_lora_rank=draw(st.none() | st.integers(1, 20)),
+        kv_lora_rank=draw(st.integers(1, 30)),
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=nope + rope if fused == "expanded" else draw(st.integers(1, 12)),
+        scaling=0.3,
+        bias=draw(st.booleans()),
+        rope_interleave=draw(st.booleans()),
+    )
+    model = draw(models(max_tokens=200, routed=True))
+    turning = RoPE(rope_theta=1e4, rotary_dim=rope, interleaved=draw(st.booleans())) if rope else 0
+    layers = tuple(replace(layer, attention=mla) for layer in model.layers)
+    positions = turning or NoPositions()
+    return replace(model, layers=layers, positions=positions, local_positions=None)
+
+
+def assert_latent_exact(model, attention, latent, passes, dtypes, kind, batch):
+    what = (model, attention, *dtypes, kind, batch)
+    seen = live_peaks(*what, passes, "last", latent)
+    ours = [predicted(*what, t, s, sum(passes), "last", latent) for t, s, _ in seen]
+    assert ours == [measured for _, _, measured in seen]
+
+
+LATENT = dict(
+    passes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    dtypes=st.sampled_from([("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")]),
+    kind=st.sampled_from(KINDS),
+    batch=st.integers(1, 3),
+)
+
+
+@given(latents(), st.sampled_from([None, "expanded", "absorbed"]), st.fixed_dictionaries(LATENT))
+@settings(max_examples=60, deadline=None)
+def test_the_peak_of_random_latent_attention_is_exact(model, latent, how):
+    assert_latent_exact(model, "naive", latent, **how)
+
+
+@pytest.mark.parametrize("latent", ["expanded", "absorbed"])
+@given(st.data(), st.fixed_dictionaries(LATENT))
+@settings(max_examples=40, deadline=None)
+def test_the_peak_of_fused_latent_attention_is_exact(latent, data, how):
+    assert_latent_exact(data.draw(latents(fused=latent)), "sdpa", latent, **how)
 
 
 @pytest.mark.parametrize("kind", KINDS)
