@@ -184,7 +184,7 @@ class Attnlab:
         return rows
 
     def alike(self, model: Model, work: Inference) -> Number:
-        """A prompt of one token is no prefill to latent attention; else the programs are the same."""
+        """All cells run the same programs, but latent attention absorbs a prompt of one token."""
         return (work.prompt_tokens == 1) * 1 if _latent(model) else 0
 
     def memory_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:

@@ -16,7 +16,6 @@ from planner.program import (
     Buffer,
     Extent,
     Shape,
-    Symbol,
     T,
     visible_pairs,
 )
@@ -43,7 +42,9 @@ class LatentWriter(AttentionWriter):
         if not straight and mla.num_attention_heads > 1:  # flatten(2) of [B, H, T, v]
             copy = tape.new("attention", (SEVERAL_TOKENS, *out.shape), self.b, reads=(out,))
             tape.free(copy)
-        projected = self.linear("o_proj", out, self.model.hidden_size, bias=mla.bias)
+        shape: Shape = (B, T, mla.num_attention_heads * mla.v_head_dim)
+        flat = Buffer(name="attention", shape=shape, itemsize=self.b)
+        projected = self.linear("o_proj", flat, self.model.hidden_size, bias=mla.bias)
         tape.free(out)
         return projected
 
@@ -184,13 +185,12 @@ class LatentWriter(AttentionWriter):
         table: Shape = (*q.shape[:-1], keys)
         scores = tape.new("scores", table, FLOAT32, flops=flops, reads=(scaled, wide or k))
         tape.free(wide, scaled)
-        shown = Symbol("(T > 1)", SEVERAL_TOKENS.of)
         copy = tape.new(
             "masked scores",
-            (shown, *table),
+            (SEVERAL_TOKENS, *table),
             FLOAT32,
             reads=(scores,),
-            scratch=(((shown,), FLOAT32),),  # −inf
+            scratch=(((SEVERAL_TOKENS,), FLOAT32),),  # −inf
         )
         tape.free(copy)
         scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)

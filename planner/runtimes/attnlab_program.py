@@ -45,8 +45,8 @@ class Pass:
 def forward_program(model: Model, what: Pass) -> Program:
     """One forward pass over a cache, from token ids to logits.
 
-    `model` has grouped-query or latent attention only. `what.experts`: how experts are multiplied, None: as
-    attnlab chooses.
+    `model` has grouped-query or latent attention only. `what.experts`: how experts are
+    multiplied, None: as attnlab chooses.
     """
     return _Forward(model, what).write()
 

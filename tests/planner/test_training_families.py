@@ -10,20 +10,27 @@ from attnlab.lora import add_adapters
 from attnlab.transformer import Transformer
 from planner import ConfigError
 from planner.activations import peak
-from planner.layers import MoE
+from planner.layers import MLA, MoE
 from planner.runtimes.attnlab_training.mixture import check_trained
 from tests.attnlab.families import FAMILIES, PLANNED
 from tests.planner.steps import DTYPES, curve, events, program_of, square, watched_step
 
 STRETCHED = ("dynamic", "yarn", "longrope")  # their tables have small temporaries of their own
-UNTRAINED = {
-    "phimoe": "whose router is sparsemixer is not planned",
-    "ernie4_5_moe": "whose correction is a parameter without a gradient is not planned",
-}
 
 
 def described(name):
     return planner.read_config(FAMILIES[name]().to_dict())
+
+
+UNTRAINED = {
+    "phimoe": "whose router is sparsemixer is not planned",
+    "ernie4_5_moe": "whose correction is a parameter without a gradient is not planned",
+    **{
+        name: r"latent attention \(MLA\) is not planned"
+        for name in PLANNED
+        if any(isinstance(x.attention, MLA) for x in described(name).layers)
+    },
+}
 
 
 @pytest.mark.parametrize("name", UNTRAINED)

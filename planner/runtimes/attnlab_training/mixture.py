@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.autograd.aten import ONE
 from planner.autograd.tensors import Dims, Tensor
 from planner.errors import ConfigError
-from planner.layers import MoE
+from planner.layers import MLA, MoE
 from planner.model import Model
 from planner.program import B, Symbol, T, minimum
 from planner.runtimes.attnlab_mixture import INT32, chosen_experts
@@ -14,8 +14,13 @@ from planner.runtimes.writer import BOOL, FLOAT32, INT64
 
 
 def check_trained(model: Model, dtype: str) -> None:
-    """ConfigError for mixtures whose training is not written."""
+    """ConfigError for latent attention and mixtures whose training is not written."""
     for layer in model.layer_kinds():
+        if isinstance(layer.attention, MLA):
+            raise ConfigError(
+                f"training of {model.model_type}'s latent attention (MLA) is not planned for "
+                "runtime=attnlab yet"
+            )
         moe = layer.feed_forward
         if not isinstance(moe, MoE):
             continue
