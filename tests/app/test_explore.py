@@ -32,7 +32,7 @@ def test_a_model_is_explored_on_a_gpu():
 
 def test_a_runtime_that_refuses_the_model_says_so():
     app = opened(model="bamba-9b", runtime="attnlab")
-    assert "runs Mamba-2 layers of model_type=bamba" in app.error[0].value
+    assert "does not plan Mamba-2 layers of model_type=bamba" in app.error[0].value
 
 
 def test_a_comparison_shows_both_totals_and_the_ladder_the_fewest():
