@@ -36,7 +36,7 @@ MODULE_CALLS = 3
 HOOKED = 3.6
 """What a call of checkpointing's takes beside a module's: it makes contexts, weak references and
 detached tensors. Timed in small decoders on a CPU by tools/checkpoint_cost.py: 3.1 to 3.9 of llama
-and mistral where next to nothing else ran, more on a busy one; no record was looked at."""
+and mistral where next to nothing else ran, more on a busy one; no record is fitted."""
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
