@@ -153,7 +153,7 @@ class MixtureWriter(PartWriter):
         rows: Dims = ((B, T, k),)
         flat_weights = f.view(weights, rows)
         sorted_picks = aten.new("sort", "routing", rows, INT64, reads=(picks,))
-        on_cpu = self.what.device == "cpu"
+        on_cpu = not self.aten.on_gpu
         scratch = [] if on_cpu else sort_scratch((B, T, k))
         order = aten.new("sort", "routing", rows, INT64, scratch=scratch)
         routed = f.index(x, aten.new("floor_divide", "routing", rows, INT64), rows, "routed tokens")
@@ -203,7 +203,8 @@ class MixtureWriter(PartWriter):
         multiprocessor. Other kernels go group by group and need none, or were not watched (10.x).
         """
         what = self.what
-        if what.dtype != "bf16" or (what.capability or "").split(".")[0] != "9":
+        hopper = self.aten.on_gpu and (what.capability or "").split(".")[0] == "9"
+        if not hopper or what.dtype != "bf16":
             return []
         arguments = (experts, GROUP_BYTES)
         return [(arguments, 1), ((what.multiprocessors, TENSOR_MAPS_BYTES), 1)]
