@@ -17,7 +17,7 @@ from planner.runtimes.transformers_code.parts import PartWriter
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
 
 INT32 = 4
-SCAN_BYTES = 1024
+SCAN_BYTES = 1023
 """cub's temporary storage of a sum over one tile of numbers; 60 and 64 experts, on an H200."""
 GROUP_BYTES = 3 * 8 + 3 * 8 + 3 * 4
 """Of a group: three pointers, three strides, three int32 sizes (GroupMM.cu)."""
