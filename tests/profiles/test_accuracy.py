@@ -73,7 +73,7 @@ def test_what_is_asked_for_at_the_peak_is_exact():
     apart = []
     for record in stored:
         try:
-            played = estimate_of(record).memory.allocator()
+            played = estimate_of(record).allocator()
         except ConfigError:
             continue
         if record.peak_requested_bytes is not None and played is not None:
