@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,11 @@ from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
+from planner.module_order import block_order
 from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.tensors import Parameter
 from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017
@@ -192,6 +195,10 @@ class CodeWriter(PassWriter[Shared]):
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
+
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """As <Type>DecoderLayer makes them."""
+        return block_order(parameters, self.model)
 
     def keys_of(self, window: int | None) -> Extent:
         """How many keys a layer of this window attends to."""
