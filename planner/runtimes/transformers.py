@@ -38,10 +38,10 @@ from planner.runtimes.quantised_cache import (
 from planner.runtimes.quantised_rows import quantised_rows
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import check_written, is_held, pass_program
-from planner.runtimes.transformers_code.regime import Pass, Regime, windows
+from planner.runtimes.transformers_code.regime import Pass, Regime, token_marks, windows
 from planner.workload import CacheSpec, Inference
 
-EXACT_PEAKS = HELD | {"deepseek_v2", "deepseek_v3"}
+EXACT_PEAKS = HELD | {"bamba", "deepseek_v2", "deepseek_v3"}
 """Model types whose inference equals, to the byte, what their classes allocate (tests/)."""
 
 
@@ -312,7 +312,7 @@ class Transformers:
             passes += [_decode_dims(model, work, context) for context in ends]
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + 4) + Regime.codes(model, dims)
+            code = code * 2 ** (len(windows(model)) + len(token_marks(model)) + 4) + Regime.codes(model, dims)
         return code
 
     def _static_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:
