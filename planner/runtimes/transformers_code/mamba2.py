@@ -76,7 +76,12 @@ class Mamba2Writer(CacheWriter):
         scanned = f.view(scanned, ((B,), (T,), (width,)))
         if mixer.norm:
             scanned = self._gated_norm(mixer, scanned, gate)
-        made = self.linear(scanned, "out_proj", self.model.hidden_size, bias=mixer.out_bias)
+        made = self.linear(
+            self.aten.cast(scanned, self.b, "scan"),
+            "out_proj",
+            self.model.hidden_size,
+            bias=mixer.out_bias,
+        )
         del result
         return made
 
