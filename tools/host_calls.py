@@ -70,6 +70,12 @@ LATENT = {
 }
 GPT2 = {"n_embd": 64, "n_head": 4, "n_positions": 64}
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {
+        **{k: WIDTHS[k] for k in WIDTHS if k not in ("head_dim", "num_experts_per_tok")},
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+    },
     "bloom": {"hidden_size": 64, "n_head": 4},
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64},
     "gpt2": GPT2,
@@ -85,9 +91,9 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, "topk_method": "greedy"},
     "deepseek_v3": LATENT,
 }
-TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"deepseek_v2", "deepseek_v3"}))
+TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"bamba", "deepseek_v2", "deepseek_v3"}))
 """Decoders."""
-TRAINED = tuple(kind for kind in TYPES if not kind.startswith("deepseek"))
+TRAINED = tuple(kind for kind in TYPES if kind in HELD)
 """Those whose training is planned."""
 DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer"}
 
@@ -96,7 +102,10 @@ def config(kind: str, layers: int) -> dict[str, Any]:
     """A small config of a type."""
     depth = DEPTH_NAMES.get(kind, "num_hidden_layers")
     sizes = OWN.get(kind, {**WIDTHS, **EXPERTS})
-    return {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+    made = {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+    if kind == "bamba":  # about as many attend as in bamba-9b: 3 of 32
+        made["attn_layer_indices"] = list(range(9, layers, min(DEPTHS)))
+    return made
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
