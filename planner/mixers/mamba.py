@@ -79,7 +79,7 @@ class Mamba2(Mixer):
 
     `out_bias` is out_proj's, `use_bias` in_proj's. `norm`: a gated RMSNorm before out_proj.
     `path`: its module in the block (zamba2 wraps it). `activation`: the convolution's.
-    `time_step_limit` bounds the time step. `chunk_size`: tokens that a prompt is scanned in at once.
+    `time_step_limit` bounds the time step. A prompt is scanned in chunks of `chunk_size` tokens.
     """
 
     num_heads: int
@@ -98,7 +98,12 @@ class Mamba2(Mixer):
 
     def __post_init__(self) -> None:
         for field in (
-            "num_heads", "head_dim", "n_groups", "state_size", "conv_kernel", "chunk_size"
+            "num_heads",
+            "head_dim",
+            "n_groups",
+            "state_size",
+            "conv_kernel",
+            "chunk_size",
         ):
             check_size(field, getattr(self, field))
 

@@ -207,9 +207,7 @@ def unplanned_part(model: Model, mixers: tuple[type[Mixer], ...] = ()) -> str | 
     return None
 
 
-def check_planned(
-    runtime: str, model: Model, mixers: tuple[type[Mixer], ...] = ()
-) -> None:
+def check_planned(runtime: str, model: Model, mixers: tuple[type[Mixer], ...] = ()) -> None:
     """ConfigError for a model whose passes are not written as programs yet."""
     part = unplanned_part(model, mixers)
     if part is not None:

@@ -317,7 +317,9 @@ class Transformers:
             passes += [_decode_dims(model, work, context) for context in ends]
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + len(token_marks(model)) + 4) + Regime.codes(model, dims)
+            code = code * 2 ** (len(windows(model)) + len(token_marks(model)) + 4) + Regime.codes(
+                model, dims
+            )
         return code
 
     def _static_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:

@@ -74,15 +74,17 @@ def test_scans_without_fused_kernels_are_exact(config, dtype, batch, tokens, att
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
 
 
+TINY_BAMBA = {
+    "model_type": "bamba", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
+    "attn_layer_indices": [1], "mamba_chunk_size": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_d_state": 12, "mamba_d_conv": 4, "pad_token_id": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 7, 8, 9, 16, 17])
 def test_prompts_about_the_ends_of_chunks_and_convolutions_are_exact(tokens):
-    config = {
-        "model_type": "bamba", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
-        "attn_layer_indices": [1], "mamba_chunk_size": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
-        "mamba_d_state": 12, "mamba_d_conv": 4, "pad_token_id": None,
-    }  # fmt: skip
-    live = built(described(config), "bf16", "sdpa").eval()
+    live = built(described(TINY_BAMBA), "bf16", "sdpa").eval()
     model = planner.read_config(live.config.to_dict())
     what = {"attention": "sdpa", "dtype": "bf16"}
     seen = inference_peaks(live, 2, tokens, steps=1)
@@ -103,6 +105,16 @@ def test_one_grid_of_prompts_is_many_estimates():
     for row in table.itertuples():
         work = planner.Inference(batch=row.batch, prompt_tokens=row.context_tokens)
         assert row.total_bytes == planner.estimate(model, work, deploy).memory.total_bytes
+
+
+def test_a_bamba_that_never_attends_is_refused_as_its_class_fails():
+    model = planner.read_config({"model_type": "bamba", "attn_layer_indices": []})
+    live = built(described({**TINY_BAMBA, "attn_layer_indices": []}), "bf16", "sdpa")
+    with pytest.raises(ValueError, match="Attention layers"):
+        inference_peaks(live, 1, 4, steps=0)
+    work = planner.Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(planner.ConfigError, match="attn_layer_indices="):
+        planner.estimate(model, work, planner.Deployment(gpu="cpu", runtime="transformers"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.errors import ConfigError
-from planner.layers import ALiBi
+from planner.layers import GQA, ALiBi
 from planner.mixers.mamba import Mamba2
 from planner.model import Model
 from planner.program import Program
@@ -34,12 +34,22 @@ def check_written(runtime: str, model: Model) -> None:
     """ConfigError for a model, or a head, whose passes are not written as programs yet."""
     if model.text_type not in WRITERS:
         check_planned(runtime, model, (Mamba2,) if model.text_type in SCANNED else ())
+        _check_attends(model)
         return
     head = _unwritten_head(model)
     if head is not None:
         raise ConfigError(
             f"runtime={runtime} does not plan {head} of model_type={model.model_type} yet: "
             "parameters and kv_cache_bytes are known, `planner estimate --traced` has the peak"
+        )
+
+
+def _check_attends(model: Model) -> None:
+    """ConfigError for a hybrid of Mamba-2 layers alone: its class asks attention for the length."""
+    if model.text_type in SCANNED and not any(isinstance(x.attention, GQA) for x in model.layers):
+        raise ConfigError(
+            f"attn_layer_indices=[] of a {model.text_type} does not run in transformers: one "
+            "layer that attends, or more (its cache counts tokens there)"
         )
 
 

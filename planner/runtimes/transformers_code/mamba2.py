@@ -157,9 +157,7 @@ class Mamba2Writer(CacheWriter):
         dt = f.pointwise(dt, "time step", "softplus", saves="input")
         dt = f.view(dt, (*dt.dims, ONE))
         spread = f.expand(f.view(A, ((H,), ONE, ONE)), ((H,), (P,), (N,)))
-        dA = f.pointwise(
-            f.mul(self._wide(dt), spread, "dt · A"), "decay", "exp", saves="result"
-        )
+        dA = f.pointwise(f.mul(self._wide(dt), spread, "dt · A"), "decay", "exp", saves="result")
         b = self._every_head(mixer, b)
         dB = f.mul(dt, f.view(b, ((B,), (H,), ONE, (N,))), "dt · B")
         dBx = f.mul(dB, f.view(x, (*x.dims, ONE)), "dt · B · x")
@@ -207,7 +205,9 @@ class Mamba2Writer(CacheWriter):
         masked = f.mul(scores, f.permute(decays, (0, 2, 3, 4, 1)), "C · B, decayed")
         inside = self._einsum("bzqsh,bzshp->bzqhp", masked, x, "scan inside chunks")
         last = aten.narrow(sums, 3, 1)
-        left = f.pointwise(f.sub(last, sums, "decay of states"), "decay of states", "exp", saves="result")
+        left = f.pointwise(
+            f.sub(last, sums, "decay of states"), "decay of states", "exp", saves="result"
+        )
         spread = f.view(f.permute(left, (0, 2, 3, 1)), (*self._tokens_first(left), ONE))
         decayed = f.mul(b, spread, "B, decayed")
         states = self._einsum("bzqhn,bzqhp->bzhpn", decayed, x, "states of chunks")
@@ -338,7 +338,9 @@ class Mamba2Writer(CacheWriter):
             order = [label for group in groups for label in group if label in labels]
             rest = [label for label in labels if label not in order]
             seen = self.f.permute(x, [labels.index(label) for label in (*order, *rest)])
-            flat = tuple(tuple(e for label in group for e in dims[label]) or ONE for group in groups)
+            flat = tuple(
+                tuple(e for label in group for e in dims[label]) or ONE for group in groups
+            )
             return self.f.view(seen, flat)
 
         rows = matrices(a, left, pairs, mine, summed)
@@ -355,9 +357,7 @@ class Mamba2Writer(CacheWriter):
         f, b, G, name = self.f, x.itemsize, mixer.n_groups, "gated norm"
         width, whole = mixer.intermediate_size, x.dims
         x = self._wide(x, f"{name}, float32")
-        x = f.mul(
-            x, f.pointwise(self._wide(gate), "gate", "silu", saves="input"), f"{name}, gated"
-        )
+        x = f.mul(x, f.pointwise(self._wide(gate), "gate", "silu", saves="input"), f"{name}, gated")
         groups = f.view(x, (*whole[:-1], (G,), (width // G,)))
         variance = self._mean_square(groups, name)
         groups = f.mul(
