@@ -315,11 +315,10 @@ class Transformers:
         if work.output_tokens > 1:
             ends = (work.prompt_tokens + 1, work.context_tokens)
             passes += [_decode_dims(model, work, context) for context in ends]
+        bits = 4 + len(windows(model)) + len(token_marks(model))
         code: Number = 0
         for dims in passes:
-            code = code * 2 ** (len(windows(model)) + len(token_marks(model)) + 4) + Regime.codes(
-                model, dims
-            )
+            code = code * 2**bits + Regime.codes(model, dims)
         return code
 
     def _static_phases(self, model: Model, work: Inference, setting: Setting) -> list[Phase]:

@@ -26,8 +26,8 @@ class Code:
     `softmax`: in float32, or in the dtype of the scores ("narrow").
     `block`: the layer's forward. `loop`: the model's loop holds what a layer returned until the
     next one returns, eager attention's weights among it.
-    `masked`: a mask is always made. `hands_positions`: layers are given the position ids. `counts_past`: these
-    are torch.arange and what is cached, not torch.arange alone.
+    `masked`: a mask is always made. `hands_positions`: layers are given the position ids.
+    `counts_past`: these are torch.arange plus what is cached, not torch.arange alone.
     """
 
     norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
