@@ -48,7 +48,7 @@ def test_a_decode_step_lists_every_kernel_that_the_class_runs_and_none_twice(kin
     attention, program = decode_program(kind)
     layer, whole = counted("transformers", kind, attention)
     listed = sum(timed.count for timed in timed_ops(program))
-    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=0.01)
+    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", INEXACT)
