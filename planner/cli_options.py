@@ -95,6 +95,9 @@ LoraTargets = Annotated[
 LoraDtype = Annotated[
     str | None, typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does.")
 ]
+Dora = Annotated[
+    bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")
+]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[

@@ -2,7 +2,8 @@
 
 arXiv:2106.09685. A is [r, in], B is [out, r]; they stand beside every linear layer whose name is
 among the targets (peft/tuners/lora/layer.py), in float32 whatever the model's dtype
-(peft/tuners/tuners_utils.py, cast_adapter_dtype).
+(peft/tuners/tuners_utils.py, cast_adapter_dtype). DoRA (arXiv:2402.09353) has a magnitude
+[out] with them.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ def module_of(p: Parameter) -> str:
 def adapters_beside(
     parameters: Iterable[Parameter], lora: LoRA, modules: frozenset[str]
 ) -> Iterator[Parameter]:
-    """A and B of every one of these that is a linear layer with adapters."""
+    """A, B and DoRA's magnitude of every one of these that is a linear layer with adapters."""
     for p in parameters:
         if p.linear and module_of(p) in modules:
             (out, into), name = p.shape, p.name.removesuffix(".weight")
             for side, shape in (("A", (lora.rank, into)), ("B", (out, lora.rank))):
                 yield replace(tensor(f"{name}.lora_{side}.weight", *shape), layer=p.layer)
+            if lora.dora:
+                made = tensor(f"{name}.lora_magnitude_vector.weight", out)
+                yield replace(made, layer=p.layer)
 
 
 def adapters(model: Model, lora: LoRA) -> list[Parameter]:

@@ -156,15 +156,19 @@ class LoRA:
 
     `targets`: "all-linear", every linear layer but the head, or the last words of the names of
     some, "q_proj" say. `dtype`: what the adapters are kept and computed in; None: fp32, as peft
-    does by default whatever the model's.
+    does by default whatever the model's. `dora`: a magnitude is trained beside each, use_dora=True
+    (arXiv:2402.09353).
     """
 
     rank: int = 8
     targets: str | tuple[str, ...] = ALL_LINEAR
     dtype: str | None = None
+    dora: bool = False
 
     def __post_init__(self) -> None:
         check_size("lora.rank", self.rank)
+        if not isinstance(self.dora, bool):
+            raise ConfigError(f"lora.dora={shown(self.dora)} is not allowed: True or False")
         if self.targets != ALL_LINEAR:
             named = isinstance(self.targets, tuple) and all(
                 isinstance(t, str) for t in self.targets
@@ -266,7 +270,10 @@ class Training:
             optimizer = self.optimizer
             if optimizer not in OWN_WAY:
                 optimizer = f"{optimizer} ({self.optimizer_impl})"
-        method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
+        method = ""
+        if self.adapters is not None:
+            named = "dora" if self.adapters.dora else self.method
+            method = f"{named} of rank {self.adapters.rank}, "
         precision = "" if self.precision == "pure" else f"{self.precision}, "
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"

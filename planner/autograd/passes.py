@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from planner.autograd.aten import Aten
 from planner.autograd.checkpointing import Frame
+from planner.autograd.dora import Frozen, Trained, dora
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
@@ -106,11 +107,13 @@ class PassWriter(Generic[Given]):
         dims = tuple((n,) for n in shape)
         return self._trained_leaf(self.given(name, dims, adapter_bytes(self.lora)))
 
-    def with_adapters(self, result: Tensor, x: Tensor, module: str, name: str) -> Tensor:
+    def with_adapters(
+        self, result: Tensor, x: Tensor, module: str, name: str, frozen: Frozen | None = None
+    ) -> Tensor:
         """A linear layer's result and what its adapters make of x.
 
         peft/tuners/lora/layer.py, Linear.forward; attnlab's lora.py has the same ops. The result
-        goes when the sum is there: the caller has no name for it.
+        goes when the sum is there: the caller has no name for it. DoRA needs what is `frozen`.
         """
         assert self.lora is not None
         f, rank, kept = self.f, self.lora.rank, result.itemsize
@@ -120,10 +123,18 @@ class PassWriter(Generic[Given]):
         called = f"{module}, adapters"
         result = f.add(
             result,
-            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
+            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called)
+            if frozen is None
+            else self._dora(result, x, into, back, frozen, module),
             f"{module} with adapters",
         )
         return f.cast(result, kept, name or module)
+
+    def _dora(
+        self, result: Tensor, x: Tensor, into: Tensor, back: Tensor, frozen: Frozen, module: str
+    ) -> Tensor:
+        magnitude = self.adapter(f"{module}.lora_magnitude_vector", result.sizes[-1])
+        return dora(self.f, frozen, Trained(into, back, magnitude), x, result, module)
 
     def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again

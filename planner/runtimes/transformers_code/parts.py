@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.autograd.dora import Frozen
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import Dense, Norm
 from planner.runtimes.transformers_code.regime import CodeWriter
@@ -97,8 +98,20 @@ class PartWriter(CodeWriter):
         """The forward of a linear layer, with its adapters where it has some."""
         if module not in self.adapted:
             return self._linear(x, module, out, bias=bias, name=name)
+        frozen = self._frozen(module, x.sizes[-1], out, bias=bias)
         return self.with_adapters(
-            self._linear(x, module, out, bias=bias, name=name), x, module, name
+            self._linear(x, module, out, bias=bias, name=name), x, module, name, frozen
+        )
+
+    def _frozen(self, module: str, into: int, out: int, *, bias: bool) -> Frozen | None:
+        """The layer that DoRA needs besides what it returns."""
+        if self.lora is None or not self.lora.dora:
+            return None
+        turned = self.code.conv1d
+        return Frozen(
+            self.weight(f"{module}.weight", *((into, out) if turned else (out, into))),
+            self.weight(f"{module}.bias", out) if bias or turned else None,
+            turned,
         )
 
     def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
