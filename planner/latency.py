@@ -358,7 +358,9 @@ def training_latency(
     made = passes.timed(lambda _: phase.program, phase.dims)
     step_s, tokens = float(made.time_s), work.batch * work.sequence_tokens
     calibration = passes.speed.calibration
-    unmeasured = work.adapters is not None and work.adapters.dora
+    unmeasured = model.quantization is not None or (
+        work.adapters is not None and work.adapters.dora
+    )
     return Latency(
         step_s=step_s,
         trained_tokens_per_s=tokens / step_s,

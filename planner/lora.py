@@ -39,7 +39,7 @@ def adapted(model: Model, lora: LoRA) -> frozenset[str]:
         for p in _linears(model)
     }
     if lora.targets == ALL_LINEAR:
-        if _has_experts(model):
+        if has_experts(model):
             raise ConfigError(
                 f"lora.targets={ALL_LINEAR!r} of {model.model_type} is not planned yet: names of "
                 "linear layers of its attention (peft adapts its experts, too)"
@@ -79,13 +79,14 @@ def adapters(model: Model, lora: LoRA) -> list[Parameter]:
     return list(adapters_beside(model.parameters(), lora, adapted(model, lora)))
 
 
-def _has_experts(model: Model) -> bool:
+def has_experts(model: Model) -> bool:
+    """Whether some layer is a mixture."""
     return any(isinstance(layer.feed_forward, MoE) for layer in model.layer_kinds())
 
 
 def _linears(model: Model) -> Iterator[Parameter]:
     """Those that may be adapted; the words of a mixture's feed-forward mean its experts to peft."""
-    beside_experts = _has_experts(model)
+    beside_experts = has_experts(model)
     for layer in model.layer_kinds():
         for p in layer_parameters(layer, model.hidden_size):
             if p.linear and (p.group == "attention" or not beside_experts):

@@ -130,6 +130,26 @@ class PassWriter(Generic[Given]):
         )
         return f.cast(result, kept, name or module)
 
+    def with_adapters_of_four_bits(self, result: Tensor, x: Tensor, module: str) -> Tensor:
+        """The same beside 4-bit weights: peft/tuners/lora/bnb.py, Linear4bit.forward.
+
+        The result is copied first. What the adapters make is cast before the sum, and their input,
+        but for a region of autocast on a GPU (torch.is_autocast_enabled asks for that one).
+        """
+        assert self.lora is not None
+        f, rank, kept = self.f, self.lora.rank, result.itemsize
+        converts = f.low is None or not self.aten.on_gpu
+        result = f.clone(result, f"{module}, copy")
+        into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
+        back = self.adapter(f"{module}.lora_B", result.sizes[-1], rank)
+        called = f"{module}, adapters"
+        if converts:
+            x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
+        beside = f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called)
+        if converts:
+            beside = f.cast(beside, kept, called)
+        return f.add(result, beside, f"{module} with adapters")
+
     def _dora(
         self, result: Tensor, x: Tensor, into: Tensor, back: Tensor, frozen: Frozen, module: str
     ) -> Tensor:
