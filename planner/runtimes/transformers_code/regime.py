@@ -31,6 +31,14 @@ T_AND_ONE = Symbol("(T + 1)", lambda d: d.tokens + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FourBitWeights:
+    """Linear layers are bitsandbytes': `dtype` is what they compute in and were quantised from."""
+
+    dtype: str
+    double_quant: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
     """A prefill into an empty cache, one decode step over a filled one, or a training step.
 
@@ -40,7 +48,7 @@ class Pass:
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32.
+    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -64,6 +72,7 @@ class Pass:
     autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
+    four_bit: FourBitWeights | None = None
 
     @property
     def held_dtype(self) -> str:
