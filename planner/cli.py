@@ -39,6 +39,7 @@ from planner.cli_options import (
     CheckpointEvery,
     Checkpointing,
     CsvFile,
+    Dora,
     Dtype,
     EncoderTokens,
     Files,
@@ -132,6 +133,7 @@ def estimate_command(
     lora_rank: LoraRank = 8,
     lora_targets: LoraTargets = ALL_LINEAR,
     lora_dtype: LoraDtype = None,
+    dora: Dora = False,
     encoder_tokens: EncoderTokens = None,
     padded: Padded = False,
     float32_logits: Float32Logits = False,
@@ -154,7 +156,7 @@ def estimate_command(
             padded=padded,
             accumulation_steps=accumulation,
             method=method,  # type: ignore[arg-type]
-            lora=None if method == "full" else _lora(lora_rank, lora_targets, lora_dtype),
+            lora=_lora(method, lora_rank, lora_targets, lora_dtype, dora=dora),
             encoder_tokens=encoder_tokens,
         )
     else:
@@ -195,9 +197,11 @@ def estimate_command(
     exit_unless(result.fits)
 
 
-def _lora(rank: int, targets: str, dtype: str | None) -> LoRA:
+def _lora(method: str, rank: int, targets: str, dtype: str | None, *, dora: bool) -> LoRA | None:
+    if method == "full" and not dora:
+        return None
     named = targets if targets == ALL_LINEAR else tuple(targets.split(","))
-    return LoRA(rank=rank, targets=named, dtype=dtype)
+    return LoRA(rank=rank, targets=named, dtype=dtype, dora=dora)
 
 
 @app.command("params")

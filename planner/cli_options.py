@@ -45,7 +45,8 @@ HostAdd = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
 WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8 or nf4.")
+    str | None,
+    typer.Option("--weight-dtype", help="Quantised on loading: fp8, int8, nf4, nf4-double."),
 ]
 KvDtype = Annotated[
     str | None, typer.Option("--kv-dtype", help="The cache's: fp8, int8, int4, …; else as --dtype.")
@@ -87,13 +88,16 @@ Float32Logits = Annotated[
 Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
 ]
-Method = Annotated[str, typer.Option("--method", help="In training: full or lora.")]
+Method = Annotated[str, typer.Option("--method", help="In training: full, lora or qlora.")]
 LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
 LoraTargets = Annotated[
     str, typer.Option("--lora-targets", help="all-linear, or names of modules: q_proj,v_proj")
 ]
 LoraDtype = Annotated[
     str | None, typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does.")
+]
+Dora = Annotated[
+    bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")
 ]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -10,6 +10,7 @@ from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE, check_choice, check_size
+from planner.kbit import kbit_rows
 from planner.ledger import Row, total_bytes
 from planner.model import Model
 from planner.optimizers import optimizer_rows
@@ -148,7 +149,11 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     held_dtype = work.held_dtype(setting.dtype)
-    weights = weight_rows(model, runtime, held_dtype, note="")
+    weights = (
+        weight_rows(model, runtime, held_dtype, note="")
+        if model.quantization is None
+        else kbit_rows(model, runtime, held_dtype, setting.dtype)
+    )
     adapted = adapter_rows(model, work)
     gradients = gradient_rows(adapted or weights)
     rows = (
@@ -162,7 +167,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
-    if gpu.vendor in WITH_CONTEXT:
+    if gpu.vendor in WITH_CONTEXT and model.quantization is None:
         torch = AllocatorPlan(
             model=model,
             work=work,

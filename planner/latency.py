@@ -358,11 +358,14 @@ def training_latency(
     made = passes.timed(lambda _: phase.program, phase.dims)
     step_s, tokens = float(made.time_s), work.batch * work.sequence_tokens
     calibration = passes.speed.calibration
+    unmeasured = model.quantization is not None or (
+        work.adapters is not None and work.adapters.dora
+    )
     return Latency(
         step_s=step_s,
         trained_tokens_per_s=tokens / step_s,
         basis=basis_of(calibration),
-        step_interval_s=_interval(step_s, float(made.error_s)),
+        step_interval_s=None if unmeasured else _interval(step_s, float(made.error_s)),
         confidence=_confidence(calibration, float(made.extrapolated_s), step_s),
         prefill_bound_by=bound_by(made, passes.speed),
         mfu=float(made.flops) / (step_s * gpu.flops_per_s(passes.speed.product_dtype)),

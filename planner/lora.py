@@ -2,7 +2,8 @@
 
 arXiv:2106.09685. A is [r, in], B is [out, r]; they stand beside every linear layer whose name is
 among the targets (peft/tuners/lora/layer.py), in float32 whatever the model's dtype
-(peft/tuners/tuners_utils.py, cast_adapter_dtype).
+(peft/tuners/tuners_utils.py, cast_adapter_dtype). DoRA (arXiv:2402.09353) has a magnitude
+[out] with them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def adapted(model: Model, lora: LoRA) -> frozenset[str]:
         for p in _linears(model)
     }
     if lora.targets == ALL_LINEAR:
-        if _has_experts(model):
+        if has_experts(model):
             raise ConfigError(
                 f"lora.targets={ALL_LINEAR!r} of {model.model_type} is not planned yet: names of "
                 "linear layers of its attention (peft adapts its experts, too)"
@@ -62,12 +63,15 @@ def module_of(p: Parameter) -> str:
 def adapters_beside(
     parameters: Iterable[Parameter], lora: LoRA, modules: frozenset[str]
 ) -> Iterator[Parameter]:
-    """A and B of every one of these that is a linear layer with adapters."""
+    """A, B and DoRA's magnitude of every one of these that is a linear layer with adapters."""
     for p in parameters:
         if p.linear and module_of(p) in modules:
             (out, into), name = p.shape, p.name.removesuffix(".weight")
             for side, shape in (("A", (lora.rank, into)), ("B", (out, lora.rank))):
                 yield replace(tensor(f"{name}.lora_{side}.weight", *shape), layer=p.layer)
+            if lora.dora:
+                made = tensor(f"{name}.lora_magnitude_vector.weight", out)
+                yield replace(made, layer=p.layer)
 
 
 def adapters(model: Model, lora: LoRA) -> list[Parameter]:
@@ -75,13 +79,14 @@ def adapters(model: Model, lora: LoRA) -> list[Parameter]:
     return list(adapters_beside(model.parameters(), lora, adapted(model, lora)))
 
 
-def _has_experts(model: Model) -> bool:
+def has_experts(model: Model) -> bool:
+    """Whether some layer is a mixture."""
     return any(isinstance(layer.feed_forward, MoE) for layer in model.layer_kinds())
 
 
 def _linears(model: Model) -> Iterator[Parameter]:
     """Those that may be adapted; the words of a mixture's feed-forward mean its experts to peft."""
-    beside_experts = _has_experts(model)
+    beside_experts = has_experts(model)
     for layer in model.layer_kinds():
         for p in layer_parameters(layer, model.hidden_size):
             if p.linear and (p.group == "attention" or not beside_experts):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from planner.activations import Peak
 from planner.errors import ConfigError
+from planner.kbit import check_frozen
 from planner.ledger import Row, total_bytes
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
@@ -31,11 +32,7 @@ def training_phase(model: Model, work: Training, deploy: Deployment, setting: Se
     for field in ("kv_dtype", "cache"):
         if getattr(deploy, field) is not None:
             raise ConfigError(f"{field}={getattr(deploy, field)!r} is not allowed: None (training)")
-    if model.quantization is not None:
-        raise ConfigError(
-            f"training of {model.quantization.method} weights is not planned yet: plain ones, with "
-            "adapters where they are frozen"
-        )
+    check_frozen(model, work, deploy, setting)
     limit = model.max_position_embeddings
     if limit is not None and work.sequence_tokens > limit:
         raise ConfigError(

@@ -12,7 +12,7 @@ CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
 CACHE_SCALES = ("token-head",)
 QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
-LOADED_DTYPES = ("fp8", "int8", "int4", "nf4")
+LOADED_DTYPES = ("fp8", "int8", "int4", "nf4", "nf4-double")
 """What some runtime quantises plain weights to while it loads them."""
 
 
@@ -156,15 +156,19 @@ class LoRA:
 
     `targets`: "all-linear", every linear layer but the head, or the last words of the names of
     some, "q_proj" say. `dtype`: what the adapters are kept and computed in; None: fp32, as peft
-    does by default whatever the model's.
+    does by default whatever the model's. `dora`: a magnitude is trained beside each, use_dora=True
+    (arXiv:2402.09353).
     """
 
     rank: int = 8
     targets: str | tuple[str, ...] = ALL_LINEAR
     dtype: str | None = None
+    dora: bool = False
 
     def __post_init__(self) -> None:
         check_size("lora.rank", self.rank)
+        if not isinstance(self.dora, bool):
+            raise ConfigError(f"lora.dora={shown(self.dora)} is not allowed: True or False")
         if self.targets != ALL_LINEAR:
             named = isinstance(self.targets, tuple) and all(
                 isinstance(t, str) for t in self.targets
@@ -194,9 +198,10 @@ class Training:
     attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
     all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
     as the labels' `sequence_tokens`.
-    `lora`: the adapters of method "lora"; None: a LoRA() of all defaults. `padded`: as of
-    Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its loss
-    dropped before the next, whose gradients are added up before the optimizer's step.
+    `lora`: the adapters of methods "lora" and "qlora"; None: a LoRA() of all defaults. "qlora": the
+    weights are of 4 bits, and prepare_model_for_kbit_training has made all others fp32. `padded`:
+    as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
+    loss dropped before the next, whose gradients are added up before the optimizer's step.
     """
 
     batch: int
@@ -246,7 +251,7 @@ class Training:
     def held_dtype(self, dtype: str) -> str:
         """What weights, gradients and states are kept in, computing in `dtype`."""
         whole = self.precision == "autocast" and self.method == "full"
-        return "fp32" if whole else dtype
+        return "fp32" if whole or self.method == "qlora" else dtype
 
     @property
     def adapters(self) -> LoRA | None:
@@ -266,7 +271,10 @@ class Training:
             optimizer = self.optimizer
             if optimizer not in OWN_WAY:
                 optimizer = f"{optimizer} ({self.optimizer_impl})"
-        method = "" if self.adapters is None else f"{self.method} of rank {self.adapters.rank}, "
+        method = ""
+        if self.adapters is not None:
+            named = "dora" if self.adapters.dora else self.method
+            method = f"{named} of rank {self.adapters.rank}, "
         precision = "" if self.precision == "pure" else f"{self.precision}, "
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
@@ -288,13 +296,13 @@ class Deployment:
     `mode` is how steps are launched: one kernel at a time ("eager"), those same kernels replayed by
     a CUDA graph ("captured"), or as the runtime makes its graphs ("graph"): attnlab's are compiled
     first, which fuses what only moves bytes (as gpt-fast does); the others' are captured.
-    `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; nf4, int8 in
-    transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in; where a plain
-    cache keeps what is computed (transformers), another dtype takes a quantised one. `gpus` are
-    those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that), which vllm
-    alone plans yet. The last six are vllm's: of the memory it takes `memory_utilization`, of a
-    sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool pays for them, as with
-    VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
+    `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; int8, nf4,
+    nf4-double in transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in;
+    where a plain cache keeps what is computed (transformers), another dtype takes a quantised one.
+    `gpus` are those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that),
+    which vllm alone plans yet. The last six are vllm's: of the memory it takes
+    `memory_utilization`, of a sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool
+    pays for them, as with VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
     GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
     """

@@ -45,6 +45,11 @@ class Frame(Generic[Given]):
         self._saved: list[list[Tensor]] | None = None
         self.kept = deque[Tensor]()
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether this is the second run."""
+        return self._saved is not None
+
     def pack(self, node: Node, out: Tensor) -> None:
         """Drop what an op saves; in the second run keep it."""
         if not node.saved:

@@ -166,9 +166,10 @@ class Elementwise(Autocast):
         return self._record(backward, (x, other), replace(x, node=None))
 
     def divide(self, x: Tensor, other: Tensor, name: str) -> Tensor:
-        """x / other: both are saved."""
+        """x / other: both are saved; only the divisor where it is not trained."""
         out = self.aten.elementwise("div.Tensor", name, x, other)
-        return self._record(self._divide_backward, (x, other), out, (x, other))
+        saved = (other,) if other.node is None else (x, other)
+        return self._record(self._divide_backward, (x, other), out, saved)
 
     def divide_(self, x: Tensor, other: Tensor) -> Tensor:
         """x / other, in place: what x was is saved as a copy, the divisor as it is."""
@@ -176,8 +177,10 @@ class Elementwise(Autocast):
         return self._record(self._divide_backward, (x, other), replace(x, node=None), saved)
 
     def _divide_backward(self, node: Node, flowed: Gradients) -> Gradients:
-        gradient, (before, other) = only(flowed), node.saved
-        called = f"gradient of {node.inputs[1].name}"
+        gradient, (*whole, other) = only(flowed), node.saved
+        if not node.wants[1]:
+            return [self.aten.elementwise("div.Tensor", node.inputs[0].name, gradient, other), None]
+        (before,), called = whole, f"gradient of {node.inputs[1].name}"
         made: Gradients = [None, None]
         once = self.aten.elementwise("div.Tensor", called, before, other)
         twice = self.aten.elementwise("div.Tensor", called, once, other)

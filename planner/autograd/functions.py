@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.autograd.autocast import FLOAT32
 from planner.autograd.elementwise import Elementwise
+from planner.autograd.four_bit import FourBitProducts
 from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.picking import Picking
 from planner.autograd.recording import only
@@ -12,7 +13,7 @@ from planner.autograd.sort_scratch import embedding_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Functions(Elementwise, Reductions, Picking, FusedAttention):
+class Functions(Elementwise, Reductions, Picking, FusedAttention, FourBitProducts):
     """The ops of torch.nn.functional that a decoder is made of, recorded in `graph`."""
 
     def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from planner.autograd.aten import Aten
 from planner.autograd.checkpointing import Frame
+from planner.autograd.dora import Frozen, Trained, dora
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
@@ -106,11 +107,13 @@ class PassWriter(Generic[Given]):
         dims = tuple((n,) for n in shape)
         return self._trained_leaf(self.given(name, dims, adapter_bytes(self.lora)))
 
-    def with_adapters(self, result: Tensor, x: Tensor, module: str, name: str) -> Tensor:
+    def with_adapters(
+        self, result: Tensor, x: Tensor, module: str, name: str, frozen: Frozen | None = None
+    ) -> Tensor:
         """A linear layer's result and what its adapters make of x.
 
         peft/tuners/lora/layer.py, Linear.forward; attnlab's lora.py has the same ops. The result
-        goes when the sum is there: the caller has no name for it.
+        goes when the sum is there: the caller has no name for it. DoRA needs what is `frozen`.
         """
         assert self.lora is not None
         f, rank, kept = self.f, self.lora.rank, result.itemsize
@@ -120,10 +123,38 @@ class PassWriter(Generic[Given]):
         called = f"{module}, adapters"
         result = f.add(
             result,
-            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called),
+            f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called)
+            if frozen is None
+            else self._dora(result, x, into, back, frozen, module),
             f"{module} with adapters",
         )
         return f.cast(result, kept, name or module)
+
+    def with_adapters_of_four_bits(self, result: Tensor, x: Tensor, module: str) -> Tensor:
+        """The same beside 4-bit weights: peft/tuners/lora/bnb.py, Linear4bit.forward.
+
+        The result is copied first. What the adapters make is cast before the sum, and their input,
+        but for a region of autocast on a GPU (torch.is_autocast_enabled asks for that one).
+        """
+        assert self.lora is not None
+        f, rank, kept = self.f, self.lora.rank, result.itemsize
+        converts = f.low is None or not self.aten.on_gpu
+        result = f.clone(result, f"{module}, copy")
+        into = self.adapter(f"{module}.lora_A", rank, x.sizes[-1])
+        back = self.adapter(f"{module}.lora_B", result.sizes[-1], rank)
+        called = f"{module}, adapters"
+        if converts:
+            x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
+        beside = f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called)
+        if converts:
+            beside = f.cast(beside, kept, called)
+        return f.add(result, beside, f"{module} with adapters")
+
+    def _dora(
+        self, result: Tensor, x: Tensor, into: Tensor, back: Tensor, frozen: Frozen, module: str
+    ) -> Tensor:
+        magnitude = self.adapter(f"{module}.lora_magnitude_vector", result.sizes[-1])
+        return dora(self.f, frozen, Trained(into, back, magnitude), x, result, module)
 
     def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again
@@ -225,7 +256,7 @@ class PassWriter(Generic[Given]):
         trained = []
         for part in self.parts():
             kind = part.layer_kind
-            own = self.outside(part) if kind is None else layer_parameters(kind, h)
+            own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
             if self.lora is not None:
                 own = adapters_beside(own, self.lora, self.adapted)
             shapes = tuple(p.shape for p in own)
@@ -236,6 +267,10 @@ class PassWriter(Generic[Given]):
                     )
                 )
         return trained
+
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """A layer's parameters in the order of its module's."""
+        return parameters
 
     def outside(self, part: Part) -> Iterable[Parameter]:
         """The parameters of a part that is no layer."""

@@ -19,6 +19,12 @@ ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
         },
+        "nf4-double": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     },
     # gpt-fast's quantize.py --mode int8, --mode int4 --groupsize 32: weights of linear layers, and

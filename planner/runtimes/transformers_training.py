@@ -7,10 +7,11 @@ from planner.errors import ConfigError
 from planner.layers import GQA
 from planner.model import Model
 from planner.program import Dims
+from planner.quantization.bitsandbytes import FourBit
 from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
-from planner.runtimes.transformers_code.regime import Pass, Regime
+from planner.runtimes.transformers_code.regime import FourBitWeights, Pass, Regime
 from planner.workload import Training
 
 
@@ -19,7 +20,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     check_step(
         "transformers",
         work,
-        method=("full", "lora"),
+        method=("full", "lora", "qlora"),
         precision=("pure", "autocast"),
         loss_chunk_tokens=(None,),
     )
@@ -35,6 +36,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: full"
         )
+    _check_grouped(model, work, setting)
     if work.checkpointing == "selective" and any(
         isinstance(layer.attention, GQA) and layer.attention.clip_qkv is not None
         for layer in model.layer_kinds()
@@ -50,7 +52,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     what = Pass(
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]
-        dtype=setting.dtype,
+        dtype="fp32" if work.method == "qlora" else setting.dtype,
         autocast=setting.dtype if work.precision == "autocast" else None,
         device=setting.device,
         capability=setting.capability,
@@ -62,10 +64,34 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
+        four_bit=_four_bit(model, setting),
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
+    """ConfigError for float32 on a GPU, where the one fused kernel wants as many heads of keys."""
+    wide = "fp32" in (setting.dtype, work.held_dtype(setting.dtype)) and work.precision == "pure"
+    if not wide or setting.device != "cuda" or setting.attention != "sdpa":
+        return
+    for layer in model.layer_kinds():
+        gqa = layer.attention
+        if isinstance(gqa, GQA) and gqa.num_key_value_heads != gqa.num_attention_heads:
+            raise ConfigError(
+                "attention='sdpa' of grouped heads in fp32 on a GPU is not planned in training yet:"
+                " eager, or precision='autocast'"
+            )
+
+
+def _four_bit(model: Model, setting: Setting) -> FourBitWeights | None:
+    """What frozen linear layers are of, where they are bitsandbytes'."""
+    match model.quantization:
+        case FourBit(double_quant=double_quant):
+            return FourBitWeights(dtype=setting.dtype, double_quant=double_quant)
+        case _:
+            return None
 
 
 def _check_autocast(model: Model, setting: Setting) -> None:

@@ -99,9 +99,9 @@ def test_what_is_not_planned_is_refused_in_one_line(given, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_training_of_quantised_weights_is_refused(method):
-    deploy = planner.Deployment(gpu="h200", weight_dtype="nf4")
+@pytest.mark.parametrize(("method", "weight_dtype"), [("full", "nf4"), ("lora", "int8")])
+def test_training_of_quantised_weights_is_refused(method, weight_dtype):
+    deploy = planner.Deployment(gpu="h200", weight_dtype=weight_dtype)
     work = planner.Training(batch=1, sequence_tokens=64, method=method)
     with pytest.raises(ConfigError, match="training of bitsandbytes weights is not planned yet"):
         planner.estimate(LLAMA, work, deploy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -36,7 +37,9 @@ from tests.planner.small_decoders import (
 def with_adapters(live, lora):
     """The class with adapters beside its frozen weights."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = peft.LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=lora.rank, target_modules=targets, task_type="CAUSAL_LM", use_dora=lora.dora
+    )
     keeps = lora.dtype is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft calls in transformers, and of Conv1D
@@ -67,7 +70,8 @@ def adapted_decoders(draw):
         every = {m for layer in model.layer_kinds() for m in own_names(model, layer, modules)}
         targets = tuple(draw(st.lists(st.sampled_from(sorted(every)), min_size=1, unique=True)))
     dtype = draw(st.none() | st.just("bf16"))
-    return config, planner.LoRA(rank=draw(st.integers(1, 9)), targets=targets, dtype=dtype)
+    rank, dora = draw(st.integers(1, 9)), draw(st.booleans())
+    return config, planner.LoRA(rank=rank, targets=targets, dtype=dtype, dora=dora)
 
 
 def own_names(model, layer, modules):
@@ -93,7 +97,7 @@ def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, how):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
     if dtype == "fp32" and lora.dtype is not None:
-        lora = planner.LoRA(rank=lora.rank, targets=lora.targets)  # adapters are the model's there
+        lora = replace(lora, dtype=None)  # adapters are the model's there
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), dtype, attention)
     checkpoint(live, how)
@@ -225,3 +229,26 @@ def test_targets_that_are_not_there_are_named(name, targets, message):
     )
     with pytest.raises(ConfigError, match=message):
         planner.estimate(planner.load_model(name), work, planner.Deployment(gpu="cpu"))
+
+
+def test_dora_is_no_part_of_attnlab():
+    work = planner.Training(batch=1, sequence_tokens=8, method="lora", lora=planner.LoRA(dora=True))
+    deploy = planner.Deployment(gpu="cpu", runtime="attnlab")
+    with pytest.raises(ConfigError, match="dora=True is not what runtime=attnlab has"):
+        planner.estimate(planner.load_model("gpt2"), work, deploy)
+
+
+def test_the_time_of_dora_has_no_range():
+    """It was never measured."""
+    deploy = planner.Deployment(gpu="h200")
+    with_range, without = (
+        planner.estimate(
+            planner.load_model("llama-3.1-8b"),
+            planner.Training(batch=1, sequence_tokens=64, method="lora", lora=lora),
+            deploy,
+        ).latency
+        for lora in (planner.LoRA(), planner.LoRA(dora=True))
+    )
+    assert with_range.step_interval_s is not None
+    assert without.step_interval_s is None
+    assert without.step_s > with_range.step_s

@@ -35,6 +35,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         precision=("pure", "autocast"),
         loss_chunk_tokens=(None,),
     )
+    if work.adapters is not None and work.adapters.dora:
+        raise ConfigError("lora.dora=True is not what runtime=attnlab has: False, or transformers")
     if work.precision == "autocast" and setting.dtype != "bf16":
         raise ConfigError(f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16")
     tokens = work.sequence_tokens

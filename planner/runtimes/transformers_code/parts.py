@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from planner.autograd.dora import Frozen
+from planner.autograd.four_bit import FourBitLinear
 from planner.autograd.tensors import Dims, Tensor
+from planner.dtypes import element_bytes
 from planner.layers import Dense, Norm
 from planner.runtimes.transformers_code.regime import CodeWriter
 from planner.runtimes.writer import FLOAT32
@@ -95,10 +98,39 @@ class PartWriter(CodeWriter):
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """The forward of a linear layer, with its adapters where it has some."""
+        if self.what.four_bit is not None:
+            return self._four_bit(x, module, out, bias=bias, name=name)
         if module not in self.adapted:
             return self._linear(x, module, out, bias=bias, name=name)
+        frozen = self._frozen(module, x.sizes[-1], out, bias=bias)
         return self.with_adapters(
-            self._linear(x, module, out, bias=bias, name=name), x, module, name
+            self._linear(x, module, out, bias=bias, name=name), x, module, name, frozen
+        )
+
+    def _four_bit(self, x: Tensor, module: str, out: int, *, bias: bool, name: str) -> Tensor:
+        """The same of 4-bit weights; Conv1D is a linear layer then."""
+        four = self.what.four_bit
+        assert four is not None
+        b = element_bytes(four.dtype)
+        layer = FourBitLinear(out, x.sizes[-1], b, four.double_quant)
+        held = None
+        if bias or self.code.conv1d:
+            held = self.given(f"{module}.bias", ((out,),), b)
+        if module not in self.adapted:
+            return self.f.four_bit(x, layer, held, name or module)
+        return self.with_adapters_of_four_bits(
+            self.f.four_bit(x, layer, held, name or module), x, module
+        )
+
+    def _frozen(self, module: str, into: int, out: int, *, bias: bool) -> Frozen | None:
+        """The layer that DoRA needs besides what it returns."""
+        if self.lora is None or not self.lora.dora:
+            return None
+        turned = self.code.conv1d
+        return Frozen(
+            self.weight(f"{module}.weight", *((into, out) if turned else (out, into))),
+            self.weight(f"{module}.bias", out) if bias or turned else None,
+            turned,
         )
 
     def _linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:

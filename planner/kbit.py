@@ -1,0 +1,105 @@
+"""Frozen weights of 4 bits beside which adapters are trained (QLoRA, arXiv:2305.14314).
+
+bitsandbytes 0.50 in transformers 5.23 with peft 0.21. Method "lora" trains adapters beside the
+layers as they are loaded; "qlora" after peft's prepare_model_for_kbit_training, which makes fp32 of
+every other parameter. What a layer computes in (bnb_4bit_compute_dtype) and was quantised from is
+the deployment's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from planner.errors import ConfigError
+from planner.ledger import Row
+from planner.lora import has_experts
+from planner.model import Model
+from planner.quantization.base import STORED_BYTES, Stored
+from planner.quantization.bitsandbytes import HEADS, FourBit
+from planner.runtimes.base import Runtime, Setting
+from planner.workload import Deployment, Training
+
+CUSTOM_ROWS = 1536
+"""Up to so many rows a GPU may multiply without making the weight (backends/cuda/ops.py)."""
+
+
+def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Setting) -> None:
+    """ConfigError for quantised weights that are not planned in training."""
+    frozen, lora = model.quantization, work.adapters
+    if frozen is None:
+        if work.method == "qlora":
+            raise ConfigError(
+                "method='qlora' is of weights of 4 bits: weight_dtype='nf4' or 'nf4-double'"
+            )
+        return
+    if lora is None or deploy.runtime != "transformers" or not isinstance(frozen, FourBit):
+        raise ConfigError(
+            f"training of {frozen.method} weights is not planned yet: plain ones, or adapters "
+            "beside bitsandbytes' of 4 bits in transformers"
+        )
+    refused = {
+        f"dtype={setting.dtype!r}: 'bf16'": setting.dtype != "bf16",
+        f"lora.dtype={lora.dtype!r}: None": lora.dtype not in (None, "fp32"),
+        "lora.dora=True: False": lora.dora,
+        f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
+        f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
+        "llm_int8_skip_modules: none but the head": set(frozen.llm_int8_skip_modules) - {*HEADS},
+        f"model_type={model.model_type}: no mixture of experts": has_experts(model),
+        f"batch · sequence_tokens={work.batch * work.sequence_tokens} on a GPU: above "
+        f"{CUSTOM_ROWS}": setting.device == "cuda"
+        and work.batch * work.sequence_tokens <= CUSTOM_ROWS,
+        "an odd number of columns on a CPU: even": setting.device == "cpu" and _has_odd(model),
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(f"training beside 4-bit weights is not planned yet with {what}")
+
+
+def _has_odd(model: Model) -> bool:
+    """Rows of an odd number of elements, which the CPU's kernel leaves to Python."""
+    return any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear)
+
+
+def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) -> list[Row]:
+    """Rows of 4-bit weights as they lie on the device, and of all that is not quantised."""
+    sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for group, tensor in held_tensors(model, held_dtype, computed):
+        key = (group, tensor.role, tensor.dtype)
+        tensors, size = sizes.get(key, (0, 0))
+        sizes[key] = (tensors + 1, size + tensor.size_bytes)
+    rows = [
+        Row(
+            component="weights",
+            item=f"{group.replace('_', ' ')}, {role}s in {dtype}, {tensors} tensor"
+            f"{'s' * (tensors > 1)}",
+            count=1,
+            formula="elements · b",
+            values=(("elements", size // STORED_BYTES[dtype]), ("b", STORED_BYTES[dtype])),
+            size_bytes=size,
+            note="quantised: bitsandbytes",
+        )
+        for (group, role, dtype), (tensors, size) in sizes.items()
+    ]
+    return [*rows, *runtime.buffer_rows(model, dtype=computed)]
+
+
+def held_tensors(model: Model, held_dtype: str, computed: str) -> Iterator[tuple[str, Stored]]:
+    """What is held of what is stored (functional.py, QuantState), with the parameter's group.
+
+    The JSON of a file is Python's, the offset of nested scales in it a tensor. Biases of quantised
+    layers are cast in place to what the layer computes in when it first runs (nn/modules.py,
+    Linear4bit.forward).
+    """
+    nested = isinstance(model.quantization, FourBit) and model.quantization.double_quant
+    stored = [(p, s) for p, s in model.stored_tensors(held_dtype) if s.copies == 1]
+    scales = ".weight.absmax"
+    layers = {s.name.removesuffix(scales) for _, s in stored if s.name.endswith(scales)}
+    for p, s in stored:
+        if ".quant_state." in s.name:
+            if nested:
+                yield p.group, replace(s, dtype="fp32", shape=(1,), role="scale")
+        elif s.name.removesuffix(".bias") in layers:
+            yield p.group, replace(s, dtype=computed)
+        else:
+            yield p.group, s

@@ -1,0 +1,190 @@
+"""Adapters beside bitsandbytes' 4-bit weights: peaks to the byte, over random small decoders."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.base import HfQuantizer
+
+import planner
+from planner import ConfigError
+from profiles.meters import LiveTensorMeter
+from tests.attnlab.families import FAMILIES
+from tests.planner.small_decoders import (
+    CHECKPOINTING,
+    EAGER_ONLY,
+    MIXTURES,
+    built,
+    checkpoint,
+    described,
+    words,
+)
+from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
+
+pytest.importorskip("bitsandbytes")
+LLAMA = planner.load_model("llama-3.1-8b")
+
+
+class FourBitMeter(LiveTensorMeter):
+    """A meter that looks into bitsandbytes' ops, which are Python down to their kernels."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run what the op is made of inside the meter."""
+        name = func.name()
+        if not name.startswith("bitsandbytes::"):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        keys = torch._C.DispatchKey
+        key = keys.CompositeExplicitAutograd if name.endswith("gemm_4bit") else keys.CPU
+        with self:
+            return func._op_dk(key, *args, **(kwargs or {}))
+
+
+def quantised(live, *, double_quant, prepared):
+    """The class with linear layers that bitsandbytes has quantised, as from_pretrained does it."""
+    from transformers.integrations import bitsandbytes as integration
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    before = dict(live.named_parameters())
+    skipped = HfQuantizer.get_modules_to_not_convert(live, None, live._keep_in_fp32_modules)
+    torch.set_default_dtype(torch.bfloat16)  # as from_pretrained does
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        integration.replace_with_bnb_linear(live, skipped, config)
+    torch.set_default_dtype(torch.float32)
+    quantise = integration.Bnb4bitQuantize(None)
+    for name, module in live.named_modules():
+        if hasattr(module, "source_cls"):
+            weight = f"{name}.weight"
+            made = quantise.convert({weight: before[weight].detach()}, model=live)
+            module.weight = made[weight]
+            if module.bias is not None:
+                module.bias = before[f"{name}.bias"]
+    live.is_loaded_in_4bit = live.is_quantized = True
+    live.quantization_method = "bitsandbytes"
+    if prepared:
+        peft.prepare_model_for_kbit_training(live, use_gradient_checkpointing=False)
+    return live
+
+
+def held_bytes(live):
+    """Parameters, buffers and what quantised ones have beside them, each storage once."""
+    tensors = [*live.parameters(), *live.buffers()]
+    for p in live.parameters():
+        state = getattr(p, "quant_state", None)
+        while state is not None:
+            tensors += [t for t in (state.absmax, state.code, state.offset) if t is not None]
+            state = state.state2
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def step_meter(live, batch, tokens, optimizer=None, *, autocast=False):
+    ids = words(live.config, batch, tokens)
+    with FourBitMeter() as meter:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = live(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        live.zero_grad(set_to_none=True)
+    return meter
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    adapted=adapted_decoders(),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    eager=st.booleans(),
+    how=CHECKPOINTING,
+    double_quant=st.booleans(),
+    prepared=st.booleans(),
+    autocast=st.booleans(),
+)
+def test_the_peak_of_a_step_is_exact(
+    adapted, batch, tokens, eager, how, double_quant, prepared, autocast
+):
+    config, lora = adapted
+    assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
+    assume(config["model_type"] not in MIXTURES)  # refused
+    lora = replace(lora, dtype=None, dora=False)
+    attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), "bf16", attention)
+    model = planner.read_config(live.config.to_dict())
+    assume(not any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear))
+    live = quantised(live, double_quant=double_quant, prepared=prepared)
+    checkpoint(live, how)
+    live = with_adapters(live, lora)
+    step_meter(live, batch, tokens, autocast=autocast)  # casts biases
+    meter = step_meter(live, batch, tokens, autocast=autocast)
+    work = planner.Training(
+        batch=batch,
+        sequence_tokens=tokens,
+        optimizer=None,
+        method="qlora" if prepared else "lora",
+        lora=lora,
+        precision="autocast" if autocast else "pure",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
+    )
+    deploy = planner.Deployment(
+        gpu="cpu",
+        dtype="bf16",
+        attention=attention,
+        weight_dtype="nf4-double" if double_quant else "nf4",
+    )
+    memory = planner.estimate(model, work, deploy).memory
+    assert memory.weights_bytes == held_bytes(live)
+    assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+def test_a_step_with_adamw_adds_up(name, double_quant):
+    lora, config = planner.LoRA(rank=3), described(FAMILIES[name]().to_dict())
+    live = quantised(built(config, "bf16", "sdpa"), double_quant=double_quant, prepared=True)
+    live = with_adapters(live, lora)
+    trained = [p for p in live.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, foreach=True)
+    step_meter(live, 2, 30, adamw)  # makes the states
+    meter = step_meter(live, 2, 30, adamw)
+    states = sum(value.nbytes for state in adamw.state.values() for value in state.values())
+    work = planner.Training(batch=2, sequence_tokens=30, method="qlora", lora=lora)
+    kind = "nf4-double" if double_quant else "nf4"
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", attention="sdpa", weight_dtype=kind)
+    memory = planner.estimate(planner.read_config(config.to_dict()), work, deploy).memory
+    assert memory.optimizer_bytes == states
+    assert memory.gradients_bytes == sum(p.nbytes for p in trained)
+    assert memory.peak_live_bytes == held_bytes(live) + states + meter.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        ({"weight_dtype": None}, {}, "method='qlora' is of weights of 4 bits"),
+        ({"weight_dtype": "int8"}, {}, "training of bitsandbytes weights is not planned yet"),
+        ({}, {"method": "full"}, "training of bitsandbytes weights is not planned yet"),
+        ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
+        ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
+        ({"gpu": "h200"}, {}, "batch · sequence_tokens=8 on a GPU: above 1536"),
+        ({}, {"lora": planner.LoRA(dora=True)}, "lora.dora=True: False"),
+        ({}, {"lora": planner.LoRA(dtype="bf16")}, "lora.dtype='bf16': None"),
+    ],
+)
+def test_what_is_not_planned_is_refused(change, given, message):
+    deploy = planner.Deployment(**{"gpu": "cpu", "weight_dtype": "nf4", **change})
+    work = planner.Training(**{"batch": 1, "sequence_tokens": 8, "method": "qlora", **given})
+    with pytest.raises(ConfigError, match=message):
+        planner.estimate(LLAMA, work, deploy)
