@@ -28,7 +28,7 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
     """ConfigError for quantised weights that are not planned in training."""
     frozen, lora = model.quantization, work.adapters
     if frozen is None:
-        if work.method == "qlora":
+        if work.method == "qlora" and deploy.runtime == "transformers":
             raise ConfigError(
                 "method='qlora' is of weights of 4 bits: weight_dtype='nf4' or 'nf4-double'"
             )
