@@ -6,7 +6,7 @@
 other in a loop; an op that nobody timed costs as much as an addition. `views` (calls of torch that
 run no kernel) and `calls` (of Python functions) are counted in the classes themselves
 (host_calls.py), as are kernels that a program lists as one. An op of the backward pass costs what
-autograd takes for a linear layer's.
+autograd takes for a linear layer's, a call that checkpointing makes `HOOKED` others.
 
 `scale`, one number an engine, is what a whole model's code takes beyond the same calls in a loop,
 which finds everything in the processor's caches: the median over the calibration rows that wait for
@@ -33,6 +33,10 @@ VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
 MODULE_CALLS = 3
 """Python functions that calling a module runs: __call__, _call_impl, forward."""
+HOOKED = 3.6
+"""What a call of checkpointing's takes beside a module's: it makes contexts, weak references and
+detached tensors. Timed in small decoders on a CPU by tools/checkpoint_cost.py: 3.1 to 3.9 of llama
+and mistral where next to nothing else ran, more on a busy one; no record is fitted."""
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
@@ -58,8 +62,8 @@ def host_seconds(
     """Time to issue all ops of a pass, or of a phase of one in which layers are checkpointed."""
     scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
     forward, backward = _issued(program, host)
-    between = between_seconds(program, host, engine, checkpointed=checkpointed)
-    return scale * (forward + between) + _backward_scale(host) * backward
+    between = between_seconds(program, host, engine, checkpointed=checkpointed, scale=scale)
+    return scale * forward + between + _backward_scale(host) * backward
 
 
 def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
@@ -68,11 +72,17 @@ def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
 
 
 def between_seconds(
-    program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
+    program: Program,
+    host: HostCost,
+    engine: Engine,
+    *,
+    checkpointed: int = 0,
+    scale: float = 1.0,
 ) -> float:
     """What is issued and called between the listed ops, for every layer that runs forward.
 
-    Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back.
+    Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back:
+    calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top.
     """
     found = counted(engine.runtime, engine.model_type, engine.attention)
     if found is None:
@@ -80,17 +90,19 @@ def between_seconds(
     layer, whole = found
     runs = forward_runs(program)
     asked = layer.times(runs.layers).plus(whole.times(runs.passes))
-    calls, more = asked.calls, trained(engine.model_type)
-    if not checkpointed:
-        calls += runs.adapted * more.adapted
-    elif runs.passes:
-        calls += checkpointed * more.forward + runs.adapted * more.adapted_forward
-    elif runs.layers:
-        calls = checkpointed * more.backward + runs.adapted * more.adapted_backward
+    calls, more, hooked = asked.calls, trained(engine.model_type), 0.0
+    calls += runs.adapted * more.adapted
+    if checkpointed and runs.passes:
+        hooked = checkpointed * more.forward
+        hooked += runs.adapted * (more.adapted_forward - more.adapted)
+    elif checkpointed and runs.layers:
+        hooked = checkpointed * (more.backward - layer.calls)
+        hooked += runs.adapted * (more.adapted_backward - more.adapted)
     view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
     unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
-    return unlisted_s + asked.views * view_s + calls * call_s
+    usual_s = unlisted_s + asked.views * view_s + calls * call_s
+    return scale * usual_s + HOOKED * hooked * call_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,30 +7,50 @@ from collections.abc import Iterable
 from planner.model import Model
 from planner.tensors import Parameter
 
-BEHIND = {
-    "deepseek_v2": ("mlp.gate.", "mlp.experts.down_proj"),
-    "deepseek_v3": ("mlp.gate.", "mlp.experts.down_proj"),
-    "phi3": ("self_attn.qkv_proj.", "self_attn.o_proj."),
-    "qwen3_moe": ("mlp.gate.", "mlp.experts.down_proj"),
+NORMS = ("input_layernorm.", "post_attention_layernorm.")
+ROUTED = ("self_attn.", "mlp.experts.", "mlp.gate.", "mlp.")
+GPT2 = ("input_layernorm.", "self_attn.", "post_attention_layernorm.", "mlp.")
+BLOCKS = {
+    "bloom": GPT2,
+    "deepseek_v2": ROUTED,
+    "deepseek_v3": ROUTED,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neox": (*NORMS, "self_attn.", "mlp."),
+    "opt": (
+        *(f"self_attn.{part}_proj." for part in "kvqo"),
+        "input_layernorm.",
+        "mlp.",
+        "post_attention_layernorm.",
+    ),
+    "phi3": ("self_attn.o_proj.", "self_attn.qkv_proj.", "mlp."),
+    "qwen3_moe": ROUTED,
 }
-"""Of transformers' classes: tensors that stand right behind another one, not where we list them.
-Norms that stand first in a block are left behind it: they are small."""
+"""How tensors of a block stand in transformers' classes, where it is not as they are listed here;
+what none of these begins stands behind them."""
 
 
 def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str) -> list[Parameter]:
-    """Embedding, layers, norm and head, as `named_parameters()` has them."""
-    ordered = sorted(parameters, key=lambda p: p.place)
-    if runtime != "transformers" or model.text_type not in BEHIND:
-        return ordered
-    late, anchor = BEHIND[model.text_type]
-    made: list[Parameter] = []
-    held: list[Parameter] = []
-    for p in ordered:
-        if late in p.name:
-            held.append(p)
-            continue
-        made.append(p)
-        if anchor in p.name:
-            made += held
-            held = []
-    return made + held
+    """Embeddings, layers, norm and head, as `named_parameters()` has them."""
+    theirs = runtime == "transformers"
+    norm_first = theirs and model.text_type == "opt"  # the decoder's last norm
+
+    def place(p: Parameter) -> tuple[int, int, int]:
+        if p.layer is not None:
+            name = p.name.removeprefix(f"layers.{p.layer}.")
+            return 2, p.layer, _rank(name, model) if theirs else 0
+        if p.group == "embedding" or p.name.startswith("embed"):
+            return 0, 0, 0
+        return (1 if norm_first and p.name.startswith("norm.") else 3), 0, 0
+
+    return sorted(parameters, key=place)
+
+
+def block_order(parameters: Iterable[Parameter], model: Model) -> list[Parameter]:
+    """Those of one block of transformers' classes, named relative to it."""
+    return sorted(parameters, key=lambda p: _rank(p.name, model))
+
+
+def _rank(name: str, model: Model) -> int:
+    starts = BLOCKS.get(model.text_type, ())
+    return next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))

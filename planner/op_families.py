@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
+
 from planner.program import Number
 
 Work: TypeAlias = tuple[Number, Number]
@@ -22,6 +24,9 @@ Work: TypeAlias = tuple[Number, Number]
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 """Bytes of a weight, by the dtype that products run in."""
+
+MASKED = "masked"
+"""Attention behind a mask of its own, as a backend: whichever kernel torch picks that takes one."""
 
 ALIGNED_ELEMENTS = 8
 """Elements of 2 bytes in 16."""
@@ -69,6 +74,11 @@ def prefill_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: s
     """4·B·H·D·T·(T + 1)/2: causal, over the prompt itself."""
     b = WEIGHT_BYTES[dtype]
     return 2.0 * B * H * D * T * (T + 1.0), 2.0 * b * B * T * D * (H + G)
+
+
+def triangle(pairs: Number) -> Number:
+    """T whose causal attention has so many pairs: T·(T + 1)/2."""
+    return (np.sqrt(1.0 + 8.0 * np.asarray(pairs, dtype=np.float64)) - 1.0) / 2.0
 
 
 def grouped_work(m: Number, E: Number, n: Number, k: Number, dtype: str) -> Work:

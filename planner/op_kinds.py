@@ -291,9 +291,21 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
     keys = _keys(op)
     if keys is None:
         return Attention(H, H, D, 2, pairs, backward, None, _backend(op))
-    masked = op.kernel.startswith(ATTENTION) and not backward and len(op.moved) == MASKED
-    every = op.moved[1][2] if masked else None
+    every = _masked_keys(op, backward=backward)
     return Attention(H, min(H, keys[0]), D, keys[1], pairs, backward, every, _backend(op))
+
+
+def _masked_keys(op: Op, *, backward: bool) -> Extent | None:
+    """How many keys a mask is over, [B, heads, T, S]: the last thing that a kernel is given.
+
+    On the way back it is one of many, told from keys and values by its width.
+    """
+    if not op.kernel.startswith(ATTENTION) or not op.moved:
+        return None
+    if not backward:
+        return op.moved[1][2] if len(op.moved) == MASKED else None
+    last = op.moved[-1]
+    return last[3] if len(last) == 5 and not isinstance(last[3], int) else None
 
 
 def _backend(op: Op) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.calibration import TRANSFERRED, Calibration, calibration_of
 from planner.catalog.gpus import Gpu
-from planner.op_families import ALIAS, GEMM, gemm_family
+from planner.op_families import ALIAS, GEMM, MASKED, gemm_family, triangle
 from planner.op_kinds import (
     Attention,
     Batched,
@@ -300,18 +300,22 @@ def _covering(speed: Speed, family: str, dtype: str, sizes: tuple[Number, ...]) 
 def _attention_time(
     timed: Timed, kind: Attention, dims: Dims, speed: Speed, flops: Number, moved: Number
 ) -> OpTime:
-    """One query a sequence is decode, more are prefill over as many causal pairs."""
+    """One query a sequence is decode, more are prefill over as many causal pairs.
+
+    A kernel that is given a mask takes longer for a pair than a causal one, and has its own fit.
+    """
     calibration, B = speed.calibration, np.asarray(dims.batch, dtype=np.float64)
     pairs = np.asarray(kind.pairs_of(dims), dtype=np.float64)
     heads = (kind.heads, kind.kv_heads, kind.head_dim)
     several = np.asarray(dims.tokens) > 1
     family = "attention_backward" if kind.backward else "prefill"
     backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
-    triangle = (np.sqrt(1.0 + 8.0 * pairs) - 1.0) / 2.0  # T of T·(T + 1)/2 pairs
+    if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
+        backends = (MASKED, *backends)
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
     if kind.backward or np.any(several):
         fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
-        parts.append((several, fit, (B, triangle, *heads), family))
+        parts.append((several, fit, (B, triangle(pairs), *heads), family))
     if not kind.backward and not np.all(several):
         dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
         fit = None if calibration is None else calibration.fit("decode", dtype, *backends)

@@ -42,13 +42,6 @@ class Parameter:
         """Elements of the tensor."""
         return prod(self.shape)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands among a module's parameters: embedding, layers, norm and head."""
-        if self.layer is not None:
-            return 1, self.layer
-        return (0, 0) if self.group == "embedding" else (2, 0)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:

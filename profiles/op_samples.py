@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.op_families import gemm_family
+from planner.op_families import MASKED, gemm_family, triangle
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
@@ -88,6 +88,10 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
+        case "prefill" if record.op == "sdpa_masked":
+            heads = [s["heads"], s["kv_heads"], s["head_dim"]]
+            side = triangle(s["tokens"] * s["context"])
+            return f"prefill:{dtype}:{MASKED}", [s["batch"], side, *heads], 1
         case "optimizer" if record.backend == "fused":
             return "optimizer", [float(record.bytes)], 1
         case "bandwidth" if record.op in ("sort", "topk"):

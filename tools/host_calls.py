@@ -41,6 +41,9 @@ T = TypeVar("T")
 OUT = Path(__file__).parents[1] / "planner" / "catalog" / FILE
 DEPTHS = (12, 24)
 """Multiples of every pattern of layers (gemma3: one in six attends to all)."""
+OWN_DEPTHS = {"bamba": (24, 36)}
+"""About the depth of what was published: bamba's loop lists the kinds of all layers for each layer
+(config.layers_block_type), so that its Python calls grow with the square of the depth."""
 BATCH, PROMPT = 2, 4
 NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh")
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -70,6 +73,12 @@ LATENT = {
 }
 GPT2 = {"n_embd": 64, "n_head": 4, "n_positions": 64}
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {
+        **{k: WIDTHS[k] for k in WIDTHS if k not in ("head_dim", "num_experts_per_tok")},
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+    },
     "bloom": {"hidden_size": 64, "n_head": 4},
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64},
     "gpt2": GPT2,
@@ -85,9 +94,9 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, "topk_method": "greedy"},
     "deepseek_v3": LATENT,
 }
-TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"deepseek_v2", "deepseek_v3"}))
+TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"bamba", "deepseek_v2", "deepseek_v3"}))
 """Decoders."""
-TRAINED = tuple(kind for kind in TYPES if not kind.startswith("deepseek"))
+TRAINED = tuple(kind for kind in TYPES if kind in HELD)
 """Those whose training is planned."""
 DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer"}
 
@@ -96,7 +105,10 @@ def config(kind: str, layers: int) -> dict[str, Any]:
     """A small config of a type."""
     depth = DEPTH_NAMES.get(kind, "num_hidden_layers")
     sizes = OWN.get(kind, {**WIDTHS, **EXPERTS})
-    return {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+    made = {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+    if kind == "bamba":  # about as many attend as in bamba-9b: 3 of 32
+        made["attn_layer_indices"] = list(range(9, layers, 12))
+    return made
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -280,8 +292,8 @@ def attentions(runtime: str, kind: str) -> tuple[str, ...]:
 
 def parts(runtime: str, kind: str, attention: str) -> tuple[Calls, Calls]:
     """What one layer asks for, averaged over the kinds there are, and what is left of the pass."""
-    few, many = DEPTHS
-    a, b = (counted(runtime, kind, attention, layers) for layers in DEPTHS)
+    few, many = OWN_DEPTHS.get(kind, DEPTHS)
+    a, b = (counted(runtime, kind, attention, layers) for layers in (few, many))
     more = b.plus(a.times(-1.0)).times(1 / (many - few))
     layer = Calls(**{name: round(value, 2) for name, value in asdict(more).items()})
     whole = a.plus(layer.times(-few))

@@ -16,7 +16,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from planner.runtimes.transformers_code.families import HELD
+from planner.runtimes.transformers import EXACT_PEAKS
 
 FOLDER = Path(__file__).parents[1]
 STORED = FOLDER / "tests" / "planner" / "modelling_code.json"
@@ -65,7 +65,7 @@ def fingerprint(file: Path) -> str:
 def fingerprints() -> dict[str, str]:
     """By path inside the package: the shared files, and the classes of every held type."""
     root = installed()
-    folders = sorted({kind.removesuffix("_text") for kind in HELD | {"deepseek_v3"}})
+    folders = sorted({kind.removesuffix("_text") for kind in EXACT_PEAKS})
     files = [*SHARED, *(f"models/{name}/modeling_{name}.py" for name in folders)]
     return {name: fingerprint(root / name) for name in files}
 

@@ -256,7 +256,7 @@ class PassWriter(Generic[Given]):
         trained = []
         for part in self.parts():
             kind = part.layer_kind
-            own = self.outside(part) if kind is None else layer_parameters(kind, h)
+            own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
             if self.lora is not None:
                 own = adapters_beside(own, self.lora, self.adapted)
             shapes = tuple(p.shape for p in own)
@@ -267,6 +267,10 @@ class PassWriter(Generic[Given]):
                     )
                 )
         return trained
+
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """A layer's parameters in the order of its module's."""
+        return parameters
 
     def outside(self, part: Part) -> Iterable[Parameter]:
         """The parameters of a part that is no layer."""

@@ -1,4 +1,4 @@
-"""What CUDA's reduction kernel allocates when it splits one sum over several blocks.
+"""What reductions of CUDA allocate: a sum split over several blocks, softmax on its way back.
 
 ATen/native/cuda/Reduce.cuh, setReduceConfig: the sum of [rows, outputs] over its rows, a gradient
 of a bias or of a norm's weight. Blocks that share an output meet in device memory, in float32, with
@@ -42,3 +42,11 @@ def column_sum_scratch(rows: Shape, outputs: int, multiprocessors: int) -> list[
         ((Symbol(f"({what})", blocks), outputs, WARP * vector), FLOAT32),
         ((Symbol(f"(are there {what})", lambda d: (blocks(d) > 0) * 1), grid), INT32),
     ]
+
+
+def softmax_scratch(shape: Shape, itemsize: int) -> list[tuple[Shape, int]]:
+    """Gradient · result, which is then summed up: SoftMax.cu, softmax_backward_cuda_out.
+
+    Seen in a history of Gemma-2's step with eager attention; log-softmax does without.
+    """
+    return [(shape, itemsize)]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from planner.autograd.aten import ONE
 from planner.autograd.autocast import Autocast
 from planner.autograd.recording import only
+from planner.autograd.reduction_scratch import softmax_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
 from planner.program import Shape
 
@@ -35,9 +36,9 @@ class Reductions(Autocast):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
             reads = (only(flowed), result)
-            scratch: tuple[tuple[Shape, int], ...] = ()
-            if self.aten.on_gpu and back == "_softmax":  # SoftMax.cu: tmp = grad * output
-                scratch = ((result.shape, result.itemsize),)
+            scratch: list[tuple[Shape, int]] = []
+            if self.aten.on_gpu and back == "_softmax":
+                scratch = softmax_scratch(result.shape, result.itemsize)
             return [
                 self.aten.new(
                     f"{back}_backward_data",

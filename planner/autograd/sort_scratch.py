@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from planner.program import Dims, Number, Shape, Symbol, evaluate, formula, minimum
 
-FLOAT32, INT64 = 4, 8
+FLOAT32 = INT32 = 4
+INT64 = 8
 IN_PLACE_ELEMENTS = 4096
 """Sorted by one block, in place (should_use_small_sort)."""
 SWEEP_TILE, DIGITS, DIGIT_VALUES = 4096, 8, 256
 """Elements of a block of the sweep: as few as leave one block to the 4 096 of a history."""
+ALIGNMENT = 256
+"""Of each part of cub's temporary storage, and of all of it in what torch hands over."""
 ATOMIC_EMBEDDING_IDS, ROWS_A_SEGMENT = 3072, 10
 """Ids up to which no sorting is done; rows that one warp adds up (NROWS_PER_THREAD)."""
 
 
 def radix_sort_bytes(count: Number) -> Number:
-    """A second buffer of keys and values, where each digit begins, what tiles have counted."""
+    """A second buffer of keys and of values, where digits begin, what tiles count, how many do."""
     begins = DIGITS * DIGIT_VALUES * INT64
-    return 2 * INT64 * count + begins + -(-count // SWEEP_TILE) * DIGIT_VALUES * FLOAT32
+    tiles = -(-count // SWEEP_TILE)
+    second = -(-INT64 * count // ALIGNMENT) * ALIGNMENT
+    counters = ALIGNMENT
+    return 2 * second + begins + tiles * DIGIT_VALUES * INT32 + counters + ALIGNMENT - 1
 
 
 def sort_scratch(count: Shape) -> list[tuple[Shape, int]]:

@@ -130,6 +130,7 @@ def read_mamba2(fields: Fields) -> Model:
         out_bias=bias,
         activation=activation(fields),
         time_step_limit=_time_step_limit(fields),
+        chunk_size=fields.size("chunk_size"),
     )
     return _attention_free(fields, stem="Mamba2", mixer=mixer)
 
@@ -169,6 +170,7 @@ def _mamba2(fields: Fields, *, width: int | None = None) -> Mamba2:
         out_bias=bias,
         activation=activation(fields),
         time_step_limit=_time_step_limit(fields),
+        chunk_size=fields.size("mamba_chunk_size"),
     )
 
 

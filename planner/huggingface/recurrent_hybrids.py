@@ -110,6 +110,7 @@ def read_nemotron_h(fields: Fields) -> Model:
         out_bias=bias,
         activation=fields.choice("mamba_hidden_act", ACTIVATIONS),
         time_step_limit=(fields.optional_number("time_step_min") or 0.0, math.inf),
+        chunk_size=fields.size("chunk_size"),
     )
     dense = plain(fields, activation_field="mlp_hidden_act", bias=biased)
     block = Layer(attention=None, feed_forward=None, norm=norm, norms=("input_layernorm",))
@@ -268,6 +269,7 @@ def read_zamba2(fields: Fields) -> Model:
         use_conv_bias=True,  # its class ignores the flag
         use_bias=bias,
         out_bias=bias,
+        chunk_size=fields.size("chunk_size"),
     )
     _as_computed(
         fields, attention_head_dim=D, attention_hidden_size=2 * h, mamba_headdim=width // heads_

@@ -79,7 +79,7 @@ class Mamba2(Mixer):
 
     `out_bias` is out_proj's, `use_bias` in_proj's. `norm`: a gated RMSNorm before out_proj.
     `path`: its module in the block (zamba2 wraps it). `activation`: the convolution's.
-    `time_step_limit` bounds the time step.
+    `time_step_limit` bounds the time step. A prompt is scanned in chunks of `chunk_size` tokens.
     """
 
     num_heads: int
@@ -94,9 +94,17 @@ class Mamba2(Mixer):
     path: str = "mamba"
     activation: str = "silu"
     time_step_limit: tuple[float, float] = (0.0, math.inf)
+    chunk_size: int = 256
 
     def __post_init__(self) -> None:
-        for field in ("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel"):
+        for field in (
+            "num_heads",
+            "head_dim",
+            "n_groups",
+            "state_size",
+            "conv_kernel",
+            "chunk_size",
+        ):
             check_size(field, getattr(self, field))
 
     @property

@@ -176,12 +176,15 @@ class Runtime(Protocol):
         """One step of the steady state."""
 
 
-def unplanned_part(model: Model) -> str | None:
-    """What no runtime has a program for yet, in a word; None where every block is planned."""
+def unplanned_part(model: Model, mixers: tuple[type[Mixer], ...] = ()) -> str | None:
+    """What no runtime has a program for yet, in a word; None where every block is planned.
+
+    `mixers`: those that the runtime at hand has programs for.
+    """
     if not model.is_decoder:
         return "bidirectional encoders"
     for layer in model.layer_kinds():
-        if isinstance(layer.attention, Mixer):
+        if isinstance(layer.attention, Mixer) and not isinstance(layer.attention, mixers):
             return f"{layer.attention.kind} layers"
         if layer.attention is None or layer.feed_forward is None or layer.norms is not None:
             return "blocks without attention or feed-forward"
@@ -204,9 +207,9 @@ def unplanned_part(model: Model) -> str | None:
     return None
 
 
-def check_planned(runtime: str, model: Model) -> None:
+def check_planned(runtime: str, model: Model, mixers: tuple[type[Mixer], ...] = ()) -> None:
     """ConfigError for a model whose passes are not written as programs yet."""
-    part = unplanned_part(model)
+    part = unplanned_part(model, mixers)
     if part is not None:
         raise ConfigError(
             f"runtime={runtime} does not plan {part} of model_type={model.model_type} yet: "

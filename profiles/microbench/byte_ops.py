@@ -131,6 +131,32 @@ def _argmax(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: logits.argmax(dim=-1)
 
 
+def _mul_row(point: OpPoint, buffers: Buffers) -> Call:
+    """A norm's weight: one row for all."""
+    x, weight = _rows(point, buffers), _width(point, buffers)
+    return lambda: x * weight
+
+
+def _mul_mixed(point: OpPoint, buffers: Buffers) -> Call:
+    """What an expert put out by its float32 weight, one a row."""
+    x, column = _rows(point, buffers), buffers.take("fp32", point.shape["rows"], 1)
+    return lambda: x * column
+
+
+def _silu_half(point: OpPoint, buffers: Buffers) -> Call:
+    """The first half of [rows, 2 · width], which lies apart row by row."""
+    both = buffers.take(point.dtype, point.shape["rows"], 2 * point.shape["width"])
+    gate = both[:, : point.shape["width"]]
+    return lambda: nn.functional.silu(gate)
+
+
+def _sum_picks(point: OpPoint, buffers: Buffers) -> Call:
+    """Of each token what its experts put out, added up."""
+    s = point.shape
+    x = buffers.take(point.dtype, s["rows"], s["top_k"], s["width"])
+    return lambda: x.sum(dim=1)
+
+
 def _topk(point: OpPoint, buffers: Buffers) -> Call:
     scores = _rows(point, buffers)
     return lambda: torch.topk(scores, point.shape["top_k"], dim=-1)
@@ -169,6 +195,10 @@ BYTE_OPS: dict[str, Maker] = {
     "cross_entropy": _cross_entropy,
     "upcast": _upcast,
     "argmax": _argmax,
+    "mul_row": _mul_row,
+    "mul_mixed": _mul_mixed,
+    "silu_half": _silu_half,
+    "sum_picks": _sum_picks,
     "topk": _topk,
     "sort": _sort,
     "histc": _histc,

@@ -110,6 +110,23 @@ def _sdpa_masked(s: Shape, size: int) -> int:
     return _sdpa(s, size) + s["tokens"] * s["context"]
 
 
+def _mul_row(s: Shape, size: int) -> int:
+    return size * (2 * s["rows"] * s["width"] + s["width"])
+
+
+def _mul_mixed(s: Shape, size: int) -> int:
+    """A column of float32 beside it; the result is as wide."""
+    return s["rows"] * (size * s["width"] + 4 + 4 * s["width"])
+
+
+def _silu_half(s: Shape, size: int) -> int:
+    return 2 * size * s["rows"] * s["width"]
+
+
+def _sum_picks(s: Shape, size: int) -> int:
+    return size * s["rows"] * s["width"] * (s["top_k"] + 1)
+
+
 def _picked(s: Shape, size: int) -> int:
     """Experts' numbers in, sorted ones and their old places out, for each pick of each token."""
     return 3 * INDEX_BYTES * s["rows"] * s["top_k"]
@@ -170,6 +187,10 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "argmax": _argmax,
     "adamw": _adamw,
     "sdpa_masked": _sdpa_masked,
+    "mul_row": _mul_row,
+    "mul_mixed": _mul_mixed,
+    "silu_half": _silu_half,
+    "sum_picks": _sum_picks,
     "sort": _picked,
     "topk": _topk,
     "histc": _histc,

@@ -17,6 +17,7 @@ ROW_OPS = ("rms_norm", "layer_norm", "gelu_tanh", "rope", "softmax", "embedding"
 SWEEP_BYTES = tuple(4 * KIB * 4**i for i in range(10))  # 4 KiB … 1 GiB of one tensor
 WARM_BYTES = (256 * KIB, 1 * MIB, 4 * MIB, 16 * MIB)
 VOCABULARY, HELD_OUT_VOCABULARY = 128256, 50257
+ROW_WIDTH = 2048
 ROUTED_EXPERTS, HELD_OUT_EXPERTS = 64, (128,)
 ROPE_HEADS: Heads = LLAMA
 
@@ -109,6 +110,17 @@ def routing_points() -> Iterator[OpPoint]:
             for rows in (4, 64, 1024, 4096):
                 shape = {"rows": rows, "width": width, "top_k": 8}
                 yield OpPoint(family="bandwidth", op=op, shape=shape, dtype="fp32", split=split)
+
+
+def strided_points() -> Iterator[OpPoint]:
+    """Ops that torch's kernels cannot load by vectors: rows for all, mixed dtypes, halves."""
+    for rows, width, top_k in ((64, 2048, 8), (4096, 2048, 8), (32768, 2048, 8), (4096, 1408, 6)):
+        split: Split = "calibration" if width == ROW_WIDTH else "held-out"
+        for op in ("mul_row", "mul_mixed", "silu_half", "sum_picks"):
+            shape = {"rows": rows, "width": width}
+            if op == "sum_picks":
+                shape = {"rows": rows // top_k, "width": width, "top_k": top_k}
+            yield OpPoint(family="bandwidth", op=op, shape=shape, split=split)
 
 
 def cpu_bandwidth_points() -> Iterator[OpPoint]:

@@ -49,6 +49,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             attention.masked_points(),
             other.bandwidth_points(),
             other.routing_points(),
+            other.strided_points(),
             other.backward_points(),
             gemm.moe_points(),
             other.optimizer_points(),

@@ -45,6 +45,8 @@ OTHERS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt")
 KINDS = (*GROUPED, *OTHERS)
 LATENT = ("deepseek_v2", "deepseek_v3")
 """Types whose inference alone is planned."""
+SCANNED = ("bamba",)
+"""Such with Mamba-2 layers."""
 
 
 @st.composite
@@ -60,6 +62,9 @@ def decoders(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     if kind in LATENT:
         made["intermediate_size"] = wide
         return {**made, **_latent(draw, kind, layers, H)}
+    if kind in SCANNED:
+        made["intermediate_size"] = wide
+        return {**made, **_scanned(draw, layers, (H, groups, head_dim))}
     if kind in OTHERS:
         return {**made, **_other(draw, kind, layers, (H, groups, head_dim), wide)}
     made |= {
@@ -134,6 +139,32 @@ def _latent(draw: st.DrawFn, kind: str, layers: int, heads: int) -> dict[str, An
         made["norm_topk_prob"] = draw(st.booleans())
         made["rope_interleave"] = draw(st.booleans())
     return made
+
+
+def _scanned(draw: st.DrawFn, layers: int, heads: tuple[int, int, int]) -> dict[str, Any]:
+    """Mamba-2 layers, and one that attends or more; short chunks, so that prompts have several."""
+    H, G, D = heads
+    expand, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    mixing = [n for n in range(groups, 13, groups) if expand * H * D % n == 0]
+    return {
+        "hidden_size": H * D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": H,
+        "num_key_value_heads": G,
+        "max_position_embeddings": 128,
+        "attn_layer_indices": sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))),
+        "mamba_chunk_size": draw(st.integers(2, 16)),
+        "mamba_n_heads": draw(st.sampled_from(mixing)),
+        "mamba_d_head": "auto",
+        "mamba_expand": expand,
+        "mamba_n_groups": groups,
+        "mamba_d_state": draw(st.integers(2, 24)),
+        "mamba_d_conv": draw(st.integers(1, 5)),
+        "mamba_conv_bias": draw(st.booleans()),
+        "mamba_proj_bias": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+    }
 
 
 def _other(
@@ -217,7 +248,7 @@ def words(config: hf.PretrainedConfig, batch: int, tokens: int) -> torch.Tensor:
 
 def takes_padding(config: dict[str, Any]) -> bool:
     """Whether padding masks of this config are planned."""
-    return config["model_type"] not in ("bloom", "opt") and not config.get("alibi")
+    return config["model_type"] not in (*SCANNED, "bloom", "opt") and not config.get("alibi")
 
 
 def padding(batch: int, tokens: int) -> torch.Tensor:

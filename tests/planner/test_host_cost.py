@@ -8,11 +8,12 @@ import planner
 from planner import roofline
 from planner.calibration import load
 from planner.host_calls import counted, trained
-from planner.host_cost import Engine, between_seconds, forward_runs, host_seconds
+from planner.host_cost import HOOKED, Engine, between_seconds, forward_runs, host_seconds
 from planner.latency import by_phase, latency, layers_run_again
 from planner.op_kinds import timed_ops
 from planner.runtimes import runtime_named
 from planner.training import training_phase
+from tools import checkpoint_cost
 from tools.host_calls import TYPES, config
 
 HOST = load("h200").host
@@ -47,7 +48,7 @@ def test_a_decode_step_lists_every_kernel_that_the_class_runs_and_none_twice(kin
     attention, program = decode_program(kind)
     layer, whole = counted("transformers", kind, attention)
     listed = sum(timed.count for timed in timed_ops(program))
-    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=0.01)
+    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", INEXACT)
@@ -102,7 +103,12 @@ def test_checkpointed_layers_run_again_and_call_more():
         )
         own = counted("transformers", "llama", "sdpa")[0].calls if phase else 0.0
         gone = LAYERS * (wanted - own) * HOST.op_s["identity_module"] / 3
-        assert called - bare == pytest.approx(gone)
+        assert called - bare == pytest.approx(HOOKED * gone)
+
+
+def test_a_call_of_checkpointings_takes_longer_than_a_modules():
+    """On this CPU, in the live classes; who shares it makes the ratio larger, not smaller."""
+    assert min(checkpoint_cost.ratios("llama", steps=8)) > HOOKED / 2
 
 
 def test_adapted_layers_are_counted():

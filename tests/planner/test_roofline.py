@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from planner.program import Dims, visible_pairs
 from planner.roofline import op_times
 from planner.runtimes import runtime_named
 from planner.speed import speed_for
+from profiles.microbench.op_record import load as records
 
 LLAMA = planner.load_model("llama-3.1-8b")
+OP_RECORDS = Path(__file__).parents[2] / "profiles" / "data" / "microbench" / "h200.jsonl"
 CALIBRATED = sorted(
     p.name.removesuffix(".json")
     for p in files("planner.catalog").joinpath("calibration").iterdir()
@@ -101,6 +104,41 @@ def test_a_vocabulary_of_an_odd_size_that_no_fit_saw_is_timed_by_other_odd_ones(
     assert held_out.p90 <= 0.15
     odd, padded = (seconds_of_head(V) for V in (50257, 50304))
     assert odd > 4 * padded
+
+
+def test_attention_behind_a_mask_takes_what_was_measured_of_it():
+    """An H200 needs 3.42 ms for all pairs of 8 192 tokens and 32 heads; half of them are causal.
+
+    transformers makes a mask where a window is no longer than the prompt (masking_utils.py,
+    _ignore_causal_mask_sdpa): Mistral's is 4 096 long.
+    """
+    measured = {
+        r.shape["tokens"]: r.median_s
+        for r in records(OP_RECORDS).ops
+        if r.op == "sdpa_masked" and (r.shape["heads"], r.shape["batch"]) == (32, 1)
+    }
+    found = {
+        tokens: prefill_attention_s("mistral-7b-v0.1", tokens) for tokens in (4095, 4096, 8192)
+    }
+    for tokens in (4096, 8192):
+        assert found[tokens] == pytest.approx(measured[tokens], rel=0.02)
+    assert found[4095] < 0.65 * measured[4096]
+
+
+def prefill_attention_s(model, tokens):
+    e = of(model, runtime="transformers", mode="eager", prompt_tokens=tokens)
+    return e.op_times("prefill").set_index("family").seconds["prefill"]
+
+
+def test_the_way_back_behind_a_mask_computes_every_pair():
+    """A mask cannot be skipped by tiles: all of 4 096² pairs, where 4 095 tokens have half."""
+    times = []
+    for tokens in (4095, 4096):
+        work = planner.Training(batch=1, sequence_tokens=tokens, optimizer=None)
+        deploy = planner.Deployment(gpu="h200", runtime="transformers")
+        table = planner.estimate(planner.load_model("mistral-7b-v0.1"), work, deploy).op_times()
+        times.append(table.set_index("family").seconds["attention_backward"])
+    assert 1.8 < times[1] / times[0] < 2.1
 
 
 def seconds_of_head(vocab_size):

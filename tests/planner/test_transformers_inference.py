@@ -19,6 +19,7 @@ from tests.planner.small_decoders import (
     EAGER_ONLY,
     KINDS,
     LATENT,
+    SCANNED,
     built,
     decoders,
     described,
@@ -53,6 +54,82 @@ def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager,
     model = planner.read_config(live.config.to_dict())
     what = {"attention": attention, "dtype": dtype, "logits": logits, "padded": padded}
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=decoders(SCANNED),
+    dtype=st.sampled_from(tuple(DTYPES)),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 45),
+    attention=st.sampled_from(("sdpa", "eager")),
+    logits=st.sampled_from(("all", "last")),
+)
+def test_scans_without_fused_kernels_are_exact(config, dtype, batch, tokens, attention, logits):
+    """modeling_bamba.py's own PyTorch code, as it runs where mamba_ssm is not installed."""
+    live = built(described(config), dtype, attention).eval()
+    seen = inference_peaks(live, batch, tokens, steps=3, last=logits == "last")
+    model = planner.read_config(live.config.to_dict())
+    what = {"attention": attention, "dtype": dtype, "logits": logits}
+    assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
+
+
+TINY_BAMBA = {
+    "model_type": "bamba", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
+    "attn_layer_indices": [1], "mamba_chunk_size": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_d_state": 12, "mamba_d_conv": 4, "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 7, 8, 9, 16, 17])
+def test_prompts_about_the_ends_of_chunks_and_convolutions_are_exact(tokens):
+    live = built(described(TINY_BAMBA), "bf16", "sdpa").eval()
+    model = planner.read_config(live.config.to_dict())
+    what = {"attention": "sdpa", "dtype": "bf16"}
+    seen = inference_peaks(live, 2, tokens, steps=1)
+    assert [predicted(model, 2, tokens, step, **what) for step in range(2)] == seen
+
+
+def test_one_grid_of_prompts_is_many_estimates():
+    """Cells on both sides of a chunk's end are different programs."""
+    model = planner.load_model("bamba-9b")
+    table = planner.sweep(
+        [model],
+        gpus=["h200"],
+        batch=[1, 2],
+        context_tokens=[2, 256, 257, 700],
+        runtime=["transformers"],
+    )
+    deploy = planner.Deployment(gpu="h200", runtime="transformers")
+    for row in table.itertuples():
+        work = planner.Inference(batch=row.batch, prompt_tokens=row.context_tokens)
+        assert row.total_bytes == planner.estimate(model, work, deploy).memory.total_bytes
+
+
+def test_a_bamba_that_never_attends_is_refused_as_its_class_fails():
+    model = planner.read_config({"model_type": "bamba", "attn_layer_indices": []})
+    live = built(described({**TINY_BAMBA, "attn_layer_indices": []}), "bf16", "sdpa")
+    with pytest.raises(ValueError, match="Attention layers"):
+        inference_peaks(live, 1, 4, steps=0)
+    work = planner.Inference(batch=1, prompt_tokens=8)
+    with pytest.raises(planner.ConfigError, match="attn_layer_indices="):
+        planner.estimate(model, work, planner.Deployment(gpu="cpu", runtime="transformers"))
+
+
+@pytest.mark.parametrize(
+    ("work", "cache", "said"),
+    [
+        (planner.Training(batch=1, sequence_tokens=8), None, "training of model_type=bamba"),
+        (planner.Inference(batch=2, prompt_tokens=8, padded=True), None, "padded=True of"),
+        (planner.Inference(batch=2, prompt_tokens=8), "static", "'static' of model_type=bamba"),
+    ],
+)
+def test_what_is_not_planned_of_mamba2_is_refused(work, cache, said):
+    spec = None if cache is None else planner.CacheSpec(kind=cache)
+    deploy = planner.Deployment(gpu="h200", runtime="transformers", cache=spec)
+    with pytest.raises(planner.ConfigError, match=said):
+        planner.estimate(planner.load_model("bamba-9b"), work, deploy)
 
 
 @settings(max_examples=30, deadline=None)
@@ -150,7 +227,7 @@ def test_padding_is_refused_by_other_runtimes_and_caches():
 
 def test_every_type_that_is_called_exact_is_drawn():
     assert {*KINDS, *HEADS} == HELD
-    assert set(LATENT) == EXACT_PEAKS - HELD
+    assert {*LATENT, *SCANNED} == EXACT_PEAKS - HELD
 
 
 @pytest.mark.parametrize(

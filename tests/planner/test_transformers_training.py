@@ -114,7 +114,7 @@ def test_accumulation_is_refused_by_attnlab():
 
 
 @pytest.mark.parametrize("impl", ["foreach", "fused", "for-loop"])
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmoe"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gemma2", "olmoe"])
 def test_a_step_with_adamw_adds_up(name, impl):
     more = {"olmoe": lambda: hf.OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2)}
     config = (more.get(name) or FAMILIES[name])()

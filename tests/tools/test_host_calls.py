@@ -23,6 +23,7 @@ def test_the_file_names_the_installed_transformers():
     [
         ("transformers", "llama", "sdpa"),
         ("transformers", "gpt2", "eager"),
+        ("transformers", "bamba", "sdpa"),
         ("transformers", "qwen2_moe", "sdpa"),
         ("attnlab", "llama", "sdpa"),
         ("attnlab", "gemma2", "naive"),

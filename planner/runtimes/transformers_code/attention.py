@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from planner.autograd.aten import ONE
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA, MLA, Layer, Norm
+from planner.mixers.mamba import Mamba2
 from planner.program import B, T
-from planner.runtimes.transformers_code.cache import CacheWriter
+from planner.runtimes.transformers_code.mamba2 import Mamba2Writer
 from planner.runtimes.transformers_code.regime import Shared
 
 LATENT_NORM = Norm(kind="rmsnorm", eps=1e-6)
 
 
-class AttentionWriter(CacheWriter):
+class AttentionWriter(Mamba2Writer):
     """Attention of one decoder layer: (what it adds, the weights that eager attention returns)."""
 
     def attention(self, layer: Layer, x: Tensor, given: Shared) -> tuple[Tensor, Tensor | None]:
@@ -24,6 +25,8 @@ class AttentionWriter(CacheWriter):
                 return self._grouped(layer, gqa, x, given)
             case MLA() as mla:
                 return self._latent(layer, mla, x, given)
+            case Mamba2() as mixer:
+                return self.mamba2(mixer, x), None
             case _:
                 raise AssertionError("refused by check_planned")
 

@@ -8,11 +8,12 @@ from planner.autograd.layouts import contiguous, is_contiguous
 from planner.autograd.tensors import Dims, Storage, Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, MLA, Layer
+from planner.mixers.mamba import Mamba2
 from planner.program import PAST, B, Extent, S, T
 from planner.runtimes.quantised_program import QuantisedLayer
 from planner.runtimes.transformers_code.kernels import KernelWriter
 from planner.runtimes.transformers_code.regime import kept_tokens, static_tokens, window_of
-from planner.runtimes.writer import INT64
+from planner.runtimes.writer import FLOAT32, INT64
 
 
 class CacheWriter(KernelWriter):
@@ -38,6 +39,9 @@ class CacheWriter(KernelWriter):
 
     def _open(self, label: str, layer: Layer) -> None:
         window = window_of(layer)
+        if isinstance(layer.attention, Mamba2):
+            self._open_states(label, layer.attention)
+            return
         if self.what.static:
             self._open_static(label, layer)
             return
@@ -62,6 +66,18 @@ class CacheWriter(KernelWriter):
             tokens: Extent = PAST if whole else kept_tokens((window or 0) + 1, PAST)
             keys, values = self._cached(layer, tokens)
             self.past[label] = keys, values
+
+    def _open_states(self, label: str, mixer: Mamba2) -> None:
+        """LinearAttentionLayer: after the prefill its states, which are overwritten in place."""
+        if self.what.kind != "decode":
+            return
+        inputs: Dims = ((B,), (mixer.conv_dim,), (mixer.conv_kernel,))
+        state: Dims = ((B,), (mixer.num_heads,), (mixer.head_dim,), (mixer.state_size,))
+        self.past[label] = (
+            self._marked(self.aten.new("zeros", "convolution state", inputs, self.b)),
+            self._marked(self.aten.new("zeros_like", "recurrent state", state, FLOAT32)),
+        )
+        self.kept += self.past[label]
 
     def _open_static(self, label: str, layer: Layer) -> None:
         """StaticLayer.__init__: how many tokens there are; after the prefill keys and values."""

@@ -27,6 +27,7 @@ class Code:
     `block`: the layer's forward. `loop`: the model's loop holds what a layer returned until the
     next one returns, eager attention's weights among it.
     `masked`: a mask is always made. `hands_positions`: layers are given the position ids.
+    `counts_past`: these are torch.arange plus what is cached, not torch.arange alone.
     """
 
     norm: Literal["narrow", "wide", "mixed", "fused", "float32", "python", "shifted"] = "narrow"
@@ -40,16 +41,18 @@ class Code:
     conv1d: bool = False
     softmax: Literal["wide", "narrow"] = "wide"
     block: Literal[
-        "placed", "gpt2", "neox", "stablelm", "phi", "opt", "bloom", "falcon", "cohere"
+        "placed", "gpt2", "neox", "stablelm", "phi", "opt", "bloom", "falcon", "cohere", "bamba"
     ] = "placed"
     loop: bool = False
     masked: bool = False
     hands_positions: bool = True
+    counts_past: bool = True
 
 
 LLAMA = Code()
 FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
+    "bamba": Code(rotary="joined late", block="bamba", loop=True, counts_past=False),
     "bert": Code(norm="fused", softmax="narrow"),
     "bloom": Code(norm="fused", block="bloom", loop=True),
     "cohere": Code(norm="python", pairs=True, float32_rotary=True, late_norms=True, block="cohere"),

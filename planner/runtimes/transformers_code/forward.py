@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.errors import ConfigError
-from planner.layers import ALiBi
+from planner.layers import GQA, ALiBi
+from planner.mixers.mamba import Mamba2
 from planner.model import Model
 from planner.program import Program
 from planner.runtimes.base import check_planned
@@ -16,6 +17,8 @@ from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.runtimes.transformers_code.t5 import Seq2SeqLM
 
+SCANNED = frozenset(("bamba",))
+"""Types whose Mamba-2 layers are written, as their classes run without fused kernels."""
 WRITERS: dict[str, type[BlockWriter]] = {"bert": MaskedLM, "t5": Seq2SeqLM}
 """By model type; every other one is a causal language model."""
 
@@ -30,7 +33,8 @@ def is_held(model: Model) -> bool:
 def check_written(runtime: str, model: Model) -> None:
     """ConfigError for a model, or a head, whose passes are not written as programs yet."""
     if model.text_type not in WRITERS:
-        check_planned(runtime, model)
+        check_planned(runtime, model, (Mamba2,) if model.text_type in SCANNED else ())
+        _check_attends(model)
         return
     head = _unwritten_head(model)
     if head is not None:
@@ -40,10 +44,19 @@ def check_written(runtime: str, model: Model) -> None:
         )
 
 
+def _check_attends(model: Model) -> None:
+    """ConfigError for a hybrid of Mamba-2 layers alone: its class asks attention for the length."""
+    if model.text_type in SCANNED and not any(isinstance(x.attention, GQA) for x in model.layers):
+        raise ConfigError(
+            f"attn_layer_indices=[] of a {model.text_type} does not run in transformers: one "
+            "layer that attends, or more (its cache counts tokens there)"
+        )
+
+
 def _check_padded(model: Model, what: Pass) -> None:
     """ConfigError where a padding mask is not written: types that count or bias by it, caches."""
-    by_mask = ("bert", "bloom", "opt", "t5")
-    if model.text_type in by_mask or isinstance(model.positions, ALiBi):
+    by_mask = model.text_type in (*SCANNED, "bert", "bloom", "opt", "t5")
+    if by_mask or isinstance(model.positions, ALiBi):
         raise ConfigError(
             f"padded=True of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: False"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from planner.autograd.tensors import Tensor
+from planner.layers import GQA, Layer
 from planner.program import B, Buffer, T
 from planner.runtimes.transformers_code.attention import AttentionWriter
 
@@ -26,6 +29,19 @@ class LoopWriter(AttentionWriter):
             weights.storage.known_as(held if self.held is None else self.held)
             self.held = weights.storage.buffer
         self.looped = weights
+
+    def _runs(self) -> Iterator[tuple[int, int, Layer, str]]:
+        """Of hybrids, a layer behind one that attends is told apart: it lets go of weights."""
+        weighs = self.code.loop and self.what.attention == "eager"
+        attends = [isinstance(layer.attention, GQA) for layer in self.model.layers]
+        if not weighs or all(attends):
+            yield from super()._runs()
+            return
+        for start, count, layer, _ in super()._runs():
+            behind = ", behind attention"
+            yield start, 1, layer, behind if start and attends[start - 1] else ""
+            if count > 1:
+                yield start + 1, count - 1, layer, behind if attends[start] else ""
 
     held: Buffer | None = None
     """What they are called in every layer."""

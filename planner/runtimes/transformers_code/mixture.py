@@ -17,7 +17,7 @@ from planner.runtimes.transformers_code.parts import PartWriter
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
 
 INT32 = 4
-SCAN_BYTES = 1024
+SCAN_BYTES = 1023
 """cub's temporary storage of a sum over one tile of numbers; 60 and 64 experts, on an H200."""
 GROUP_BYTES = 3 * 8 + 3 * 8 + 3 * 4
 """Of a group: three pointers, three strides, three int32 sizes (GroupMM.cu)."""
@@ -153,7 +153,7 @@ class MixtureWriter(PartWriter):
         rows: Dims = ((B, T, k),)
         flat_weights = f.view(weights, rows)
         sorted_picks = aten.new("sort", "routing", rows, INT64, reads=(picks,))
-        on_cpu = self.what.device == "cpu"
+        on_cpu = not self.aten.on_gpu
         scratch = [] if on_cpu else sort_scratch((B, T, k))
         order = aten.new("sort", "routing", rows, INT64, scratch=scratch)
         routed = f.index(x, aten.new("floor_divide", "routing", rows, INT64), rows, "routed tokens")
@@ -203,7 +203,8 @@ class MixtureWriter(PartWriter):
         multiprocessor. Other kernels go group by group and need none, or were not watched (10.x).
         """
         what = self.what
-        if what.dtype != "bf16" or (what.capability or "").split(".")[0] != "9":
+        hopper = self.aten.on_gpu and (what.capability or "").split(".")[0] == "9"
+        if not hopper or what.dtype != "bf16":
             return []
         arguments = (experts, GROUP_BYTES)
         return [(arguments, 1), ((what.multiprocessors, TENSOR_MAPS_BYTES), 1)]

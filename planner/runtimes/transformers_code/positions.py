@@ -18,6 +18,8 @@ class PositionWriter(PartWriter):
     def position_ids(self) -> Tensor:
         """torch.arange(T) + past."""
         index = self.aten.new("arange", "positions", ((T,),), INT64)
+        if not self.code.counts_past:
+            return index
         return self.aten.elementwise("add.Tensor", "positions", index)
 
     def counted_ids(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +14,13 @@ from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
+from planner.mixers.mamba import Mamba2
 from planner.model import Model
+from planner.module_order import block_order
 from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.tensors import Parameter
 from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017
@@ -82,6 +86,7 @@ class Regime:
 
     `masked` are the windows that the context, or a static cache, fills
     (masking_utils._ignore_causal_mask_sdpa); `exceeded` those that a static cache's context passes.
+    `reached`: the marks of `token_marks` that the pass's tokens reach.
     """
 
     several_batches: bool
@@ -90,6 +95,11 @@ class Regime:
     several_held: bool
     masked: frozenset[int]
     exceeded: frozenset[int] = frozenset()
+    reached: frozenset[int] = frozenset()
+
+    def fills(self, mark: int) -> bool:
+        """Whether the pass has so many tokens, one of `token_marks`."""
+        return mark in self.reached
 
     @staticmethod
     def of(model: Model, dims: Dims) -> Regime:
@@ -105,6 +115,7 @@ class Regime:
             exceeded=frozenset(
                 w for w in windows(model) if dims.capacity is not None and w < context
             ),
+            reached=frozenset(mark for mark in token_marks(model) if mark <= tokens),
         )
 
     @staticmethod
@@ -114,6 +125,8 @@ class Regime:
         code = code + (C.of(dims) > 1) * 8
         for place, window in enumerate(windows(model), start=4):
             code = code + (dims.context >= window) * 2**place
+        for mark in token_marks(model):
+            code = 2 * code + (dims.tokens >= mark)
         return code
 
 
@@ -122,6 +135,16 @@ def windows(model: Model) -> list[int]:
     kinds = {id(layer): layer for layer in model.layers}.values()  # equal ones may come twice
     made = model.mask_windows or [window_of(layer) for layer in kinds]
     return sorted({w for w in made if w is not None})
+
+
+def token_marks(model: Model) -> list[int]:
+    """Numbers of tokens from which Mamba-2 layers run otherwise.
+
+    The width of the convolution, below which its inputs are padded; the first token of a second
+    chunk.
+    """
+    mixers = [x.attention for x in model.layer_kinds() if isinstance(x.attention, Mamba2)]
+    return sorted({mark for x in mixers for mark in (x.conv_kernel, x.chunk_size + 1)})
 
 
 def window_of(layer: Layer) -> int | None:
@@ -201,6 +224,10 @@ class CodeWriter(PassWriter[Shared]):
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
+
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """As <Type>DecoderLayer makes them."""
+        return block_order(parameters, self.model)
 
     def keys_of(self, window: int | None) -> Extent:
         """How many keys a layer of this window attends to."""

@@ -14,7 +14,7 @@ from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
 
 MATRIX = ("linear", "sdpa")
-GATHERED = ("embedding", "grouped_mm", "adamw", "histc")
+GATHERED = ("embedding", "grouped_mm", "adamw", "histc", "silu_half")
 """They read or write parts of their tensors, write in place, or read what was made of them."""
 
 

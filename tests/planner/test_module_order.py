@@ -1,0 +1,30 @@
+"""The order of a module's tensors against transformers' classes on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+
+import planner
+from planner.module_order import module_order
+from tests.planner.small_decoders import KINDS, LATENT, decoders, described
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=decoders((*KINDS, *LATENT)))
+def test_tensors_stand_as_in_the_class(config):
+    with torch.device("meta"):
+        live = hf.AutoModelForCausalLM.from_config(described(config))
+    model = planner.read_config(live.config.to_dict())
+    ordered = module_order(model.parameters(), model, runtime="transformers")
+    assert [p.shape for p in ordered] == [tuple(p.shape) for p in live.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "gpt_neox", "opt"])
+def test_other_runtimes_list_them_as_they_are(kind):
+    model = planner.read_config({"model_type": kind})
+    ordered = module_order(model.parameters(), model, runtime="attnlab")
+    block = [p for p in model.parameters() if p.layer == 0]
+    assert [p for p in ordered if p.layer == 0] == block
