@@ -28,7 +28,7 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
     """ConfigError for quantised weights that are not planned in training."""
     frozen, lora = model.quantization, work.adapters
     if frozen is None:
-        if work.method == "qlora":
+        if work.method == "qlora" and deploy.runtime == "transformers":
             raise ConfigError(
                 "method='qlora' is of weights of 4 bits: weight_dtype='nf4' or 'nf4-double'"
             )
@@ -46,6 +46,9 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
         "llm_int8_skip_modules: none but the head": set(frozen.llm_int8_skip_modules) - {*HEADS},
         f"model_type={model.model_type}: no mixture of experts": has_experts(model),
+        "model_type=falcon: its linear layers are a class that is not replaced": (
+            model.text_type == "falcon"
+        ),
         f"batch · sequence_tokens={work.batch * work.sequence_tokens} on a GPU: above "
         f"{CUSTOM_ROWS}": setting.device == "cuda"
         and work.batch * work.sequence_tokens <= CUSTOM_ROWS,

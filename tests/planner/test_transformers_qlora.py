@@ -118,7 +118,7 @@ def test_the_peak_of_a_step_is_exact(
 ):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
-    assume(config["model_type"] not in MIXTURES)  # refused
+    assume(config["model_type"] not in (*MIXTURES, "falcon"))  # refused
     lora = replace(lora, dtype=None, dora=False)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), "bf16", attention)
