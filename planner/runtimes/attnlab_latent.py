@@ -107,15 +107,14 @@ class LatentWriter(AttentionWriter):
         tape, b, H, c = self.tape, self.b, mla.num_attention_heads, mla.kv_lora_rank
         n, r, D_v = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
         several = H > 1
-        straight = tape.new("queries", (FOLDED, B, H, T, n), b) if several else None
-        weights = tape.new("matrices", (SEVERAL_BATCHES, B, H, n, c), b) if several else None
+        straight = self._copied("queries", (FOLDED, B, H, T, n)) if several else None
+        weights = self._copied("matrices", (SEVERAL_BATCHES, B, H, n, c)) if several else None
         within = tape.new(
             "queries of latents",
             (B, H, T, c),
             b,
             flops=(2, B, H, T, n, c),
-            moved=((B, H, T, n, b),),
-            weight_bytes=H * n * c * b,
+            moved=((B, H, T, n, b), (B, H, n, c, b)),
             kernel="bmm",
         )
         tape.free(weights, straight)
@@ -133,14 +132,14 @@ class LatentWriter(AttentionWriter):
         else:
             made = self._fused(q, kv, mask if table else None, c, flops=flops, moved=(0,))
         tape.free(mask)
-        weights = tape.new("matrices", (SEVERAL_BATCHES, B, H, c, D_v), b) if several else None
+        weights = self._copied("matrices", (SEVERAL_BATCHES, B, H, c, D_v)) if several else None
         out = tape.new(
             "attention",
             (B, T, H * D_v),
             b,
             flops=(2, B, H, T, c, D_v),
             reads=(made,),
-            weight_bytes=H * c * D_v * b,
+            moved=((B, H, c, D_v, b),),
             kernel="bmm",
         )
         tape.free(weights, made, q)
@@ -150,6 +149,10 @@ class LatentWriter(AttentionWriter):
         """The table that naive and an absorbed mask need where a kernel would be told "causal"."""
         pattern = self.cache.pattern(mla)
         return self.tape.new("mask", (pattern.plain_causal, T, keys), BOOL)
+
+    def _copied(self, name: str, shape: Shape) -> Buffer:
+        """What matmul folds a batch into: a matrix for each sequence, where there are several."""
+        return self.tape.new(name, shape, self.b, moved=((*shape, self.b),), kernel="clone")
 
     def _fused(
         self, q: Buffer, k: Buffer, mask: Buffer | None, D_v: int, *, flops: Shape, moved: Shape

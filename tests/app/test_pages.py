@@ -143,7 +143,7 @@ def test_a_context_beyond_the_positions_is_said_in_the_planners_words():
 
 
 def test_a_model_that_the_runtime_does_not_run_is_said_so():
-    assert "deepseek_v3" in opened(model="deepseek-v3", runtime="attnlab").error[0].value
+    assert "bamba" in opened(model="bamba-9b", runtime="attnlab").error[0].value
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,9 @@ def test_every_edge_says_what_to_do_and_where_the_work_goes():
 
 
 def test_known_models_have_nothing_critical_or_high():
+    """But for Bamba's config: it names 262 144 positions over a base of 10 000."""
     found = [(name, f) for name in planner.catalogue() for f in planner.check(name)]
-    assert [(name, f.id) for name, f in found if f.fails] == []
+    assert [(n, f.id) for n, f in found if f.fails] == [("bamba-9b", "rope-base-too-small")]
 
 
 def test_the_first_remedy_that_fits_is_named_with_its_cost_and_those_that_do_not():
