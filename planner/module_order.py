@@ -30,6 +30,15 @@ BLOCKS = {
 what none of these begins stands behind them."""
 
 
+OPT_POST = (
+    *(f"self_attn.{part}_proj." for part in "kvqo"),
+    "post_attention_layernorm.",
+    "mlp.",
+    "post_feedforward_layernorm.",
+)
+"""OPT-350m, whose norms come behind what they norm."""
+
+
 def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str) -> list[Parameter]:
     """Embeddings, layers, norm and head, as `named_parameters()` has them."""
     theirs = runtime == "transformers"
@@ -39,6 +48,8 @@ def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str)
         if p.layer is not None:
             name = p.name.removeprefix(f"layers.{p.layer}.")
             return 2, p.layer, _rank(name, model) if theirs else 0
+        if theirs and p.name.startswith("project_"):  # OPTDecoder makes project_out first
+            return 0, 1 + p.name.startswith("project_in"), 0
         if p.group == "embedding" or p.name.startswith("embed"):
             return 0, 0, 0
         return (1 if norm_first and p.name.startswith("norm.") else 3), 0, 0
@@ -53,4 +64,6 @@ def block_order(parameters: Iterable[Parameter], model: Model) -> list[Parameter
 
 def _rank(name: str, model: Model) -> int:
     starts = BLOCKS.get(model.text_type, ())
+    if model.text_type == "opt" and model.layers[0].placement == "post-sum":
+        starts = OPT_POST
     return next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))

@@ -184,7 +184,8 @@ def test_this_cpu_is_calibrated_from_its_own_ops(this_cpu):
     fit = this_cpu.fit("gemm", "fp32")
     small, large = (fit.seconds((float(m), 512.0, 512.0)) for m in (1, 512))
     assert 1e-7 < small < large < 1.0
-    assert fit.peak_flops_per_s > 2 * 512**3 / large  # the best that was seen, and a tenth
+    # a tenth above the best that was seen: nothing is predicted to be faster
+    assert fit.peak_flops_per_s >= (1 - 1e-9) * 2 * 512**3 / large
 
 
 def test_a_calibrated_cpu_times_a_model_by_what_was_measured(this_cpu, monkeypatch):
