@@ -29,8 +29,6 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
                 return self.bloom_block(layer, x, given)
             case "falcon":
                 return self.falcon_block(layer, x, given)
-            case "bamba":
-                return self._bamba(layer, x, given)
         match layer.placement:
             case "pre":
                 return self._pre(layer, x, given)
@@ -68,21 +66,10 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
         hidden = self._normed(layer, hidden, "feed-forward norm")
         hidden = self.fed(layer, hidden)
         hidden = f.add(residual, self._scaled(layer, hidden), "hidden states")
-        del residual, weights
-        return hidden
-
-    def _bamba(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
-        """BambaDecoderLayer.forward, whose weights the model's loop holds for a layer more."""
-        f = self.f
-        hidden = self._normed(layer, x, "attention norm")
-        hidden, weights = self.attention(layer, hidden, given)
-        hidden = f.add(x, hidden, "residual")
-        residual = hidden
-        hidden = self._normed(layer, hidden, "feed-forward norm")
-        hidden = self.fed(layer, hidden)
-        hidden = f.add(residual, hidden, "hidden states")
         del residual
-        self.loop(weights)
+        if self.code.loop:
+            self.loop(weights)
+        del weights
         return hidden
 
     def _post(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:

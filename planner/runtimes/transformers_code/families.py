@@ -41,7 +41,7 @@ class Code:
     conv1d: bool = False
     softmax: Literal["wide", "narrow"] = "wide"
     block: Literal[
-        "placed", "gpt2", "neox", "stablelm", "phi", "opt", "bloom", "falcon", "cohere", "bamba"
+        "placed", "gpt2", "neox", "stablelm", "phi", "opt", "bloom", "falcon", "cohere"
     ] = "placed"
     loop: bool = False
     masked: bool = False
@@ -52,7 +52,7 @@ class Code:
 LLAMA = Code()
 FUSED = Code(norm="fused")
 CODES: dict[str, Code] = {
-    "bamba": Code(rotary="joined late", block="bamba", loop=True, counts_past=False),
+    "bamba": Code(rotary="joined late", loop=True, counts_past=False),
     "bert": Code(norm="fused", softmax="narrow"),
     "bloom": Code(norm="fused", block="bloom", loop=True),
     "cohere": Code(norm="python", pairs=True, float32_rotary=True, late_norms=True, block="cohere"),
