@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -31,6 +31,7 @@ from tests.planner.small_decoders import (
 )
 from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
 from tests.planner.test_transformers_training import predicted, written
+from tests.properties import examples
 
 
 def step_meter(live, batch, tokens, optimizer=None, *, padded=False):
@@ -46,7 +47,7 @@ def step_meter(live, batch, tokens, optimizer=None, *, padded=False):
     return meter
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     config=decoders(),
     batch=st.integers(1, 3),
@@ -66,7 +67,7 @@ def test_the_peak_of_a_step_is_exact(config, batch, tokens, eager, how, padded):
     assert predicted(model, batch, tokens, **what, **written(how)).live_bytes == meter.peak_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 2),
@@ -174,7 +175,7 @@ class GpuList(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     config=decoders(tuple(kind for kind in KINDS if kind != "nemotron")),
     batch=st.integers(1, 2),
