@@ -1,8 +1,9 @@
 """torch.autocast: products take 16 bits whatever they are given, some ops take float32.
 
 ATen/autocast_mode.h and .cpp of torch 2.13. Arguments are cast last one first (C++ leaves the order
-open; GCC takes that one). The cast of a trained float32 leaf is cached: it lives until the region
-ends, whatever becomes of what it was made for. Ops of neither list take the widest of their
+open; GCC takes that one). The cast of a float32 leaf that wants a gradient is cached, a parameter
+or embeddings that are asked for one: it lives until the region ends, whatever becomes of what it
+was made for. Ops of neither list take the widest of their
 operands' dtypes, as outside. On a CPU the float32 list is short, and nothing here is in it but the
 loss; a GPU's has softmax, powers, roots, sums and LayerNorm.
 """
@@ -32,7 +33,7 @@ class Autocast(Recorder):
 
     low: int | None = None
     widens = False
-    casts: dict[Leaf, Tensor]
+    casts: dict[Leaf | Node, Tensor]
     """Of leaves, cached until the region ends."""
 
     def cast(self, x: Tensor, itemsize: int, name: str = "") -> Tensor:
@@ -50,7 +51,7 @@ class Autocast(Recorder):
         """An argument of a product, in 16 bits inside a region."""
         if self.low is None or x.itemsize != FLOAT32:
             return x
-        if not isinstance(x.node, Leaf) or x.is_view:
+        if x.node is None or not x.node.is_leaf or x.is_view:
             return self.cast(x, self.low, f"{x.name}, cast")
         if x.node not in self.casts:
             self.casts[x.node] = self.cast(x, self.low, f"{x.name}, cast")

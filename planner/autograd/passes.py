@@ -65,6 +65,7 @@ class PassWriter(Generic[Given]):
         self.selective = selective
         self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
+        self.carries_leaf = False  # such as nothing made: embeddings that are asked for one
         self.hidden, self.hidden_gradient = (  # what goes from part to part, the same everywhere
             Buffer(name=name, shape=(B, T, model.hidden_size), itemsize=b)
             for name in ("hidden states", "gradient of hidden states")
@@ -73,7 +74,8 @@ class PassWriter(Generic[Given]):
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
         self.f.low, self.f.casts = autocast, {}
-        self.casts: dict[str, dict[Leaf, Tensor]] = {}  # of each part, cached until the region ends
+        # of each part, cached until the region ends
+        self.casts: dict[str, dict[Leaf | Node, Tensor]] = {}
         self.walking = ""  # the part that is being written
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
@@ -344,6 +346,7 @@ class PassWriter(Generic[Given]):
         self.casts[part.label] = self.f.casts = {}
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
+        graph.nodes[0].is_leaf = self.carries_leaf
         entered: list[Tensor] = []
         if carried:
             x = carried.pop()
@@ -354,6 +357,7 @@ class PassWriter(Generic[Given]):
         if part.ends:
             return graph
         self.flows = out.node is not None
+        self.carries_leaf = out.node is not None and out.node.is_leaf
         if part.layer_kind is not None:  # what others make may live on, and is not one of these
             out.storage.known_as(self.handed(part)[0])
         carried.append(out.detach())

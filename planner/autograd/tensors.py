@@ -88,7 +88,8 @@ class Node:
 
     `backward` makes the inputs' gradients of its `outputs` outputs' (None: nothing flowed there);
     `wants` says for each input whether anything needs its gradient. `unpack` gives what was saved
-    where it has to be computed again.
+    where it has to be computed again. `is_leaf`: nothing made the tensor, though it is no
+    parameter.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Node:
         self.saved = [x.detach() for x in saved]
         self.unpack: Callable[[], list[Tensor]] | None = None
         self.waiting: dict[int, Tensor] = {}
+        self.is_leaf = False
         for x in inputs:
             if isinstance(x.node, Leaf):
                 x.node.expected += 1
@@ -119,3 +121,8 @@ class Leaf:
     expected: int = 0
     waiting: Tensor | None = None
     grad: Tensor | None = None
+
+    @property
+    def is_leaf(self) -> bool:
+        """Always: nothing makes it."""
+        return True

@@ -8,7 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import HfQuantizer
@@ -21,6 +21,7 @@ from tests.planner.small_decoders import (
     CHECKPOINTING,
     EAGER_ONLY,
     MIXTURES,
+    NO_TOKENS,
     built,
     checkpoint,
     described,
@@ -31,6 +32,19 @@ from tests.properties import examples
 
 pytest.importorskip("bitsandbytes")
 LLAMA = planner.load_model("llama-3.1-8b")
+POST_NORM = {
+    "model_type": "olmo2",
+    "vocab_size": 3,
+    "tie_word_embeddings": False,
+    **NO_TOKENS,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "intermediate_size": 2,
+    "max_position_embeddings": 128,
+}
+"""Its first linear layers take the embeddings as they are, whose cast autocast caches."""
 
 
 class FourBitMeter(LiveTensorMeter):
@@ -113,6 +127,16 @@ def step_meter(live, batch, tokens, optimizer=None, *, autocast=False):
     double_quant=st.booleans(),
     prepared=st.booleans(),
     autocast=st.booleans(),
+)
+@example(
+    adapted=(POST_NORM, planner.LoRA(rank=1, targets=("q_proj", "k_proj", "gate_proj"))),
+    batch=1,
+    tokens=1,
+    eager=False,
+    how=("full", 1),
+    double_quant=False,
+    prepared=True,
+    autocast=True,
 )
 def test_the_peak_of_a_step_is_exact(
     adapted, batch, tokens, eager, how, double_quant, prepared, autocast

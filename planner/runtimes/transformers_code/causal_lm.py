@@ -76,6 +76,7 @@ class CausalLM(BlockWriter, MaskWriter):
         """PreTrainedModel.enable_input_require_grads, which checkpointing turns on."""
         if self.checkpointed and x.node is None:
             x.node = Node("input embeddings", self.keep_with_loss, (), ())
+            x.node.is_leaf = True
             self.f.graph.nodes.append(x.node)
             self.with_loss.append(x.detach())
 
