@@ -9,7 +9,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import planner
@@ -26,6 +26,7 @@ from tests.planner.small_decoders import (
     EAGER_ONLY,
     KINDS,
     MIXTURES,
+    NO_TOKENS,
     built,
     checkpoint,
     decoders,
@@ -56,6 +57,18 @@ def step_meter(live, batch, tokens, optimizer=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return meter
+
+
+BLOOM = {
+    "model_type": "bloom",
+    "vocab_size": 3,
+    "tie_word_embeddings": False,
+    **NO_TOKENS,
+    "hidden_size": 8,
+    "n_layer": 2,
+    "n_head": 1,
+}
+"""Its loop keeps the weights of a first layer whose attention no gradient reaches."""
 
 
 @st.composite
@@ -93,6 +106,14 @@ def own_names(model, layer, modules):
     tokens=st.integers(1, 45),
     eager=st.booleans(),
     how=CHECKPOINTING,
+)
+@example(
+    adapted=(BLOOM, planner.LoRA(rank=1, targets=("dense",), dora=True)),
+    dtype="bf16",
+    batch=1,
+    tokens=1,
+    eager=True,
+    how=("none", 1),
 )
 def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, how):
     config, lora = adapted
