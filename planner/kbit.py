@@ -16,7 +16,7 @@ from planner.ledger import Row
 from planner.lora import has_experts
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES, Stored
-from planner.quantization.bitsandbytes import HEADS, FourBit
+from planner.quantization.bitsandbytes import FourBit
 from planner.runtimes.base import Runtime, Setting
 from planner.workload import Deployment, Training
 
@@ -44,7 +44,7 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         "lora.dora=True: False": lora.dora,
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
-        "llm_int8_skip_modules: none but the head": set(frozen.llm_int8_skip_modules) - {*HEADS},
+        "llm_int8_skip_modules: none but the head": not frozen.by_default,
         f"model_type={model.model_type}: no mixture of experts": has_experts(model),
         "model_type=falcon: its linear layers are a class that is not replaced": (
             model.text_type == "falcon"
