@@ -41,7 +41,6 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
     refused = {
         f"dtype={setting.dtype!r}: 'bf16'": setting.dtype != "bf16",
         f"lora.dtype={lora.dtype!r}: None": lora.dtype not in (None, "fp32"),
-        "lora.dora=True: False": lora.dora,
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
         "llm_int8_skip_modules: none but the head": not frozen.by_default,

@@ -141,7 +141,7 @@ def test_the_peak_of_a_step_is_exact(
 ):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
-    lora = replace(lora, dtype=None, dora=False)
+    lora = replace(lora, dtype=None)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), "bf16", attention)
     model = planner.read_config(live.config.to_dict())
@@ -201,7 +201,6 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
         ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
         ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
         ({"gpu": "h200"}, {}, "batch · sequence_tokens=8 on a GPU: above 1536"),
-        ({}, {"lora": planner.LoRA(dora=True)}, "lora.dora=True: False"),
         ({}, {"lora": planner.LoRA(dtype="bf16")}, "lora.dtype='bf16': None"),
     ],
 )

@@ -19,7 +19,8 @@ class LoopWriter(AttentionWriter):
         """A layer returned these: those of the layer before go."""
         if self.known is not None:  # it runs again
             return
-        if self.trains and not self.keeps_inputs:  # its graph holds them
+        in_graph = weights is None or weights.node is not None
+        if self.trains and in_graph and not self.keeps_inputs:  # its graph holds them
             self.looped = None
             return
         if weights is not None:

@@ -119,8 +119,12 @@ class PartWriter(CodeWriter):
             held = self.given(f"{module}.bias", ((out,),), b)
         if module not in self.adapted:
             return self.f.four_bit(x, layer, held, name or module)
+        frozen = None
+        if self.lora is not None and self.lora.dora:
+            called = f"{module}, DoRA"
+            frozen = Frozen(lambda: self.f.dequantised(layer, called), held, transposed=False)
         return self.with_adapters_of_four_bits(
-            self.f.four_bit(x, layer, held, name or module), x, module
+            self.f.four_bit(x, layer, held, name or module), x, module, frozen
         )
 
     def _frozen(self, module: str, into: int, out: int, *, bias: bool) -> Frozen | None:
@@ -128,8 +132,9 @@ class PartWriter(CodeWriter):
         if self.lora is None or not self.lora.dora:
             return None
         turned = self.code.conv1d
+        sizes = (into, out) if turned else (out, into)
         return Frozen(
-            self.weight(f"{module}.weight", *((into, out) if turned else (out, into))),
+            lambda: self.weight(f"{module}.weight", *sizes),
             self.weight(f"{module}.bias", out) if bias or turned else None,
             turned,
         )
