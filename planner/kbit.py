@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from planner.errors import ConfigError
 from planner.ledger import Row
-from planner.lora import has_experts
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES, Stored
-from planner.quantization.bitsandbytes import HEADS, FourBit
+from planner.quantization.bitsandbytes import FourBit
 from planner.runtimes.base import Runtime, Setting
+from planner.tensors import Parameter
 from planner.workload import Deployment, Training
 
 CUSTOM_ROWS = 1536
@@ -41,14 +41,9 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
     refused = {
         f"dtype={setting.dtype!r}: 'bf16'": setting.dtype != "bf16",
         f"lora.dtype={lora.dtype!r}: None": lora.dtype not in (None, "fp32"),
-        "lora.dora=True: False": lora.dora,
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
-        "llm_int8_skip_modules: none but the head": set(frozen.llm_int8_skip_modules) - {*HEADS},
-        f"model_type={model.model_type}: no mixture of experts": has_experts(model),
-        "model_type=falcon: its linear layers are a class that is not replaced": (
-            model.text_type == "falcon"
-        ),
+        "llm_int8_skip_modules: none but the head": not frozen.by_default,
         f"batch · sequence_tokens={work.batch * work.sequence_tokens} on a GPU: above "
         f"{CUSTOM_ROWS}": setting.device == "cuda"
         and work.batch * work.sequence_tokens <= CUSTOM_ROWS,
@@ -61,7 +56,20 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
 
 def _has_odd(model: Model) -> bool:
     """Rows of an odd number of elements, which the CPU's kernel leaves to Python."""
-    return any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear)
+    return any(p.shape[-1] % 2 for _, p in quantised_layers(model))
+
+
+def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:
+    """Weights that bitsandbytes has quantised, by their name here and as they are saved."""
+    if not isinstance(model.quantization, FourBit):
+        return
+    saved = list(model.checkpoint_parameters())
+    method = model.quantization.of(saved, model.model_type)
+    yield from (
+        (ours, theirs)
+        for ours, theirs in zip(model.parameters(), saved, strict=True)
+        if method.replaces(theirs)
+    )
 
 
 def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) -> list[Row]:

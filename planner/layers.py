@@ -258,7 +258,8 @@ class Layer:
     A block may lack attention or feed-forward (nemotron_h has one of them in each). `beside`: a
     second mixer on the same input (falcon_h1). `cross_attention`: to an encoder's output, with a
     norm of its own. `norms` names the norms where they are not those of the placement.
-    `extra_parameters` are those that no field describes, named relative to the block.
+    `extra_parameters` are those that no field describes, named relative to the block. `left_alone`:
+    words of linear layers that a quantiser leaves as they are here, unlike those of other blocks.
     """
 
     attention: GQA | MLA | Mixer | None
@@ -270,6 +271,7 @@ class Layer:
     cross_attention: GQA | None = None
     norms: tuple[str, ...] | None = None
     extra_parameters: tuple[Parameter, ...] = ()
+    left_alone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

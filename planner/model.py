@@ -258,12 +258,13 @@ class Model:
 
         Quantised as `quantization` says, everything else in `dtype` (None: the model's).
         """
-        kept = dtype or self.dtype
-        for p in self.checkpoint_parameters():
-            if self.quantization is None:
-                yield p, plain(p, kept)
-            else:
-                yield from ((p, stored) for stored in self.quantization.stored(p, kept))
+        kept, parameters = dtype or self.dtype, list(self.checkpoint_parameters())
+        if self.quantization is None:
+            yield from ((p, plain(p, kept)) for p in parameters)
+            return
+        quantization = self.quantization.of(parameters, self.model_type)
+        for p in parameters:
+            yield from ((p, stored) for stored in quantization.stored(p, kept))
 
     def weight_table(self, dtype: str | None = None) -> pd.DataFrame:
         """A row for each stored tensor: name, role, dtype, shape, copies, bytes, parameter."""

@@ -188,12 +188,6 @@ def as_loaded(model: Model, deploy: Deployment) -> Model:
             f"weight_dtype={wanted!r} is not allowed: the checkpoint is quantised already "
             f"({model.quantization.method})"
         )
-    bare = model.final_norm is not None and not model.final_norm.weight
-    if deploy.runtime == "transformers" and model.tie_word_embeddings and bare:
-        raise ConfigError(  # get_modules_to_not_convert: the module of the last parameter stays
-            f"weight_dtype={wanted!r} of model_type={model.model_type} with tied embeddings is not "
-            "planned: transformers leaves its last linear layer as it is"
-        )
     return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
 
 

@@ -28,6 +28,7 @@ class Parameter:
 
     `linear`: the [out, in] weight of a linear layer (nn.Linear), which quantisers replace.
     `transposed`: it lies as [in, out] (GPT-2's Conv1D, the experts of gpt-oss and llama-4).
+    `shared`: other blocks use it, too (zamba2).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Parameter:
     shape: tuple[int, ...]
     linear: bool = False
     transposed: bool = False
+    shared: bool = False
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ for the way back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.autograd.aten import ONE
@@ -20,10 +21,10 @@ from planner.autograd.tensors import Leaf, Tensor
 class Frozen:
     """A linear layer that is not trained; its weight [in, out] where `transposed`.
 
-    That is Conv1D's (peft: fan_in_fan_out).
+    That is Conv1D's (peft: fan_in_fan_out). `weight` gives it, one of 4 bits made anew.
     """
 
-    weight: Tensor
+    weight: Callable[[], Tensor]
     bias: Tensor | None
     transposed: bool
 
@@ -48,7 +49,7 @@ def dora(
     dead = Graph()  # of B · A, which is detached: what it saved goes with the name it has
     delta = _delta(f, trained, dead, name)
     delta = f.cast(delta, x.itemsize, f"{name}, B · A")
-    weight = f.cast(frozen.weight, x.itemsize, f"{name}, weight")
+    weight = f.cast(frozen.weight(), x.itemsize, f"{name}, weight")
     norm = _row_norm(
         f, f.aten.transpose(weight, 0, 1) if frozen.transposed else weight, delta, name
     )

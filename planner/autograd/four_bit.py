@@ -44,7 +44,7 @@ class FourBitProducts(Products):
         def backward(node: Node, flowed: Gradients) -> Gradients:
             gradient, like = only(flowed), node.inputs[0]
             called = f"gradient of {like.name}"
-            weight = self._dequantised_again(layer, called)
+            weight = self.dequantised(layer, called)
             rows = tuple(extent for dim in gradient.dims[:-1] for extent in dim)
             flat = self.aten.reshape(gradient, (rows, gradient.dims[-1]))
             return [self.aten.reshape(self.aten.mm(flat, weight, called), like.dims)]
@@ -84,7 +84,7 @@ class FourBitProducts(Products):
         called = f"{name}, dequantised weight"
         return self.aten.new("dequantize_4bit", called, dims, layer.itemsize, reads=scales[-1:])
 
-    def _dequantised_again(self, layer: FourBitLinear, name: str) -> Tensor:
+    def dequantised(self, layer: FourBitLinear, name: str) -> Tensor:
         """functional.dequantize_4bit: the offset is added in place, the scales go when it ends."""
         scales = [self._float32_scales(layer, name)] if layer.double_quant else []
         return self._weight(layer, name, scales)

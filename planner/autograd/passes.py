@@ -132,7 +132,9 @@ class PassWriter(Generic[Given]):
         )
         return f.cast(result, kept, name or module)
 
-    def with_adapters_of_four_bits(self, result: Tensor, x: Tensor, module: str) -> Tensor:
+    def with_adapters_of_four_bits(
+        self, result: Tensor, x: Tensor, module: str, frozen: Frozen | None
+    ) -> Tensor:
         """The same beside 4-bit weights: peft/tuners/lora/bnb.py, Linear4bit.forward.
 
         The result is copied first. What the adapters make is cast before the sum, and their input,
@@ -147,6 +149,13 @@ class PassWriter(Generic[Given]):
         called = f"{module}, adapters"
         if converts:
             x = f.cast(x, into.itemsize, f"{module}, input of the adapters")
+        if frozen is not None:
+            result = f.add(
+                result,
+                self._dora(result, x, into, back, frozen, module),
+                f"{module} with adapters",
+            )
+            return f.cast(result, kept, module) if converts else result
         beside = f.scale(f.linear(f.linear(x, into, None, called), back, None, called), called)
         if converts:
             beside = f.cast(beside, kept, called)

@@ -286,10 +286,12 @@ def read_zamba2(fields: Fields) -> Model:
     places = [i for i, kind in enumerate(kinds) if kind == "hybrid"]
     blocks = fields.size("num_mem_blocks")
     layers = [hybrid if kind == "hybrid" else block for kind in kinds]
-    owners = places[:blocks] if fields.flag("tie_word_embeddings") else places
+    tied = fields.flag("tie_word_embeddings")
+    owners = places[:blocks] if tied else places
     for number, place in enumerate(owners):  # untied, every hybrid layer has a block of its own
         uses = range(number % blocks, len(places), blocks)
-        owned = tuple(_zamba_block(fields, shared, uses))
+        several = tied and len(uses) > 1
+        owned = tuple(replace(p, shared=several) for p in _zamba_block(fields, shared, uses))
         layers[place] = replace(hybrid, extra_parameters=(*hybrid.extra_parameters, *owned))
     positions: Positions = NoPositions()
     if fields.flag("use_mem_rope"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Self
 
 from planner.tensors import Parameter
 
@@ -62,6 +62,10 @@ class Quantization:
     @abstractmethod
     def method(self) -> str:
         """`quant_method` as config.json writes it."""
+
+    def of(self, parameters: Sequence[Parameter], model_type: str) -> Self:
+        """The method with what depends on all of a checkpoint's parameters filled in."""
+        return self
 
     @abstractmethod
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:

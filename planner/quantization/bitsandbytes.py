@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from planner.errors import ConfigError, check_choice, shown
 from planner.quantization.base import (
@@ -22,15 +22,12 @@ from planner.quantization.base import (
     linears,
     plain,
 )
-from planner.quantization.skip import OUTPUT, is_skipped, skip_patterns
+from planner.quantization.replaced import HEADS, KEPT_IN_FP32, left_alone, of_own_class
+from planner.quantization.skip import is_skipped, skip_patterns
 from planner.tensors import Parameter
 
 BLOCK = 64
 NESTED_BLOCK = 256
-HEADS = (*OUTPUT, "embed_out", "output_projection")
-"""Output embeddings, which are left alone where a config names no modules."""
-KEPT_IN_FP32 = ("DenseReluDense.wo", "indexer.weights_proj")
-"""Layers that classes of transformers keep wide (_keep_in_fp32_modules: T5, sparse latents)."""
 STORAGE = {
     "uint8": "uint8",
     "int8": "int8",
@@ -43,23 +40,40 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnLoading(Quantization):
-    """What both have in common: which layers are replaced."""
+    """What both have in common: which layers are replaced.
+
+    `by_default`: the config names no modules that are skipped. `model_type` is known of a model's.
+    """
 
     llm_int8_skip_modules: tuple[str, ...]
+    by_default: bool = False
+    model_type: str = ""
 
     @property
     def method(self) -> str:
         """`quant_method` as config.json writes it."""
         return "bitsandbytes"
 
+    def of(self, parameters: Sequence[Parameter], model_type: str) -> Self:
+        """With the modules that transformers leaves alone by default."""
+        skipped = self.llm_int8_skip_modules
+        if self.by_default:
+            skipped += left_alone(parameters, model_type)
+        return replace(self, llm_int8_skip_modules=skipped, model_type=model_type)
+
+    def replaces(self, parameter: Parameter) -> bool:
+        """Whether the parameter is the weight of a linear layer that is replaced."""
+        module = parameter.name.removesuffix(".weight")
+        if not parameter.linear or of_own_class(module, self.model_type):
+            return False
+        return not is_skipped(module, (*self.llm_int8_skip_modules, *KEPT_IN_FP32))
+
     def stored(self, parameter: Parameter, dtype: str) -> Iterator[Stored]:
         """The tensors of the replaced layer, or the parameter as it is."""
-        patterns = (*self.llm_int8_skip_modules, *KEPT_IN_FP32)
-        found = linears(parameter) if parameter.linear else ()
-        if not found or is_skipped(found[0].module, patterns):
+        if self.replaces(parameter):
+            yield from self._linear(linears(parameter)[0], dtype)
+        else:
             yield plain(parameter, dtype)
-            return
-        yield from self._linear(found[0], dtype)
 
     @abstractmethod
     def _linear(self, linear: Linear, dtype: str) -> Iterator[Stored]:
@@ -154,8 +168,9 @@ def read_bitsandbytes(config: Mapping[str, Any]) -> Quantization:
         if flag(name):
             raise ConfigError(f"quantization_config.{name}=True is not read yet: false")
     skipped = skip_patterns(config, "llm_int8_skip_modules", default=HEADS)
+    by_default = config.get("llm_int8_skip_modules") is None
     if eight:
-        return EightBit(llm_int8_skip_modules=skipped)
+        return EightBit(llm_int8_skip_modules=skipped, by_default=by_default)
 
     def choice(name: str, default: str, allowed: tuple[str, ...]) -> Any:
         value = config.get(name)
@@ -164,6 +179,7 @@ def read_bitsandbytes(config: Mapping[str, Any]) -> Quantization:
 
     return FourBit(
         llm_int8_skip_modules=skipped,
+        by_default=by_default,
         quant_type=choice("bnb_4bit_quant_type", "fp4", ("nf4", "fp4")),
         double_quant=flag("bnb_4bit_use_double_quant"),
         storage=STORAGE[choice("bnb_4bit_quant_storage", "uint8", tuple(STORAGE))],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
-from planner.layers import GQA
+from planner.kbit import quantised_layers
+from planner.layers import GQA, Layer
+from planner.lora import module_of
 from planner.model import Model
+from planner.parameters import layer_parameters
 from planner.program import Dims
 from planner.quantization.bitsandbytes import FourBit
 from planner.runtimes.base import Phase, Setting, check_step
@@ -48,6 +53,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     tokens, encoder = work.sequence_tokens, None
     if model.is_seq2seq or work.encoder_tokens is not None:
         encoder = model.encoder_length(work.encoder_tokens, tokens)
+    model, four_bit = _four_bit(model, setting)
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens, encoder=encoder)
     what = Pass(
         kind="training",
@@ -64,7 +70,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
-        four_bit=_four_bit(model, setting),
+        four_bit=four_bit,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -85,13 +91,22 @@ def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
             )
 
 
-def _four_bit(model: Model, setting: Setting) -> FourBitWeights | None:
-    """What frozen linear layers are of, where they are bitsandbytes'."""
-    match model.quantization:
-        case FourBit(double_quant=double_quant):
-            return FourBitWeights(dtype=setting.dtype, double_quant=double_quant)
-        case _:
-            return None
+def _four_bit(model: Model, setting: Setting) -> tuple[Model, FourBitWeights | None]:
+    """Frozen linear layers that are bitsandbytes', and blocks that say which of them are not."""
+    quantised = {(p.layer, module_of(p)) for p, _ in quantised_layers(model)}
+    if not quantised or not isinstance(model.quantization, FourBit):
+        return model, None
+    modules = frozenset(module for _, module in quantised)
+
+    def marked(index: int, layer: Layer) -> Layer:
+        words = {module_of(p) for p in layer_parameters(layer, model.hidden_size) if p.linear}
+        alone = {word for word in words & modules if (index, word) not in quantised}
+        return replace(layer, left_alone=frozenset(alone))
+
+    layers = tuple(marked(i, x) for i, x in enumerate(model.layers, model.first_layer))
+    nested = model.quantization.double_quant
+    weights = FourBitWeights(dtype=setting.dtype, double_quant=nested, modules=modules)
+    return replace(model, layers=layers), weights
 
 
 def _check_autocast(model: Model, setting: Setting) -> None:

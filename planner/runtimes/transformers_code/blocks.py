@@ -16,6 +16,7 @@ class BlockWriter(BloomWriter, FalconWriter, MixtureWriter):
 
     def block(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
         """The layer's forward."""
+        self.left_alone = layer.left_alone
         match self.code.block:
             case "gpt2":
                 return self._gpt2(layer, x, given)

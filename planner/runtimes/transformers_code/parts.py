@@ -7,7 +7,7 @@ from planner.autograd.four_bit import FourBitLinear
 from planner.autograd.tensors import Dims, Tensor
 from planner.dtypes import element_bytes
 from planner.layers import Dense, Norm
-from planner.runtimes.transformers_code.regime import CodeWriter
+from planner.runtimes.transformers_code.regime import CodeWriter, FourBitWeights
 from planner.runtimes.writer import FLOAT32
 
 
@@ -98,8 +98,9 @@ class PartWriter(CodeWriter):
 
     def linear(self, x: Tensor, module: str, out: int, *, bias: bool, name: str = "") -> Tensor:
         """The forward of a linear layer, with its adapters where it has some."""
-        if self.what.four_bit is not None:
-            return self._four_bit(x, module, out, bias=bias, name=name)
+        four = self.what.four_bit
+        if four is not None and module in four.modules - self.left_alone:
+            return self._four_bit(x, module, out, four, bias=bias, name=name)
         if module not in self.adapted:
             return self._linear(x, module, out, bias=bias, name=name)
         frozen = self._frozen(module, x.sizes[-1], out, bias=bias)
@@ -107,10 +108,10 @@ class PartWriter(CodeWriter):
             self._linear(x, module, out, bias=bias, name=name), x, module, name, frozen
         )
 
-    def _four_bit(self, x: Tensor, module: str, out: int, *, bias: bool, name: str) -> Tensor:
+    def _four_bit(
+        self, x: Tensor, module: str, out: int, four: FourBitWeights, *, bias: bool, name: str
+    ) -> Tensor:
         """The same of 4-bit weights; Conv1D is a linear layer then."""
-        four = self.what.four_bit
-        assert four is not None
         b = element_bytes(four.dtype)
         layer = FourBitLinear(out, x.sizes[-1], b, four.double_quant)
         held = None
@@ -118,8 +119,12 @@ class PartWriter(CodeWriter):
             held = self.given(f"{module}.bias", ((out,),), b)
         if module not in self.adapted:
             return self.f.four_bit(x, layer, held, name or module)
+        frozen = None
+        if self.lora is not None and self.lora.dora:
+            called = f"{module}, DoRA"
+            frozen = Frozen(lambda: self.f.dequantised(layer, called), held, transposed=False)
         return self.with_adapters_of_four_bits(
-            self.f.four_bit(x, layer, held, name or module), x, module
+            self.f.four_bit(x, layer, held, name or module), x, module, frozen
         )
 
     def _frozen(self, module: str, into: int, out: int, *, bias: bool) -> Frozen | None:
@@ -127,8 +132,9 @@ class PartWriter(CodeWriter):
         if self.lora is None or not self.lora.dora:
             return None
         turned = self.code.conv1d
+        sizes = (into, out) if turned else (out, into)
         return Frozen(
-            self.weight(f"{module}.weight", *((into, out) if turned else (out, into))),
+            lambda: self.weight(f"{module}.weight", *sizes),
             self.weight(f"{module}.bias", out) if bias or turned else None,
             turned,
         )

@@ -32,10 +32,14 @@ T_AND_ONE = Symbol("(T + 1)", lambda d: d.tokens + 1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FourBitWeights:
-    """Linear layers are bitsandbytes': `dtype` is what they compute in and were quantised from."""
+    """Linear layers are bitsandbytes': `dtype` is what they compute in and were quantised from.
+
+    `modules` are the last words of the names of those that are, but for a block's `left_alone`.
+    """
 
     dtype: str
     double_quant: bool
+    modules: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +223,7 @@ class CodeWriter(PassWriter[Shared]):
             accumulates=what.accumulates,
         )
         self.what, self.regime = what, regime
+        self.left_alone = frozenset[str]()  # of the block that is written
         self.f.widens = widens(what.device)
         self.aten.watched = what.device == "cpu"
         self.aten.on_gpu = what.device == "cuda"

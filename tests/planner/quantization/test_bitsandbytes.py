@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available
@@ -16,8 +17,9 @@ import planner
 from planner import ConfigError
 from planner.tensors import Parameter
 from tests.planner.configs import TINY, build
-from tests.planner.oracle import linear_weights, live_model
-from tests.planner.test_static_caches import CASES
+from tests.planner.every_type import CASES as EVERY
+from tests.planner.oracle import live_model
+from tests.planner.test_readers_gpt_like import CASES as GPT_LIKE
 
 DTYPES = {
     torch.uint8: "uint8",
@@ -117,16 +119,41 @@ def test_sizes_that_do_not_divide_are_rounded_up(out, into):
     assert found == expected
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_layers_that_stay_are_those_of_transformers(name):
-    live, config = live_model(CASES[name]), {"quant_method": "bitsandbytes", **EIGHT}
-    model = planner.read_config({**CASES[name], "quantization_config": config})
+def assert_same_layers_stay(config: dict[str, Any], auto: str) -> None:
+    """integrations/bitsandbytes.py, replace_with_bnb_linear: nn.Linear itself, and Conv1D."""
+    live = live_model(config, auto=auto)
+    method = {"quant_method": "bitsandbytes", **EIGHT}
+    table = planner.read_config({**config, "quantization_config": method}).weight_table()
     skipped = HfQuantizer.get_modules_to_not_convert(live, None, live._keep_in_fp32_modules)
     expected = {
-        w for w in linear_weights(live) if should_convert_module(w.removesuffix(".weight"), skipped)
+        f"{name}.weight"
+        for name, module in live.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is torch.nn.Linear)
+        and should_convert_module(name, skipped)
     }
-    table = model.weight_table()
     assert set(table["name"][table["dtype"] == "int8"]) == expected
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_layers_that_stay_are_those_of_transformers(kind):
+    assert_same_layers_stay(EVERY[kind].config, EVERY[kind].auto)
+
+
+@pytest.mark.parametrize("name", GPT_LIKE)
+@pytest.mark.parametrize("tied", [True, False])
+def test_so_they_are_with_the_head_tied_or_not(name, tied):
+    kind, change = GPT_LIKE[name]
+    assert_same_layers_stay(
+        {"model_type": kind, **change, "tie_word_embeddings": tied}, auto="causal"
+    )
+
+
+@pytest.mark.parametrize("kind", ["olmo", "zamba2", "gemma3n_text", "gemma4", "phimoe", "whisper"])
+def test_so_they_are_where_tying_changes_which_layer_is_last(kind):
+    for tied in (True, False):
+        assert_same_layers_stay(
+            {**EVERY[kind].config, "tie_word_embeddings": tied}, EVERY[kind].auto
+        )
 
 
 def test_bytes_of_a_published_recipe():
