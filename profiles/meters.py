@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -192,8 +191,16 @@ def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors among an op's arguments or results, which lie in lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree.untyped_storage()
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _storages(part)
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            yield from _storages(part)
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -15,6 +16,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Some virtual machines announce AMX and then refuse it: oneDNN's bf16 products die there of an
 # illegal instruction. Without it the same tensors are made.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# A look for garbage through all of torch, transformers and the collected tests takes half a second.
+gc.set_threshold(20_000, 10, 10)
 
 # PLANNER_FUZZ=10 draws other examples in every run, and ten times as many (tests/properties.py).
 FUZZ = int(os.environ.get("PLANNER_FUZZ", "0"))
@@ -27,6 +30,13 @@ if not FUZZ:
     # Hypothesis mixes in constants of those modules of ours that are loaded by then: which
     # examples a test draws would hang on the tests before it.
     providers._get_local_constants = lambda: providers._local_constants
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: garbage is looked for in what tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -61,6 +61,7 @@ class Aten:
 
     def __init__(self, tape: Tape, numbers: Mapping[Symbol, int]) -> None:
         self.tape, self.numbers = tape, numbers
+        self._sizes: dict[Dims, Ints] = {}
         self.watched = True
         self.on_gpu = False  # kernels of CUDA allocate scratch that those of a CPU do not
         self.multiprocessors = 0  # of the CUDA device; 0: not known, or none
@@ -72,9 +73,12 @@ class Aten:
 
     def sizes(self, dims: Dims) -> Ints:
         """Dimensions as numbers of this regime."""
-        return tuple(
-            prod(e if isinstance(e, int) else self.numbers[e] for e in dim) for dim in dims
-        )
+        found = self._sizes.get(dims)
+        if found is None:
+            found = self._sizes[dims] = tuple(
+                prod(e if isinstance(e, int) else self.numbers[e] for e in dim) for dim in dims
+            )
+        return found
 
     def new(
         self,
@@ -129,14 +133,8 @@ class Aten:
         self, kernel: str, name: str, *operands: Tensor, itemsize: int | None = None
     ) -> Tensor:
         """One element of each operand, repeated where it has one only, makes one of the result."""
-        rank = max(len(x.dims) for x in operands)
-        lead = [((ONE,) * (rank - len(x.dims)), x) for x in operands]
-        padded = [(*ones, *x.dims) for ones, x in lead]
-        dims = tuple(
-            next((dim for dim in column if self.sizes((dim,)) != (1,)), column[0])
-            for column in zip(*padded, strict=True)
-        )
-        strides = elementwise(self.sizes(dims), [(x.sizes, x.strides) for x in operands])
+        dims, sizes = _broadcast(operands)
+        strides = elementwise(sizes, [(x.sizes, x.strides) for x in operands])
         width = itemsize or max(x.itemsize for x in operands)
         return self.new(kernel, name, dims, width, strides=strides, reads=operands)
 
@@ -174,18 +172,13 @@ class Aten:
             return x
         return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,))
 
-    def _seen(self, x: Tensor, dims: Dims, sizes: Ints, strides: Ints) -> Tensor:
-        return replace(
-            x, dims=dims, sizes=sizes, strides=strides, node=None, output=0, is_view=True
-        )
-
     def as_view(self, x: Tensor, dims: Dims) -> Tensor | None:
         """x.view(dims); None where it cannot be one."""
         sizes = self.sizes(dims)
         strides = view(x.sizes, x.strides, sizes)
         if strides is None:
             return None
-        return self._seen(x, dims, sizes, strides)
+        return x.seen_as(dims, sizes, strides)
 
     def reshape(self, x: Tensor, dims: Dims) -> Tensor:
         """x.reshape(dims): a view where it can be one, else a copy."""
@@ -197,14 +190,11 @@ class Aten:
 
     def permute(self, x: Tensor, order: Sequence[int]) -> Tensor:
         """x with its dimensions in another order: a view."""
-        return replace(
-            x,
-            dims=tuple(x.dims[i] for i in order),
-            sizes=tuple(x.sizes[i] for i in order),
-            strides=tuple(x.strides[i] for i in order),
-            node=None,
-            output=0,
-            is_view=True,
+        dims, sizes, strides = x.dims, x.sizes, x.strides
+        return x.seen_as(
+            tuple([dims[i] for i in order]),
+            tuple([sizes[i] for i in order]),
+            tuple([strides[i] for i in order]),
         )
 
     def transpose(self, x: Tensor, a: int, b: int) -> Tensor:
@@ -217,7 +207,7 @@ class Aten:
         """A part of one dimension: a view."""
         dims = list(x.dims)
         dims[dim] = (length,)
-        return self._seen(x, tuple(dims), self.sizes(tuple(dims)), x.strides)
+        return x.seen_as(tuple(dims), self.sizes(tuple(dims)), x.strides)
 
     def select(self, x: Tensor, dim: int) -> Tensor:
         """x at one place of a dimension, which goes: a view."""
@@ -226,15 +216,7 @@ class Aten:
         def without(sequence: tuple[Any, ...]) -> tuple[Any, ...]:
             return sequence[:at] + sequence[at + 1 :]
 
-        return replace(
-            x,
-            dims=without(x.dims),
-            sizes=without(x.sizes),
-            strides=without(x.strides),
-            node=None,
-            output=0,
-            is_view=True,
-        )
+        return x.seen_as(without(x.dims), without(x.sizes), without(x.strides))
 
     def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
         """x at each place of a dimension, which goes: views."""
@@ -262,7 +244,7 @@ class Aten:
         assert x.strides[-1] == 1
         dims = (*x.dims[:-1], (int(width / joined),))
         strides = (*(int(s / joined) for s in x.strides[:-1]), 1)
-        seen = self._seen(x, dims, self.sizes(dims), strides)
+        seen = x.seen_as(dims, self.sizes(dims), strides)
         return replace(seen, itemsize=int(x.itemsize * joined))
 
     def expand(self, x: Tensor, dims: Dims) -> Tensor:
@@ -273,7 +255,7 @@ class Aten:
             s if n == wanted else 0
             for n, s, wanted in zip(x.sizes, x.strides, sizes[lead:], strict=True)
         )
-        return self._seen(x, dims, sizes, strides)
+        return x.seen_as(dims, sizes, strides)
 
     def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
         """The parts one behind the other along `dim`, `whole` in all."""
@@ -318,3 +300,18 @@ class Aten:
         seen = self.as_view(total, like.dims)
         assert seen is not None
         return seen
+
+
+def _broadcast(operands: Sequence[Tensor]) -> tuple[Dims, Ints]:
+    """Dimensions and sizes of what operands are together: each the first that is not 1."""
+    first = operands[0]
+    if all(x.sizes == first.sizes for x in operands):
+        return first.dims, first.sizes
+    rank = max(len(x.dims) for x in operands)
+    padded = (
+        [(ONE, 1)] * (rank - len(x.dims)) + list(zip(x.dims, x.sizes, strict=True))
+        for x in operands
+    )
+    columns = zip(*padded, strict=True)
+    found = [next((part for part in c if part[1] != 1), c[0]) for c in columns]
+    return tuple([dim for dim, _ in found]), tuple([size for _, size in found])

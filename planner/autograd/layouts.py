@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from functools import lru_cache
 
 Ints = tuple[int, ...]
 
 
+@lru_cache(maxsize=1 << 14)
 def contiguous(sizes: Ints) -> Ints:
     """Strides of a row-major tensor."""
-    return tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    strides, step = [0] * len(sizes), 1
+    for d in range(len(sizes) - 1, -1, -1):
+        strides[d] = step
+        step *= sizes[d]
+    return tuple(strides)
 
 
 def is_contiguous(sizes: Ints, strides: Ints) -> bool:
     """Row-major, whatever the strides of dimensions of one."""
-    return _same(sizes, strides, contiguous(sizes))
+    wanted = contiguous(sizes)
+    return strides == wanted or _same(sizes, strides, wanted)
 
 
 def _same(sizes: Ints, strides: Ints, wanted: Ints) -> bool:

@@ -8,7 +8,7 @@ what autograd saves lives as long as the node that saved it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from planner.autograd.layouts import Ints
@@ -65,7 +65,19 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same view without a history: what is saved for the way back."""
-        return replace(self, node=None, output=0)
+        return Tensor(
+            self.storage,
+            self.dims,
+            self.sizes,
+            self.strides,
+            self.itemsize,
+            self.name,
+            is_view=self.is_view,
+        )
+
+    def seen_as(self, dims: Dims, sizes: Ints, strides: Ints) -> Tensor:
+        """Another view of the same storage, without a history yet."""
+        return Tensor(self.storage, dims, sizes, strides, self.itemsize, self.name, is_view=True)
 
 
 @dataclass(frozen=True, slots=True)
