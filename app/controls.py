@@ -293,7 +293,8 @@ def _training() -> planner.Training:
     precision = either(
         "Precision",
         "precision",
-        "autocast: weights, gradients and states in fp32, products in bf16.",
+        "autocast: weights, gradients and states in fp32, products in bf16, or in fp16 with a "
+        "GradScaler.",
     )
     return planner.Training(
         batch=batch,

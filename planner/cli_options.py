@@ -78,7 +78,12 @@ CheckpointEvery = Annotated[
 LossChunk = Annotated[
     int | None, typer.Option("--loss-chunk", help="Tokens whose logits and loss come at a time.")
 ]
-Precision = Annotated[str, typer.Option("--precision", help="In training: pure or autocast.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="In training: pure or autocast (to fp16: with torch's GradScaler)."
+    ),
+]
 Padded = Annotated[
     bool, typer.Option("--padded", help="Sequences differ in length: an attention mask is given.")
 ]

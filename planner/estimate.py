@@ -12,6 +12,7 @@ from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE, check_choice, check_size
 from planner.kbit import kbit_rows
 from planner.ledger import Row, total_bytes
+from planner.loss_scaling import scaler_row
 from planner.model import Model
 from planner.optimizers import optimizer_rows
 from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
@@ -161,6 +162,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *adapted,
         *gradients,
         *optimizer_rows(model, work, dtype=held_dtype, device=setting.device),
+        *([scaler_row()] if work.scales_loss(setting.dtype) else []),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
         *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),

@@ -13,10 +13,12 @@ momentum of each hidden matrix, beside an AdamW for all else, as its documentati
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
 from planner.lora import adapter_bytes, adapters
+from planner.loss_scaling import LossScaler
 from planner.model import Model
 from planner.optimizer_loops import (
     FLOAT32,
@@ -28,7 +30,7 @@ from planner.optimizer_loops import (
 from planner.optimizer_parts import Part, columns, is_hidden, rows
 from planner.program import Buffer, Shape, Tape
 from planner.tensors import Parameter
-from planner.workload import Training
+from planner.workload import OWN_WAY, Training
 
 ADAMW_PASSES = (
     ("_foreach_mul_", 2),  # weight decay: parameter read and written
@@ -135,14 +137,38 @@ def _without_hidden(part: Part) -> Part:
 
 
 class OptimizerWriter:
-    """Writes one step on a tape, part by part."""
+    """Writes one step on a tape, part by part; through a `scaler` where the loss was scaled."""
 
-    def __init__(self, tape: Tape, optimizer: str, impl: str, b: int) -> None:
+    def __init__(
+        self, tape: Tape, optimizer: str, impl: str, b: int, scaler: LossScaler | None = None
+    ) -> None:
         self.tape, self.optimizer, self.impl, self.b = tape, optimizer, impl, b
+        self.scaler = scaler
         self.kept: dict[str, list[Buffer]] = {}  # what a part has made that lives after it
 
     def write(self, parts: Sequence[Part]) -> None:
-        """The step."""
+        """The step, of Muon's AdamW behind its own."""
+        if self.optimizer == "muon":
+            inside = [part for part in parts if part.first_layer is not None]
+            hidden = [part.with_shapes(lambda s: len(s) == 2) for part in inside]
+            with self._scaled("Muon", hidden, fused=False):
+                Muon(self.tape, "Muon", self.b).write(hidden)
+            parts = [_without_hidden(part) for part in parts]
+        fused = self.impl == "fused" and self.optimizer not in OWN_WAY
+        with self._scaled("optimizer", parts, fused=fused):
+            self._step(parts)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _scaled(
+        self, name: str, parts: Sequence[Part], *, fused: bool
+    ) -> AbstractContextManager[None]:
+        elements = sum(part.count * sum(part.sizes) for part in parts)
+        if self.scaler is None or not elements:
+            return nullcontext()
+        return self.scaler.stepping(name, elements, fused=fused)
+
+    def _step(self, parts: Sequence[Part]) -> None:
         match self.optimizer, self.impl:
             case "adafactor", "foreach":
                 AdafactorLists(self.tape, self.b).write(parts)
@@ -150,14 +176,6 @@ class OptimizerWriter:
                 Adafactor(self.tape, "Adafactor", self.b).write(parts)
             case "adafactor-transformers", _:
                 TransformersAdafactor(self.tape, "Adafactor", self.b).write(parts)
-            case "muon", _:
-                hidden = [
-                    part.with_shapes(lambda s: len(s) == 2)
-                    for part in parts
-                    if part.first_layer is not None
-                ]
-                Muon(self.tape, "Muon", self.b).write(hidden)
-                self._adamw_or_sgd([_without_hidden(part) for part in parts])
             case _:
                 self._adamw_or_sgd(parts)
 

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator
 from planner.allocator import Alloc, Event, Free
 from planner.dtypes import element_bytes
 from planner.lora import adapter_bytes
+from planner.loss_scaling import HELD_BYTES
 from planner.model import Model
 from planner.module_order import module_order
 from planner.optimizer_parts import is_hidden
@@ -44,6 +45,9 @@ def training_events(
             inserted = workspace_events(played, workspace_bytes)
             if "optimizer step" in played.starts:
                 inserted.setdefault(played.starts["optimizer step"], []).extend(made)
+            if work.scales_loss(setting.dtype):
+                scaler = [Alloc(("scaler", place), size) for place, size in enumerate(HELD_BYTES)]
+                inserted.setdefault(played.starts["backward"], []).extend(scaler)
         yield from _step(played, phase.dims, step, inserted)
 
 

@@ -192,7 +192,7 @@ class Training:
     `method`, `checkpointing` and `precision` that a runtime does not plan are refused by it.
     `precision` "pure": all of it in the deployment's dtype; "autocast": weights, gradients and
     states in fp32 (of adapters; frozen weights stay in that dtype), torch.autocast to it around
-    the forward. `checkpointing` "full": a
+    the forward; to fp16 the loss is scaled by a torch.amp.GradScaler. `checkpointing` "full": a
     layer keeps its input alone and runs again on the way back, the first one and every
     `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
     attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
@@ -252,6 +252,10 @@ class Training:
         """What weights, gradients and states are kept in, computing in `dtype`."""
         whole = self.precision == "autocast" and self.method == "full"
         return "fp32" if whole or self.method == "qlora" else dtype
+
+    def scales_loss(self, dtype: str) -> bool:
+        """Whether a GradScaler keeps small gradients of float16 from vanishing."""
+        return self.precision != "pure" and dtype == "fp16"
 
     @property
     def adapters(self) -> LoRA | None:

@@ -30,7 +30,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
     if work.precision == "autocast":
-        _check_autocast(model, setting)
+        _check_autocast(model, work, setting)
     if work.adapters is not None and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
@@ -65,6 +65,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
         four_bit=_four_bit(model, setting),
+        scales=work.scales_loss(setting.dtype),
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -94,12 +95,18 @@ def _four_bit(model: Model, setting: Setting) -> FourBitWeights | None:
             return None
 
 
-def _check_autocast(model: Model, setting: Setting) -> None:
+def _check_autocast(model: Model, work: Training, setting: Setting) -> None:
     """ConfigError where a region of autocast is not planned."""
-    if setting.dtype != "bf16":
+    if setting.dtype == "fp32":
         raise ConfigError(
-            f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16 (fp16 needs a "
-            "GradScaler, fp32 no region)"
+            "precision='autocast' in dtype='fp32' is not planned: bf16 or fp16 (fp32 needs no "
+            "region)"
+        )
+    kept = None if work.adapters is None else work.adapters.dtype
+    if kept not in (None, "fp32") and (setting.dtype == "fp16" or kept == "fp16"):
+        raise ConfigError(
+            f"lora.dtype={kept!r} inside autocast to {setting.dtype} is not planned: None or fp32 "
+            "(a GradScaler takes no gradients in fp16)"
         )
     casts_itself = model.text_type == "nemotron" and setting.device == "cuda"  # its LayerNorm
     if model.text_type in WRITERS or casts_itself:

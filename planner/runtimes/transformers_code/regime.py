@@ -48,7 +48,8 @@ class Pass:
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits.
+    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
+    `scales`: a GradScaler scales the loss.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -73,6 +74,7 @@ class Pass:
     lora: LoRA | None = None
     accumulates: bool = False
     four_bit: FourBitWeights | None = None
+    scales: bool = False
 
     @property
     def held_dtype(self) -> str:
@@ -217,6 +219,7 @@ class CodeWriter(PassWriter[Shared]):
             autocast=element_bytes(what.autocast) if what.autocast else None,
             lora=what.lora,
             accumulates=what.accumulates,
+            scales=what.scales,
         )
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
