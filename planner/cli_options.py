@@ -81,7 +81,9 @@ LossChunk = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        "--precision", help="In training: pure or autocast (to fp16: with torch's GradScaler)."
+        "--precision",
+        help="In training: pure, autocast, or master (the optimizer steps fp32 copies); in fp16 "
+        "the last two with torch's GradScaler.",
     ),
 ]
 Padded = Annotated[

@@ -50,9 +50,37 @@ QUANTISED_FROM, BLOCK, MAPS_BYTES = 4096, 256, 2 * 256 * 4
 of both maps of codes to numbers."""
 
 
+def stepped_bytes(work: Training, dtype: str) -> int:
+    """Bytes of an element of what the optimizer steps, and of its states, computing in `dtype`."""
+    if work.precision == "master":
+        return FLOAT32
+    if work.adapters is not None:
+        return adapter_bytes(work.adapters)
+    return element_bytes(work.held_dtype(dtype))
+
+
+def copies_rows(model: Model, work: Training) -> list[Row]:
+    """Master weights, which the optimizer holds, too; nothing where it steps the weights."""
+    if not work.steps_copies:
+        return []
+    copied = trained(model, work)
+    elements = sum(p.count for p in copied)
+    return [
+        Row(
+            component="optimizer",
+            item="master weights, float32",
+            count=1,
+            formula="parameters · b",
+            values=(("parameters", elements), ("b", FLOAT32)),
+            size_bytes=elements * FLOAT32,
+            note=f"{len(copied)} tensors",
+        )
+    ]
+
+
 def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> list[Row]:
-    """The states of the steady state, on the device."""
-    b = element_bytes(dtype) if work.adapters is None else adapter_bytes(work.adapters)
+    """The states of the steady state, on the device; `dtype` is what is computed in."""
+    b = stepped_bytes(work, dtype)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for p in trained(model, work):

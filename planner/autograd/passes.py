@@ -18,6 +18,7 @@ from planner.autograd.dora import Frozen, Trained, dora
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
+from planner.autograd.master_weights import MasterCopies
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
 from planner.lora import adapted, adapter_bytes, adapters_beside
@@ -46,7 +47,7 @@ class PassWriter(Generic[Given]):
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them. `scales`: the
-    loss, by a GradScaler.
+    loss, by a GradScaler. `copies`: master weights in float32, which the optimizer steps.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class PassWriter(Generic[Given]):
         lora: LoRA | None = None,
         accumulates: bool = False,
         scales: bool = False,
+        copies: bool = False,
     ) -> None:
-        self.accumulates, self.scales = accumulates, scales
+        self.accumulates, self.scales, self.copies = accumulates, scales, copies
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
         self.selective = selective
@@ -233,14 +235,24 @@ class PassWriter(Generic[Given]):
             del root, sent
         tape.phase = "optimizer step"
         if optimizer is not None:
-            b = self.b if self.lora is None else adapter_bytes(self.lora)
-            scaler = LossScaler(tape) if self.scales else None
-            OptimizerWriter(tape, optimizer, impl, b, scaler).write(self._trained())
-            self._zero_gradients()
+            self._write_optimizer(optimizer, impl)
         with tape.segment("end"):
             del loss
             self.with_loss.clear()
         return tape.program(name)
+
+    def _write_optimizer(self, optimizer: str, impl: str) -> None:
+        """The optimizer's step, around which master weights are read and written."""
+        b, parts = self.b if self.lora is None else adapter_bytes(self.lora), self._trained()
+        scaler = LossScaler(self.tape) if self.scales else None
+        if not self.copies:
+            OptimizerWriter(self.tape, optimizer, impl, b, scaler).write(parts)
+            self._zero_gradients()
+            return
+        master = MasterCopies(self.tape, b)
+        master.take(parts, self.leaves)
+        OptimizerWriter(self.tape, optimizer, impl, FLOAT32, scaler).write(parts)
+        master.give(parts)
 
     def _end_autocast(self) -> None:
         """The region's cache is cleared."""

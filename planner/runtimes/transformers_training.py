@@ -12,7 +12,7 @@ from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import FourBitWeights, Pass, Regime
-from planner.workload import Training
+from planner.workload import PRECISIONS, Training
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -21,7 +21,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         "transformers",
         work,
         method=("full", "lora", "qlora"),
-        precision=("pure", "autocast"),
+        precision=PRECISIONS,
         loss_chunk_tokens=(None,),
     )
     if not is_held(model) or not model.lm_head:
@@ -31,6 +31,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         )
     if work.precision == "autocast":
         _check_autocast(model, work, setting)
+    if work.precision == "master":
+        _check_master(work, setting)
     if work.adapters is not None and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
@@ -66,6 +68,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         accumulates=work.accumulation_steps > 1,
         four_bit=_four_bit(model, setting),
         scales=work.scales_loss(setting.dtype),
+        copies=work.precision == "master",
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -93,6 +96,21 @@ def _four_bit(model: Model, setting: Setting) -> FourBitWeights | None:
             return FourBitWeights(dtype=setting.dtype, double_quant=double_quant)
         case _:
             return None
+
+
+def _check_master(work: Training, setting: Setting) -> None:
+    """ConfigError where there is nothing of 16 bits to copy, or it is not planned."""
+    if work.method == "qlora":
+        raise ConfigError("precision='master' of method='qlora' is not planned: full, lora")
+    if setting.dtype == "fp32":
+        raise ConfigError(
+            "precision='master' in dtype='fp32' is not allowed: bf16 or fp16 (fp32 needs no copies)"
+        )
+    if work.adapters is not None and work.adapters.dtype != setting.dtype:
+        raise ConfigError(
+            f"lora.dtype={work.adapters.dtype!r} with precision='master' is not planned: "
+            f"{setting.dtype} (adapters in fp32 need no copies)"
+        )
 
 
 def _check_autocast(model: Model, work: Training, setting: Setting) -> None:

@@ -49,7 +49,7 @@ class Pass:
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
     a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
-    `scales`: a GradScaler scales the loss.
+    `scales`: a GradScaler scales the loss; `copies`: the optimizer steps master weights.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -75,6 +75,7 @@ class Pass:
     accumulates: bool = False
     four_bit: FourBitWeights | None = None
     scales: bool = False
+    copies: bool = False
 
     @property
     def held_dtype(self) -> str:
@@ -220,6 +221,7 @@ class CodeWriter(PassWriter[Shared]):
             lora=what.lora,
             accumulates=what.accumulates,
             scales=what.scales,
+            copies=what.copies,
         )
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
