@@ -14,11 +14,11 @@ from planner.loss_scaling import HELD_BYTES
 from planner.model import Model
 from planner.module_order import module_order
 from planner.optimizer_parts import is_hidden
-from planner.optimizers import FLOAT32, states, stepped_bytes, trained
+from planner.optimizers import states, stepped_bytes, trained
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
-from planner.runtimes.writer import INT64
+from planner.runtimes.writer import FLOAT32, INT64
 from planner.training import PLANNED
 from planner.workload import Training
 

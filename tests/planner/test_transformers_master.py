@@ -176,6 +176,18 @@ def test_an_allocator_plays_steps_on_copies():
 
 
 @pytest.mark.parametrize(
+    ("precision", "dtype", "known"),
+    [("master", "bf16", False), ("autocast", "fp16", False), ("autocast", "bf16", True)],
+)
+def test_the_time_of_what_was_never_measured_has_no_range(precision, dtype, known):
+    work = planner.Training(batch=1, sequence_tokens=64, precision=precision)
+    deploy = planner.Deployment(gpu="h200", dtype=dtype)
+    latency = planner.estimate(planner.load_model("llama-3.2-1b"), work, deploy).latency
+    assert latency.step_s > 0
+    assert (latency.step_interval_s is not None) == known
+
+
+@pytest.mark.parametrize(
     ("given", "dtype", "said"),
     [
         ({}, "fp32", "precision='master' in dtype='fp32' is not allowed: bf16 or fp16"),
