@@ -25,7 +25,14 @@ from planner.runtimes.quantised_cache import (
     backends_of,
 )
 from planner.training import PLANNED as TRAINED_RUNTIMES
-from planner.workload import CACHE_BACKENDS, CHECKPOINTING, MODES, OPTIMIZER_IMPLS, OPTIMIZERS
+from planner.workload import (
+    CACHE_BACKENDS,
+    CHECKPOINTING,
+    MODES,
+    OPTIMIZER_IMPLS,
+    OPTIMIZERS,
+    PRECISIONS,
+)
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
@@ -58,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": (*OPTIMIZERS, "none"),
     "optimizer_impl": OPTIMIZER_IMPLS,
     "checkpointing": CHECKPOINTING,
-    "precision": ("pure", "autocast"),
+    "precision": PRECISIONS,
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
     "b_gpu": (SAME, *planner.gpus()),
@@ -293,7 +300,9 @@ def _training() -> planner.Training:
     precision = either(
         "Precision",
         "precision",
-        "autocast: weights, gradients and states in fp32, products in bf16.",
+        "autocast: weights, gradients and states in fp32, products in bf16. master: weights and "
+        "gradients in bf16, and fp32 copies that the optimizer steps. In fp16 both have a "
+        "GradScaler.",
     )
     return planner.Training(
         batch=batch,

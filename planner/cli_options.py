@@ -78,7 +78,14 @@ CheckpointEvery = Annotated[
 LossChunk = Annotated[
     int | None, typer.Option("--loss-chunk", help="Tokens whose logits and loss come at a time.")
 ]
-Precision = Annotated[str, typer.Option("--precision", help="In training: pure or autocast.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="In training: pure, autocast, or master (the optimizer steps fp32 copies); in fp16 "
+        "the last two with torch's GradScaler.",
+    ),
+]
 Padded = Annotated[
     bool, typer.Option("--padded", help="Sequences differ in length: an attention mask is given.")
 ]

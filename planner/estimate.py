@@ -12,8 +12,9 @@ from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE, check_choice, check_size
 from planner.kbit import kbit_rows
 from planner.ledger import Row, total_bytes
+from planner.loss_scaling import scaler_row
 from planner.model import Model
-from planner.optimizers import optimizer_rows
+from planner.optimizers import copies_rows, optimizer_rows
 from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
 from planner.prepared import (
@@ -140,7 +141,8 @@ def _of_share(share: Share, prepared: Prepared, work: Inference) -> Estimate:
 
 def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     """One training step. Gradients count whole; what they lack at the peak is activations' own."""
-    if work.precision == "autocast" and deploy.dtype is None:
+    narrows = work.precision == "autocast" or (work.precision == "master" and model.dtype == "fp32")
+    if narrows and deploy.dtype is None:
         deploy = replace(deploy, dtype="bf16")
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = setting_of(model, deploy, runtime, gpu)
@@ -155,12 +157,14 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         else kbit_rows(model, runtime, held_dtype, setting.dtype)
     )
     adapted = adapter_rows(model, work)
-    gradients = gradient_rows(adapted or weights)
+    gradients = gradient_rows(adapted or weights, work)
     rows = (
         *weights,
         *adapted,
         *gradients,
-        *optimizer_rows(model, work, dtype=held_dtype, device=setting.device),
+        *copies_rows(model, work),
+        *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
+        *([scaler_row()] if work.scales_loss(setting.dtype) else []),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
         *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),

@@ -358,8 +358,11 @@ def training_latency(
     made = passes.timed(lambda _: phase.program, phase.dims)
     step_s, tokens = float(made.time_s), work.batch * work.sequence_tokens
     calibration = passes.speed.calibration
-    unmeasured = model.quantization is not None or (
-        work.adapters is not None and work.adapters.dora
+    unmeasured = (
+        model.quantization is not None
+        or (work.adapters is not None and work.adapters.dora)
+        or work.scales_loss(setting.dtype)
+        or work.precision == "master"
     )
     return Latency(
         step_s=step_s,

@@ -13,10 +13,12 @@ momentum of each hidden matrix, beside an AdamW for all else, as its documentati
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
 from planner.lora import adapter_bytes, adapters
+from planner.loss_scaling import LossScaler
 from planner.model import Model
 from planner.optimizer_loops import (
     FLOAT32,
@@ -28,7 +30,7 @@ from planner.optimizer_loops import (
 from planner.optimizer_parts import Part, columns, is_hidden, rows
 from planner.program import Buffer, Shape, Tape
 from planner.tensors import Parameter
-from planner.workload import Training
+from planner.workload import OWN_WAY, Training
 
 ADAMW_PASSES = (
     ("_foreach_mul_", 2),  # weight decay: parameter read and written
@@ -48,9 +50,37 @@ QUANTISED_FROM, BLOCK, MAPS_BYTES = 4096, 256, 2 * 256 * 4
 of both maps of codes to numbers."""
 
 
+def stepped_bytes(work: Training, dtype: str) -> int:
+    """Bytes of an element of what the optimizer steps, and of its states, computing in `dtype`."""
+    if work.precision == "master":
+        return FLOAT32
+    if work.adapters is not None:
+        return adapter_bytes(work.adapters)
+    return element_bytes(work.held_dtype(dtype))
+
+
+def copies_rows(model: Model, work: Training) -> list[Row]:
+    """Master weights, which the optimizer holds, too; nothing where it steps the weights."""
+    if not work.steps_copies:
+        return []
+    copied = trained(model, work)
+    elements = sum(p.count for p in copied)
+    return [
+        Row(
+            component="optimizer",
+            item="master weights, float32",
+            count=1,
+            formula="parameters · b",
+            values=(("parameters", elements), ("b", FLOAT32)),
+            size_bytes=elements * FLOAT32,
+            note=f"{len(copied)} tensors",
+        )
+    ]
+
+
 def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> list[Row]:
-    """The states of the steady state, on the device."""
-    b = element_bytes(dtype) if work.adapters is None else adapter_bytes(work.adapters)
+    """The states of the steady state, on the device; `dtype` is what is computed in."""
+    b = stepped_bytes(work, dtype)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for p in trained(model, work):
@@ -135,14 +165,38 @@ def _without_hidden(part: Part) -> Part:
 
 
 class OptimizerWriter:
-    """Writes one step on a tape, part by part."""
+    """Writes one step on a tape, part by part; through a `scaler` where the loss was scaled."""
 
-    def __init__(self, tape: Tape, optimizer: str, impl: str, b: int) -> None:
+    def __init__(
+        self, tape: Tape, optimizer: str, impl: str, b: int, scaler: LossScaler | None = None
+    ) -> None:
         self.tape, self.optimizer, self.impl, self.b = tape, optimizer, impl, b
+        self.scaler = scaler
         self.kept: dict[str, list[Buffer]] = {}  # what a part has made that lives after it
 
     def write(self, parts: Sequence[Part]) -> None:
-        """The step."""
+        """The step, of Muon's AdamW behind its own."""
+        if self.optimizer == "muon":
+            inside = [part for part in parts if part.first_layer is not None]
+            hidden = [part.with_shapes(lambda s: len(s) == 2) for part in inside]
+            with self._scaled("Muon", hidden, fused=False):
+                Muon(self.tape, "Muon", self.b).write(hidden)
+            parts = [_without_hidden(part) for part in parts]
+        fused = self.impl == "fused" and self.optimizer not in OWN_WAY
+        with self._scaled("optimizer", parts, fused=fused):
+            self._step(parts)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _scaled(
+        self, name: str, parts: Sequence[Part], *, fused: bool
+    ) -> AbstractContextManager[None]:
+        elements = sum(part.count * sum(part.sizes) for part in parts)
+        if self.scaler is None or not elements:
+            return nullcontext()
+        return self.scaler.stepping(name, elements, fused=fused)
+
+    def _step(self, parts: Sequence[Part]) -> None:
         match self.optimizer, self.impl:
             case "adafactor", "foreach":
                 AdafactorLists(self.tape, self.b).write(parts)
@@ -150,14 +204,6 @@ class OptimizerWriter:
                 Adafactor(self.tape, "Adafactor", self.b).write(parts)
             case "adafactor-transformers", _:
                 TransformersAdafactor(self.tape, "Adafactor", self.b).write(parts)
-            case "muon", _:
-                hidden = [
-                    part.with_shapes(lambda s: len(s) == 2)
-                    for part in parts
-                    if part.first_layer is not None
-                ]
-                Muon(self.tape, "Muon", self.b).write(hidden)
-                self._adamw_or_sgd([_without_hidden(part) for part in parts])
             case _:
                 self._adamw_or_sgd(parts)
 

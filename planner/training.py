@@ -14,6 +14,7 @@ from planner.model import Model
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.transformers_training import training_phase as transformers
+from planner.runtimes.writer import FLOAT32
 from planner.workload import Deployment, Training
 
 PLANNED: dict[str, Callable[[Model, Training, Setting], Phase]] = {
@@ -61,13 +62,27 @@ def adapter_rows(model: Model, work: Training) -> list[Row]:
     ]
 
 
-def gradient_rows(weights: list[Row]) -> list[Row]:
-    """A gradient for each parameter, in its dtype: the rows of the weights without buffers."""
-    return [
+def gradient_rows(weights: list[Row], work: Training) -> list[Row]:
+    """A gradient for each parameter, in its dtype: the rows of the weights without buffers.
+
+    Of master weights those of the copies, which the weights' own make room for.
+    """
+    rows = [
         replace(row, component="gradients")
         for row in weights
         if dict(row.values).keys() >= {"parameters"}
     ]
+    return [_of_copies(row) for row in rows] if work.steps_copies else rows
+
+
+def _of_copies(row: Row) -> Row:
+    elements = dict(row.values)["parameters"]
+    return replace(
+        row,
+        values=(("parameters", elements), ("b", FLOAT32)),
+        size_bytes=elements * FLOAT32,
+        note="of the master weights",
+    )
 
 
 def unfinished_row(highest: Peak, gradients: list[Row]) -> list[Row]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from planner.allocator import Alloc, Event, Free
-from planner.dtypes import element_bytes
-from planner.lora import adapter_bytes
+from planner.loss_scaling import HELD_BYTES
 from planner.model import Model
 from planner.module_order import module_order
 from planner.optimizer_parts import is_hidden
-from planner.optimizers import states, trained
+from planner.optimizers import states, stepped_bytes, trained
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
-from planner.runtimes.writer import INT64
+from planner.runtimes.writer import FLOAT32, INT64
 from planner.training import PLANNED
 from planner.workload import Training
 
@@ -29,7 +28,13 @@ TRAINING_STEPS = 2
 def training_events(
     model: Model, work: Training, setting: Setting, runtime: str, *, workspace_bytes: int
 ) -> Iterator[Event]:
-    """What two steps ask for after the weights are there; without an optimizer a single one."""
+    """What two steps ask for after the weights are there; without an optimizer a single one.
+
+    Master weights are copied when the optimizer is made.
+    """
+    if work.steps_copies:
+        copied = module_order(trained(model, work), model, runtime=runtime)
+        yield from (Alloc(("master", i), p.count * FLOAT32) for i, p in enumerate(copied))
     read = work.sequence_tokens
     if model.is_seq2seq:
         read = model.encoder_length(work.encoder_tokens, read)
@@ -44,6 +49,9 @@ def training_events(
             inserted = workspace_events(played, workspace_bytes)
             if "optimizer step" in played.starts:
                 inserted.setdefault(played.starts["optimizer step"], []).extend(made)
+            if work.scales_loss(setting.dtype):
+                scaler = [Alloc(("scaler", place), size) for place, size in enumerate(HELD_BYTES)]
+                inserted.setdefault(played.starts["backward"], []).extend(scaler)
         yield from _step(played, phase.dims, step, inserted)
 
 
@@ -60,9 +68,7 @@ def _step(
 
 def _states(model: Model, work: Training, setting: Setting, runtime: str) -> list[Event]:
     """What the first step makes for each parameter; Muon's before those of its AdamW."""
-    b = element_bytes(work.held_dtype(setting.dtype))
-    if work.adapters is not None:
-        b = adapter_bytes(work.adapters)
+    b = stepped_bytes(work, setting.dtype)
     parameters = module_order(trained(model, work), model, runtime=runtime)
     if work.optimizer == "muon":
         parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))

@@ -146,6 +146,7 @@ OWN_WAY = ("adamw-8bit", "adafactor-transformers")
 """Those to which `optimizer_impl` means nothing."""
 OPTIMIZER_IMPLS = ("foreach", "fused", "for-loop")
 MODES = ("graph", "captured", "eager")
+PRECISIONS = ("pure", "autocast", "master")
 CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
 
@@ -192,7 +193,9 @@ class Training:
     `method`, `checkpointing` and `precision` that a runtime does not plan are refused by it.
     `precision` "pure": all of it in the deployment's dtype; "autocast": weights, gradients and
     states in fp32 (of adapters; frozen weights stay in that dtype), torch.autocast to it around
-    the forward. `checkpointing` "full": a
+    the forward; "master": weights and gradients in that dtype, of 16 bits, the optimizer steps fp32
+    copies of them (planner/autograd/master_weights.py: in which order). Both scale the loss in fp16
+    by a torch.amp.GradScaler. `checkpointing` "full": a
     layer keeps its input alone and runs again on the way back, the first one and every
     `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
     attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
@@ -209,7 +212,7 @@ class Training:
     optimizer: str | None = "adamw"
     method: Literal["full", "lora", "qlora"] = "full"
     checkpointing: Literal["none", "full", "selective"] = "none"
-    precision: Literal["pure", "autocast"] = "pure"
+    precision: Literal["pure", "autocast", "master"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
     encoder_tokens: int | None = None
     lora: LoRA | None = None
@@ -239,7 +242,7 @@ class Training:
             )
         if self.loss_chunk_tokens is not None:
             check_size("loss_chunk_tokens", self.loss_chunk_tokens)
-        check_choice("precision", self.precision, ("pure", "autocast"))
+        check_choice("precision", self.precision, PRECISIONS)
         check_choice("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
         if self.optimizer == "adafactor" and self.optimizer_impl == "fused":
             raise ConfigError(
@@ -249,9 +252,18 @@ class Training:
             check_size("encoder_tokens", self.encoder_tokens)
 
     def held_dtype(self, dtype: str) -> str:
-        """What weights, gradients and states are kept in, computing in `dtype`."""
+        """What weights and gradients are kept in, computing in `dtype`."""
         whole = self.precision == "autocast" and self.method == "full"
         return "fp32" if whole or self.method == "qlora" else dtype
+
+    def scales_loss(self, dtype: str) -> bool:
+        """Whether a GradScaler keeps small gradients of float16 from vanishing."""
+        return self.precision != "pure" and dtype == "fp16"
+
+    @property
+    def steps_copies(self) -> bool:
+        """Whether an optimizer steps master weights."""
+        return self.precision == "master" and self.optimizer is not None
 
     @property
     def adapters(self) -> LoRA | None:
@@ -275,10 +287,10 @@ class Training:
         if self.adapters is not None:
             named = "dora" if self.adapters.dora else self.method
             method = f"{named} of rank {self.adapters.rank}, "
-        precision = "" if self.precision == "pure" else f"{self.precision}, "
+        words = {"pure": "", "autocast": "autocast, ", "master": "master weights, "}
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
-            f"{precision}{self._checkpointing}{optimizer}"
+            f"{words[self.precision]}{self._checkpointing}{optimizer}"
         )
 
     @property

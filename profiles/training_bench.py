@@ -48,6 +48,11 @@ class TrainingRun:
             hub.activation_checkpointing_enable(every_n_layers=work.checkpoint_every)
             if work.method == "lora":
                 hub.enable_input_require_grads()
+        if work.precision == "master":
+            raise ConfigError("precision='master' is not measured: pure, autocast")
+        halves = any(p.dtype == torch.float16 for p in self.module.parameters())
+        if work.precision == "autocast" and halves:
+            raise ConfigError("precision='autocast' in fp16 is not measured: bf16")
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = _optimizer(work, trained)
 

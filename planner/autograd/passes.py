@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from planner.autograd.aten import Aten
+from planner.autograd.autocast import FLOAT32
 from planner.autograd.checkpointing import Frame
 from planner.autograd.dora import Frozen, Trained, dora
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
 from planner.autograd.layouts import contiguous
+from planner.autograd.master_weights import MasterCopies
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
 from planner.layers import Layer
 from planner.lora import adapted, adapter_bytes, adapters_beside
+from planner.loss_scaling import LossScaler
 from planner.model import Model
 from planner.optimizer_parts import Part as TrainedPart
 from planner.optimizers import OptimizerWriter
@@ -43,7 +46,8 @@ class PassWriter(Generic[Given]):
     of autocast around the forward. `crossing` are what made tensors that later parts
     use besides what they are handed, and what their gradients are called while they wait. `lora`:
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
-    gradients of earlier steps are there, and those of this one are added to them.
+    gradients of earlier steps are there, and those of this one are added to them. `scales`: the
+    loss, by a GradScaler. `copies`: master weights in float32, which the optimizer steps.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class PassWriter(Generic[Given]):
         autocast: int | None = None,
         lora: LoRA | None = None,
         accumulates: bool = False,
+        scales: bool = False,
+        copies: bool = False,
     ) -> None:
-        self.accumulates = accumulates
+        self.accumulates, self.scales, self.copies = accumulates, scales, copies
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
         self.selective = selective
@@ -221,13 +227,14 @@ class PassWriter(Generic[Given]):
         tape.phase = "backward"
         loss = carried[0]
         assert loss is not None
+        sent = self._scaled_loss(loss, graphs[HEAD]) if self.scales else loss
         for part in reversed(list(self.parts())):
             label = f"backward of {part.label}"
             last = None if part.layer is None else part.layer + part.count - 1
             if not tape.again(label, count=part.count, first_layer=last):
                 with tape.segment(label, count=part.count, first_layer=last, layer_step=-1):
                     if part.label == HEAD:
-                        root = self._ones_like(loss)
+                        root = self._ones_like(sent)
                         carried[0] = root
                     run_back(self.aten, graphs[part.label], carried)
                     if carried and carried[0] is not None:
@@ -236,16 +243,27 @@ class PassWriter(Generic[Given]):
                         if 0 in node.waiting:
                             node.waiting[0].storage.known_as(waits)
         with tape.segment("end of the backward"):
-            del root
+            del root, sent
         tape.phase = "optimizer step"
         if optimizer is not None:
-            b = self.b if self.lora is None else adapter_bytes(self.lora)
-            OptimizerWriter(tape, optimizer, impl, b).write(self._trained())
-            self._zero_gradients()
+            self._write_optimizer(optimizer, impl)
         with tape.segment("end"):
             del loss
             self.with_loss.clear()
         return tape.program(name)
+
+    def _write_optimizer(self, optimizer: str, impl: str) -> None:
+        """The optimizer's step, around which master weights are read and written."""
+        b, parts = self.b if self.lora is None else adapter_bytes(self.lora), self._trained()
+        scaler = LossScaler(self.tape) if self.scales else None
+        if not self.copies:
+            OptimizerWriter(self.tape, optimizer, impl, b, scaler).write(parts)
+            self._zero_gradients()
+            return
+        master = MasterCopies(self.tape, b)
+        master.take(parts, self.leaves)
+        OptimizerWriter(self.tape, optimizer, impl, FLOAT32, scaler).write(parts)
+        master.give(parts)
 
     def _end_autocast(self) -> None:
         """The region's cache is cleared."""
@@ -257,6 +275,13 @@ class PassWriter(Generic[Given]):
             if not self.tape.again(label, count=part.count, first_layer=part.layer):
                 with self.tape.segment(label, count=part.count, first_layer=part.layer):
                     self.casts[part.label].clear()
+
+    def _scaled_loss(self, loss: Tensor, graph: Graph) -> Tensor:
+        """GradScaler.scale: the product, and its node in the graph of the loss."""
+        with self.tape.segment("scale of the loss"):
+            scale = self.given("scale of the loss", (), FLOAT32)
+            self.f.graph = graph
+            return self.f.mul(replace(loss, node=graph.nodes[-1]), scale, "scaled loss").detach()
 
     def _ones_like(self, loss: Tensor) -> Tensor:
         return self.aten.new("ones_like", "gradient of the loss", (), loss.itemsize)

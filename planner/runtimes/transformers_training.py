@@ -17,7 +17,7 @@ from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import FourBitWeights, Pass, Regime
-from planner.workload import Training
+from planner.workload import PRECISIONS, Training
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -26,7 +26,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         "transformers",
         work,
         method=("full", "lora", "qlora"),
-        precision=("pure", "autocast"),
+        precision=PRECISIONS,
         loss_chunk_tokens=(None,),
     )
     if not is_held(model) or not model.lm_head:
@@ -35,7 +35,9 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"yet, or not of its class: with a head for words, {', '.join(sorted(HELD))}"
         )
     if work.precision == "autocast":
-        _check_autocast(model, setting)
+        _check_autocast(model, work, setting)
+    if work.precision == "master":
+        _check_master(work, setting)
     if work.adapters is not None and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
@@ -71,6 +73,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
         four_bit=four_bit,
+        scales=work.scales_loss(setting.dtype),
+        copies=work.precision == "master",
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -109,12 +113,33 @@ def _four_bit(model: Model, setting: Setting) -> tuple[Model, FourBitWeights | N
     return replace(model, layers=layers), weights
 
 
-def _check_autocast(model: Model, setting: Setting) -> None:
-    """ConfigError where a region of autocast is not planned."""
-    if setting.dtype != "bf16":
+def _check_master(work: Training, setting: Setting) -> None:
+    """ConfigError where there is nothing of 16 bits to copy, or it is not planned."""
+    if work.method == "qlora":
+        raise ConfigError("precision='master' of method='qlora' is not planned: full, lora")
+    if setting.dtype == "fp32":
         raise ConfigError(
-            f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16 (fp16 needs a "
-            "GradScaler, fp32 no region)"
+            "precision='master' in dtype='fp32' is not allowed: bf16 or fp16 (fp32 needs no copies)"
+        )
+    if work.adapters is not None and work.adapters.dtype != setting.dtype:
+        raise ConfigError(
+            f"lora.dtype={work.adapters.dtype!r} with precision='master' is not planned: "
+            f"{setting.dtype} (adapters in fp32 need no copies)"
+        )
+
+
+def _check_autocast(model: Model, work: Training, setting: Setting) -> None:
+    """ConfigError where a region of autocast is not planned."""
+    if setting.dtype == "fp32":
+        raise ConfigError(
+            "precision='autocast' in dtype='fp32' is not planned: bf16 or fp16 (fp32 needs no "
+            "region)"
+        )
+    kept = None if work.adapters is None else work.adapters.dtype
+    if kept not in (None, "fp32") and (setting.dtype == "fp16" or kept == "fp16"):
+        raise ConfigError(
+            f"lora.dtype={kept!r} inside autocast to {setting.dtype} is not planned: None or fp32 "
+            "(a GradScaler takes no gradients in fp16)"
         )
     casts_itself = model.text_type == "nemotron" and setting.device == "cuda"  # its LayerNorm
     if model.text_type in WRITERS or casts_itself:

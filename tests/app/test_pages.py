@@ -278,9 +278,10 @@ def test_a_training_step_is_planned():
     assert {card.label: card.value for card in app.metric}["Total"] != shown["Total"]
 
 
-def test_every_way_to_train_in_transformers_is_planned():
+@pytest.mark.parametrize("precision", ["autocast", "master"])
+def test_every_way_to_train_in_transformers_is_planned(precision):
     how = {"optimizer": "muon", "checkpointing": "full", "checkpoint_every": "2"}
-    app = opened(workload="training", sequence="2048", batch="1", precision="autocast", **how)
+    app = opened(workload="training", sequence="2048", batch="1", precision=precision, **how)
     assert not app.exception
     work = planner.Training(
         batch=1,
@@ -288,7 +289,7 @@ def test_every_way_to_train_in_transformers_is_planned():
         optimizer="muon",
         checkpointing="full",
         checkpoint_every=2,
-        precision="autocast",
+        precision=precision,
     )
     model = planner.load_model("llama-3.1-8b")
     memory = planner.estimate(model, work, planner.Deployment(gpu="h200")).memory

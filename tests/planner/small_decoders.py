@@ -13,6 +13,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from profiles.meters import LiveTensorMeter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {**DTYPES, "fp16": torch.float16}
 EAGER_ONLY = ("bloom", "gemma2")
 KEPT_OPS = [
     torch.ops.aten.mm.default,
@@ -237,7 +238,7 @@ def described(config: dict[str, Any]) -> hf.PretrainedConfig:
 def built(config: hf.PretrainedConfig, dtype: str, attention: str) -> torch.nn.Module:
     """The class with random weights."""
     return hf.AutoModelForCausalLM.from_config(
-        config, dtype=DTYPES[dtype], attn_implementation=attention
+        config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention
     )
 
 

@@ -39,6 +39,13 @@ MIXTRAL = {
 }
 
 
+EVERY_WAY = (
+    *((name, impl) for name in ("adamw", "sgd") for impl in ("foreach", "fused", "for-loop")),
+    *WAYS,
+    ("muon", "fused"),
+)
+
+
 class Together:
     """Two optimizers, one step after the other."""
 
@@ -58,6 +65,10 @@ def real(name, impl, live):
     parameters = list(live.parameters())
     ways = {"foreach": impl == "foreach", "fused": impl == "fused"}
     match name:
+        case "adamw":
+            return torch.optim.AdamW(parameters, **ways)
+        case "sgd":
+            return torch.optim.SGD(parameters, **ways)
         case "sgd-momentum":
             return torch.optim.SGD(parameters, momentum=0.9, **ways)
         case "adafactor":

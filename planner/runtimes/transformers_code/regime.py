@@ -52,7 +52,8 @@ class Pass:
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits.
+    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
+    `scales`: a GradScaler scales the loss; `copies`: the optimizer steps master weights.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -77,6 +78,8 @@ class Pass:
     lora: LoRA | None = None
     accumulates: bool = False
     four_bit: FourBitWeights | None = None
+    scales: bool = False
+    copies: bool = False
 
     @property
     def held_dtype(self) -> str:
@@ -221,6 +224,8 @@ class CodeWriter(PassWriter[Shared]):
             autocast=element_bytes(what.autocast) if what.autocast else None,
             lora=what.lora,
             accumulates=what.accumulates,
+            scales=what.scales,
+            copies=what.copies,
         )
         self.what, self.regime = what, regime
         self.left_alone = frozenset[str]()  # of the block that is written
