@@ -33,17 +33,18 @@ class MasterCopies:
 
     def take(self, parts: Sequence[Part], leaves: Mapping[str, Iterable[Leaf]]) -> None:
         """The gradients, which those of the weights make room for one by one."""
+        layers = {part.label for part in parts if part.first_layer is not None}
+        # outside the blocks a part may use what is another's by its place in the module
+        ends = _by_size(leaf for label in leaves if label not in layers for leaf in leaves[label])
         for part in parts:
             label = f"gradients in float32: {part.label}"
+            waiting = _by_size(leaves[part.label]) if part.label in layers else ends
             if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
                 with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
-                    self.gradients[part.label] = self._cast_all(part, leaves[part.label])
+                    self.gradients[part.label] = self._cast_all(part, waiting)
 
-    def _cast_all(self, part: Part, leaves: Iterable[Leaf]) -> list[Buffer]:
+    def _cast_all(self, part: Part, waiting: Mapping[int, list[Leaf]]) -> list[Buffer]:
         """In the order of the parameters; a leaf of as many elements is one's own."""
-        waiting: dict[int, list[Leaf]] = {}
-        for leaf in leaves:
-            waiting.setdefault(prod(leaf.tensor.sizes), []).append(leaf)
         made = []
         for size in part.sizes:
             leaf = waiting[size].pop(0)
@@ -73,3 +74,10 @@ class MasterCopies:
             if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
                 with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
                     self.tape.free(*self.gradients[part.label])
+
+
+def _by_size(leaves: Iterable[Leaf]) -> dict[int, list[Leaf]]:
+    found: dict[int, list[Leaf]] = {}
+    for leaf in leaves:
+        found.setdefault(prod(leaf.tensor.sizes), []).append(leaf)
+    return found
