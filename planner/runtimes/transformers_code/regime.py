@@ -225,6 +225,7 @@ class CodeWriter(PassWriter[Shared]):
         )
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
+        self.f.softmax_casts = what.device == "cuda" and "fp16" in (what.dtype, what.autocast)
         self.aten.watched = what.device == "cpu"
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
