@@ -42,6 +42,19 @@ class Functions(Elementwise, Reductions, Picking, FusedAttention, FourBitProduct
         out = self.aten.new("embedding", name, dims, table.itemsize, rows=rows)
         return self._record(backward, (table,), out, (ids,))
 
+    def cross_entropy(self, logits: Tensor, *labels: Tensor) -> Tensor:
+        """F.cross_entropy of [N, V].
+
+        A CPU's float32 list has it as a whole, a GPU's what follows the logarithms alone: their
+        dtype is named (ATen/native/LossNLL.cpp, cross_entropy_loss).
+        """
+        casts = self.low is not None and not self.widens
+        wide = self.cast(logits, FLOAT32, "float32 logits") if casts else logits
+        logs, b = "log-probabilities", wide.itemsize
+        loss = self.nll_loss(self.softmax(wide, logs, kernel="_log_softmax", to=b), *labels)
+        del wide
+        return loss
+
     def nll_loss(self, log_probabilities: Tensor, *labels: Tensor) -> Tensor:
         """Mean of the labels' negative log-likelihoods [N, V] → []; saves them and the count.
 

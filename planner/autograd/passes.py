@@ -190,6 +190,14 @@ class PassWriter(Generic[Given]):
         storage = Storage(buffer, self.tape)
         return Tensor(storage, like.dims, like.sizes, like.strides, like.itemsize, name)
 
+    def ask_gradient(self, x: Tensor) -> None:
+        """PreTrainedModel.enable_input_require_grads, which checkpointing turns on."""
+        if self.checkpointed and x.node is None:
+            x.node = Node("input embeddings", self.keep_with_loss, (), ())
+            x.node.is_leaf = True
+            self.f.graph.nodes.append(x.node)
+            self.with_loss.append(x.detach())
+
     def keep_with_loss(self, node: Node, flowed: Gradients) -> Gradients:
         """A leaf that is no parameter: the loss's graph holds it with its gradient."""
         self.with_loss += [gradient for gradient in flowed if gradient is not None]

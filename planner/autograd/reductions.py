@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.autograd.aten import ONE
-from planner.autograd.autocast import Autocast
+from planner.autograd.autocast import FLOAT32, Autocast
 from planner.autograd.recording import only
 from planner.autograd.reduction_scratch import softmax_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
@@ -17,7 +17,12 @@ from planner.program import Shape
 
 
 class Reductions(Autocast):
-    """Ops along the last dimension."""
+    """Ops along the last dimension.
+
+    `softmax_casts`: the kernel of softmax takes 16 bits to float32 itself (fp16 on CUDA).
+    """
+
+    softmax_casts = False
 
     def mean(self, x: Tensor, name: str) -> Tensor:
         """Over the last dimension, which stays as one: the gradient is spread and divided."""
@@ -30,8 +35,15 @@ class Reductions(Autocast):
         out = self.aten.new("mean.dim", name, (*x.dims[:-1], ONE), x.itemsize, reads=(x,))
         return self._record(backward, (x,), out)
 
-    def softmax(self, x: Tensor, name: str, *, kernel: str = "_softmax") -> Tensor:
-        """Softmax, or its logarithm, over the last dimension: the result is saved."""
+    def softmax(
+        self, x: Tensor, name: str, *, kernel: str = "_softmax", to: int | None = None
+    ) -> Tensor:
+        """Softmax, or its logarithm, over the last dimension: the result is saved.
+
+        `to`: bytes of an element of the dtype that the call names, for which x is cast; None: it
+        names none, and autocast with the long list says float32. CUDA's kernel casts fp16 to that
+        itself (ATen/native/SoftMax.cpp).
+        """
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             (result,), called = node.saved, f"gradient of {node.inputs[0].name}"
@@ -44,15 +56,17 @@ class Reductions(Autocast):
                     f"{back}_backward_data",
                     called,
                     result.dims,
-                    result.itemsize,
+                    node.inputs[0].itemsize,
                     reads=reads,
                     scratch=scratch,
                 )
             ]
 
         back = kernel.replace("_safe", "")
-        x = self.widened(x)
-        out = self.aten.new(kernel, name, x.dims, x.itemsize, reads=(x,))
+        made = to or (FLOAT32 if self.low is not None and self.widens else x.itemsize)
+        if made != FLOAT32 or not self.softmax_casts:
+            x = self.cast(x, made, f"float32 {x.name}" if made == FLOAT32 else x.name)
+        out = self.aten.new(kernel, name, x.dims, made, reads=(x,))
         return self._record(backward, (x,), out, (out,))
 
     def layer_norm(

@@ -38,10 +38,10 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         _check_autocast(model, work, setting)
     if work.precision == "master":
         _check_master(work, setting)
-    if work.adapters is not None and model.text_type in WRITERS:
+    if work.method == "qlora" and model.text_type in WRITERS:
         raise ConfigError(
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
-            "runtime=transformers yet: full"
+            "runtime=transformers yet: full, lora"
         )
     _check_grouped(model, work, setting)
     if work.checkpointing == "selective" and any(
@@ -142,8 +142,8 @@ def _check_autocast(model: Model, work: Training, setting: Setting) -> None:
             "(a GradScaler takes no gradients in fp16)"
         )
     casts_itself = model.text_type == "nemotron" and setting.device == "cuda"  # its LayerNorm
-    if model.text_type in WRITERS or casts_itself:
-        where = " on a GPU" if casts_itself else ""
+    if casts_itself:
         raise ConfigError(
-            f"precision='autocast' of model_type={model.model_type}{where} is not planned yet: pure"
+            f"precision='autocast' of model_type={model.model_type} on a GPU is not planned yet: "
+            "pure"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,15 +98,27 @@ def step_meter(
     encoded: int,
     tokens: int,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    low: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    listed: AbstractContextManager[Any] | None = None,
 ) -> LiveTensorMeter:
-    """The meter after a step of which only the loss was kept."""
+    """The meter after a step of which only the loss was kept.
+
+    `low`: what autocast around the forward casts to; `listed`: what casts there besides.
+    """
     labels = words(live.config, batch, tokens)
     read = words(live.config, batch, encoded)
     more = {"use_cache": False} if live.config.is_encoder_decoder else {}
     with LiveTensorMeter() as meter:
-        loss = live(read, labels=labels, **more).loss
-        loss.backward()
+        with torch.autocast("cpu", dtype=low, enabled=low is not None), listed or nullcontext():
+            loss = live(read, labels=labels, **more).loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
         if optimizer is not None:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad(set_to_none=True)
     return meter

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import planner
+from planner.program import Dims
 from planner.runtimes.transformers_code import regime
 from planner.runtimes.transformers_code.forward import pass_program
+from planner.runtimes.transformers_code.regime import Pass
 from profiles.meters import LiveTensorMeter, module_bytes
 from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import (
@@ -170,6 +173,74 @@ def test_torch_widens_on_a_gpu_what_is_widened_here():
     assert product.dtype == torch.bfloat16
 
 
+class Kernels(TorchDispatchMode):
+    """Which ops of ATen run, and the dtype of what each makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.namespace == "aten":
+            dtype = getattr(made, "dtype", None)
+            self.seen.append((func.overloadpacket.__name__, dtype))
+        return made
+
+
+def on_a_gpu(op, dtype, *, casts):
+    """The kernels of an op of [4, 4] in autocast, or outside."""
+    with FakeTensorMode(), Kernels() as kernels:
+        x = torch.empty(4, 4, device="cuda", dtype=dtype)
+        labels = torch.zeros(4, dtype=torch.long, device="cuda")
+        kernels.seen.clear()
+        torch.set_autocast_enabled("cuda", casts)
+        torch.set_autocast_dtype("cuda", dtype)
+        try:
+            op(x, labels)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    return kernels.seen
+
+
+WIDE_SOFTMAX = {
+    "named": (lambda x, labels: functional.softmax(x, -1, dtype=torch.float32), False),
+    "listed": (lambda x, labels: functional.softmax(x, -1), True),
+}
+
+
+@pytest.mark.parametrize("how", WIDE_SOFTMAX)
+def test_a_gpu_takes_fp16_to_a_float32_softmax_without_a_copy(how):
+    op, casts = WIDE_SOFTMAX[how]
+    softmax = ("_softmax", torch.float32)
+    assert on_a_gpu(op, torch.float16, casts=casts) == [softmax]
+    copy = ("_to_copy", torch.float32)
+    assert on_a_gpu(op, torch.bfloat16, casts=casts) == [copy, softmax]
+    model = planner.load_model("gpt2" if casts else "llama-3.2-1b")
+    for low, copied in (("bf16", True), ("fp16", False)):
+        what = {"dtype": low, "autocast": low if casts else None, "attention": "eager"}
+        step = Pass(kind="training", device="cuda", **what)
+        dims = Dims(batch=2, tokens=9, context=9)
+        program = pass_program(model, step, regime.Regime.of(model, dims))
+        made = [(op.kernel, b) for s in program.segments for op in s.ops for b in op.allocates]
+        attention = [b for kernel, b in made if kernel == "_softmax"]
+        assert attention
+        assert {b.itemsize for b in attention} == {4}
+        copies = [b for kernel, b in made if kernel == "_to_copy" and "scores" in b.name]
+        assert any(b.itemsize == 4 for b in copies) == copied
+
+
+def test_a_gpu_widens_what_follows_the_logarithms_of_cross_entropy():
+    kernels = on_a_gpu(functional.cross_entropy, torch.bfloat16, casts=True)
+    assert kernels[:2] == [("_log_softmax", torch.bfloat16), ("_to_copy", torch.float32)]
+    assert [name for name, _ in kernels[2:]] == ["nll_loss_forward"]
+
+
+def _of_nll(given):
+    return {name: value for name, value in given.items() if name != "label_smoothing"}
+
+
 class GpuList(TorchFunctionMode):
     """The ops of a GPU's float32 list, cast on the CPU."""
 
@@ -185,6 +256,9 @@ class GpuList(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is functional.cross_entropy and self.inside:  # a CPU's list has it as a whole
+            logs = functional.log_softmax(args[0], -1)
+            return functional.nll_loss(logs, *args[1:], **_of_nll(kwargs))
         softmax = func is functional.softmax and kwargs.get("dtype") is None
         listed = softmax or func in self.FUNCTIONS
         if listed and self.inside and args[0].dtype == torch.bfloat16:
@@ -223,7 +297,6 @@ def test_the_long_list_is_exact_too(config, batch, tokens, eager):
     ("model", "dtype", "said"),
     [
         ("llama-3.1-8b", "fp32", "in dtype='fp32' is not planned: bf16 or fp16"),
-        ({"model_type": "t5"}, None, "of model_type=t5 is not planned yet: pure"),
         (
             {"model_type": "nemotron", "num_key_value_heads": 8},
             None,

@@ -36,11 +36,11 @@ from tests.planner.small_decoders import (
 from tests.properties import examples
 
 
-def with_adapters(live, lora):
+def with_adapters(live, lora, task="CAUSAL_LM"):
     """The class with adapters beside its frozen weights."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = peft.LoraConfig(
-        r=lora.rank, target_modules=targets, task_type="CAUSAL_LM", use_dora=lora.dora
+        r=lora.rank, target_modules=targets, task_type=task, use_dora=lora.dora
     )
     keeps = lora.dtype is not None
     with warnings.catch_warnings():

@@ -33,6 +33,7 @@ class MaskedLM(BlockWriter):
         kinds = self.aten.expand(kinds, ((B,), (T,)))
         ids = self.given("token ids", ((B,), (T,)), INT64)
         words = f.embedding(self.table, ids, "input embeddings")
+        self.ask_gradient(words)
         typed = f.embedding(types, kinds, "token type embeddings")
         out = f.add(words, typed, "hidden states")
         places = self.given("positions", (ONE, (T,)), INT64)
@@ -118,11 +119,12 @@ class MaskedLM(BlockWriter):
             self.kept.append(logits)
             return logits
         flat = f.view(logits, ((B, T), (V,)))
-        return f.nll_loss(f.softmax(flat, "log-probabilities", kernel="_log_softmax"))
+        return f.cross_entropy(flat)
 
     def _transformed(self, x: Tensor) -> Tensor:
         """BertPredictionHeadTransform.forward."""
-        hidden = self.linear(x, "transform.dense", self.model.hidden_size, bias=True)
+        h = self.model.hidden_size
+        hidden = self.linear(x, "dense", h, bias=True, name="transform.dense")
         dense = self.model.layers[0].feed_forward
         assert isinstance(dense, Dense)
         hidden = self.activate(dense.activation, hidden)

@@ -7,7 +7,7 @@ kept. Inference is in eval mode under no_grad; it returns logits and cache.
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
-from planner.autograd.tensors import Dims, Node, Tensor
+from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA, ALiBi, Layer, LearnedPositions, RoPE
 from planner.program import B, S, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
@@ -29,11 +29,11 @@ class CausalLM(BlockWriter, MaskWriter):
         x = f.embedding(self.table, ids, "input embeddings")
         scaled_inside = model.text_type.startswith("gemma")
         if not scaled_inside:
-            self._ask_gradient(x)
+            self.ask_gradient(x)
         if model.embedding_scale is not None:
             x = f.scale(x, "input embeddings")
         if scaled_inside:
-            self._ask_gradient(x)
+            self.ask_gradient(x)
         self.named = [x.detach()]  # by the model's forward until it returns
         self.ids: Tensor | None = None
         if self.code.block == "opt":
@@ -71,14 +71,6 @@ class CausalLM(BlockWriter, MaskWriter):
             unused = RoPE(rope_theta=1.0, rotary_dim=gqa.head_dim)
             self.rotations[False] = self.rotary_tables(unused)
         return x
-
-    def _ask_gradient(self, x: Tensor) -> None:
-        """PreTrainedModel.enable_input_require_grads, which checkpointing turns on."""
-        if self.checkpointed and x.node is None:
-            x.node = Node("input embeddings", self.keep_with_loss, (), ())
-            x.node.is_leaf = True
-            self.f.graph.nodes.append(x.node)
-            self.with_loss.append(x.detach())
 
     def _projected_in(self, x: Tensor) -> Tensor:
         projected = self.linear(x, "project_in", self.model.hidden_size, bias=False)
@@ -169,6 +161,6 @@ class CausalLM(BlockWriter, MaskWriter):
         if self.regime.several_batches:
             shifted = self.aten.new("clone", "shifted labels", ((B,), (T,)), INT64, reads=(padded,))
         wide = f.view(wide, ((B, T), (self.model.vocab_size,)))
-        loss = f.nll_loss(f.softmax(wide, "log-probabilities", kernel="_log_softmax"), shifted)
+        loss = f.cross_entropy(wide, shifted)
         del shifted, padded
         return loss

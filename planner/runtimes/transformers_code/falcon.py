@@ -52,7 +52,9 @@ class FalconWriter(LoopWriter):
         scores = self.pairs(q, f.transpose(k, 2, 3), "scores")
         if given.alibi is None:
             scores = f.scale_(scores, kernel="div_.Tensor")
-            weights = f.softmax(f.add(scores, given.mask, "masked scores"), "attention weights")
+            weights = f.softmax(
+                f.add(scores, given.mask, "masked scores"), "attention weights", to=self.b
+            )
             del scores
             out = f.view(f.transpose(self.pairs(weights, v, "attention"), 1, 2), flat)
             return self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias), weights
@@ -68,7 +70,7 @@ class FalconWriter(LoopWriter):
 
     def _narrow_softmax(self, scores: Tensor) -> Tensor:
         """F.softmax(scores, dtype=hidden_states.dtype)."""
-        return self.f.softmax(self.f.cast(scores, self.b, "scores"), "attention weights")
+        return self.f.softmax(scores, "attention weights", to=self.b)
 
     def _split_heads(self, gqa: GQA, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """_split_heads: [B, heads, T, D]; grouped keys and values are repeated for all heads."""

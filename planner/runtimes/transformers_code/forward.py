@@ -80,7 +80,7 @@ def _unwritten_head(model: Model) -> str | None:
 @lru_cache(maxsize=256)
 def pass_program(model: Model, what: Pass, regime: Regime) -> Program:
     """One pass in one regime of sizes."""
-    if model.text_type == "t5" and what.dtype == "fp16":
+    if model.text_type == "t5" and what.held_dtype == "fp16":
         raise ConfigError(
             "dtype='fp16' is not planned for t5 in runtime=transformers: bf16 or fp32 (its class "
             "keeps its last products in float32 then)"

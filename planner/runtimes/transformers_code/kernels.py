@@ -121,7 +121,7 @@ class KernelWriter(PositionWriter):
 
     def float32_softmax(self, scores: Tensor) -> Tensor:
         """F.softmax(scores, dtype=torch.float32)."""
-        return self.f.softmax(self.f.cast(scores, FLOAT32, "float32 scores"), "attention weights")
+        return self.f.softmax(scores, "attention weights", to=FLOAT32)
 
     def pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """torch.matmul of [B, H, …] tensors: one product for each of B · H."""

@@ -68,7 +68,7 @@ class MixtureWriter(PartWriter):
         if self.model.text_type == "mixtral":
             chances = f.softmax(f.cast(logits, FLOAT32, "router"), "router")
         else:
-            chances = f.softmax(f.cast(logits, FLOAT32, "router"), "router")
+            chances = f.softmax(logits, "router", to=FLOAT32)
         weights, picks = f.topk(chances, k, "routing")
         if moe.norm_topk_prob:
             weights = f.divide_(weights, f.sum(weights, "routing"))

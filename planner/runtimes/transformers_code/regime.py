@@ -230,6 +230,7 @@ class CodeWriter(PassWriter[Shared]):
         self.what, self.regime = what, regime
         self.left_alone = frozenset[str]()  # of the block that is written
         self.f.widens = widens(what.device)
+        self.f.softmax_casts = what.device == "cuda" and "fp16" in (what.dtype, what.autocast)
         self.aten.watched = what.device == "cpu"
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors

@@ -56,13 +56,14 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         """The first block makes what all others are given.
 
         On the way back nothing waits at the last one yet for the gradients that all add to;
-        checkpointed, the second lets go of the biases, which the first one makes again.
+        checkpointed, the second lets go of the biases, which the first one makes again, and where
+        no gradient reaches the first one it may let go of what they share.
         """
         ends, last = {1}, len(layers) - 1
         every, before = self.checkpointed, len(self.model.towers[0].layers)
         counted = 0 if stack == "encoder" else before  # modeling_utils.py counts through both
         if self.trains:
-            ends |= {2, last} if every else {last}
+            ends |= {2, last} if every or self.lora is not None else {last}
             ends |= set(range(1, len(layers))) if every > 1 else set()
         start = 0
         for end in (*sorted(end for end in ends if end <= last), len(layers)):
@@ -120,6 +121,7 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         model = self.model
         self.table = self.weight("embed_tokens", model.vocab_size, model.hidden_size)
         x = self.f.embedding(self.table, self.given("token ids", ((B,), (S_ENC,)), INT64), "x")
+        self.ask_gradient(x)
         self.named = [x.detach()]
         self.masks: dict[int | None, Tensor | None] = {None: None}
         return x
@@ -143,6 +145,7 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         ids = self.given("decoder ids", ((B,), (T,)), INT64)
         self.ids: Tensor | None = self._shift_right() if self.trains else ids
         x = self.f.embedding(self.table, self.ids, "input embeddings")
+        self.ask_gradient(x)
         self.named = [x.detach()]
         eager = self.what.attention == "eager"
         self.masks = {None: self._visible_to_add() if eager else None}
@@ -196,7 +199,7 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         self.biases[name] = bias
         if isinstance(bias.node, Node):
             called = f"gradient of {self.stack} {name} bias"
-            waits = Buffer(name=called, shape=bias.shape, itemsize=self.b)
+            waits = Buffer(name=called, shape=bias.shape, itemsize=bias.itemsize)
             self.crossing.append((bias.node, waits))
 
     def _fed(self, layer: Layer, dense: Dense, x: Tensor) -> Tensor:
@@ -209,10 +212,14 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         """T5DenseGatedActDense.forward, which names both products; T5DenseActDense.forward."""
         f, i, h = self.f, dense.intermediate_size, self.model.hidden_size
         if not dense.gated:
-            return self.feed_forward(dense, x)
+            hidden = self.linear(x, "up_proj", i, bias=False)
+            hidden = self.activate(dense.activation, hidden)
+            hidden = f.cast(hidden, self.b, "activation")
+            return self.linear(hidden, "down_proj", h, bias=False)
         gate = self.activate(dense.activation, self.linear(x, "gate_proj", i, bias=False))
         up = self.linear(x, "up_proj", i, bias=False)
         hidden = f.mul(gate, up, "gate · up")
+        hidden = f.cast(hidden, self.b, "gate · up")
         hidden = self.linear(hidden, "down_proj", h, bias=False)
         del gate, up
         return hidden
@@ -246,7 +253,11 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         bias = given.cross_bias if crosses else given.bias
         if bias is None:
             keys = S_ENC if crosses else seen
-            bias = self._no_bias(H, rows, keys) if crosses else self._bias(layer, H, rows, keys)
+            bias = (
+                self._no_bias(H, rows, keys, q.itemsize)
+                if crosses
+                else self._bias(layer, H, rows, keys)
+            )
         mask = None if crosses else given.mask
         out, weights = self._t5_attend(gqa, (q, k, v), mask, bias, crosses=crosses)
         out = f.view(out, ((B,), (rows,), (H * D,)))
@@ -277,10 +288,10 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
 
     # -- biases -----------------------------------------------------------------------------------
 
-    def _no_bias(self, heads: int, rows: Extent, keys: Extent) -> Tensor:
-        """Of cross-attention: zeros, which checkpointing asks a gradient for."""
+    def _no_bias(self, heads: int, rows: Extent, keys: Extent, itemsize: int) -> Tensor:
+        """Of cross-attention: zeros like the queries, which checkpointing asks a gradient for."""
         dims: Dims = (ONE, (heads,), (rows,), (keys,))
-        bias = self.aten.new("zeros", "cross-attention bias", dims, self.b)
+        bias = self.aten.new("zeros", "cross-attention bias", dims, itemsize)
         if self.trains and self.checkpointed:
             bias.node = Node("cross-attention bias", self.keep_with_loss, (), ())
             self.f.graph.nodes.append(bias.node)
@@ -359,7 +370,10 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
         causal = self.stack == "decoder" and not crosses and q.sizes[2] > 1
         added = self._bias_mask(bias, q, k) if causal else f.contiguous(bias, "position bias")
         if added.node is not None and self.what.device == "cpu":
-            out = self._math(q, k, v, added)
+            lowered = f.lowered(added)
+            with f.outside_autocast():
+                out = self._math(q, k, v, lowered)
+            del lowered
         else:
             out = self.fused(gqa, q, k, v, added)
         return f.contiguous(f.transpose(out, 1, 2), "attention"), None
@@ -390,7 +404,7 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
                 self.kept.append(self.encoded)
             return logits
         flat = f.view(logits, ((B, T), (model.vocab_size,)))
-        loss = f.nll_loss(f.softmax(flat, "log-probabilities", kernel="_log_softmax"))
+        loss = f.cross_entropy(flat)
         self.encoded = self.ids = None
         del x, seen
         return loss
