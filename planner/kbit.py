@@ -16,12 +16,10 @@ from planner.ledger import Row
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES, Stored
 from planner.quantization.bitsandbytes import FourBit
+from planner.quantization.packed_products import MAX_ROWS
 from planner.runtimes.base import Runtime, Setting
 from planner.tensors import Parameter
 from planner.workload import Deployment, Training
-
-CUSTOM_ROWS = 1536
-"""Up to so many rows a GPU may multiply without making the weight (backends/cuda/ops.py)."""
 
 
 def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Setting) -> None:
@@ -44,9 +42,12 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
         "llm_int8_skip_modules: none but the head": not frozen.by_default,
-        f"batch · sequence_tokens={work.batch * work.sequence_tokens} on a GPU: above "
-        f"{CUSTOM_ROWS}": setting.device == "cuda"
-        and work.batch * work.sequence_tokens <= CUSTOM_ROWS,
+        f"batch · sequence_tokens={work.batch * work.sequence_tokens} on {deploy.gpu}: above "
+        f"{MAX_ROWS}, or a GPU of NVIDIA's whose multiprocessors are known": (
+            setting.device == "cuda"
+            and work.batch * work.sequence_tokens <= MAX_ROWS
+            and not (setting.multiprocessors and (setting.capability or "")[:1].isdigit())
+        ),
         "an odd number of columns on a CPU: even": setting.device == "cpu" and _has_odd(model),
     }
     for what, is_refused in refused.items():

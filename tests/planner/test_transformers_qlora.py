@@ -15,8 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 
 import planner
 from planner import ConfigError
+from planner.catalog.gpus import gpu_named
+from planner.prepared import prepare
+from planner.training import training_phase
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.families import FAMILIES
+from tests.planner.quantization.test_packed_products import chosen
 from tests.planner.small_decoders import (
     CHECKPOINTING,
     EAGER_ONLY,
@@ -30,6 +34,16 @@ from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
 
 pytest.importorskip("bitsandbytes")
 LLAMA = planner.load_model("llama-3.1-8b")
+SIZES = {
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "v_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096),
+    "up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
+"""Its linear layers, [out, in]."""
 POST_NORM = {
     "model_type": "olmo2",
     "vocab_size": 3,
@@ -192,6 +206,26 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
     assert memory.peak_live_bytes == held_bytes(live) + states + meter.peak_bytes
 
 
+@pytest.mark.parametrize("gpu", ["h200", "a100-80gb", "rtx-4090"])
+@pytest.mark.parametrize("tokens", [4, 16, 64, 128, 2048])
+def test_a_gpu_makes_the_weights_in_a_forward_where_the_library_does(gpu, tokens):
+    device = gpu_named(gpu).compute_capability, gpu_named(gpu).multiprocessors
+    whole = {name for name, sizes in SIZES.items() if not chosen(tokens, *sizes, *device)}
+    work = planner.Training(
+        batch=1, sequence_tokens=tokens, method="qlora", precision="autocast", optimizer=None
+    )
+    deploy = planner.Deployment(gpu=gpu, dtype="bf16", weight_dtype="nf4")
+    made = prepare(LLAMA, deploy)
+    program = training_phase(made.model, work, made.deploy, made.setting).program
+    found = {"forward": set(), "backward": set()}
+    for segment in program.segments:
+        for op in segment.ops:
+            if op.kernel == "dequantize_4bit":
+                found[segment.phase].add(op.allocates[0].name.split(",")[0])
+    assert found["forward"] == whole
+    assert found["backward"]
+
+
 @pytest.mark.parametrize(
     ("change", "given", "message"),
     [
@@ -200,7 +234,7 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
         ({}, {"method": "full"}, "training of bitsandbytes weights is not planned yet"),
         ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
         ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
-        ({"gpu": "h200"}, {}, "batch · sequence_tokens=8 on a GPU: above 1536"),
+        ({"gpu": "mi300x"}, {}, "batch · sequence_tokens=8 on mi300x: above 1536, or a GPU of"),
         ({}, {"lora": planner.LoRA(dtype="bf16")}, "lora.dtype='bf16': None"),
     ],
 )
