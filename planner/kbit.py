@@ -76,8 +76,8 @@ def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:
 def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) -> list[Row]:
     """Rows of 4-bit weights as they lie on the device, and of all that is not quantised."""
     sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
-    for group, tensor in held_tensors(model, held_dtype, computed):
-        key = (group, tensor.role, tensor.dtype)
+    for p, tensor in held_tensors(model, held_dtype, computed):
+        key = (p.group, tensor.role, tensor.dtype)
         tensors, size = sizes.get(key, (0, 0))
         sizes[key] = (tensors + 1, size + tensor.size_bytes)
     rows = [
@@ -96,8 +96,10 @@ def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) ->
     return [*rows, *runtime.buffer_rows(model, dtype=computed)]
 
 
-def held_tensors(model: Model, held_dtype: str, computed: str) -> Iterator[tuple[str, Stored]]:
-    """What is held of what is stored (functional.py, QuantState), with the parameter's group.
+def held_tensors(
+    model: Model, held_dtype: str, computed: str
+) -> Iterator[tuple[Parameter, Stored]]:
+    """What is held of what is stored (functional.py, QuantState), with the parameter it stands for.
 
     The JSON of a file is Python's, the offset of nested scales in it a tensor. Biases of quantised
     layers are cast in place to what the layer computes in when it first runs (nn/modules.py,
@@ -110,8 +112,8 @@ def held_tensors(model: Model, held_dtype: str, computed: str) -> Iterator[tuple
     for p, s in stored:
         if ".quant_state." in s.name:
             if nested:
-                yield p.group, replace(s, dtype="fp32", shape=(1,), role="scale")
+                yield p, replace(s, dtype="fp32", shape=(1,), role="scale")
         elif s.name.removesuffix(".bias") in layers:
-            yield p.group, replace(s, dtype=computed)
+            yield p, replace(s, dtype=computed)
         else:
-            yield p.group, s
+            yield p, s

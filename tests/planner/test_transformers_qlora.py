@@ -15,9 +15,14 @@ from transformers.quantizers.base import HfQuantizer
 
 import planner
 from planner import ConfigError
+from planner.allocator import Alloc, DeviceAllocator, Free
+from planner.allocator.settings import DEFAULTS
+from planner.allocator.simulate import Replay
 from planner.catalog.gpus import gpu_named
 from planner.prepared import prepare
+from planner.reserved import AllocatorPlan, weight_events
 from planner.training import training_phase
+from planner.training_events import TRAINING_STEPS
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.families import FAMILIES
 from tests.planner.quantization.test_packed_products import chosen
@@ -73,6 +78,25 @@ class FourBitMeter(LiveTensorMeter):
             return func._op_dk(key, *args, **(kwargs or {}))
 
 
+class TracingMeter(FourBitMeter):
+    """A meter that writes down what an allocator would be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace, self.names, self.made = [], {}, 0
+
+    def _created(self, key, storage):
+        super()._created(key, storage)
+        self.made += 1
+        self.names[key] = self.made
+        self.trace.append(Alloc(self.made, storage.nbytes()))
+
+    def _released(self, key, gone):
+        if key in self._sizes and self._sizes[key][0] is gone:
+            self.trace.append(Free(self.names[key]))
+        super()._released(key, gone)
+
+
 def quantised(live, *, double_quant, prepared):
     """The class with linear layers that bitsandbytes has quantised, as from_pretrained does it."""
     from transformers.integrations import bitsandbytes as integration
@@ -118,14 +142,19 @@ def held_bytes(live):
 
 
 def step_meter(live, batch, tokens, optimizer=None, *, autocast=False):
+    return step(live, batch, tokens, FourBitMeter(), optimizer, autocast=autocast)
+
+
+def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     ids = words(live.config, batch, tokens)
-    with FourBitMeter() as meter:
+    with meter:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = live(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
         live.zero_grad(set_to_none=True)
+        del loss
     return meter
 
 
@@ -204,6 +233,79 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
     assert memory.optimizer_bytes == states
     assert memory.gradients_bytes == sum(p.nbytes for p in trained)
     assert memory.peak_live_bytes == held_bytes(live) + states + meter.peak_bytes
+
+
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 2000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    **NO_TOKENS,
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "autocast", "double_quant", "checkpointing"),
+    [
+        (None, False, False, "none"),
+        (None, True, True, "full"),
+        ("adamw", True, False, "none"),
+        ("adamw", False, True, "full"),
+    ],
+)
+def test_allocated_and_reserved_are_those_of_the_classes_requests(
+    optimizer, autocast, double_quant, checkpointing
+):
+    """The live steps' storages, played through the allocator behind the same weights."""
+    lora = planner.LoRA(rank=8)
+    live = built(described(WIDE), "bf16", "sdpa")
+    model = planner.read_config(live.config.to_dict())
+    live = quantised(live, double_quant=double_quant, prepared=True)
+    checkpoint(live, (checkpointing, 1))
+    live = with_adapters(live, lora)
+    trained = [p for p in live.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, foreach=True) if optimizer else None
+    meter = TracingMeter()
+    for _ in range(TRAINING_STEPS if optimizer else 1):
+        step(live, 2, 150, meter, adamw, autocast=autocast)
+    work = planner.Training(
+        batch=2,
+        sequence_tokens=150,
+        optimizer=optimizer,
+        method="qlora",
+        lora=lora,
+        precision="autocast" if autocast else "pure",
+        checkpointing=checkpointing,
+    )
+    kind = "nf4-double" if double_quant else "nf4"
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", attention="sdpa", weight_dtype=kind)
+    e = planner.estimate(model, work, deploy)
+    plan = AllocatorPlan(
+        model=e.model,
+        work=work,
+        setting=e.setting,
+        runtime="transformers",
+        workspace_bytes=0,
+        capacity_bytes=2**40,
+    )
+    replay = Replay(DeviceAllocator(DEFAULTS, capacity_bytes=2**40))
+    replay.feed(weight_events(plan))
+    replay.feed([Alloc(name, 8 * 2 * 150) for name in ("token ids", "labels")])
+    replay.feed(meter.trace)
+    assert plan.peak_allocated_bytes == replay.stats().peak_allocated_bytes
+    assert plan.peak_reserved_bytes == replay.stats().peak_reserved_bytes
+
+
+def test_what_a_gpu_reserves_is_known():
+    work = planner.Training(batch=1, sequence_tokens=512, method="qlora", precision="autocast")
+    deploy = planner.Deployment(gpu="h200", dtype="bf16", weight_dtype="nf4-double")
+    e = planner.estimate(LLAMA, work, deploy)
+    assert e.memory.peak_live_bytes < e.memory.peak_allocated_bytes
+    assert e.memory.peak_allocated_bytes <= e.memory.peak_reserved_bytes
+    assert "without what quantising on loading left cached" in e.reserved_note
 
 
 @pytest.mark.parametrize("gpu", ["h200", "a100-80gb", "rtx-4090"])
