@@ -13,13 +13,14 @@ from dataclasses import replace
 
 from planner.errors import ConfigError
 from planner.ledger import Row
+from planner.lora import adapted, module_of
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES, Stored
 from planner.quantization.bitsandbytes import FourBit
 from planner.quantization.packed_products import MAX_ROWS
 from planner.runtimes.base import Runtime, Setting
 from planner.tensors import Parameter
-from planner.workload import Deployment, Training
+from planner.workload import Deployment, LoRA, Training
 
 
 def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Setting) -> None:
@@ -38,7 +39,11 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         )
     refused = {
         f"dtype={setting.dtype!r}: 'bf16'": setting.dtype != "bf16",
-        f"lora.dtype={lora.dtype!r}: None": lora.dtype not in (None, "fp32"),
+        f"lora.dtype={lora.dtype!r}: None or 'bf16'": lora.dtype not in (None, "fp32", "bf16"),
+        f"lora.dtype={lora.dtype!r} beside layers that are not quantised, whose adapters would be "
+        "in float32: None": lora.dtype == "bf16"
+        and work.method == "qlora"
+        and _adapts_plain(model, lora),
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
         "llm_int8_skip_modules: none but the head": not frozen.by_default,
@@ -57,7 +62,15 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
 
 def _has_odd(model: Model) -> bool:
     """Rows of an odd number of elements, which the CPU's kernel leaves to Python."""
-    return any(p.shape[-1] % 2 for _, p in quantised_layers(model))
+    return any(p.shape[1] % 2 for p, _ in quantised_layers(model))
+
+
+def _adapts_plain(model: Model, lora: LoRA) -> bool:
+    """Whether some adapters stand beside layers that bitsandbytes leaves alone."""
+    modules, quantised = adapted(model, lora), {p.name for p, _ in quantised_layers(model)}
+    return any(
+        p.linear and module_of(p) in modules and p.name not in quantised for p in model.parameters()
+    )
 
 
 def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:

@@ -129,6 +129,12 @@ def quantised(live, *, double_quant, prepared):
     return live
 
 
+def has_plain(config):
+    """Whether bitsandbytes leaves linear layers of the blocks alone."""
+    tied = config["model_type"] == "olmo" and config["tie_word_embeddings"]
+    return tied or config["model_type"] == "falcon"
+
+
 def held_bytes(live):
     """Parameters, buffers and what quantised ones have beside them, each storage once."""
     tensors = [*live.parameters(), *live.buffers()]
@@ -184,11 +190,13 @@ def test_the_peak_of_a_step_is_exact(
 ):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
-    lora = replace(lora, dtype=None)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), "bf16", attention)
     model = planner.read_config(live.config.to_dict())
     assume(not any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear))
+    method = "qlora" if prepared else "lora"
+    if prepared and has_plain(config):
+        lora = replace(lora, dtype=None)  # refused
     live = quantised(live, double_quant=double_quant, prepared=prepared)
     checkpoint(live, how)
     live = with_adapters(live, lora)
@@ -198,7 +206,7 @@ def test_the_peak_of_a_step_is_exact(
         batch=batch,
         sequence_tokens=tokens,
         optimizer=None,
-        method="qlora" if prepared else "lora",
+        method=method,
         lora=lora,
         precision="autocast" if autocast else "pure",
         checkpointing=how[0],
@@ -308,6 +316,16 @@ def test_what_a_gpu_reserves_is_known():
     assert "without what quantising on loading left cached" in e.reserved_note
 
 
+def test_adapters_in_bf16_beside_float32_layers_are_refused():
+    """peft makes each adapter's dtype that of its layer, or of what a 4-bit one computes in."""
+    model = planner.read_config({"model_type": "olmo", "tie_word_embeddings": True})
+    lora = planner.LoRA(targets=("down_proj",), dtype="bf16")
+    work = planner.Training(batch=1, sequence_tokens=8, method="qlora", lora=lora)
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", weight_dtype="nf4")
+    with pytest.raises(ConfigError, match="beside layers that are not quantised"):
+        planner.estimate(model, work, deploy)
+
+
 @pytest.mark.parametrize("gpu", ["h200", "a100-80gb", "rtx-4090"])
 @pytest.mark.parametrize("tokens", [4, 16, 64, 128, 2048])
 def test_a_gpu_makes_the_weights_in_a_forward_where_the_library_does(gpu, tokens):
@@ -337,7 +355,7 @@ def test_a_gpu_makes_the_weights_in_a_forward_where_the_library_does(gpu, tokens
         ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
         ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
         ({"gpu": "mi300x"}, {}, "batch · sequence_tokens=8 on mi300x: above 1536, or a GPU of"),
-        ({}, {"lora": planner.LoRA(dtype="bf16")}, "lora.dtype='bf16': None"),
+        ({}, {"lora": planner.LoRA(dtype="fp16")}, "lora.dtype='fp16': None or 'bf16'"),
     ],
 )
 def test_what_is_not_planned_is_refused(change, given, message):
