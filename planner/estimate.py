@@ -171,7 +171,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
-    if gpu.vendor in WITH_CONTEXT and model.quantization is None:
+    if gpu.vendor in WITH_CONTEXT:
         torch = AllocatorPlan(
             model=model,
             work=work,

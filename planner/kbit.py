@@ -13,15 +13,14 @@ from dataclasses import replace
 
 from planner.errors import ConfigError
 from planner.ledger import Row
+from planner.lora import adapted, module_of
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES, Stored
 from planner.quantization.bitsandbytes import FourBit
+from planner.quantization.packed_products import MAX_ROWS
 from planner.runtimes.base import Runtime, Setting
 from planner.tensors import Parameter
-from planner.workload import Deployment, Training
-
-CUSTOM_ROWS = 1536
-"""Up to so many rows a GPU may multiply without making the weight (backends/cuda/ops.py)."""
+from planner.workload import Deployment, LoRA, Training
 
 
 def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Setting) -> None:
@@ -40,13 +39,20 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         )
     refused = {
         f"dtype={setting.dtype!r}: 'bf16'": setting.dtype != "bf16",
-        f"lora.dtype={lora.dtype!r}: None": lora.dtype not in (None, "fp32"),
+        f"lora.dtype={lora.dtype!r}: None or 'bf16'": lora.dtype not in (None, "fp32", "bf16"),
+        f"lora.dtype={lora.dtype!r} beside layers that are not quantised, whose adapters would be "
+        "in float32: None": lora.dtype == "bf16"
+        and work.method == "qlora"
+        and _adapts_plain(model, lora),
         f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
         "llm_int8_skip_modules: none but the head": not frozen.by_default,
-        f"batch · sequence_tokens={work.batch * work.sequence_tokens} on a GPU: above "
-        f"{CUSTOM_ROWS}": setting.device == "cuda"
-        and work.batch * work.sequence_tokens <= CUSTOM_ROWS,
+        f"batch · sequence_tokens={work.batch * work.sequence_tokens} on {deploy.gpu}: above "
+        f"{MAX_ROWS}, or a GPU of NVIDIA's whose multiprocessors are known": (
+            setting.device == "cuda"
+            and work.batch * work.sequence_tokens <= MAX_ROWS
+            and not (setting.multiprocessors and (setting.capability or "")[:1].isdigit())
+        ),
         "an odd number of columns on a CPU: even": setting.device == "cpu" and _has_odd(model),
     }
     for what, is_refused in refused.items():
@@ -56,7 +62,15 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
 
 def _has_odd(model: Model) -> bool:
     """Rows of an odd number of elements, which the CPU's kernel leaves to Python."""
-    return any(p.shape[-1] % 2 for _, p in quantised_layers(model))
+    return any(p.shape[1] % 2 for p, _ in quantised_layers(model))
+
+
+def _adapts_plain(model: Model, lora: LoRA) -> bool:
+    """Whether some adapters stand beside layers that bitsandbytes leaves alone."""
+    modules, quantised = adapted(model, lora), {p.name for p, _ in quantised_layers(model)}
+    return any(
+        p.linear and module_of(p) in modules and p.name not in quantised for p in model.parameters()
+    )
 
 
 def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:
@@ -75,8 +89,8 @@ def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:
 def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) -> list[Row]:
     """Rows of 4-bit weights as they lie on the device, and of all that is not quantised."""
     sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
-    for group, tensor in held_tensors(model, held_dtype, computed):
-        key = (group, tensor.role, tensor.dtype)
+    for p, tensor in held_tensors(model, held_dtype, computed):
+        key = (p.group, tensor.role, tensor.dtype)
         tensors, size = sizes.get(key, (0, 0))
         sizes[key] = (tensors + 1, size + tensor.size_bytes)
     rows = [
@@ -95,8 +109,10 @@ def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) ->
     return [*rows, *runtime.buffer_rows(model, dtype=computed)]
 
 
-def held_tensors(model: Model, held_dtype: str, computed: str) -> Iterator[tuple[str, Stored]]:
-    """What is held of what is stored (functional.py, QuantState), with the parameter's group.
+def held_tensors(
+    model: Model, held_dtype: str, computed: str
+) -> Iterator[tuple[Parameter, Stored]]:
+    """What is held of what is stored (functional.py, QuantState), with the parameter it stands for.
 
     The JSON of a file is Python's, the offset of nested scales in it a tensor. Biases of quantised
     layers are cast in place to what the layer computes in when it first runs (nn/modules.py,
@@ -109,8 +125,8 @@ def held_tensors(model: Model, held_dtype: str, computed: str) -> Iterator[tuple
     for p, s in stored:
         if ".quant_state." in s.name:
             if nested:
-                yield p.group, replace(s, dtype="fp32", shape=(1,), role="scale")
+                yield p, replace(s, dtype="fp32", shape=(1,), role="scale")
         elif s.name.removesuffix(".bias") in layers:
-            yield p.group, replace(s, dtype=computed)
+            yield p, replace(s, dtype=computed)
         else:
-            yield p.group, s
+            yield p, s

@@ -32,6 +32,7 @@ from planner.allocator.settings import DEFAULTS, MIN_BLOCK_BYTES, SMALL_BYTES, r
 from planner.allocator.simulate import Replay
 from planner.dtypes import element_bytes
 from planner.format import gib
+from planner.kbit import held_tensors
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.module_order import module_order
@@ -53,18 +54,19 @@ class Reserved:
     """The allocator's numbers for a workload, and how many of its decode steps were played.
 
     `oom`: what could not be served on the device; `stats` are then those of a device without an
-    end, what would be needed.
+    end, what would be needed. `left_out`: what is not played, in words.
     """
 
     stats: AllocatorStats
     oom: OutOfMemory | None
     steps: int
     steps_played: int
+    left_out: str = ""
 
     @property
     def note(self) -> str:
         """How far the numbers can be trusted, and what torch has to do for them."""
-        parts = ["simulated"]
+        parts = ["simulated"] + [self.left_out] * bool(self.left_out)
         if self.steps_played != self.steps:
             parts.append(f"{self.steps_played:,} of {self.steps:,} decode steps played")
         if self.oom is not None:
@@ -114,7 +116,9 @@ def reserved(
     if oom is not None:
         stats, played = _play(plan, DeviceAllocator(settings), max_events)
     steps = played if isinstance(plan.work, Training) else plan.work.output_tokens - 1
-    return Reserved(stats=stats, oom=oom, steps=steps, steps_played=played)
+    trains_beside = isinstance(plan.work, Training) and plan.model.quantization is not None
+    left_out = "without what quantising on loading left cached" if trains_beside else ""
+    return Reserved(stats=stats, oom=oom, steps=steps, steps_played=played, left_out=left_out)
 
 
 def _play(
@@ -149,12 +153,16 @@ def _play(
 def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     """One allocation a stored tensor, embedding first, then the layers, then the rest; buffers."""
     model, dtype = plan.model, plan.setting.dtype
+    buffers_dtype = dtype
+    sizes: dict[Parameter, list[int]] = {}
     if isinstance(plan.work, Training):
         dtype = plan.work.held_dtype(dtype)
-    sizes: dict[Parameter, list[int]] = {}
     if model.quantization is None:
-        b = element_bytes(dtype)
+        b, buffers_dtype = element_bytes(dtype), dtype
         sizes = {p: [p.count * b] for p in model.parameters()}
+    elif isinstance(plan.work, Training):
+        for p, held in held_tensors(model, dtype, plan.setting.dtype):
+            sizes.setdefault(p, []).append(held.size_bytes)
     else:
         for p, stored in model.stored_tensors(dtype):
             each = stored.size_bytes // stored.copies
@@ -169,7 +177,7 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for p in adapters(model, lora):
             yield Alloc(("weight", number), p.count * adapter_bytes(lora))
             number += 1
-    for row in runtime_named(plan.runtime).buffer_rows(model, dtype=dtype):
+    for row in runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype):
         for index in range(row.count):
             yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
 

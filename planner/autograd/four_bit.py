@@ -2,7 +2,8 @@
 
 autograd/_functions.py, MatMul4Bit; functional.py, dequantize_4bit; nn/modules.py, Linear4bit.
 Forward and backward each make the whole weight anew, [out, in] in the dtype that is computed in,
-and of nested scales float32 ones, one for 64 weights. What is saved is the codes, which are there
+and of nested scales float32 ones, one for 64 weights. A GPU may do without in the forward
+(backends/cuda/ops.py, _gemm_4bit_kernel_impl). What is saved is the codes, which are there
 anyway: nothing of the input, and nothing that a checkpointed block would drop.
 """
 
@@ -19,12 +20,16 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class FourBitLinear:
-    """Sizes of a layer; bytes of an element that it computes in, and was quantised from."""
+    """Sizes of a layer; bytes of an element that it computes in, and was quantised from.
+
+    `packed`: the forward's product reads the codes themselves.
+    """
 
     out: int
     into: int
     itemsize: int
     double_quant: bool
+    packed: bool = False
 
 
 class FourBitProducts(Products):
@@ -49,8 +54,9 @@ class FourBitProducts(Products):
             flat = self.aten.reshape(gradient, (rows, gradient.dims[-1]))
             return [self.aten.reshape(self.aten.mm(flat, weight, called), like.dims)]
 
-        scales = self._scales(layer, name)
-        weight = self._weight(layer, name, scales)
+        scales = [] if layer.packed else self._scales(layer, name)
+        weights = [] if layer.packed else [self._weight(layer, name, scales)]
+        lies = self.aten.contiguous(x) if layer.packed else x
         dims = (*x.dims[:-1], (layer.out,))
         out = self.aten.new(
             "gemm_4bit",
@@ -58,9 +64,10 @@ class FourBitProducts(Products):
             dims,
             layer.itemsize,
             flops=(2, *(extent for dim in (*dims, x.dims[-1]) for extent in dim)),
-            reads=(x, weight) if bias is None else (x, weight, bias),
+            reads=(lies, *weights) if bias is None else (lies, *weights, bias),
+            rows=[(layer.out * layer.into // 2,)] if layer.packed else (),
         )
-        del scales, weight
+        del scales, weights, lies
         return self._record(backward, (x,), out)
 
     def _scales(self, layer: FourBitLinear, name: str) -> list[Tensor]:

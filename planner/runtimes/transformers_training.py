@@ -13,6 +13,7 @@ from planner.model import Model
 from planner.parameters import layer_parameters
 from planner.program import Dims
 from planner.quantization.bitsandbytes import FourBit
+from planner.quantization.packed_products import multiplies_packed
 from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
@@ -55,7 +56,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     tokens, encoder = work.sequence_tokens, None
     if model.is_seq2seq or work.encoder_tokens is not None:
         encoder = model.encoder_length(work.encoder_tokens, tokens)
-    model, four_bit = _four_bit(model, setting)
+    model, four_bit = _four_bit(model, setting, work.batch * tokens)
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens, encoder=encoder)
     what = Pass(
         kind="training",
@@ -95,7 +96,7 @@ def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
             )
 
 
-def _four_bit(model: Model, setting: Setting) -> tuple[Model, FourBitWeights | None]:
+def _four_bit(model: Model, setting: Setting, rows: int) -> tuple[Model, FourBitWeights | None]:
     """Frozen linear layers that are bitsandbytes', and blocks that say which of them are not."""
     quantised = {(p.layer, module_of(p)) for p, _ in quantised_layers(model)}
     if not quantised or not isinstance(model.quantization, FourBit):
@@ -108,8 +109,16 @@ def _four_bit(model: Model, setting: Setting) -> tuple[Model, FourBitWeights | N
         return replace(layer, left_alone=frozenset(alone))
 
     layers = tuple(marked(i, x) for i, x in enumerate(model.layers, model.first_layer))
-    nested = model.quantization.double_quant
-    weights = FourBitWeights(dtype=setting.dtype, double_quant=nested, modules=modules)
+    device = setting.capability, setting.multiprocessors
+    sizes: set[tuple[int, ...]] = set()
+    if setting.device == "cuda":
+        sizes = {p.shape for p, _ in quantised_layers(model)}
+    weights = FourBitWeights(
+        dtype=setting.dtype,
+        double_quant=model.quantization.double_quant,
+        modules=modules,
+        packed=frozenset(s for s in sizes if multiplies_packed(rows, s[0], s[1], *device)),
+    )
     return replace(model, layers=layers), weights
 
 

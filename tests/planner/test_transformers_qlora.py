@@ -15,8 +15,17 @@ from transformers.quantizers.base import HfQuantizer
 
 import planner
 from planner import ConfigError
+from planner.allocator import Alloc, DeviceAllocator, Free
+from planner.allocator.settings import DEFAULTS
+from planner.allocator.simulate import Replay
+from planner.catalog.gpus import gpu_named
+from planner.prepared import prepare
+from planner.reserved import AllocatorPlan, weight_events
+from planner.training import training_phase
+from planner.training_events import TRAINING_STEPS
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.families import FAMILIES
+from tests.planner.quantization.test_packed_products import chosen
 from tests.planner.small_decoders import (
     CHECKPOINTING,
     EAGER_ONLY,
@@ -31,6 +40,16 @@ from tests.properties import examples
 
 pytest.importorskip("bitsandbytes")
 LLAMA = planner.load_model("llama-3.1-8b")
+SIZES = {
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "v_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096),
+    "up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
+"""Its linear layers, [out, in]."""
 POST_NORM = {
     "model_type": "olmo2",
     "vocab_size": 3,
@@ -58,6 +77,25 @@ class FourBitMeter(LiveTensorMeter):
         key = keys.CompositeExplicitAutograd if name.endswith("gemm_4bit") else keys.CPU
         with self:
             return func._op_dk(key, *args, **(kwargs or {}))
+
+
+class TracingMeter(FourBitMeter):
+    """A meter that writes down what an allocator would be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace, self.names, self.made = [], {}, 0
+
+    def _created(self, key, storage):
+        super()._created(key, storage)
+        self.made += 1
+        self.names[key] = self.made
+        self.trace.append(Alloc(self.made, storage.nbytes()))
+
+    def _released(self, key, gone):
+        if key in self._sizes and self._sizes[key][0] is gone:
+            self.trace.append(Free(self.names[key]))
+        super()._released(key, gone)
 
 
 def quantised(live, *, double_quant, prepared):
@@ -92,6 +130,12 @@ def quantised(live, *, double_quant, prepared):
     return live
 
 
+def has_plain(config):
+    """Whether bitsandbytes leaves linear layers of the blocks alone."""
+    tied = config["model_type"] == "olmo" and config["tie_word_embeddings"]
+    return tied or config["model_type"] == "falcon"
+
+
 def held_bytes(live):
     """Parameters, buffers and what quantised ones have beside them, each storage once."""
     tensors = [*live.parameters(), *live.buffers()]
@@ -105,14 +149,19 @@ def held_bytes(live):
 
 
 def step_meter(live, batch, tokens, optimizer=None, *, autocast=False):
+    return step(live, batch, tokens, FourBitMeter(), optimizer, autocast=autocast)
+
+
+def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     ids = words(live.config, batch, tokens)
-    with FourBitMeter() as meter:
+    with meter:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = live(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
         live.zero_grad(set_to_none=True)
+        del loss
     return meter
 
 
@@ -142,11 +191,13 @@ def test_the_peak_of_a_step_is_exact(
 ):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
-    lora = replace(lora, dtype=None)
     attention = "eager" if eager or config["model_type"] in EAGER_ONLY else "sdpa"
     live = built(described(config), "bf16", attention)
     model = planner.read_config(live.config.to_dict())
     assume(not any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear))
+    method = "qlora" if prepared else "lora"
+    if prepared and has_plain(config):
+        lora = replace(lora, dtype=None)  # refused
     live = quantised(live, double_quant=double_quant, prepared=prepared)
     checkpoint(live, how)
     live = with_adapters(live, lora)
@@ -156,7 +207,7 @@ def test_the_peak_of_a_step_is_exact(
         batch=batch,
         sequence_tokens=tokens,
         optimizer=None,
-        method="qlora" if prepared else "lora",
+        method=method,
         lora=lora,
         precision="autocast" if autocast else "pure",
         checkpointing=how[0],
@@ -193,6 +244,109 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
     assert memory.peak_live_bytes == held_bytes(live) + states + meter.peak_bytes
 
 
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 2000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    **NO_TOKENS,
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "autocast", "double_quant", "checkpointing"),
+    [
+        (None, False, False, "none"),
+        (None, True, True, "full"),
+        ("adamw", True, False, "none"),
+        ("adamw", False, True, "full"),
+    ],
+)
+def test_allocated_and_reserved_are_those_of_the_classes_requests(
+    optimizer, autocast, double_quant, checkpointing
+):
+    """The live steps' storages, played through the allocator behind the same weights."""
+    lora = planner.LoRA(rank=8)
+    live = built(described(WIDE), "bf16", "sdpa")
+    model = planner.read_config(live.config.to_dict())
+    live = quantised(live, double_quant=double_quant, prepared=True)
+    checkpoint(live, (checkpointing, 1))
+    live = with_adapters(live, lora)
+    trained = [p for p in live.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, foreach=True) if optimizer else None
+    meter = TracingMeter()
+    for _ in range(TRAINING_STEPS if optimizer else 1):
+        step(live, 2, 150, meter, adamw, autocast=autocast)
+    work = planner.Training(
+        batch=2,
+        sequence_tokens=150,
+        optimizer=optimizer,
+        method="qlora",
+        lora=lora,
+        precision="autocast" if autocast else "pure",
+        checkpointing=checkpointing,
+    )
+    kind = "nf4-double" if double_quant else "nf4"
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", attention="sdpa", weight_dtype=kind)
+    e = planner.estimate(model, work, deploy)
+    plan = AllocatorPlan(
+        model=e.model,
+        work=work,
+        setting=e.setting,
+        runtime="transformers",
+        workspace_bytes=0,
+        capacity_bytes=2**40,
+    )
+    replay = Replay(DeviceAllocator(DEFAULTS, capacity_bytes=2**40))
+    replay.feed(weight_events(plan))
+    replay.feed([Alloc(name, 8 * 2 * 150) for name in ("token ids", "labels")])
+    replay.feed(meter.trace)
+    assert plan.peak_allocated_bytes == replay.stats().peak_allocated_bytes
+    assert plan.peak_reserved_bytes == replay.stats().peak_reserved_bytes
+
+
+def test_what_a_gpu_reserves_is_known():
+    work = planner.Training(batch=1, sequence_tokens=512, method="qlora", precision="autocast")
+    deploy = planner.Deployment(gpu="h200", dtype="bf16", weight_dtype="nf4-double")
+    e = planner.estimate(LLAMA, work, deploy)
+    assert e.memory.peak_live_bytes < e.memory.peak_allocated_bytes
+    assert e.memory.peak_allocated_bytes <= e.memory.peak_reserved_bytes
+    assert "without what quantising on loading left cached" in e.reserved_note
+
+
+def test_adapters_in_bf16_beside_float32_layers_are_refused():
+    """peft makes each adapter's dtype that of its layer, or of what a 4-bit one computes in."""
+    model = planner.read_config({"model_type": "olmo", "tie_word_embeddings": True})
+    lora = planner.LoRA(targets=("down_proj",), dtype="bf16")
+    work = planner.Training(batch=1, sequence_tokens=8, method="qlora", lora=lora)
+    deploy = planner.Deployment(gpu="cpu", dtype="bf16", weight_dtype="nf4")
+    with pytest.raises(ConfigError, match="beside layers that are not quantised"):
+        planner.estimate(model, work, deploy)
+
+
+@pytest.mark.parametrize("gpu", ["h200", "a100-80gb", "rtx-4090"])
+@pytest.mark.parametrize("tokens", [4, 16, 64, 128, 2048])
+def test_a_gpu_makes_the_weights_in_a_forward_where_the_library_does(gpu, tokens):
+    device = gpu_named(gpu).compute_capability, gpu_named(gpu).multiprocessors
+    whole = {name for name, sizes in SIZES.items() if not chosen(tokens, *sizes, *device)}
+    work = planner.Training(
+        batch=1, sequence_tokens=tokens, method="qlora", precision="autocast", optimizer=None
+    )
+    deploy = planner.Deployment(gpu=gpu, dtype="bf16", weight_dtype="nf4")
+    made = prepare(LLAMA, deploy)
+    program = training_phase(made.model, work, made.deploy, made.setting).program
+    found = {"forward": set(), "backward": set()}
+    for segment in program.segments:
+        for op in segment.ops:
+            if op.kernel == "dequantize_4bit":
+                found[segment.phase].add(op.allocates[0].name.split(",")[0])
+    assert found["forward"] == whole
+    assert found["backward"]
+
+
 @pytest.mark.parametrize(
     ("change", "given", "message"),
     [
@@ -201,8 +355,8 @@ def test_a_step_with_adamw_adds_up(name, double_quant):
         ({}, {"method": "full"}, "training of bitsandbytes weights is not planned yet"),
         ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
         ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
-        ({"gpu": "h200"}, {}, "batch · sequence_tokens=8 on a GPU: above 1536"),
-        ({}, {"lora": planner.LoRA(dtype="bf16")}, "lora.dtype='bf16': None"),
+        ({"gpu": "mi300x"}, {}, "batch · sequence_tokens=8 on mi300x: above 1536, or a GPU of"),
+        ({}, {"lora": planner.LoRA(dtype="fp16")}, "lora.dtype='fp16': None or 'bf16'"),
     ],
 )
 def test_what_is_not_planned_is_refused(change, given, message):

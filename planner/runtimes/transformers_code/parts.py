@@ -112,8 +112,8 @@ class PartWriter(CodeWriter):
         self, x: Tensor, module: str, out: int, four: FourBitWeights, *, bias: bool, name: str
     ) -> Tensor:
         """The same of 4-bit weights; Conv1D is a linear layer then."""
-        b = element_bytes(four.dtype)
-        layer = FourBitLinear(out, x.sizes[-1], b, four.double_quant)
+        b, into = element_bytes(four.dtype), x.sizes[-1]
+        layer = FourBitLinear(out, into, b, four.double_quant, (out, into) in four.packed)
         held = None
         if bias or self.code.conv1d:
             held = self.given(f"{module}.bias", ((out,),), b)

@@ -35,11 +35,13 @@ class FourBitWeights:
     """Linear layers are bitsandbytes': `dtype` is what they compute in and were quantised from.
 
     `modules` are the last words of the names of those that are, but for a block's `left_alone`.
+    `packed`: sizes (out, in) of those whose forward does not make the weight.
     """
 
     dtype: str
     double_quant: bool
     modules: frozenset[str]
+    packed: frozenset[tuple[int, ...]] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
