@@ -63,15 +63,15 @@ class Tensor:
         """All extents; their product is the number of elements."""
         return tuple(extent for dim in self.dims for extent in dim)
 
-    def detach(self) -> Tensor:
-        """The same view without a history: what is saved for the way back."""
+    def detach(self, name: str = "") -> Tensor:
+        """The same view without a history, maybe by another name: what is saved for the way back."""
         return Tensor(
             self.storage,
             self.dims,
             self.sizes,
             self.strides,
             self.itemsize,
-            self.name,
+            name or self.name,
             is_view=self.is_view,
         )
 
