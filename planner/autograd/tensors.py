@@ -64,7 +64,7 @@ class Tensor:
         return tuple(extent for dim in self.dims for extent in dim)
 
     def detach(self, name: str = "") -> Tensor:
-        """The same view without a history, maybe by another name: what is saved for the way back."""
+        """The same view without a history: what is saved for the way back."""
         return Tensor(
             self.storage,
             self.dims,
