@@ -63,7 +63,7 @@ class Tensor:
         """All extents; their product is the number of elements."""
         return tuple(extent for dim in self.dims for extent in dim)
 
-    def detach(self) -> Tensor:
+    def detach(self, name: str = "") -> Tensor:
         """The same view without a history: what is saved for the way back."""
         return Tensor(
             self.storage,
@@ -71,7 +71,7 @@ class Tensor:
             self.sizes,
             self.strides,
             self.itemsize,
-            self.name,
+            name or self.name,
             is_view=self.is_view,
         )
 

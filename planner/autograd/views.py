@@ -25,7 +25,7 @@ class Views(Autocast):
             return [self.aten.reshape(only(flowed), node.inputs[0].dims)]
 
         seen = self.aten.reshape(x, dims)
-        out = replace(seen, node=None, output=0, name=name or x.name)
+        out = seen.detach(name or x.name)
         return self._record(backward, (x,), out)
 
     def transpose(self, x: Tensor, a: int, b: int) -> Tensor:

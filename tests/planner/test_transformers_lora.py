@@ -185,7 +185,7 @@ def test_a_step_with_adamw_adds_up(name, impl):
 @pytest.mark.parametrize(
     ("name", "layers", "targets", "checkpointing"),
     [
-        ("llama-3.1-8b", None, ("q_proj", "k_proj", "v_proj", "o_proj"), "full"),
+        ("llama-3.1-8b", 8, ("q_proj", "k_proj", "v_proj", "o_proj"), "full"),
         ("llama-3.1-8b", 4, "all-linear", "none"),
         ("gemma-2-9b", 4, "all-linear", "full"),
         ("mixtral-8x7b", 4, ("q_proj", "v_proj"), "none"),

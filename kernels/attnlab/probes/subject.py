@@ -94,7 +94,9 @@ class Probed:
 
     def run(self, inputs: Tensor, **more: Any) -> Any:
         """The module's own answer, the same random numbers each time."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed writes its stack down each time
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
         fixed = {
             name: value.expand(len(inputs), *value.shape[1:]) for name, value in self.fixed.items()
         }

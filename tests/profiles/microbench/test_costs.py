@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from profiles.microbench import costs
+from profiles.microbench import buffers, costs
 from profiles.microbench.buffers import Buffers
 from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
@@ -16,6 +16,12 @@ from profiles.microbench.points import points
 MATRIX = ("linear", "sdpa")
 GATHERED = ("embedding", "grouped_mm", "adamw", "histc", "silu_half")
 """They read or write parts of their tensors, write in place, or read what was made of them."""
+
+
+@pytest.fixture(autouse=True)
+def _pools_at_once(monkeypatch):
+    """Nothing is drawn on fake tensors: no need to do so part by part."""
+    monkeypatch.setattr(buffers, "DRAWN_AT_ONCE", 2**40)
 
 
 class Watched(Buffers):
@@ -74,18 +80,18 @@ def test_flops_are_those_torch_counts(point):
     ids=lambda p: p.key,
 )
 def test_bytes_are_those_of_the_tensors_that_go_in_and_come_out(point):
-    buffers = Watched(device=torch.device("cpu"), pool_bytes=14 * 2**30)
+    watched = Watched(device=torch.device("cpu"), pool_bytes=14 * 2**30)
     with FakeTensorMode(), torch.no_grad():
-        results = tree_leaves(Preparer(buffers).prepare(point)())
+        results = tree_leaves(Preparer(watched).prepare(point)())
     s = point.shape
     beside = {"scaled_mm": 8, "sdpa_masked": s.get("tokens", 0) * s.get("context", 0)}
-    tensors = [*buffers.taken, *(leaf for leaf in results if isinstance(leaf, torch.Tensor))]
+    tensors = [*watched.taken, *(leaf for leaf in results if isinstance(leaf, torch.Tensor))]
     seen_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     assert costs.floor_bytes(point) == seen_bytes + beside.get(point.op, 0)
 
 
 def test_cuda_points_can_be_prepared_and_run_on_fake_tensors():
     with FakeTensorMode(), torch.no_grad():
-        buffers = Buffers(device=torch.device("cpu"), pool_bytes=12 * 2**30)
+        pools = Buffers(device=torch.device("cpu"), pool_bytes=12 * 2**30)
         for point in distinct(DEVICE_POINTS, per_op=25):
-            Preparer(buffers).prepare(point)()
+            Preparer(pools).prepare(point)()
