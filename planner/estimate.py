@@ -31,7 +31,13 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
-from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
+from planner.training import (
+    adapter_rows,
+    as_built,
+    gradient_rows,
+    training_phase,
+    unfinished_row,
+)
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -142,6 +148,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     """One training step. Gradients count whole; what they lack at the peak is activations' own."""
     if work.precision == "autocast" and deploy.dtype is None:
         deploy = replace(deploy, dtype="bf16")
+    model, work = as_built(model, work, deploy)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = setting_of(model, deploy, runtime, gpu)
     check_padded(work, runtime.name)
@@ -154,8 +161,8 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         if model.quantization is None
         else kbit_rows(model, runtime, held_dtype, setting.dtype)
     )
-    adapted = adapter_rows(model, work)
-    gradients = gradient_rows(adapted or weights)
+    adapted = adapter_rows(model, work, setting.dtype)
+    gradients = gradient_rows(model, work, adapted or weights, setting.dtype)
     rows = (
         *weights,
         *adapted,
@@ -167,7 +174,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     )
     held = total_bytes(rows, "weights") + total_bytes(rows, "optimizer") + highest.live_bytes
     torch: TorchPeaks = Unsegmented(peak_allocated_bytes=held + _inputs_bytes(model, work))
-    if gpu.vendor in WITH_CONTEXT and model.quantization is None:
+    if gpu.vendor in WITH_CONTEXT and (model.quantization is None or runtime.name == "litgpt"):
         torch = AllocatorPlan(
             model=model,
             work=work,
