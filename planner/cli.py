@@ -79,7 +79,7 @@ from planner.format import gib
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import ALL_LINEAR, Deployment, Inference, LoRA, Training, cache_spec
+from planner.workload import ALL_LINEAR, LOW_RANK, Deployment, Inference, LoRA, Training, cache_spec
 
 if TYPE_CHECKING:
     from profiles.traced_estimate import TracedEstimate  # noqa: TID251
@@ -198,7 +198,7 @@ def estimate_command(
 
 
 def _lora(method: str, rank: int, targets: str, dtype: str | None, *, dora: bool) -> LoRA | None:
-    if method == "full" and not dora:
+    if method not in LOW_RANK and not dora:
         return None
     named = targets if targets == ALL_LINEAR else tuple(targets.split(","))
     return LoRA(rank=rank, targets=named, dtype=dtype, dora=dora)

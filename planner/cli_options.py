@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.workload import OPTIMIZERS
+from planner.workload import METHODS, OPTIMIZERS
 
 ModelName = Annotated[
     str,
@@ -25,7 +25,7 @@ EncoderTokens = Annotated[
     int | None, typer.Option("--encoder-tokens", help="What an encoder reads beside a decoder.")
 ]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="transformers, attnlab, vllm or llama.cpp.")
+    str, typer.Option("--runtime", help="transformers, attnlab, vllm, llama.cpp, litgpt.")
 ]
 Mode = Annotated[
     str | None,
@@ -95,13 +95,16 @@ Float32Logits = Annotated[
 Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
 ]
-Method = Annotated[str, typer.Option("--method", help="In training: full, lora or qlora.")]
+Method = Annotated[str, typer.Option("--method", help=f"In training: {', '.join(METHODS)}.")]
 LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
 LoraTargets = Annotated[
     str, typer.Option("--lora-targets", help="all-linear, or names of modules: q_proj,v_proj")
 ]
 LoraDtype = Annotated[
-    str | None, typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does.")
+    str | None,
+    typer.Option(
+        "--lora-dtype", help="The adapters'; else fp32, as peft does (litgpt: the model's)."
+    ),
 ]
 Dora = Annotated[
     bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")

@@ -32,7 +32,13 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
-from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
+from planner.training import (
+    adapter_rows,
+    as_built,
+    gradient_rows,
+    training_phase,
+    unfinished_row,
+)
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -144,6 +150,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     narrows = work.precision == "autocast" or (work.precision == "master" and model.dtype == "fp32")
     if narrows and deploy.dtype is None:
         deploy = replace(deploy, dtype="bf16")
+    model, work = as_built(model, work, deploy)
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     setting = setting_of(model, deploy, runtime, gpu)
     check_padded(work, runtime.name)
@@ -156,8 +163,8 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         if model.quantization is None
         else kbit_rows(model, runtime, held_dtype, setting.dtype)
     )
-    adapted = adapter_rows(model, work)
-    gradients = gradient_rows(adapted or weights, work)
+    adapted = adapter_rows(model, work, setting.dtype)
+    gradients = gradient_rows(model, work, adapted or weights, setting.dtype)
     rows = (
         *weights,
         *adapted,

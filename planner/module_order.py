@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 from planner.model import Model
 from planner.tensors import Parameter
@@ -30,6 +31,7 @@ BLOCKS = {
 what none of these begins stands behind them."""
 
 
+PARTS = ("q_proj", "k_proj", "v_proj")
 OPT_POST = (
     *(f"self_attn.{part}_proj." for part in "kvqo"),
     "post_attention_layernorm.",
@@ -67,3 +69,20 @@ def _rank(name: str, model: Model) -> int:
     if model.text_type == "opt" and model.layers[0].placement == "post-sum":
         starts = OPT_POST
     return next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))
+
+
+def one_matrix(sizes: Mapping[Parameter, list[int]]) -> dict[Parameter, list[int]]:
+    """Bytes of each parameter's tensors, those of queries, keys and values in one.
+
+    lit-gpt has them so: what is stored of k_proj and v_proj is stored behind that of q_proj.
+    """
+    joined: dict[Parameter, list[int]] = {}
+    first: dict[tuple[int | None, str], Parameter] = {}
+    for p, own in sizes.items():
+        module, _, what = p.name.rpartition(".")
+        if not module.endswith(PARTS):
+            joined[p] = own
+            continue
+        q = first.setdefault((p.layer, what), p)
+        joined[q] = [sum(pair) for pair in zip_longest(joined.get(q, ()), own, fillvalue=0)]
+    return joined

@@ -28,6 +28,8 @@ from planner.optimizer_loops import (
     TransformersAdafactor,
 )
 from planner.optimizer_parts import Part, columns, is_hidden, rows
+from planner.prefix_adapters import METHODS as PREFIXES
+from planner.prefix_adapters import trained_beside
 from planner.program import Buffer, Shape, Tape
 from planner.tensors import Parameter
 from planner.workload import OWN_WAY, Training
@@ -95,7 +97,11 @@ def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> 
 def trained(model: Model, work: Training) -> list[Parameter]:
     """What the optimizer updates."""
     lora = work.adapters
-    return list(model.parameters()) if lora is None else adapters(model, lora)
+    if lora is not None:
+        return adapters(model, lora)
+    if work.method in PREFIXES:
+        return trained_beside(model, work.method)
+    return list(model.parameters())
 
 
 def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:

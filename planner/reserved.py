@@ -35,8 +35,10 @@ from planner.format import gib
 from planner.kbit import held_tensors
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
-from planner.module_order import module_order
+from planner.module_order import module_order, one_matrix
 from planner.pass_events import PassWriter, script
+from planner.prefix_adapters import METHODS as PREFIXES
+from planner.prefix_adapters import kept_rows, prefix_adapters
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
@@ -167,6 +169,8 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for p, stored in model.stored_tensors(dtype):
             each = stored.size_bytes // stored.copies
             sizes.setdefault(p, []).extend([each] * stored.copies)
+    if plan.runtime == "litgpt":
+        sizes = one_matrix(sizes)
     number = 0
     for p in module_order(sizes, model, runtime=plan.runtime):
         for size in sizes[p]:
@@ -177,6 +181,14 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for p in adapters(model, lora):
             yield Alloc(("weight", number), p.count * adapter_bytes(lora))
             number += 1
+    if isinstance(plan.work, Training) and plan.work.method in PREFIXES:
+        b = element_bytes(dtype)
+        for p in prefix_adapters(model, plan.work.method):
+            yield Alloc(("weight", number), p.count * b)
+            number += 1
+        for row in kept_rows(model, b):
+            for index in range(row.count):
+                yield Alloc((row.item, index), row.size_bytes // row.count)
     for row in runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype):
         for index in range(row.count):
             yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)

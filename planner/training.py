@@ -6,20 +6,28 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from planner.activations import Peak
+from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kbit import check_frozen
-from planner.ledger import Row, total_bytes
+from planner.ledger import Component, Row, total_bytes
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
+from planner.prefix_adapters import METHODS as PREFIXES
+from planner.prefix_adapters import kept_rows, prefix_adapters, trained_beside
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
+from planner.runtimes.litgpt_finetuning import as_kept
+from planner.runtimes.litgpt_finetuning import training_phase as litgpt
+from planner.runtimes.litgpt_training.model import as_litgpt
 from planner.runtimes.transformers_training import training_phase as transformers
 from planner.runtimes.writer import FLOAT32
+from planner.tensors import Parameter
 from planner.workload import Deployment, Training
 
 PLANNED: dict[str, Callable[[Model, Training, Setting], Phase]] = {
     "attnlab": attnlab,
     "transformers": transformers,
+    "litgpt": litgpt,
 }
 """Runtimes that have a program of a training step."""
 
@@ -33,40 +41,66 @@ def training_phase(model: Model, work: Training, deploy: Deployment, setting: Se
     for field in ("kv_dtype", "cache"):
         if getattr(deploy, field) is not None:
             raise ConfigError(f"{field}={getattr(deploy, field)!r} is not allowed: None (training)")
-    check_frozen(model, work, deploy, setting)
+    if deploy.runtime != "litgpt":  # which has rules of its own
+        check_frozen(model, work, deploy, setting)
+    check_length(model, work)
+    return PLANNED[deploy.runtime](model, work, setting)
+
+
+def check_length(model: Model, work: Training) -> None:
+    """ConfigError for sequences beyond the model's positions."""
     limit = model.max_position_embeddings
     if limit is not None and work.sequence_tokens > limit:
         raise ConfigError(
             f"sequence_tokens={work.sequence_tokens} reaches beyond "
             f"max_position_embeddings={limit} of {model.name}"
         )
-    return PLANNED[deploy.runtime](model, work, setting)
 
 
-def adapter_rows(model: Model, work: Training) -> list[Row]:
-    """The adapters beside the weights, where nothing else is trained."""
+def as_built(model: Model, work: Training, deploy: Deployment) -> tuple[Model, Training]:
+    """Model and workload as the runtime's own classes have them, where they are not the config's.
+
+    lit-gpt's: other tensors, tables of the longest sample, adapters in the model's dtype.
+    """
+    if deploy.runtime != "litgpt":
+        return model, work
+    check_length(model, work)
+    return as_litgpt(model, work.sequence_tokens), as_kept(work, deploy.dtype or model.dtype)
+
+
+def adapter_rows(model: Model, work: Training, dtype: str) -> list[Row]:
+    """The adapters beside the weights, those of LLaMA-Adapter in `dtype`."""
     lora = work.adapters
-    if lora is None:
-        return []
-    trained, b = adapters(model, lora), adapter_bytes(lora)
-    elements = sum(p.count for p in trained)
-    return [
-        Row(
-            component="weights",
-            item=f"adapters of rank {lora.rank}, {len(trained)} tensors",
-            count=1,
-            formula="parameters · b",
-            values=(("parameters", elements), ("b", b)),
-            size_bytes=elements * b,
-        )
-    ]
+    if lora is not None:
+        item = f"adapters of rank {lora.rank}"
+        return [_added_row(item, adapters(model, lora), adapter_bytes(lora))]
+    if work.method in PREFIXES:
+        b = element_bytes(dtype)
+        beside = prefix_adapters(model, work.method)
+        return [_added_row("LLaMA-Adapter's", beside, b), *kept_rows(model, b)]
+    return []
 
 
-def gradient_rows(weights: list[Row], work: Training) -> list[Row]:
+def _added_row(item: str, added: list[Parameter], b: int, component: Component = "weights") -> Row:
+    elements = sum(p.count for p in added)
+    return Row(
+        component=component,
+        item=f"{item}, {len(added)} tensors",
+        count=1,
+        formula="parameters · b",
+        values=(("parameters", elements), ("b", b)),
+        size_bytes=elements * b,
+    )
+
+
+def gradient_rows(model: Model, work: Training, weights: list[Row], dtype: str) -> list[Row]:
     """A gradient for each parameter, in its dtype: the rows of the weights without buffers.
 
     Of master weights those of the copies, which the weights' own make room for.
     """
+    if work.method in PREFIXES:
+        trained = trained_beside(model, work.method)
+        return [_added_row("LLaMA-Adapter's", trained, element_bytes(dtype), "gradients")]
     rows = [
         replace(row, component="gradients")
         for row in weights

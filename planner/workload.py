@@ -149,6 +149,8 @@ MODES = ("graph", "captured", "eager")
 PRECISIONS = ("pure", "autocast", "master")
 CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
+LOW_RANK = ("lora", "qlora")
+METHODS = ("full", *LOW_RANK, "adapter", "adapter-v2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +204,8 @@ class Training:
     all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
     as the labels' `sequence_tokens`.
     `lora`: the adapters of methods "lora" and "qlora"; None: a LoRA() of all defaults. "qlora": the
-    weights are of 4 bits, and prepare_model_for_kbit_training has made all others fp32. `padded`:
+    weights are of 4 bits, and prepare_model_for_kbit_training has made all others fp32. "adapter"
+    and "adapter-v2": prefixes that LLaMA-Adapter trains, in its two versions (litgpt). `padded`:
     as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
     loss dropped before the next, whose gradients are added up before the optimizer's step.
     """
@@ -210,7 +213,7 @@ class Training:
     batch: int
     sequence_tokens: int
     optimizer: str | None = "adamw"
-    method: Literal["full", "lora", "qlora"] = "full"
+    method: Literal["full", "lora", "qlora", "adapter", "adapter-v2"] = "full"
     checkpointing: Literal["none", "full", "selective"] = "none"
     precision: Literal["pure", "autocast", "master"] = "pure"
     optimizer_impl: Literal["foreach", "fused", "for-loop"] = "foreach"
@@ -226,9 +229,9 @@ class Training:
             check_size(field, getattr(self, field))
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("method", self.method, ("full", "lora", "qlora"))
+        check_choice("method", self.method, METHODS)
         if self.lora is not None and (
-            not isinstance(self.lora, LoRA) or self.method not in ("lora", "qlora")
+            not isinstance(self.lora, LoRA) or self.method not in LOW_RANK
         ):
             raise ConfigError(
                 f"lora={shown(self.lora)} is not allowed: None for method={self.method!r}, "
@@ -267,8 +270,8 @@ class Training:
 
     @property
     def adapters(self) -> LoRA | None:
-        """The adapters that are trained; None where the whole model is."""
-        return None if self.method == "full" else self.lora or LoRA()
+        """The low-rank adapters that are trained; None where none are."""
+        return self.lora or LoRA() if self.method in LOW_RANK else None
 
     @property
     def inputs_bytes(self) -> int:
@@ -287,6 +290,8 @@ class Training:
         if self.adapters is not None:
             named = "dora" if self.adapters.dora else self.method
             method = f"{named} of rank {self.adapters.rank}, "
+        elif self.method != "full":
+            method = f"{self.method}, "
         words = {"pure": "", "autocast": "autocast, ", "master": "master weights, "}
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"

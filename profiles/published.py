@@ -5,7 +5,7 @@ where an old version held more than 5.23 does, what its source names is added in
 (`named_bytes`), never to the prediction. Rows that nothing here can express say why.
 
     optimum-benchmark   transformers 4.35: forwards and generations, allocated, reserved, NVML
-    litgpt              its own models and LoRA on one GPU: max_memory_allocated
+    litgpt              LoRA, QLoRA, LLaMA-Adapter on one GPU: max_memory_allocated
     torchtune           one recipe, a technique more in each row: peak active
     torchtitan          FSDP over 8 to 128 GPUs: max_memory_reserved
     peft                transformers with adapters: max_memory_reserved
@@ -274,34 +274,32 @@ def _fragments(work: planner.Inference) -> str:
     return ""
 
 
-def _litgpt(record: dict[str, Any]) -> Plan:
-    """LoRA of rank 8 on queries and values in bf16; litgpt's own models, transformers' are planned.
+LITGPT_METHODS = {"LoRA": "lora", "Adapter": "adapter", "Adapter v2": "adapter-v2"}
+LITGPT_WEIGHTS = {"None": None, "bnb.nf4": "nf4", "bnb.nf4-dq": "nf4-double"}
 
-    finetune/lora.py at 8641822: no checkpointing on one GPU, torch's AdamW.
+
+def _litgpt(record: dict[str, Any]) -> Plan:
+    """lit-gpt's scripts: the longest sample comes first, when no optimizer has states yet.
+
+    finetune/lora.py, get_batch: longest_seq_ix. Adapters of rank 8 are on queries and values.
     """
     s = record["settings"]
-    if "LoRA" not in s["method"]:
-        raise ConfigError("prefix adapters (LLaMA-Adapter, v1 and v2) are not planned")
-    targets = ("query_key_value",) if record["model"].startswith("Stable") else ("q_proj", "v_proj")
-    lora = planner.LoRA(rank=8, targets=targets, dtype="bf16")
-    quantised = s["quant"] != "None"
+    method = LITGPT_METHODS[s["method"].removeprefix("Finetuning with ").removesuffix(" on 1 GPU")]
+    lora = planner.LoRA(rank=8, targets=("q_proj", "v_proj")) if method == "lora" else None
     work = planner.Training(
         batch=s["micro_batch"],
         sequence_tokens=s["longest_sample_tokens"],
-        method="qlora" if quantised else "lora",
+        optimizer=None,
+        method=method,  # type: ignore[arg-type]
         lora=lora,
     )
-    deploy = planner.Deployment(gpu=GPUS[record["gpu"]], dtype="bf16")
-    why = (
-        "litgpt's code is another: logits are never whole in float32 there (chunks of 128 tokens), "
-        "its RMSNorm and rotations keep more"
+    deploy = planner.Deployment(
+        gpu=GPUS[record["gpu"]],
+        runtime="litgpt",
+        dtype="bf16",
+        weight_dtype=LITGPT_WEIGHTS[s["quant"]],
     )
-    if record["model"].startswith("phi"):
-        why = (
-            "litgpt computes the logits of 128 tokens at a time and a fused GELU; transformers' "
-            "phi keeps whole logits in float32 and every step of gelu_new"
-        )
-    return Plan(model=_model(record), work=work, deploy=deploy, why=why)
+    return Plan(model=_model(record), work=work, deploy=deploy)
 
 
 COMPILED = "compiled: torch.compile fuses what a step keeps, which no runtime here plans"

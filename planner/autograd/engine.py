@@ -92,21 +92,28 @@ def _call(aten: Aten, node: Node) -> Gradients:
 
 
 def _add(aten: Aten, target: Node, output: int, made: Gradients, index: int) -> None:
-    new, made[index] = made[index], None
-    assert new is not None
     waiting: Gradients = [target.waiting.pop(output, None)]
+    new = _taken(made, index, moved=waiting[0] is None)
     target.waiting[output] = _summed(aten, waiting, new)
 
 
 def _meet(aten: Aten, leaf: Leaf, made: Gradients, index: int) -> None:
-    new, made[index] = made[index], None
-    assert new is not None
     leaf.expected -= 1
     waiting: Gradients = [leaf.waiting]
     leaf.waiting = None
+    new = _taken(made, index, moved=waiting[0] is None)
     if waiting[0] is None and leaf.expected and not aten.watched:
         _name(leaf, new)  # more will be added to it where it lies
     leaf.waiting = _summed(aten, waiting, new)
+
+
+def _taken(made: Gradients, index: int, *, moved: bool) -> Tensor:
+    """One of a node's outputs; what is added to another stays there until all have flowed on."""
+    new = made[index]
+    assert new is not None
+    if moved:
+        made[index] = None
+    return new
 
 
 def _summed(aten: Aten, waiting: Gradients, new: Tensor) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from planner.autograd.autocast import FLOAT32
+from planner.autograd.convolutions import Convolutions
+from planner.autograd.early_four_bit import EarlyFourBitProducts
 from planner.autograd.elementwise import Elementwise
 from planner.autograd.four_bit import FourBitProducts
 from planner.autograd.fused_attention import FusedAttention
+from planner.autograd.losses import Losses
+from planner.autograd.noise import Noise
 from planner.autograd.picking import Picking
 from planner.autograd.recording import only
 from planner.autograd.reductions import Reductions
@@ -13,7 +17,17 @@ from planner.autograd.sort_scratch import embedding_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
 
 
-class Functions(Elementwise, Reductions, Picking, FusedAttention, FourBitProducts):
+class Functions(
+    Elementwise,
+    Reductions,
+    Picking,
+    FusedAttention,
+    FourBitProducts,
+    EarlyFourBitProducts,
+    Convolutions,
+    Noise,
+    Losses,
+):
     """The ops of torch.nn.functional that a decoder is made of, recorded in `graph`."""
 
     def embedding(self, table: Tensor, ids: Tensor, name: str) -> Tensor:

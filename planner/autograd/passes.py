@@ -33,6 +33,7 @@ from planner.tensors import Parameter
 from planner.workload import LoRA
 
 Given = TypeVar("Given")
+ORDINALS = ("first", "second", "third", "fourth")
 EMBEDDING, HEAD, AGAIN = "embedding", "head", ", which runs again"
 
 
@@ -86,6 +87,7 @@ class PassWriter(Generic[Given]):
         self.leaves: dict[str, list[Leaf]] = {}  # of each part
         self.known: Iterator[Leaf] | None = None  # of a layer that runs again, in order
         self.with_loss: list[Tensor] = []  # leaves that are no parameters: its graph holds them
+        self.held_by_nodes: dict[str, list[Tensor]] = {}  # of each part, beside what they save
         self.crossing: list[tuple[Node, Buffer]] = []
 
     def embed(self) -> Tensor:
@@ -255,6 +257,8 @@ class PassWriter(Generic[Given]):
         tape.phase = "optimizer step"
         if optimizer is not None:
             self._write_optimizer(optimizer, impl)
+        if any(self.held_by_nodes.values()):
+            self._drop("graph of", self.held_by_nodes)
         with tape.segment("end"):
             del loss
             self.with_loss.clear()
@@ -278,11 +282,17 @@ class PassWriter(Generic[Given]):
         if self.f.low is None:
             return
         self.f.casts = {}
+        self._drop("autocast ends:", self.casts)
+
+    def _drop(
+        self, what: str, kept: Mapping[str, dict[Leaf | Node, Tensor] | list[Tensor]]
+    ) -> None:
+        """Let go of what is kept of each part."""
         for part in self.parts():
-            label = f"autocast ends: {part.label}"
+            label = f"{what} {part.label}"
             if not self.tape.again(label, count=part.count, first_layer=part.layer):
                 with self.tape.segment(label, count=part.count, first_layer=part.layer):
-                    self.casts[part.label].clear()
+                    kept[part.label].clear()
 
     def _scaled_loss(self, loss: Tensor, graph: Graph) -> Tensor:
         """GradScaler.scale: the product, and its node in the graph of the loss."""
@@ -296,14 +306,9 @@ class PassWriter(Generic[Given]):
 
     def _trained(self) -> list[TrainedPart]:
         """The parameters of each part, in the order of the module's."""
-        h = self.model.hidden_size
         trained = []
         for part in self.parts():
-            kind = part.layer_kind
-            own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
-            if self.lora is not None:
-                own = adapters_beside(own, self.lora, self.adapted)
-            shapes = tuple(p.shape for p in own)
+            shapes = tuple(p.shape for p in self.trained_in(part))
             if shapes:
                 trained.append(
                     TrainedPart(
@@ -311,6 +316,12 @@ class PassWriter(Generic[Given]):
                     )
                 )
         return trained
+
+    def trained_in(self, part: Part) -> Iterable[Parameter]:
+        """What the optimizer updates of a part, or of one of its layers."""
+        kind, h = part.layer_kind, self.model.hidden_size
+        own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
+        return own if self.lora is None else adapters_beside(own, self.lora, self.adapted)
 
     def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
         """A layer's parameters in the order of its module's."""
@@ -348,8 +359,8 @@ class PassWriter(Generic[Given]):
             label = f"{layer_label(layer)}{keeps}"
             again = keeps in ("", AGAIN) and self.checkpointed > 0
             while count and seen.get(label, 0) < self._apart(layer, start):
+                order = ORDINALS[seen.get(label, 0)]
                 seen[label] = seen.get(label, 0) + 1
-                order = "first" if seen[label] == 1 else "second"
                 yield Part(f"{order} {label}", 1, start, layer, again=again)
                 start, count = start + 1, count - 1
             if count:
@@ -383,7 +394,7 @@ class PassWriter(Generic[Given]):
 
     def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
-        self.walking, self.leaves[part.label] = part.label, []
+        self.walking, self.leaves[part.label], self.held_by_nodes[part.label] = part.label, [], []
         self.keeps_inputs = part.again
         self.casts[part.label] = self.f.casts = {}
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])

@@ -75,14 +75,20 @@ class Views(Autocast):
         return [self.aten.new("slice_backward", called, like.dims, like.itemsize)]
 
     def split(self, x: Tensor, lengths: Sequence[Extent], dim: int = -1) -> list[Tensor]:
-        """A dimension in parts: views. The way back joins the parts' gradients."""
+        """A dimension in parts: views. The way back joins gradients, zeros where none came."""
 
         def backward(node: Node, flowed: Gradients) -> Gradients:
             like = node.inputs[0]
-            parts = [part for part in flowed if part is not None]
-            return [self.aten.cat(parts, dim, like, f"gradient of {like.name}")]
+            called = f"gradient of {like.name}"
+            gradients = [
+                self.aten.new("zeros", called, dims, like.itemsize) if part is None else part
+                for part, dims in zip(flowed, sizes, strict=True)
+            ]
+            return [self.aten.cat(gradients, dim, like, called)]
 
-        return self._several(backward, x, [self.aten.narrow(x, dim, n) for n in lengths])
+        parts = [self.aten.narrow(x, dim, n) for n in lengths]
+        sizes = [part.dims for part in parts]
+        return self._several(backward, x, parts)
 
     def unbind(self, x: Tensor, dim: int) -> list[Tensor]:
         """x at each place of a dimension: views. The way back stacks their gradients."""

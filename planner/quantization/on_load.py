@@ -27,6 +27,17 @@ ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
         },
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     },
+    # finetune/lora.py --quantize bnb.nf4, bnb.nf4-dq: the head is a linear layer like any other
+    "litgpt": {
+        name: {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": name == "nf4-double",
+            "llm_int8_skip_modules": [],
+        }
+        for name in ("nf4", "nf4-double")
+    },
     # gpt-fast's quantize.py --mode int8, --mode int4 --groupsize 32: weights of linear layers, and
     # of experts in int8 (mixtral-moe/quantize.py, which has no int4)
     "attnlab": {

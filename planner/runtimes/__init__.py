@@ -5,11 +5,14 @@ from __future__ import annotations
 from planner.errors import check_choice
 from planner.runtimes.attnlab import Attnlab
 from planner.runtimes.base import Runtime
+from planner.runtimes.litgpt import LitGPT
 from planner.runtimes.llamacpp import LlamaCpp
 from planner.runtimes.transformers import Transformers
 from planner.runtimes.vllm import Vllm
 
-RUNTIMES: dict[str, Runtime] = {r.name: r for r in (Transformers(), Attnlab(), Vllm(), LlamaCpp())}
+RUNTIMES: dict[str, Runtime] = {
+    r.name: r for r in (Transformers(), Attnlab(), Vllm(), LlamaCpp(), LitGPT())
+}
 
 
 def runtime_named(name: str) -> Runtime:

@@ -37,6 +37,14 @@ def test_forwards_of_an_old_transformers_are_as_measured(rows):
     assert all(abs(row.named_error) < 0.002 for row in allocated)
 
 
+def test_finetuning_with_litgpt_is_as_measured(rows):
+    """29 runs on an A100, LoRA, QLoRA, both LLaMA-Adapters: resource-tables.md, to 10 MB."""
+    errors = [abs(row.relative_error) for row in rows if row.source == "litgpt"]
+    assert len(errors) == 29
+    assert max(errors) < 0.005
+    assert sum(errors) / len(errors) < 0.0015
+
+
 def test_the_summary_counts_every_row(rows):
     assert sum(s.n + s.unpredicted for s in published_summary(rows)) == len(rows)
 
