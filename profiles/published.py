@@ -302,14 +302,32 @@ def _litgpt(record: dict[str, Any]) -> Plan:
     return Plan(model=_model(record), work=work, deploy=deploy)
 
 
-COMPILED = "compiled: torch.compile fuses what a step keeps, which no runtime here plans"
+COMPILED = "every layer is compiled: Inductor chooses what it keeps for the way back"
+CHECKPOINTED = (
+    "every layer is compiled and keeps its input alone, but no runtime here has torchtune's logits "
+    "in chunks, beside which the peak lies"
+)
+TORCHTUNE = {
+    "+compile": COMPILED,
+    "+chunked CE": COMPILED,
+    "+activation ckpt": CHECKPOINTED,
+    "+optimizer_in_bwd": f"{CHECKPOINTED}; optimizer steps inside the backward are not planned",
+    "+activation offload": f"{CHECKPOINTED}; offloading inputs to the host is not planned",
+    "+8bit AdamW": f"{CHECKPOINTED}; offloading inputs to the host is not planned",
+    "LoRA (all above, no opt_in_bwd/8bit)": (
+        f"{CHECKPOINTED}; offloading inputs to the host is not planned"
+    ),
+    "QLoRA": f"{CHECKPOINTED}; torchao's NF4 tensors are not planned in training",
+}
+"""Why not, by the technique that a row adds: recipes/full_finetune_single_device.py at 1814feb17,
+torchtune/training/_compile.py (TransformerSelfAttentionLayer and the loss of a chunk)."""
 
 
 def _torchtune(record: dict[str, Any]) -> Plan:
     """One recipe; each row adds a technique to those before it."""
     s = record["settings"]
-    if s["method"] != "+packed":
-        raise ConfigError(COMPILED)
+    if s["method"] in TORCHTUNE:
+        raise ConfigError(TORCHTUNE[s["method"]])
     work = planner.Training(batch=s["batch"], sequence_tokens=s["max_seq"], optimizer_impl="fused")
     deploy = planner.Deployment(gpu=GPUS[record["gpu"]], dtype="bf16")
     return Plan(model=_model(record), work=work, deploy=deploy)

@@ -15,7 +15,7 @@ from planner.runtimes.litgpt_training.regime import Regime, Step
 from planner.runtimes.litgpt_training.step import CHUNK_TOKENS, step_program
 from planner.workload import Training
 
-METHODS = ("lora", "adapter", "adapter-v2")
+METHODS = ("full", "lora", "adapter", "adapter-v2")
 
 
 def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
@@ -42,6 +42,10 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         )
     if setting.device == "cuda" and setting.dtype == "fp32":
         raise ConfigError("dtype='fp32' on a GPU is not planned for runtime=litgpt: bf16, fp16")
+    if work.method == "full" and model.quantization is not None:
+        raise ConfigError(
+            "method='full' trains weights, which 4-bit ones are not: weight_dtype=None"
+        )
     if setting.device == "cpu" and model.quantization is not None:
         raise ConfigError(
             "bitsandbytes 0.41.1 quantises on a GPU alone: weight_dtype=None on a CPU"

@@ -170,7 +170,7 @@ class Attention(nn.Module):
         self.config, h = config, config.n_embd
         self.attn = QKV(config)
         self.proj = Linear(config, h, h, "projection", bias=config.bias)
-        self.prefixed = config.method != "lora" and index >= 2
+        self.prefixed = config.method.startswith("adapter") and index >= 2
         if self.prefixed:
             self.adapter_wte = nn.Embedding(10, h)
             self.gating_factor = nn.Parameter(torch.zeros(1, 1, config.n_head, 1))
@@ -266,6 +266,7 @@ class GPT(nn.Module):
     def __init__(self, config: Lit, tokens: int) -> None:
         super().__init__()
         h, V = config.n_embd, config.padded_vocab_size
+        self.whole = config.method == "full"
         self.lm_head = Linear(config, h, V, "head", bias=config.lm_head_bias)
         self.wte = nn.Embedding(V, h)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -274,16 +275,19 @@ class GPT(nn.Module):
             table = torch.zeros(tokens, config.rope_n_elem, dtype=torch.float32)
             self.register_buffer(name, table)
 
-    def forward(self, ids: Tensor) -> list[Tensor]:
+    def forward(self, ids: Tensor) -> Any:
         cos, sin = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
         x = self.wte(ids)
         for block in self.h:
             x = block(x, cos, sin)
         x = self.ln_f(x)
+        if self.whole:
+            return self.lm_head(x)
         return [self.lm_head(part) for part in x.split(128, dim=1)]
 
 
 TRAINED = {
+    "full": ("",),
     "lora": ("lora_",),
     "adapter": ("adapter_wte", "gating_factor"),
     "adapter-v2": ("adapter_", "gating_factor", "norm_1", "norm_2", "ln_f"),
@@ -303,8 +307,12 @@ def built(config: Lit, tokens: int, dtype: torch.dtype) -> GPT:
     return model
 
 
-def chunked_cross_entropy(logits: list[Tensor], targets: Tensor) -> Tensor:
+def chunked_cross_entropy(logits: Any, targets: Tensor, chunk_size: int = 128) -> Tensor:
     """lit_gpt/utils.py."""
+    if chunk_size == 0:
+        logits = logits.reshape(-1, logits.size(-1))
+        targets = targets.reshape(-1)
+        return functional.cross_entropy(logits, targets, ignore_index=-1)
     chunks = [chunk.reshape(-1, chunk.size(-1)) for chunk in logits]
     labels = [part.reshape(-1) for part in targets.split(logits[0].size(1), dim=1)]
     losses = [
@@ -316,13 +324,20 @@ def chunked_cross_entropy(logits: list[Tensor], targets: Tensor) -> Tensor:
 
 
 def watched_step(forward: Any, vocab: int, batch: int, tokens: int, loss_of: Any) -> Any:
-    """The meter after forward and backward, as the scripts' loop runs them."""
+    """The meter after forward and backward, as the scripts' loop runs them.
+
+    `loss_of` a list of chunks, or with a `chunk_size` of 0 of all logits.
+    """
     ids, targets = torch.randint(vocab, (2, batch, tokens)).unbind()
     with LiveTensorMeter(log=True) as meter:
         logits = forward(ids)
-        logits = [chunk.float() for chunk in logits]  # Fabric's convert_output
-        logits[-1] = logits[-1][..., :-1, :]
-        loss = loss_of(logits, targets[..., 1:])
+        if isinstance(logits, Tensor):
+            logits = logits.float()
+            loss = loss_of(logits[..., :-1, :], targets[..., 1:], chunk_size=0)
+        else:
+            logits = [chunk.float() for chunk in logits]  # Fabric's convert_output
+            logits[-1] = logits[-1][..., :-1, :]
+            loss = loss_of(logits, targets[..., 1:])
         (loss / 4).backward()
         del loss, logits
     return meter

@@ -19,7 +19,7 @@ from planner.runtimes.litgpt_training.model import as_litgpt
 from planner.runtimes.litgpt_training.regime import Regime, Step
 from planner.runtimes.litgpt_training.step import step_program
 from profiles.meters import module_bytes
-from tests.planner.lit_gpt_steps import Lit, built, chunked_cross_entropy, watched_step
+from tests.planner.lit_gpt_steps import TRAINED, Lit, built, chunked_cross_entropy, watched_step
 from tests.planner.steps import curve, events, square
 
 NEOX = Lit(
@@ -56,6 +56,9 @@ STEPS = [
     (replace(FALCON, method="adapter-v2"), 1, 37),
     (replace(PHI, method="adapter-v2"), 1, 140),
     (replace(LLAMA, method="adapter-v2", n_layer=5), 2, 140),
+    (replace(PHI, method="full"), 1, 140),
+    (replace(LLAMA, method="full", n_query_groups=2), 2, 37),
+    (replace(NEOX, method="full"), 3, 37),
 ]
 TARGETS = {
     "query": ("q_proj",),
@@ -151,19 +154,19 @@ def test_the_ops_are_those_of_lit_gpt(lit, batch, tokens):
     import lit_gpt.lora
     from lit_gpt.utils import chunked_cross_entropy as theirs
 
-    module = {"lora": lit_gpt.lora, "adapter": lit_gpt.adapter, "adapter-v2": lit_gpt.adapter_v2}
-    own = module[lit.method]
+    modules = {"full": lit_gpt, "lora": lit_gpt.lora, "adapter": lit_gpt.adapter}
+    own = {**modules, "adapter-v2": lit_gpt.adapter_v2}[lit.method]
     torch.set_default_dtype(torch.bfloat16)
     model = own.GPT(own.Config(**lit.names, block_size=tokens + 1))
     torch.set_default_dtype(torch.float32)
     model.max_seq_length = tokens
-    marks = [name for name in dir(own) if name.startswith("mark_only")]
-    getattr(own, marks[-1])(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(part in name for part in TRAINED[lit.method])
     with torch.no_grad():
         model(torch.zeros(1, 2, dtype=torch.long))
 
     def forward(ids):
-        return model(ids, lm_head_chunk_size=128)
+        return model(ids) if lit.method == "full" else model(ids, lm_head_chunk_size=128)
 
     real = watched_step(forward, lit.padded_vocab_size, batch, tokens, theirs)
     live = built(lit, tokens, torch.bfloat16)
@@ -251,7 +254,6 @@ def test_trained_parameters_are_those_that_it_prints(model, method, trained):
     [
         ("gemma-2b", {}, "model_type=gemma is not planned for runtime=litgpt"),
         ("mixtral-8x7b", {}, "model_type=mixtral is not planned for runtime=litgpt"),
-        ("llama-2-7b", {"method": "full"}, "method='full' is not planned"),
         ("llama-2-7b", {"method": "qlora"}, "method='lora' with weight_dtype='nf4'"),
         ("llama-2-7b", {"sequence_tokens": 1}, "leaves no token to predict"),
         ("llama-2-7b", {"sequence_tokens": 5000}, "max_position_embeddings=4096"),

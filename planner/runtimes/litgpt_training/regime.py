@@ -85,7 +85,7 @@ class LitWriter(PassWriter[Shared]):
         """A parameter of the model, trained where its kind is."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
         norms = self.step.method == "adapter-v2" and name.startswith(NORMS)
-        return self._trained_leaf(made) if norms else made
+        return self._trained_leaf(made) if norms or self.step.method == "full" else made
 
     def beside(self, name: str, *shape: int) -> Tensor:
         """A parameter beside the model's, whichever method adds it."""

@@ -85,6 +85,10 @@ class _Finetuning(AttentionWriter):
         model, f = self.model, self.f
         assert model.final_norm is not None
         x = self.norm(model.final_norm, hidden.pop(), "final norm", "ln_f")
+        if self.step.method == "full":
+            logits = [self.linear(x, "lm_head", model.vocab_size, bias=model.lm_head_bias)]
+            del x
+            return self._loss_of_all(logits)
         lengths = self._chunks()
         parts = f.split(x, lengths, 1)
         del x
@@ -128,6 +132,19 @@ class _Finetuning(AttentionWriter):
         aten.new("gt.Scalar", "labels that count", (), BOOL, reads=(count,))  # max(1, count)
         loss = f.divide_by_count(total, count, "loss")
         del chunks, labels, losses, count, total
+        self.with_loss.append(loss.detach())
+        return f.scale(loss, "loss", kernel="div.Tensor")
+
+    def _loss_of_all(self, logits: list[Tensor]) -> Tensor:
+        """finetune/full.py has all logits at once: chunked_cross_entropy(…, chunk_size=0)."""
+        f, less = self.f, _one_less(T)
+        wide = f.cast(logits.pop(), FLOAT32, "float32 logits")
+        self.with_loss.append(wide.detach())
+        rows: Dims = ((B, less), (self.model.vocab_size,))
+        flat = f.view(f.narrow(wide, less, -2), rows)
+        labels = self._labels(rows)
+        loss = f.nll_loss(f.softmax(flat, "log-probabilities", kernel="_log_softmax"), labels)
+        del flat, labels
         self.with_loss.append(loss.detach())
         return f.scale(loss, "loss", kernel="div.Tensor")
 
