@@ -44,9 +44,8 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
         "in float32: None": lora.dtype == "bf16"
         and work.method == "qlora"
         and _adapts_plain(model, lora),
-        f"bnb_4bit_quant_type={frozen.quant_type}: nf4": frozen.quant_type != "nf4",
         f"bnb_4bit_quant_storage={frozen.storage}: uint8": frozen.storage != "uint8",
-        "llm_int8_skip_modules: none but the head": not frozen.by_default,
+        "llm_int8_skip_modules that does not name the head": _quantises_head(model),
         f"batch · sequence_tokens={work.batch * work.sequence_tokens} on {deploy.gpu}: above "
         f"{MAX_ROWS}, or a GPU of NVIDIA's whose multiprocessors are known": (
             setting.device == "cuda"
@@ -63,6 +62,14 @@ def check_frozen(model: Model, work: Training, deploy: Deployment, setting: Sett
 def _has_odd(model: Model) -> bool:
     """Rows of an odd number of elements, which the CPU's kernel leaves to Python."""
     return any(p.shape[1] % 2 for p, _ in quantised_layers(model))
+
+
+def _quantises_head(model: Model) -> bool:
+    """Whether the head would be of 4 bits, too, one that is tied included."""
+    frozen, head = model.quantization, model.checkpoint_name("lm_head.weight")
+    assert isinstance(frozen, FourBit)
+    weight = Parameter(name=head, group="head", layer=None, shape=(1, 1), linear=True)
+    return model.lm_head and frozen.replaces(weight)
 
 
 def _adapts_plain(model: Model, lora: LoRA) -> bool:

@@ -65,6 +65,14 @@ POST_NORM = {
 """Its first linear layers take the embeddings as they are, whose cast autocast caches."""
 
 
+OUTPUTS = ("lm_head", "embed_out")
+SKIPPED = (
+    "o_proj", "down_proj", "dense", "c_proj", "fc2", "self_attn", "model.layers.0",
+    "model.layers.1.mlp", "layers.2", "transformer.h.1", "gpt_neox.layers.0.attention",
+)  # fmt: skip
+"""What a config may name besides the head, of one family or another."""
+
+
 class FourBitMeter(LiveTensorMeter):
     """A meter that looks into bitsandbytes' ops, which are Python down to their kernels."""
 
@@ -98,18 +106,19 @@ class TracingMeter(FourBitMeter):
         super()._released(key, gone)
 
 
-def quantised(live, *, double_quant, prepared):
+def quantised(live, *, double_quant, prepared, quant_type="nf4", skipped=None):
     """The class with linear layers that bitsandbytes has quantised, as from_pretrained does it."""
     from transformers.integrations import bitsandbytes as integration
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
     )
     before = dict(live.named_parameters())
-    skipped = HfQuantizer.get_modules_to_not_convert(live, None, live._keep_in_fp32_modules)
+    skipped = HfQuantizer.get_modules_to_not_convert(live, skipped, live._keep_in_fp32_modules)
     torch.set_default_dtype(torch.bfloat16)  # as from_pretrained does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,6 +137,17 @@ def quantised(live, *, double_quant, prepared):
     if prepared:
         peft.prepare_model_for_kbit_training(live, use_gradient_checkpointing=False)
     return live
+
+
+def saying(config, double_quant, skipped):
+    """A checkpoint's own config of fp4 weights."""
+    method = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_skip_modules": skipped,
+    }
+    return planner.read_config({**config.to_dict(), "quantization_config": method})
 
 
 def has_plain(config):
@@ -175,6 +195,7 @@ def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     double_quant=st.booleans(),
     prepared=st.booleans(),
     autocast=st.booleans(),
+    skipped=st.none() | st.sampled_from(SKIPPED),
 )
 @example(
     adapted=(POST_NORM, planner.LoRA(rank=1, targets=("q_proj", "k_proj", "gate_proj"))),
@@ -185,9 +206,10 @@ def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     double_quant=False,
     prepared=True,
     autocast=True,
+    skipped=None,
 )
 def test_the_peak_of_a_step_is_exact(
-    adapted, batch, tokens, eager, how, double_quant, prepared, autocast
+    adapted, batch, tokens, eager, how, double_quant, prepared, autocast, skipped
 ):
     config, lora = adapted
     assume(how[0] != "selective" or config.get("clip_qkv") is None)  # refused
@@ -196,9 +218,17 @@ def test_the_peak_of_a_step_is_exact(
     model = planner.read_config(live.config.to_dict())
     assume(not any(p.shape[-1] % 2 for p in model.checkpoint_parameters() if p.linear))
     method = "qlora" if prepared else "lora"
-    if prepared and has_plain(config):
+    if prepared and (skipped is not None or has_plain(config)):
         lora = replace(lora, dtype=None)  # refused
-    live = quantised(live, double_quant=double_quant, prepared=prepared)
+    if skipped is None:
+        live = quantised(live, double_quant=double_quant, prepared=prepared)
+        weight_dtype = "nf4-double" if double_quant else "nf4"
+    else:  # as a checkpoint says it, in fp4
+        names = [*OUTPUTS, skipped]
+        kinds = {"quant_type": "fp4", "skipped": names}
+        live = quantised(live, double_quant=double_quant, prepared=prepared, **kinds)
+        model = saying(live.config, double_quant, names)
+        weight_dtype = None
     checkpoint(live, how)
     live = with_adapters(live, lora)
     step_meter(live, batch, tokens, autocast=autocast)  # casts biases
@@ -217,7 +247,7 @@ def test_the_peak_of_a_step_is_exact(
         gpu="cpu",
         dtype="bf16",
         attention=attention,
-        weight_dtype="nf4-double" if double_quant else "nf4",
+        weight_dtype=weight_dtype,
     )
     memory = planner.estimate(model, work, deploy).memory
     assert memory.weights_bytes == held_bytes(live)
@@ -315,6 +345,13 @@ def test_what_a_gpu_reserves_is_known():
     assert e.memory.peak_live_bytes < e.memory.peak_allocated_bytes
     assert e.memory.peak_allocated_bytes <= e.memory.peak_reserved_bytes
     assert "without what quantising on loading left cached" in e.reserved_note
+
+
+def test_a_head_of_4_bits_is_refused():
+    model = saying(described(WIDE), double_quant=False, skipped=["o_proj"])
+    work = planner.Training(batch=1, sequence_tokens=8, method="qlora")
+    with pytest.raises(ConfigError, match="llm_int8_skip_modules that does not name the head"):
+        planner.estimate(model, work, planner.Deployment(gpu="cpu", dtype="bf16"))
 
 
 def test_adapters_in_bf16_beside_float32_layers_are_refused():
