@@ -85,12 +85,16 @@ class GraphCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnergyCost:
-    """Power that flows when nothing runs, and joules of work beyond it."""
+    """Power that flows when nothing runs, and joules of work beyond it.
+
+    `clock`: the share of a burst's clock that the product ran at which `flop_j` was measured with.
+    """
 
     idle_w: float
     flop_j: float
     byte_j: float
     source: str
+    clock: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
