@@ -219,6 +219,9 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             sizes = (rows, reached, n, kind.k)
             fit = _covering(speed, "grouped", dtype, sizes)
             free, family = (0, 1), "grouped"
+            if fit is not None and _torch_groups(speed):
+                seconds = _by_tiles(fit, sizes, speed)
+                return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Attention():
             return _attention_time(timed, kind, dims, speed, flops, moved)
         case Batched():
@@ -299,6 +302,32 @@ def _three_reductions(moved: Number, speed: Speed) -> Number:
         return np.inf
     launch_s = known.seconds((NO_KERNEL_BYTES,))
     return 2 * launch_s + _streamed(product, moved, 0.0, speed)
+
+
+GROUPED_TILE = 256
+"""Rows that two thread blocks of 128, a cluster, compute together of more than `SMALL_GROUP` of an
+expert's (ATen/native/cuda/GroupMM.cu: dispatch_bf16_grouped_kernel_on_tile_size)."""
+SMALL_GROUP = 128
+
+
+def _torch_groups(speed: Speed) -> bool:
+    """Whether torch's own grouped product runs: bf16 on Hopper, where nothing is compiled."""
+    torch_runs = speed.backends[:1] == ("cudnn",) and not speed.fused
+    return torch_runs and (speed.gpu.compute_capability or "").startswith("9.")
+
+
+def _by_tiles(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
+    """Rows that are dealt out fill half of each expert's last tile; those timed filled all.
+
+    No faster than one product of as many rows.
+    """
+    rows, reached, n, k = sizes
+    each = np.asarray(rows, dtype=np.float64) / np.maximum(reached, 1.0)
+    tiles = np.maximum(each / GROUPED_TILE + 0.5, 1.0)
+    filled = np.where(each > SMALL_GROUP, reached * GROUPED_TILE * tiles, rows)
+    seconds = fit.seconds((filled, reached, n, k), (0, 1))
+    dense = _covering(speed, "gemm", speed.product_dtype, (filled, n, k))
+    return seconds if dense is None else np.maximum(seconds, dense.seconds((filled, n, k)))
 
 
 def _bytes_time(timed: Timed, kind: Bytes, dims: Dims, speed: Speed, moved: Number) -> OpTime:
@@ -411,7 +440,12 @@ def _decode_fit(
         return None, (B, pairs, *heads)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
-        return fit, (B, triangle(EFFICIENT_QUERIES * pairs), *heads)
+        together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
+        blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
+        whole = speed.gpu.multiprocessors or 1
+        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+        each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
+        return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
     fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
     return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)
 

@@ -330,7 +330,7 @@ class _Forward(LatentWriter, MixtureWriter):
         wide = (*x.shape[:-1], i)
         if dense.fused_gate_up:
             both = self.linear("gate_up_proj", x, 2 * i, bias=dense.bias)
-            active = self.activate(dense.activation, both, wide, consumed=False)
+            active = self.activate(dense.activation, both, wide, consumed=False, loop="strided")
             product = tape.new("gate · up", wide, b, reads=(both, active), loop="strided")
             tape.free(active, both)
         elif dense.gated:
@@ -347,9 +347,18 @@ class _Forward(LatentWriter, MixtureWriter):
         return out
 
     def activate(
-        self, activation: str, x: Buffer, shape: Shape, *, consumed: bool = True
+        self,
+        activation: str,
+        x: Buffer,
+        shape: Shape,
+        *,
+        consumed: bool = True,
+        loop: str = "",
     ) -> Buffer:
-        """The activation of (a part of) x; those that torch does not fuse op by op."""
+        """The activation of (a part of) x; those that torch does not fuse op by op.
+
+        `loop`: how one kernel goes over a part of x (program.LOOPS).
+        """
         tape, b = self.tape, self.b
 
         def step(*reads: Buffer) -> Buffer:
@@ -385,7 +394,7 @@ class _Forward(LatentWriter, MixtureWriter):
                 out = tape.new("activation", shape, b, reads=(kept,))
                 tape.free(kept)
             case _:
-                out = tape.new("activation", shape, b, reads=(x,))
+                out = tape.new("activation", shape, b, reads=(x,), loop=loop)
         if consumed:
             tape.free(x)
         return out

@@ -194,6 +194,18 @@ def test_a_block_of_the_efficient_kernel_computes_64_queries_for_one():
     assert step == pytest.approx(pairs * prefill, rel=0.1)
 
 
+def test_experts_whose_rows_fill_no_tile_take_as_long_as_if_they_did():
+    """GroupMM.cu: 256 rows at a time. Rows that fill all tiles were timed: 64 experts, 512 each."""
+    timed = {
+        (r.shape["experts"], r.shape["m"]): r.median_s
+        for r in records(OP_RECORDS).ops
+        if r.family == "moe" and (r.shape["n"], r.shape["k"]) == (2816, 2048)
+    }
+    ops = prefill_ops("qwen1.5-moe-a2.7b", 2048, batch=4)  # 60 experts, 546 rows each
+    up = next(o for o in ops if o.timed.op.name == "experts gate_up_proj")
+    assert timed[64, 32768] < float(up.seconds) < 768 / 512 * timed[64, 32768]
+
+
 def test_a_product_that_goes_on_takes_what_was_measured_at_the_power_cap():
     """1.37 ms in a burst, 1.62 ms when it goes on for a second."""
     square = [r for r in records(OP_RECORDS).ops if r.shape == {"m": 8192, "n": 8192, "k": 8192}]
