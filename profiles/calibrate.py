@@ -273,7 +273,7 @@ def _energy(ops: list[OpRecord]) -> dict[str, Any]:
 
 
 def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:
-    """The cost of issuing each op, the factor of each engine, and how far host times vary."""
+    """The cost of issuing each op as usual, the factor of each engine, how far host times vary."""
     costs = {
         r.op: float(f"{r.median_s:.4g}")
         for r in ops
@@ -281,9 +281,10 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     }
     if "add" not in costs:
         return {}
+    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    costs = _as_usual(costs, mine)
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
     scale, named, apart = dict[str, float](), list[str](), 0.0
-    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
     if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
         mine = [r for r in mine if r.host_add_s]
     for engine in sorted({r.runtime for r in mine}):
@@ -305,6 +306,21 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
             "source": "records",
         }
     }
+
+
+def _as_usual(costs: dict[str, float], records: list[Record]) -> dict[str, float]:
+    """Costs at the host's usual speed: the median of the additions timed here and beside the
+    calibration rows.
+
+    The run that timed the ops met the host in one of its spells.
+    """
+    beside = [
+        statistics.median(r.host_add_s)
+        for r in records
+        if r.split == "calibration" and r.host_add_s
+    ]
+    usual = statistics.median([costs["add"], *beside]) / costs["add"]
+    return {name: float(f"{usual * cost:.4g}") for name, cost in costs.items()}
 
 
 def _spread(records: list[Record]) -> float:

@@ -226,6 +226,22 @@ def test_a_pass_that_streams_leaves_watts_to_its_products():
     assert clocks[0] < clocks[1] < clocks[2] == 1.0
 
 
+def test_a_card_of_the_same_chip_and_power_has_the_same_joules():
+    energies = {name: calibration_of(gpu_named(name)).energy for name in ("h100-80gb", "h100-nvl")}
+    assert energies == {"h100-80gb": load("h200").energy, "h100-nvl": None}
+
+
+def test_what_multiplies_in_fp8_is_told_by_its_rates():
+    """AMD's capabilities are names: gfx942 has fp8, gfx90a has none."""
+    dtypes = {}
+    for gpu in ("mi300x", "mi250x", "h100-80gb", "a100-80gb"):
+        deploy = planner.Deployment(gpu=gpu, runtime="vllm", weight_dtype="fp8")
+        ready = prepare(LLAMA, deploy)
+        speed = speed_for(ready.model, ready.setting, "vllm", gpu_named(gpu))
+        dtypes[gpu] = speed.product_dtype
+    assert dtypes == {"mi300x": "fp8", "mi250x": "bf16", "h100-80gb": "fp8", "a100-80gb": "bf16"}
+
+
 def seconds_of_head(vocab_size):
     model = planner.read_config({**planner.load_model("gpt2").config, "vocab_size": vocab_size})
     work = planner.Inference(batch=8, prompt_tokens=1024, logits="all")
