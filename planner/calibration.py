@@ -85,12 +85,16 @@ class GraphCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnergyCost:
-    """Power that flows when nothing runs, and joules of work beyond it."""
+    """Power that flows when nothing runs, and joules of work beyond it.
+
+    `clock`: the share of a burst's clock that the product ran at which `flop_j` was measured with.
+    """
 
     idle_w: float
     flop_j: float
     byte_j: float
     source: str
+    clock: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -123,7 +127,8 @@ class Calibration:
 def calibration_of(gpu: Gpu) -> Calibration | None:
     """The device's own calibration, its kin's transferred to it, or None.
 
-    What it lacks (norms, casts, what the host costs: tables have none) is `REFERENCE`'s.
+    What it lacks (norms, casts, what the host costs: tables have none) is `REFERENCE`'s; joules are
+    another's too, where architecture and TDP are the same.
     """
     own, known = load(gpu.name), gpus()
     kin = kin_of(gpu)
@@ -139,11 +144,13 @@ def calibration_of(gpu: Gpu) -> Calibration | None:
     lent = transferred(reference, gpu, known[REFERENCE])
     families = {name.split(":")[0] for name in own.fits}
     missing = {n: fit for n, fit in lent.fits.items() if n.split(":")[0] not in families}
+    alike = (gpu.architecture, gpu.tdp_w) == (known[REFERENCE].architecture, known[REFERENCE].tdp_w)
     return replace(
         own,
         fits={**own.fits, **missing},
         host=own.host or reference.host,
         graph=own.graph or reference.graph,
+        energy=own.energy or (reference.energy if alike else None),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from planner.calibration import Calibration, EnergyCost
 from planner.catalog.gpus import Gpu
+from planner.power import flop_joules
 from planner.program import Number
 
 IDLE_SHARE = 0.23
@@ -28,14 +29,21 @@ def pass_joules(
     *,
     dtype: str,
     calibration: Calibration | None,
+    clock: Number = None,
 ) -> Number | None:
-    """Energy of one GPU over a pass; None where the catalogue has no TDP."""
+    """Energy of one GPU over a pass; None where the catalogue has no TDP.
+
+    `clock`: the share of a burst's that it ran at (power.py).
+    """
     if gpu.tdp_w is None:
         return None
     cost = None if calibration is None else calibration.energy
     if cost is None:
         cost = by_tdp(gpu, dtype)
-    spent = cost.idle_w * time_s + cost.flop_j * flops + cost.byte_j * moved_bytes
+        computed = cost.flop_j * flops
+    else:
+        computed = flop_joules(cost, dtype, clock) * flops
+    spent = cost.idle_w * time_s + computed + cost.byte_j * moved_bytes
     return np.minimum(spent, gpu.tdp_w * time_s)
 
 

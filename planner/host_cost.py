@@ -13,6 +13,9 @@ which finds everything in the processor's caches: the median over the calibratio
 their host, each at the speed its host had then; no other row is seen. Who shares a processor waits
 longer, in spells: `HostCost.spread` is how far single steps are from their median.
 
+A pass that begins when its GPU has nothing left to do waits for what is issued before the first
+layer (`head_seconds`); a host that is slower than its kernels takes all of its time.
+
 On a CPU what is measured of an op holds what issuing it costs, and nothing is computed meanwhile:
 only what lies between the ops is added.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 from planner.calibration import HostCost
 from planner.host_calls import counted, trained
@@ -103,6 +107,32 @@ def between_seconds(
     unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
     usual_s = unlisted_s + asked.views * view_s + calls * call_s
     return scale * usual_s + HOOKED * hooked * call_s
+
+
+def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
+    """What the host needs until a pass's first layer begins: positions, masks, tables.
+
+    A GPU that has nothing left to do waits for it, and is behind the host from then on. The calls
+    of the pass around its layers are taken to come before them: after them only a norm and a
+    product are left.
+    """
+    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    issued_s = sum(_issued(_head(program), host))
+    found = counted(engine.runtime, engine.model_type, engine.attention)
+    if found is None:
+        return scale * issued_s
+    _, whole = found
+    view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
+    call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
+    called_s = max(0.0, whole.views) * view_s + max(0.0, whole.calls) * call_s
+    return scale * (issued_s + called_s)
+
+
+@lru_cache(maxsize=256)
+def _head(program: Program) -> Program:
+    """What stands before the first layer."""
+    before = tuple(takewhile(lambda s: s.first_layer is None or is_there(s), program.segments))
+    return Program(name=f"{program.name}, head", segments=before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,10 +21,17 @@ import numpy as np
 from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
-from planner.host_cost import Engine, between_seconds, forward_runs, host_seconds
+from planner.host_cost import (
+    Engine,
+    between_seconds,
+    forward_runs,
+    head_seconds,
+    host_seconds,
+)
 from planner.model import Model
+from planner.power import capped_clock
 from planner.program import Dims, Number, Program
-from planner.roofline import Speed, pass_cost
+from planner.roofline import Cost, Speed, pass_cost
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.speed import communication_cost, speed_for
@@ -72,7 +79,10 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassTime:
-    """One pass through all stages: its time, how far it may be off, what binds it."""
+    """One pass through all stages: its time, how far it may be off, what binds it.
+
+    `clock`: the share of a burst's that its GPU runs at (power.py).
+    """
 
     time_s: Number
     error_s: Number
@@ -83,13 +93,15 @@ class PassTime:
     flops: Number
     moved_bytes: Number
     energy_j: Number | None
+    clock: Number = 1.0
 
     def repeated(self, count: Number) -> PassTime:
         """So many of them, one after the other."""
         together: dict[str, Any] = {}
         for field in fields(self):
             once = getattr(self, field.name)
-            together[field.name] = None if once is None else count * once
+            alike = once is None or field.name == "clock"
+            together[field.name] = once if alike else count * once
         return PassTime(**together)
 
 
@@ -126,46 +138,76 @@ class Passes:
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
         """A pass through the stages, one after the other."""
         setting, speed = self.setting, self.speed
-        gpu: Number = 0.0
-        host, square = 0.0, 0.0
-        extrapolated: Number = 0.0
-        flops: Number = 0.0
-        moved: Number = 0.0
-        waited: Number = 0.0
+        parts: list[tuple[Cost, float]] = []
+        head_s = 0.0
         for stage in self.stages:
             phases = by_phase(program(stage))
             again = layers_run_again(phases)
-            for made in phases:
-                cost = pass_cost(made, dims, speed)
-                gpu, flops, moved = gpu + cost.time_s, flops + cost.flops, moved + cost.moved_bytes
-                extrapolated = extrapolated + cost.extrapolated_s
-                square = square + cost.error_s**2
-                issuing = self._host(made, again)
-                host += issuing
-                meanwhile = 0.0 if speed.gpu.is_cpu else cost.time_s
-                waited = waited + np.maximum(issuing - meanwhile, 0.0)
+            parts += [(pass_cost(made, dims, speed), self._host(made, again)) for made in phases]
+            head_s = head_s or self._head(phases[0])
         said = communication_cost(self.model, setting, dims, speed)
-        time_s, error = gpu + said.time_s, np.sqrt(square + said.error_s**2)
-        known = speed.calibration
-        if self.replays:
-            if known is not None and known.graph is not None:
-                time_s = time_s + known.graph.replay_s
-        elif host and known is not None and known.host is not None:
+        known, host = speed.calibration, sum(issuing for _, issuing in parts)
+        replay_s = 0.0
+        if self.replays and known is not None and known.graph is not None:
+            replay_s = known.graph.replay_s
+
+        def seconds(clock: Number) -> Number:
+            (first, issuing), *others = parts
+            begun = self._part(first, issuing, clock, head_s)
+            return said.time_s + replay_s + begun + sum(self._part(*p, clock) for p in others)
+
+        computed, moved = _sum(parts, "computed_flops"), _sum(parts, "moved_bytes")
+        clock = capped_clock(
+            seconds,
+            computed,
+            moved,
+            None if known is None else known.energy,
+            speed.gpu.tdp_w,
+            speed.product_dtype,
+        )
+        time_s = seconds(clock)
+        gpu: Number = sum(cost.seconds(clock) for cost, _ in parts)
+        error = np.sqrt(sum(cost.error_s**2 for cost, _ in parts) + said.error_s**2)
+        waited = time_s - gpu - said.time_s - replay_s
+        if host and known is not None and known.host is not None:
             error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
-            time_s = time_s + waited
         return PassTime(
             time_s=time_s,
             error_s=error,
             gpu_s=gpu,
             host_s=host,
             communication_s=said.time_s,
-            extrapolated_s=extrapolated,
-            flops=flops,
+            extrapolated_s=_sum(parts, "extrapolated_s"),
+            flops=_sum(parts, "flops"),
             moved_bytes=moved,
             energy_j=pass_joules(
-                flops, moved, time_s, speed.gpu, dtype=speed.dtype, calibration=known
+                computed,
+                moved,
+                time_s,
+                speed.gpu,
+                dtype=speed.product_dtype,
+                calibration=known,
+                clock=clock,
             ),
+            clock=clock,
         )
+
+    def _part(self, cost: Cost, issuing_s: float, clock: Number, head_s: float = 0.0) -> Number:
+        """A phase of a stage: the longer of kernels and host, of a CPU both.
+
+        Kernels of the first phase wait for the host's `head_s`.
+        """
+        kernels_s = cost.seconds(clock)
+        if self.speed.gpu.is_cpu:
+            return kernels_s + issuing_s
+        return np.maximum(head_s + kernels_s, issuing_s)
+
+    def _head(self, program: Program) -> float:
+        """What an idle GPU waits for at the start of a pass."""
+        known = self.speed.calibration
+        if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
+            return 0.0
+        return head_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
 
     @property
     def replays(self) -> bool:
@@ -191,6 +233,10 @@ class Passes:
             model_type=self.model.text_type,
             attention=self.setting.attention,
         )
+
+
+def _sum(parts: list[tuple[Cost, float]], name: str) -> Number:
+    return sum(getattr(cost, name) for cost, _ in parts)
 
 
 def layers_run_again(phases: tuple[Program, ...]) -> int:

@@ -136,8 +136,9 @@ BYTE_KINDS = (
     "elementwise",
     "norm",
     "reduction",
+    "softmax",
+    "mean",
     "cast",
-    "rotary",
     "cat",
     "gather",
     "optimizer",
@@ -145,6 +146,11 @@ BYTE_KINDS = (
     "topk",
 )
 """Ops that compute next to nothing, by how well they stream."""
+STRIDED = "strided"
+STRIDED_CAST = "strided cast"
+ELEMENT_BYTES = 4.0
+"""Read and written of an element of two bytes: by it strided kernels, which take as long for wider
+elements until these fill the bandwidth, are given a size in bytes."""
 COMMUNICATION = ("all_reduce:2", "all_reduce:4", "all_reduce:8")
 """By the GPUs that take part; bytes are those of the tensor that each holds."""
 
@@ -163,7 +169,7 @@ FAMILIES: dict[str, Family] = {
         DECODE,
         PREFILL,
         BACKWARD,
-        *map(_bytes, BYTE_KINDS),
+        *map(_bytes, (*BYTE_KINDS, STRIDED)),
         *map(_bytes, COMMUNICATION),
     )
 }

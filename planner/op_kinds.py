@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from planner.op_families import STRIDED, STRIDED_CAST
 from planner.program import (
     OPENING,
     Dims,
@@ -28,7 +29,11 @@ from planner.program import (
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
-REDUCTION = re.compile(r"softmax|mean|sum|nll|amax|logsumexp|var|cross_entropy")
+MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim")
+"""Each row to a number, read once."""
+SOFTMAX = re.compile(r"_(?:safe_)?softmax")
+"""Over rows of attention or routing; over a vocabulary it is a logarithm, a REDUCTION."""
+REDUCTION = re.compile(r"softmax|cumsum|nll|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 ROUTING = ("sort", "topk")
 """Several kernels, and latencies: they do not stream."""
@@ -98,6 +103,10 @@ class Batched:
 
     flops: Shape
     dtype_bytes: int
+
+
+WALKS = {"whole": "elementwise", "cast": "cast", "strided": STRIDED, "strided cast": STRIDED_CAST}
+"""A program's word for an elementwise kernel → its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +216,11 @@ def moved_bytes(op: Op, dims: Dims) -> Number:
     for shape in op.moved:
         total = total + evaluate(shape, dims)
     return total
+
+
+def elements(op: Op, dims: Dims) -> Number:
+    """Of what an op makes, or of the first tensor that one in place touches."""
+    return evaluate(op.allocates[0].shape if op.allocates else op.moved[0][:-1], dims)
 
 
 def _alike(op: Op, kind: Kind) -> object:
@@ -345,14 +359,26 @@ def _byte_kind(op: Op) -> str:
         return kernel.split(".")[0]
     if GATHER.search(kernel) or (not kernel and "embedding" in name):
         return "gather"
+    if op.loop:
+        return WALKS[op.loop]
     if kernel.startswith(("cat", "constant_pad")) and not ROTARY.search(name):
         return "cat"
     if ROTARY.search(name):
-        return "rotary"
-    if REDUCTION.search(kernel) or (not kernel and "softmax" in name):
+        return STRIDED
+    if SOFTMAX.match(kernel) or (not kernel and "softmax" in name):
+        return "softmax"
+    if REDUCTION.search(kernel):
         return "reduction"
-    if kernel == "_to_copy" or name.startswith("float32"):
+    if MEAN.search(kernel):
+        return "mean"
+    if kernel == "_to_copy" or name.startswith("float32") or _widens(op):
         return "cast"
-    if ONE_KERNEL_NORMS.search(kernel) or (not kernel and NORM.search(name) and op.weight_bytes):
-        return "norm"
-    return "elementwise"
+    return "norm" if ONE_KERNEL_NORMS.search(kernel) else "elementwise"
+
+
+def _widens(op: Op) -> bool:
+    """A tensor of two bytes made one of four, nothing else: x.float()."""
+    if op.kernel or op.moved or op.weight_bytes or len(op.reads) != 1:
+        return False
+    (read,) = op.reads
+    return [b.itemsize for b in op.allocates] == [4] and read.itemsize == 2

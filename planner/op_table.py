@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from planner.latency import Passes
+from planner.model import Model
 from planner.program import Dims, Program
 from planner.roofline import OpTime, Speed, op_times
 
@@ -34,24 +35,25 @@ class OpRow:
     error: float
 
 
-def op_rows(program: Program, dims: Dims, speed: Speed) -> list[OpRow]:
-    """All kinds of op of a pass."""
-    rows = [_row(made, speed) for made in op_times(program, dims, speed)]
+def op_rows(program: Program, dims: Dims, speed: Speed, clock: float = 1.0) -> list[OpRow]:
+    """All kinds of op of a pass, at a clock that the power cap allows (power.py)."""
+    rows = [_row(made, speed, clock) for made in op_times(program, dims, speed)]
     return sorted(rows, key=lambda row: -row.total_s)
 
 
-def op_table(passes: Passes, programs: Iterator[tuple[Program, Dims]]) -> pd.DataFrame:
-    """The rows of the passes through all stages, as a table."""
+def op_table(passes: Passes, make: Callable[[Model], Program], dims: Dims) -> pd.DataFrame:
+    """The rows of a pass through all stages, as a table."""
     import pandas as pd
 
-    rows = [row for program, dims in programs for row in op_rows(program, dims, passes.speed)]
+    clock = float(passes.timed(make, dims).clock)
+    rows = [row for s in passes.stages for row in op_rows(make(s), dims, passes.speed, clock)]
     columns = list(OpRow.__dataclass_fields__)
     table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     return table.sort_values("total_s", ascending=False, ignore_index=True)
 
 
-def _row(made: OpTime, speed: Speed) -> OpRow:
-    seconds = float(made.seconds)
+def _row(made: OpTime, speed: Speed, clock: float) -> OpRow:
+    seconds = float(made.at(clock))
     compute = float(made.flops) / speed.gpu.flops_per_s(speed.product_dtype or speed.dtype)
     memory = float(made.moved_bytes) / speed.gpu.memory_bandwidth_bytes_per_s
     bound = "compute" if compute > memory else "memory"

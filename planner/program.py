@@ -145,11 +145,19 @@ class Buffer:
         return self.itemsize * evaluate(self.shape, dims)
 
 
+LOOPS = ("", "whole", "strided", "cast", "strided cast")
+"""What torch's elementwise kernels do on a GPU (ATen/native/cuda/CUDALoops.cuh, gpu_kernel_impl):
+vectors of whole tensors; an offset for each element, where an operand is repeated or lies in
+another order; a conversion for each, where dtypes differ; both. Empty: not said.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Op:
     """One operation. It allocates first, computes, then frees; products of shapes are its sizes.
 
-    `kernel`: the op of torch that runs, where the program says so.
+    `kernel`: the op of torch that runs, where the program says so. `loop`: how an elementwise one
+    goes over its operands, where that is known (LOOPS).
     """
 
     name: str
@@ -160,6 +168,7 @@ class Op:
     weight_bytes: int = 0
     moved: tuple[Shape, ...] = ()  # bytes moved beyond whole buffers, such as rows of a table
     kernel: str = ""
+    loop: str = ""
 
     @property
     def sometimes(self) -> bool:
@@ -216,6 +225,7 @@ class Tape:
         into: Buffer | None = None,
         called: str = "",
         kernel: str = "",
+        loop: str = "",
     ) -> Buffer:
         """An op with one output; `scratch` are further outputs that are dropped at once.
 
@@ -234,13 +244,14 @@ class Tape:
                 weight_bytes=weight_bytes,
                 moved=moved,
                 kernel=kernel,
+                loop=loop,
             )
         )
         return out
 
-    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str) -> None:
+    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str, loop: str = "") -> None:
         """An op that works in place: it allocates nothing."""
-        self._ops.append(Op(name=op, moved=moved, kernel=kernel))
+        self._ops.append(Op(name=op, moved=moved, kernel=kernel, loop=loop))
 
     def replace(self, old: Buffer, new: Buffer) -> None:
         """Describe a buffer of the segment that is being written anew."""

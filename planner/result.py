@@ -190,7 +190,7 @@ class Estimate:
         passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
         if isinstance(self.work, Training):
             phase = training_phase(self.model, self.work, self.deploy, self.setting)
-            return op_table(passes, iter([(phase.program, phase.dims)]))
+            return op_table(passes, lambda _: phase.program, phase.dims)
         check_choice("which", which, ("prefill", "decode"))
         rules, work = runtime_named(self.deploy.runtime), self.work
         decodes = which == "decode"
@@ -204,7 +204,7 @@ class Estimate:
         if rules.pooled and not decodes:
             _, dims = prompt_passes(dims, self.setting.max_batched_tokens)
         make = rules.decode if decodes else rules.prefill
-        return op_table(passes, ((make(s, work, self.setting), dims) for s in passes.stages))
+        return op_table(passes, lambda stage: make(stage, work, self.setting), dims)
 
     @property
     def headroom_bytes(self) -> int:

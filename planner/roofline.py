@@ -16,7 +16,16 @@ import numpy as np
 
 from planner.calibration import TRANSFERRED, Calibration, calibration_of
 from planner.catalog.gpus import Gpu
-from planner.op_families import ALIAS, GEMM, MASKED, gemm_family, triangle
+from planner.op_families import (
+    ALIAS,
+    ELEMENT_BYTES,
+    GEMM,
+    MASKED,
+    STRIDED,
+    STRIDED_CAST,
+    gemm_family,
+    triangle,
+)
 from planner.op_kinds import (
     Attention,
     Batched,
@@ -25,6 +34,7 @@ from planner.op_kinds import (
     Nothing,
     Product,
     Timed,
+    elements,
     moved_bytes,
     timed_ops,
 )
@@ -77,19 +87,35 @@ class Cost:
     by_family_s: dict[str, Number] = field(default_factory=dict, hash=False)
     error_s: Number = 0.0
     extrapolated_s: Number = 0.0
+    clocked_s: Number = 0.0
+    computed_flops: Number = 0.0
+
+    def seconds(self, clock: Number) -> Number:
+        """The time at a lower clock, which stretches what computes (power.py)."""
+        return self.time_s + self.clocked_s * (1.0 / clock - 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpTime:
-    """One kind of op of a pass: how often, its seconds once, and where the number comes from."""
+    """One kind of op of a pass: how often, its seconds once, and where the number comes from.
+
+    `clocked_s`: the part that computing takes, which a lower clock stretches; `computed_flops`:
+    with what a kernel computes behind a mask that hides it.
+    """
 
     timed: Timed
     family: str
     seconds: Number
+    clocked_s: Number
+    computed_flops: Number
     flops: Number
     moved_bytes: Number
     error: float
     basis: str  # "interpolated" | "extrapolated" | "uncalibrated"
+
+    def at(self, clock: Number) -> Number:
+        """Seconds at a lower clock, which stretches what computes (power.py)."""
+        return self.seconds + self.clocked_s * (1.0 / clock - 1.0)
 
 
 def speed_of(
@@ -124,6 +150,8 @@ def pass_cost(program: Program, dims: Dims, speed: Speed) -> Cost:
     time_s: Number = 0.0
     kernels: Number = 0
     extrapolated: Number = 0.0
+    clocked: Number = 0.0
+    computed: Number = 0.0
     by_family: dict[str, Number] = {}
     errors: dict[str, Number] = {}
     for made in op_times(program, dims, speed):
@@ -132,6 +160,8 @@ def pass_cost(program: Program, dims: Dims, speed: Speed) -> Cost:
         flops = flops + n * made.flops
         moved = moved + n * made.moved_bytes
         time_s = time_s + seconds
+        clocked = clocked + n * made.clocked_s
+        computed = computed + n * made.computed_flops
         kernels = kernels + n
         by_family[made.family] = by_family.get(made.family, 0.0) + seconds
         errors[made.family] = errors.get(made.family, 0.0) + made.error * seconds
@@ -148,6 +178,8 @@ def pass_cost(program: Program, dims: Dims, speed: Speed) -> Cost:
         by_family_s=by_family,
         error_s=np.sqrt(square),
         extrapolated_s=extrapolated,
+        clocked_s=clocked,
+        computed_flops=computed,
     )
 
 
@@ -187,14 +219,16 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             sizes = (rows, reached, n, kind.k)
             fit = _covering(speed, "grouped", dtype, sizes)
             free, family = (0, 1), "grouped"
+            if fit is not None and _torch_groups(speed):
+                seconds = _by_tiles(fit, sizes, speed)
+                return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Attention():
             return _attention_time(timed, kind, dims, speed, flops, moved)
         case Batched():
             dtype = speed.dtype if kind.dtype_bytes < 4 else "fp32"
             return _unmeasured(timed, "batched products", dtype, flops, moved, speed)
         case Bytes():
-            sizes, free, dtype, family = (np.maximum(moved, NO_KERNEL_BYTES),), (0,), "", kind.kind
-            fit = None if speed.calibration is None else speed.calibration.fit(kind.kind)
+            return _bytes_time(timed, kind, dims, speed, moved)
         case Nothing():
             return None
     if fit is None:
@@ -202,10 +236,6 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     seconds = fit.seconds(sizes, free)
     if speed.fused and isinstance(kind, Grouped):
         seconds = _one_row_each(sizes, seconds, flops, moved, speed)
-    if isinstance(kind, Bytes):
-        seconds = _warm_or_cold(kind.kind, fit, sizes, speed)
-        if op.sometimes:
-            seconds = seconds * (np.asarray(moved) > 0)
     if speed.fused and isinstance(kind, Product):
         unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
         one = _streamed(fit, moved, unpacked, speed)
@@ -274,14 +304,72 @@ def _three_reductions(moved: Number, speed: Speed) -> Number:
     return 2 * launch_s + _streamed(product, moved, 0.0, speed)
 
 
-def _warm_or_cold(kind: str, cold: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
+GROUPED_TILE = 256
+"""Rows that two thread blocks of 128, a cluster, compute together of more than `SMALL_GROUP` of an
+expert's (ATen/native/cuda/GroupMM.cu: dispatch_bf16_grouped_kernel_on_tile_size)."""
+SMALL_GROUP = 128
+
+
+def _torch_groups(speed: Speed) -> bool:
+    """Whether torch's own grouped product runs: bf16 on Hopper, where nothing is compiled."""
+    torch_runs = speed.backends[:1] == ("cudnn",) and not speed.fused
+    return torch_runs and (speed.gpu.compute_capability or "").startswith("9.")
+
+
+def _by_tiles(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
+    """Rows that are dealt out fill half of each expert's last tile; those timed filled all.
+
+    No faster than one product of as many rows.
+    """
+    rows, reached, n, k = sizes
+    each = np.asarray(rows, dtype=np.float64) / np.maximum(reached, 1.0)
+    tiles = np.maximum(each / GROUPED_TILE + 0.5, 1.0)
+    filled = np.where(each > SMALL_GROUP, reached * GROUPED_TILE * tiles, rows)
+    seconds = fit.seconds((filled, reached, n, k), (0, 1))
+    dense = _covering(speed, "gemm", speed.product_dtype, (filled, n, k))
+    return seconds if dense is None else np.maximum(seconds, dense.seconds((filled, n, k)))
+
+
+def _bytes_time(timed: Timed, kind: Bytes, dims: Dims, speed: Speed, moved: Number) -> OpTime:
+    """An op that computes next to nothing."""
+    op, known = timed.op, speed.calibration
+    fit = None if known is None else known.fit(kind.kind.split()[0])
+    if fit is None:
+        return _unmeasured(timed, kind.kind, speed.dtype, 0.0, moved, speed)
+    size = np.maximum(moved, NO_KERNEL_BYTES)
+    seconds = byte_seconds(kind.kind, size, elements(op, dims) * 1.0, speed)
+    if op.sometimes:
+        seconds = seconds * (np.asarray(moved) > 0)
+    return _timed(timed, kind.kind, fit, seconds, (size,), 0.0, moved, speed)
+
+
+def byte_seconds(kind: str, moved: Number, count: Number, speed: Speed) -> Number:
+    """Seconds of an op that moves bytes and makes `count` elements.
+
+    A strided one takes as long for an element of two bytes as for a wider one, until the bandwidth
+    is full. One that is strided and converts takes what both add to a plain one: nobody timed it.
+    """
+    if kind == STRIDED_CAST:
+        plain = byte_seconds("elementwise", moved, count, speed)
+        both = (byte_seconds(one, moved, count, speed) for one in (STRIDED, "cast"))
+        return sum(both) - plain
+    assert speed.calibration is not None
+    cold = speed.calibration.fit(kind)
+    assert cold is not None
+    if kind == STRIDED:
+        by_element = cold.seconds((np.maximum(ELEMENT_BYTES * count, NO_KERNEL_BYTES),))
+        return np.maximum(by_element, byte_seconds("elementwise", moved, count, speed))
+    return _warm_or_cold(kind, cold, moved, speed)
+
+
+def _warm_or_cold(kind: str, cold: Fit, moved: Number, speed: Speed) -> Number:
     """What the op before has written still lies in the cache, where all of it fits."""
     assert speed.calibration is not None
     warm = speed.calibration.fits.get(f"{kind}:warm")
     if warm is None:
-        return cold.seconds(sizes)
-    fits = np.asarray(sizes[0]) <= (speed.gpu.l2_bytes or 0)
-    return np.where(fits, warm.seconds(sizes), cold.seconds(sizes))
+        return cold.seconds((moved,))
+    fits = np.asarray(moved) <= (speed.gpu.l2_bytes or 0)
+    return np.where(fits, warm.seconds((moved,)), cold.seconds((moved,)))
 
 
 def _covering(speed: Speed, family: str, dtype: str, sizes: tuple[Number, ...]) -> Fit | None:
@@ -310,6 +398,8 @@ def _attention_time(
     several = np.asarray(dims.tokens) > 1
     family = "attention_backward" if kind.backward else "prefill"
     backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
+    if kind.head_dim > WIDEST_HEAD and backends[:1] == ("cudnn",):
+        backends = (EFFICIENT, *backends)
     if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
         backends = (MASKED, *backends)
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
@@ -317,11 +407,7 @@ def _attention_time(
         fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
         parts.append((several, fit, (B, triangle(pairs), *heads), family))
     if not kind.backward and not np.all(several):
-        dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
-        fit = None if calibration is None else calibration.fit("decode", dtype, *backends)
-        if fit is None and calibration is not None:
-            fit = calibration.fit("decode", speed.dtype, *backends)
-        parts.append((~several, fit, (B, pairs, *heads), "decode"))
+        parts.append((~several, *_decode_fit(kind, backends, B, pairs, speed), "decode"))
     if any(fit is None for _, fit, _, _ in parts):
         return _unmeasured(timed, parts[0][3], speed.dtype, flops, moved, speed)
     seconds: Number = 0.0
@@ -333,7 +419,35 @@ def _attention_time(
         seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)
     _, fit, sizes, family = parts[0]
     assert fit is not None
-    return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
+    hidden = pairs / np.maximum(np.asarray(kind.pairs.of(dims), dtype=np.float64), 1.0)
+    return _timed(timed, family, fit, seconds, sizes, flops, moved, speed, flops * hidden)
+
+
+EFFICIENT = "efficient"
+WIDEST_HEAD = 256
+"""Of flash and cuDNN's attention (sdp_utils.cpp: check_head_dim_size_flash)."""
+EFFICIENT_QUERIES = 64
+"""A block of the memory-efficient kernel has so many queries, be there one or all (fmha_cutlassF_…_
+aligned_64x64, 64x128; aten/src/ATen/native/transformers/cuda/mem_eff_attention)."""
+
+
+def _decode_fit(
+    kind: Attention, backends: tuple[str, ...], B: Number, pairs: Number, speed: Speed
+) -> tuple[Fit | None, tuple[Number, ...]]:
+    """The fit of one query's attention, and its sizes."""
+    calibration, heads = speed.calibration, (kind.heads, kind.kv_heads, kind.head_dim)
+    if calibration is None:
+        return None, (B, pairs, *heads)
+    if backends[:1] == (EFFICIENT,):
+        fit = calibration.fit("prefill", speed.dtype, *backends)
+        together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
+        blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
+        whole = speed.gpu.multiprocessors or 1
+        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+        each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
+        return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
+    fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
+    return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)
 
 
 def _timed(
@@ -345,7 +459,9 @@ def _timed(
     flops: Number,
     moved: Number,
     speed: Speed,
+    computed: Number = None,
 ) -> OpTime:
+    computed = flops if computed is None else computed
     measured = not fit.source.startswith(TRANSFERRED)
     inside = measured and fit.covers(sizes)
     off = 0.25 if fit.held_out is None else fit.held_out.p90
@@ -355,7 +471,9 @@ def _timed(
     return OpTime(
         timed=timed,
         family=family,
-        seconds=maximum(seconds, powered_s(flops, moved, speed)),
+        seconds=seconds,
+        clocked_s=np.minimum(seconds, computed / (fit.peak_flops_per_s * fit.roof.compute)),
+        computed_flops=computed,
         flops=flops,
         moved_bytes=moved,
         error=off,
@@ -371,6 +489,8 @@ def _unmeasured(
         timed=timed,
         family=family,
         seconds=DEFAULT.seconds(flops, moved, peak, bandwidth),
+        clocked_s=flops / (peak * DEFAULT.compute),
+        computed_flops=flops,
         flops=flops,
         moved_bytes=moved,
         error=DEFAULT_ERROR,
@@ -390,16 +510,3 @@ def floor_s(flops: Number, moved: Number, speed: Speed) -> Number:
         flops / speed.gpu.flops_per_s(speed.product_dtype or speed.dtype),
         streamed / speed.gpu.memory_bandwidth_bytes_per_s,
     )
-
-
-def powered_s(flops: Number, moved: Number, speed: Speed) -> Number:
-    """What the op's joules take at the TDP: a GPU at its power cap lowers its clocks.
-
-    Ops are timed in bursts too short for that: an H200 multiplies 8192³ in 1.37 ms at first and in
-    1.62 ms when it goes on for a second. Only where joules were measured.
-    """
-    cost = None if speed.calibration is None else speed.calibration.energy
-    if cost is None or speed.gpu.tdp_w is None:
-        return 0.0
-    halved = 0.5 if ALIAS.get(speed.product_dtype) == "fp8" else 1.0  # half the width, as the rate
-    return (halved * cost.flop_j * flops + cost.byte_j * moved) / (speed.gpu.tdp_w - cost.idle_w)

@@ -33,7 +33,8 @@ FP8_METHODS = frozenset(("fp8", "fbgemm_fp8", "compressed-tensors"))
 
 def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
     """The device, its calibration, and what runtime and weights make of it."""
-    ratio, expert_ratio, product_dtype = _stored(model, setting.dtype, setting.capability or "")
+    has_fp8 = "fp8" in dict(gpu.dense_flops_per_s)
+    ratio, expert_ratio, product_dtype = _stored(model, setting.dtype, has_fp8)
     return speed_of(
         gpu,
         setting.dtype,
@@ -47,8 +48,11 @@ def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
 
 
 @lru_cache(maxsize=256)
-def _stored(model: Model, dtype: str, capability: str) -> tuple[float, float, str]:
-    """What stored weights take of plain ones, of linear layers and of experts; products' dtype."""
+def _stored(model: Model, dtype: str, has_fp8: bool) -> tuple[float, float, str]:
+    """What stored weights take of plain ones, of linear layers and of experts; products' dtype.
+
+    `has_fp8`: the device multiplies in fp8.
+    """
     if model.quantization is None:
         return 1.0, 1.0, dtype
     plain, stored = {True: 0, False: 0}, {True: 0, False: 0}  # by whether they are experts'
@@ -63,8 +67,8 @@ def _stored(model: Model, dtype: str, capability: str) -> tuple[float, float, st
         whole = sum(plain[kind] for kind in kinds)
         return min(1.0, sum(stored[kind] for kind in kinds) / whole) if whole else 1.0
 
-    newest = capability and float(capability) >= 8.9
-    in_fp8 = newest and model.quantization.method in FP8_METHODS and 0.4 < ratio(True, False) < 0.6
+    fp8_weights = model.quantization.method in FP8_METHODS and 0.4 < ratio(True, False) < 0.6
+    in_fp8 = has_fp8 and fp8_weights
     return ratio(False), ratio(True), "fp8" if in_fp8 else dtype
 
 

@@ -23,10 +23,12 @@ from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
 from planner.host_cost import Engine, unscaled_seconds
+from planner.op_families import STRIDED
 from planner.op_times import Fit, family_named
+from profiles import composites
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
-from profiles.op_samples import samples_of_records
+from profiles.op_samples import joined, samples_of_records
 from profiles.op_tables import Tables
 from profiles.records import Record
 
@@ -89,17 +91,50 @@ def calibration(
             found[f"{name}:vllm" if twice else name] = ("tables", samples)
     if not found:
         raise ConfigError(f"gpu={shown(gpu_name)}: nothing was measured of it")
-    for name, (source, samples) in sorted(found.items()):
+    made = dict[str, Fit]()
+
+    def fitted(name: str, source: str, samples: Samples) -> None:
         if samples.held_out.all():
-            continue
-        fit = _fit(name, samples, gpu, source)
+            return
+        made[name] = _fit(name, samples, gpu, source)
+        found[name] = (source, samples)
+
+    for name, (source, samples) in list(found.items()):
+        fitted(name, source, samples)
+    if records is not None:
+        _parts_of_composites(ops, found, made, fitted, gpu)
+    for name, fit in sorted(made.items()):
         fits[name] = _entry(fit)
         if tell is not None:
-            tell(name, len(samples), fit)
+            tell(name, len(found[name][1]), fit)
     content: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu_name, "sources": sources, "fits": fits}
     if records is not None:
         content |= {**_graph(ops), **_energy(ops), **_host(ops, gpu, list(end_to_end))}
     return content
+
+
+def _parts_of_composites(
+    ops: list[OpRecord],
+    found: Mapping[str, tuple[str, Samples]],
+    made: Mapping[str, Fit],
+    fitted: Callable[[str, str, Samples], None],
+    gpu: Gpu,
+) -> None:
+    """Kinds that were timed among others, one after the other: each takes those before as known."""
+    needed = ("elementwise", STRIDED)
+    if not all(name in made for name in needed):
+        return
+
+    def more(name: str, rows: composites.Rows) -> None:
+        before = found[name][1] if name in found else None
+        samples = joined(before, rows)
+        if samples is not None:
+            fitted(name, "records", samples)
+
+    more("cast", composites.launches(ops))
+    more("mean", composites.means(ops, made, gpu))
+    more(STRIDED, composites.products(ops, made, gpu))
+    more("softmax", composites.softmaxes(ops, made, gpu))
 
 
 def write(content: Mapping[str, Any], path: Path) -> int:
@@ -223,6 +258,8 @@ def _energy(ops: list[OpRecord]) -> dict[str, Any]:
         return {}
     watts = idle.energy_j / idle.median_s  # type: ignore[operator]
     byte_j = (copy.energy_j - watts * copy.median_s) / copy.bytes  # type: ignore[operator]
+    bursts = _medians(ops, "ceiling", "linear")
+    burst_s = bursts.get(tuple(product.shape.values()), product.median_s)
     rest = product.energy_j - watts * product.median_s - byte_j * product.bytes  # type: ignore[operator]
     return {
         "energy": {
@@ -230,12 +267,13 @@ def _energy(ops: list[OpRecord]) -> dict[str, Any]:
             "byte_j": float(f"{byte_j:.4g}"),
             "flop_j": float(f"{rest / product.flops:.4g}"),
             "source": "records",
+            "clock": round(min(1.0, burst_s / product.median_s), 3),  # type: ignore[operator]
         }
     }
 
 
 def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:
-    """The cost of issuing each op, the factor of each engine, and how far host times vary."""
+    """The cost of issuing each op as usual, the factor of each engine, how far host times vary."""
     costs = {
         r.op: float(f"{r.median_s:.4g}")
         for r in ops
@@ -243,9 +281,10 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     }
     if "add" not in costs:
         return {}
+    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    costs = _as_usual(costs, mine)
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
     scale, named, apart = dict[str, float](), list[str](), 0.0
-    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
     if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
         mine = [r for r in mine if r.host_add_s]
     for engine in sorted({r.runtime for r in mine}):
@@ -267,6 +306,21 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
             "source": "records",
         }
     }
+
+
+def _as_usual(costs: dict[str, float], records: list[Record]) -> dict[str, float]:
+    """Costs at the host's usual speed: the median of the additions timed here and beside the
+    calibration rows.
+
+    The run that timed the ops met the host in one of its spells.
+    """
+    beside = [
+        statistics.median(r.host_add_s)
+        for r in records
+        if r.split == "calibration" and r.host_add_s
+    ]
+    usual = statistics.median([costs["add"], *beside]) / costs["add"]
+    return {name: float(f"{usual * cost:.4g}") for name, cost in costs.items()}
 
 
 def _spread(records: list[Record]) -> float:

@@ -1,7 +1,8 @@
 """Measured ops by family, from our own records: `profiles/microbench`.
 
-An op that runs several kernels in a row (a rotation, a norm written out) counts as so many equal
-ones, each with its part of the bytes, since programs list kernels.
+An op that runs several kernels in a row (a rotation) counts as so many equal ones, each with its
+part of the bytes, since programs list kernels; where they are of several kinds (a norm written
+out), as what the known ones leave of it (composites.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.op_families import MASKED, gemm_family, triangle
+from planner.op_families import ELEMENT_BYTES, MASKED, STRIDED, gemm_family, triangle
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
@@ -36,15 +37,18 @@ BYTE_OPS: Mapping[str, Written] = {
     "gelu_tanh": Written(kind="elementwise", kernels=1, element_bytes=4),
     "rms_norm": Written(kind="norm", kernels=1, element_bytes=4),
     "layer_norm": Written(kind="norm", kernels=1, element_bytes=4),
-    "softmax": Written(kind="reduction", kernels=2, element_bytes=12),
     "cross_entropy": Written(
         kind="reduction", kernels=1, element_bytes=8, smallest_rows=SMALLEST_ROWS
     ),
     "upcast": Written(kind="cast", kernels=1, element_bytes=6),
-    "rope": Written(kind="rotary", kernels=10, element_bytes=20),
+    "rope": Written(kind=STRIDED, kernels=10, element_bytes=4.5 * ELEMENT_BYTES),
+    "mul_row": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
+    "silu_half": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
     "cat": Written(kind="cat", kernels=1, element_bytes=4),
     "embedding": Written(kind="gather", kernels=1, element_bytes=4),
 }
+"""A rotation, x · cos + turned(x) · sin of queries and keys: two products, a sum, the halves joined
+and one of them negated, 4½ times as many elements as x has, by ten kernels."""
 
 
 def samples_of_records(records: Iterable[OpRecord]) -> dict[str, Samples]:
@@ -70,6 +74,20 @@ def as_samples(rows: list[tuple[list[float], float, bool]]) -> Samples:
         sizes=np.array([row[0] for row in rows], dtype=np.float64),
         seconds=np.array([row[1] for row in rows], dtype=np.float64),
         held_out=np.array([row[2] for row in rows], dtype=bool),
+    )
+
+
+def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]]) -> Samples | None:
+    """Samples with some more rows; None of nothing."""
+    if not rows:
+        return samples
+    more = as_samples(rows)
+    if samples is None:
+        return more
+    return Samples(
+        sizes=np.concatenate((samples.sizes, more.sizes)),
+        seconds=np.concatenate((samples.seconds, more.seconds)),
+        held_out=np.concatenate((samples.held_out, more.held_out)),
     )
 
 
@@ -111,6 +129,7 @@ def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
         elements = s["rows"] * s["width"]
         if s["rows"] < written.smallest_rows:
             return None
-    wider = 2 if record.dtype == "fp32" and record.op not in ("cross_entropy", "upcast") else 1
+    as_it_is = record.op in ("cross_entropy", "upcast") or written.kind == STRIDED
+    wider = 2 if record.dtype == "fp32" and not as_it_is else 1
     moved = wider * written.element_bytes * elements / written.kernels
     return written.kind, [moved], written.kernels

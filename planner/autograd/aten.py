@@ -18,6 +18,7 @@ from planner.autograd.layouts import (
     elementwise,
     is_channels_last,
     is_contiguous,
+    is_whole,
     preserved,
     view,
 )
@@ -32,6 +33,8 @@ ATTENTION = tuple(
     for which, where in (("flash_", ""), ("flash_", "_for_cpu"), ("cudnn_", ""), ("efficient_", ""))
 )
 KEPT = ("mm", "addmm", "_grouped_mm")
+ARITHMETIC = tuple(f"{op}.Tensor" for op in ("add", "sub", "mul", "div"))
+"""Elementwise ops whose operands are converted to the result's dtype."""
 
 
 def is_kept(kernel: str) -> bool:
@@ -93,6 +96,7 @@ class Aten:
         scratch: Sequence[tuple[Shape, int]] = (),
         rows: Sequence[Shape] = (),
         returned: bool = True,
+        loop: str = "",
     ) -> Tensor:
         """What an op allocates; `scratch` (shape, itemsize) goes when it ends.
 
@@ -122,6 +126,7 @@ class Aten:
             scratch=tuple(scratch),
             called=name,
             kernel=kernel,
+            loop=loop,
         )
         self.made += 1
         storage = Storage(buffer, self.tape, self.made - 1)
@@ -136,7 +141,18 @@ class Aten:
         dims, sizes = _broadcast(operands)
         strides = elementwise(sizes, [(x.sizes, x.strides) for x in operands])
         width = itemsize or max(x.itemsize for x in operands)
-        return self.new(kernel, name, dims, width, strides=strides, reads=operands)
+        converts = kernel in ARITHMETIC and len({x.itemsize for x in operands if x.dims}) > 1
+        loop = self._loop(dims, strides, operands, converts=converts)
+        return self.new(kernel, name, dims, width, strides=strides, reads=operands, loop=loop)
+
+    def _loop(
+        self, dims: Dims, strides: Ints, operands: Sequence[Tensor], *, converts: bool
+    ) -> str:
+        """How a GPU's kernel goes over operands (program.LOOPS)."""
+        whole = is_whole(self.sizes(dims), strides, [(x.sizes, x.strides) for x in operands])
+        if converts:
+            return "cast" if whole else "strided cast"
+        return "whole" if whole else "strided"
 
     def add_into(self, total: Tensor, x: Tensor) -> None:
         """total += x, in place."""
@@ -160,17 +176,21 @@ class Aten:
         return self.elementwise("where.self", name, mask, x, number)
 
     def cast(self, x: Tensor, itemsize: int, name: str) -> Tensor:
-        """x.to(dtype): x itself where it is of that dtype."""
+        """x.to(dtype): x itself where it is of that dtype.
+
+        What rounds float32 has a kernel that converts nothing on the way (Copy.cu).
+        """
         if x.itemsize == itemsize:
             return x
         strides = preserved(x.sizes, x.strides)
-        return self.new("_to_copy", name, x.dims, itemsize, strides=strides, reads=(x,))
+        loop = self._loop(x.dims, strides, (x,), converts=(x.itemsize, itemsize) != (4, 2))
+        return self.new("_to_copy", name, x.dims, itemsize, strides=strides, reads=(x,), loop=loop)
 
     def contiguous(self, x: Tensor) -> Tensor:
         """x.contiguous(): x itself where it is row-major."""
         if is_contiguous(x.sizes, x.strides):
             return x
-        return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,))
+        return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,), loop="strided")
 
     def as_view(self, x: Tensor, dims: Dims) -> Tensor | None:
         """x.view(dims); None where it cannot be one."""
@@ -258,12 +278,17 @@ class Aten:
         return x.seen_as(dims, sizes, strides)
 
     def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
-        """The parts one behind the other along `dim`, `whole` in all."""
+        """The parts one behind the other along `dim`, `whole` in all.
+
+        Whole ones are copied in blocks, others element by element (ATen/native/cuda/Shape.cu).
+        """
         dims = whole.dims if isinstance(whole, Like) else whole
         images = all(is_channels_last(x.sizes, x.strides) for x in parts)
         strides = channels_last(self.sizes(dims)) if images else None
         widest = max(x.itemsize for x in parts)
-        return self.new("cat", name, dims, widest, strides=strides, reads=parts)
+        apart = not images and not all(is_contiguous(x.sizes, x.strides) for x in parts)
+        loop = "strided" if apart else ""
+        return self.new("cat", name, dims, widest, strides=strides, reads=parts, loop=loop)
 
     def mm(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:
         """a · b of two matrices, or of as many pairs of them; 2 · m · k · n FLOPs a pair."""

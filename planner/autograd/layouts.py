@@ -124,6 +124,16 @@ def preserved(sizes: Ints, strides: Ints) -> Ints:
     return strides if is_dense(sizes, strides) else elementwise(sizes, [(sizes, strides)])
 
 
+def is_whole(sizes: Ints, strides: Ints, operands: Sequence[tuple[Ints, Ints]]) -> bool:
+    """Whether all operands lie as the result does, without gaps: one run of elements.
+
+    TensorIterator::is_contiguous after its dimensions are coalesced. Numbers are no operands.
+    """
+    return is_dense(sizes, strides) and all(
+        own == () or (own == sizes and _same(sizes, laid, strides)) for own, laid in operands
+    )
+
+
 def is_channels_last(sizes: Ints, strides: Ints) -> bool:
     """Whether torch takes four dimensions for a channels-last image (c10/core/MemoryFormat.h)."""
     if len(sizes) != 4 or strides[1] == 0:

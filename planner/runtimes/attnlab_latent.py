@@ -87,9 +87,11 @@ class LatentWriter(AttentionWriter):
         D, D_v = mla.qk_head_dim, mla.v_head_dim
         read = Buffer(name="latents", shape=(B, keys, c), itemsize=b)
         heads = self.linear("kv_b_proj", read, H * (mla.qk_nope_head_dim + D_v))
-        k = tape.new("keys", (B, H, keys, D), b, moved=((2, B, H, keys, D, b),), kernel="cat")
+        moved: Shape = (2, B, H, keys, D, b)
+        k = tape.new("keys", (B, H, keys, D), b, moved=(moved,), kernel="cat", loop="strided")
         q_shape: Shape = (B, H, T, D)
-        q = tape.new("queries", q_shape, b, moved=((2, *q_shape, b),), kernel="cat")
+        moved = (2, *q_shape, b)
+        q = tape.new("queries", q_shape, b, moved=(moved,), kernel="cat", loop="strided")
         flops: Shape = (2 * (D + D_v), B, H, visible_pairs(None))
         values: Shape = (2, B, H, keys, D_v, b)
         mask = self.masks[self.cache.pattern(mla)].table

@@ -43,7 +43,13 @@ class MixtureWriter(Writer):
         raise NotImplementedError
 
     def activate(
-        self, activation: str, x: Buffer, shape: Shape, *, consumed: bool = True
+        self,
+        activation: str,
+        x: Buffer,
+        shape: Shape,
+        *,
+        consumed: bool = True,
+        loop: str = "",
     ) -> Buffer:
         """The activation of (a part of) x."""
         raise NotImplementedError
@@ -203,7 +209,9 @@ class MixtureWriter(Writer):
         tape.free(token)
         if moe.router == "sigmoid":
             column = self._gathered("routing weights", rows, weights, order)
-            weighed = tape.new("weighed tokens", routed.shape, b, reads=(routed, column))
+            weighed = tape.new(
+                "weighed tokens", routed.shape, b, reads=(routed, column), loop="strided"
+            )
             routed = self.replaced(weighed, routed)
             tape.free(column)
 
@@ -231,25 +239,28 @@ class MixtureWriter(Writer):
         out = self.replaced(sorted_back, out)
         tape.free(order, place)
         if moe.router != "sigmoid":
-            weighed = tape.new("weighed experts", out.shape, b, reads=(out, weights))
+            weighed = tape.new(
+                "weighed experts", out.shape, b, reads=(out, weights), loop="strided"
+            )
             out = self.replaced(weighed, out)
         total = tape.new("experts output", (B, T, width), b, reads=(out,), kernel="sum")
         return self.replaced(total, out)
 
     def _gate(self, moe: MoE, x: Buffer, wide: Shape) -> Buffer:
-        """Experts._activate."""
+        """Experts._activate, on halves that lie row by row."""
         tape, b = self.tape, self.b
         half = ((*wide, b),)
 
         def step(*reads: Buffer, name: str = "experts gate · up") -> Buffer:
-            return tape.new(name, wide, b, reads=reads, moved=() if reads else half)
+            moved = () if reads else half
+            return tape.new(name, wide, b, reads=reads, moved=moved, loop="strided")
 
         if not moe.gated:
             return self.activate(moe.activation, x, wide, consumed=False)
         limited = (step(), step()) if moe.swiglu_limit is not None else ()
         gate = limited[0] if limited else x
         if moe.swiglu_alpha is None:
-            active = self.activate(moe.activation, gate, wide, consumed=False)
+            active = self.activate(moe.activation, gate, wide, consumed=False, loop="strided")
         else:
             scaled = step()
             sigmoid = self.replaced(step(scaled), scaled)

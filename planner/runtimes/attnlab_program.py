@@ -201,7 +201,15 @@ class _Forward(LatentWriter, MixtureWriter):
         if norm.kind == "layernorm":
             statistics = ((column, b), (column, b))
             factor = tape.new(name, (h,), b) if norm.plus_one else None
-            out = tape.new(name, shape, b, reads=(x,), weight_bytes=2 * h * b, scratch=statistics)
+            out = tape.new(
+                name,
+                shape,
+                b,
+                reads=(x,),
+                weight_bytes=2 * h * b,
+                scratch=statistics,
+                kernel="native_layer_norm",
+            )
             tape.free(factor)
             return out
         wide = x if b == FLOAT32 else tape.new(name, shape, FLOAT32, reads=(x,))
@@ -210,7 +218,7 @@ class _Forward(LatentWriter, MixtureWriter):
         mean = self.replaced(averaged, square)
         shifted = self.replaced(tape.new(name, column, FLOAT32, reads=(mean,)), mean)
         inverse = self.replaced(tape.new(name, column, FLOAT32, reads=(shifted,)), shifted)
-        scaled = tape.new(name, shape, FLOAT32, reads=(wide,))
+        scaled = tape.new(name, shape, FLOAT32, reads=(wide,), loop="strided")
         tape.free(inverse, *self.copy_of(wide, x))
         if not norm.weight:
             narrow = scaled if b == FLOAT32 else tape.new(name, shape, b, reads=(scaled,))
@@ -220,14 +228,14 @@ class _Forward(LatentWriter, MixtureWriter):
             weight = tape.new(name, (h,), FLOAT32, weight_bytes=h * b) if b != FLOAT32 else None
             factor = tape.new(name, (h,), FLOAT32)
             tape.free(weight)
-            out = tape.new(name, shape, FLOAT32, reads=(scaled,))
+            out = tape.new(name, shape, FLOAT32, reads=(scaled,), loop="strided")
             tape.free(factor)
             if b != FLOAT32:
                 out = self.replaced(tape.new(name, shape, b, reads=(out,)), out)
             tape.free(scaled)
             return out
         narrow = scaled if b == FLOAT32 else tape.new(name, shape, b, reads=(scaled,))
-        out = tape.new(name, shape, b, reads=(narrow,), weight_bytes=h * b)
+        out = tape.new(name, shape, b, reads=(narrow,), weight_bytes=h * b, loop="strided")
         tape.free(*self.copy_of(narrow, scaled), scaled)
         return out
 
@@ -322,8 +330,8 @@ class _Forward(LatentWriter, MixtureWriter):
         wide = (*x.shape[:-1], i)
         if dense.fused_gate_up:
             both = self.linear("gate_up_proj", x, 2 * i, bias=dense.bias)
-            active = self.activate(dense.activation, both, wide, consumed=False)
-            product = tape.new("gate · up", wide, b, reads=(both, active))
+            active = self.activate(dense.activation, both, wide, consumed=False, loop="strided")
+            product = tape.new("gate · up", wide, b, reads=(both, active), loop="strided")
             tape.free(active, both)
         elif dense.gated:
             gate = self.linear("gate_proj", x, i, bias=dense.bias)
@@ -339,9 +347,18 @@ class _Forward(LatentWriter, MixtureWriter):
         return out
 
     def activate(
-        self, activation: str, x: Buffer, shape: Shape, *, consumed: bool = True
+        self,
+        activation: str,
+        x: Buffer,
+        shape: Shape,
+        *,
+        consumed: bool = True,
+        loop: str = "",
     ) -> Buffer:
-        """The activation of (a part of) x; those that torch does not fuse op by op."""
+        """The activation of (a part of) x; those that torch does not fuse op by op.
+
+        `loop`: how one kernel goes over a part of x (program.LOOPS).
+        """
         tape, b = self.tape, self.b
 
         def step(*reads: Buffer) -> Buffer:
@@ -377,7 +394,7 @@ class _Forward(LatentWriter, MixtureWriter):
                 out = tape.new("activation", shape, b, reads=(kept,))
                 tape.free(kept)
             case _:
-                out = tape.new("activation", shape, b, reads=(x,))
+                out = tape.new("activation", shape, b, reads=(x,), loop=loop)
         if consumed:
             tape.free(x)
         return out

@@ -1,6 +1,7 @@
 """Fitting: what made-up devices follow is found again; nothing held out is seen."""
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from planner.calibration import from_dict
 from planner.cli import main
 from planner.op_families import DECODE, GEMM
 from planner.op_times import Roof
+from profiles import records as whole_records
 from profiles.calibrate import calibration, host_scale, write
 from profiles.fitting import Samples, errors, fit_family, levenberg_marquardt, spread
 from profiles.microbench import attention_points, gemm_points
@@ -108,6 +110,34 @@ def test_records_of_an_h200_are_fitted_as_committed():
     assert fits["prefill:bf16:cudnn"].held_out.median < 0.04
     assert content["graph"]["kernel_s"] == pytest.approx(0.92e-6, rel=0.01)
     assert content["energy"]["idle_w"] == pytest.approx(163.7, abs=0.1)
+    assert content["energy"]["clock"] == pytest.approx(1.374 / 1.6205, abs=0.001)
+
+
+def test_kinds_timed_among_others_are_what_the_others_leave():
+    """A mean of 8 rows takes most of a norm's 16 µs; one that streams is no slower than a sum."""
+    ops = load(RECORDS).ops
+    fits = from_dict(calibration("h200", records=load(RECORDS))).fits
+    norm = next(r for r in ops if r.op == "rmsnorm" and r.shape.get("rows") == 8)
+    few_s = float(fits["mean"].seconds((4.0 * 8 * 4096,)))
+    assert 0.25 * norm.median_s < few_s < 0.5 * norm.median_s
+    whole = next(r for r in ops if (r.family, r.op) == ("ceiling", "sum"))
+    assert float(fits["mean"].seconds((float(whole.bytes),))) == pytest.approx(
+        whole.median_s, rel=0.02
+    )
+    softmax = next(r for r in ops if r.op == "softmax" and r.shape["rows"] == 32768)
+    eight, all_bytes = 8, 6 + 8 + 6  # of an element: in softmax; with the casts before and after
+    alone_s = float(fits["softmax"].seconds((8.0 * 32768 * 4096,)))
+    assert 0.9 * eight / all_bytes < alone_s / softmax.median_s < 1.1 * eight / all_bytes + 0.05
+
+
+def test_a_usual_host_is_the_median_of_what_calibration_rows_had():
+    end_to_end, _ = whole_records.load([whole_records.DATA / "h200.jsonl"])
+    content = calibration("h200", records=load(RECORDS), end_to_end=end_to_end)
+    beside = [r for r in end_to_end if r.split == "calibration" and r.host_add_s]
+    timed = next(r.median_s for r in load(RECORDS).ops if (r.family, r.op) == ("host", "add"))
+    adds = sorted([timed, *(statistics.median(r.host_add_s) for r in beside)])
+    assert len(adds) == 4
+    assert content["host"]["op_s"]["add"] == pytest.approx(statistics.median(adds), rel=1e-3)
 
 
 def test_a_written_file_is_read_back(tmp_path):

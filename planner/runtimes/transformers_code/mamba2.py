@@ -250,7 +250,9 @@ class Mamba2Writer(CacheWriter):
         f, G, H, N = self.f, mixer.n_groups, mixer.num_heads, mixer.state_size
         wide = self._wide(f.view(x, ((B,), (T,), (G,), (N,))))
         dims: Dims = ((B,), (T,), (H,), (N,))
-        return self.aten.new("clone", f"{x.name} of all heads", dims, FLOAT32, reads=(wide,))
+        return self.aten.new(
+            "clone", f"{x.name} of all heads", dims, FLOAT32, reads=(wide,), loop="strided"
+        )
 
     def _padded(self, x: Tensor, Q: Chunked) -> Tensor:
         """pad_tensor_by_size: a copy, padded or not, which stays an image where it looks like one.
@@ -295,10 +297,15 @@ class Mamba2Writer(CacheWriter):
         return self.aten.new("tril", "mask", square, BOOL, reads=(ones,))
 
     def _filled(self, x: Tensor, mask: Tensor, dims: Dims) -> Tensor:
-        """x.masked_fill(~mask, number)."""
-        turned = self.aten.elementwise("bitwise_not", "mask", mask)
-        name = "segment sums"
-        return self.aten.new("masked_fill.Scalar", name, dims, FLOAT32, reads=(x, turned))
+        """x.masked_fill(~mask, number): at::masked_fill copies x, then fills the copy in place."""
+        aten, name = self.aten, "segment sums"
+        turned = aten.elementwise("bitwise_not", "mask", mask)
+        made = aten.new(
+            "masked_fill.Scalar", name, dims, FLOAT32, reads=(x, turned), loop="strided"
+        )
+        moved = self._moved(made, made, turned)
+        aten.tape.run(name, moved=moved, kernel="masked_fill_", loop="strided")
+        return made
 
     def _ends(self, x: Tensor, Q: Chunked) -> Tensor:
         """F.pad(x, (1, 0)): a chunk more, before the first."""
