@@ -31,6 +31,7 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
+from planner.sharding import shard_rows
 from planner.training import adapter_rows, gradient_rows, training_phase, unfinished_row
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
@@ -148,19 +149,23 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     check_accumulation(work, runtime.name)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
-    held_dtype = work.held_dtype(setting.dtype)
-    weights = (
-        weight_rows(model, runtime, held_dtype, note="")
-        if model.quantization is None
-        else kbit_rows(model, runtime, held_dtype, setting.dtype)
-    )
+    held_dtype = setting.held_dtype(work)
+    if setting.sharding is not None:
+        buffers = runtime.buffer_rows(model, dtype=held_dtype)
+        weights = [*shard_rows(model, setting.sharding), *buffers]
+    elif model.quantization is None:
+        weights = weight_rows(model, runtime, held_dtype, note="")
+    else:
+        weights = kbit_rows(model, runtime, held_dtype, setting.dtype)
     adapted = adapter_rows(model, work)
     gradients = gradient_rows(adapted or weights)
     rows = (
         *weights,
         *adapted,
         *gradients,
-        *optimizer_rows(model, work, dtype=held_dtype, device=setting.device),
+        *optimizer_rows(
+            model, work, dtype=held_dtype, device=setting.device, sharding=setting.sharding
+        ),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
         *overhead_rows(gpu, attention=setting.attention, dtype=setting.dtype, trains=True),
@@ -178,7 +183,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         )
     return Estimate(
         model=model,
-        share=Share(model=model, whole=model),
+        share=Share(model=model, whole=model, shards=deploy.data_parallel_shards),
         work=work,
         deploy=deploy,
         setting=setting,

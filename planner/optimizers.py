@@ -13,6 +13,7 @@ momentum of each hidden matrix, beside an AdamW for all else, as its documentati
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
@@ -27,6 +28,7 @@ from planner.optimizer_loops import (
 )
 from planner.optimizer_parts import Part, columns, is_hidden, rows
 from planner.program import Buffer, Shape, Tape
+from planner.sharding import Sharding, lying
 from planner.tensors import Parameter
 from planner.workload import Training
 
@@ -48,12 +50,14 @@ QUANTISED_FROM, BLOCK, MAPS_BYTES = 4096, 256, 2 * 256 * 4
 of both maps of codes to numbers."""
 
 
-def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> list[Row]:
+def optimizer_rows(
+    model: Model, work: Training, *, dtype: str, device: str, sharding: Sharding | None = None
+) -> list[Row]:
     """The states of the steady state, on the device."""
     b = element_bytes(dtype) if work.adapters is None else adapter_bytes(work.adapters)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for p in trained(model, work):
+    for p in trained(model, work, sharding):
         for item, size in states(p, work, b, device):
             counts[item] = counts.get(item, 0) + 1
             sizes[item] = sizes.get(item, 0) + size
@@ -62,10 +66,16 @@ def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> 
     return [_row(item, counts[item], size, b) for item, size in sizes.items()]
 
 
-def trained(model: Model, work: Training) -> list[Parameter]:
-    """What the optimizer updates."""
+def trained(model: Model, work: Training, sharding: Sharding | None = None) -> list[Parameter]:
+    """What the optimizer updates: of sharded parameters the shards."""
     lora = work.adapters
-    return list(model.parameters()) if lora is None else adapters(model, lora)
+    whole = list(model.parameters()) if lora is None else adapters(model, lora)
+    if sharding is None:
+        return whole
+    return [
+        replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None)))
+        for p in whole
+    ]
 
 
 def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:

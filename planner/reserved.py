@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from planner.allocator import (
     Alloc,
@@ -40,6 +41,7 @@ from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import INT64
+from planner.sharding import lying
 from planner.tensors import Parameter
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
@@ -148,13 +150,15 @@ def _play(
 
 def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     """One allocation a stored tensor, embedding first, then the layers, then the rest; buffers."""
-    model, dtype = plan.model, plan.setting.dtype
+    model, dtype, sharding = plan.model, plan.setting.dtype, plan.setting.sharding
     if isinstance(plan.work, Training):
-        dtype = plan.work.held_dtype(dtype)
+        dtype = plan.setting.held_dtype(plan.work)
     sizes: dict[Parameter, list[int]] = {}
     if model.quantization is None:
         b = element_bytes(dtype)
-        sizes = {p: [p.count * b] for p in model.parameters()}
+        for p in model.parameters():
+            shape = lying(model, p, inside=p.layer is not None)
+            sizes[p] = [b * prod(shape if sharding is None else sharding.shard(shape))]
     else:
         for p, stored in model.stored_tensors(dtype):
             each = stored.size_bytes // stored.copies

@@ -55,15 +55,15 @@ def _step(
         yield from inserted.get(index, ())
         name: Hashable = (step, slot)
         if size := sizes[buffers[slot]]:  # torch asks for nothing where nothing is held
-            yield Alloc(name, size) if makes else Free(name)
+            yield Alloc(name, size, buffers[slot].stream) if makes else Free(name)
 
 
 def _states(model: Model, work: Training, setting: Setting, runtime: str) -> list[Event]:
     """What the first step makes for each parameter; Muon's before those of its AdamW."""
-    b = element_bytes(work.held_dtype(setting.dtype))
+    b = element_bytes(setting.held_dtype(work))
     if work.adapters is not None:
         b = adapter_bytes(work.adapters)
-    parameters = module_order(trained(model, work), model, runtime=runtime)
+    parameters = module_order(trained(model, work, setting.sharding), model, runtime=runtime)
     if work.optimizer == "muon":
         parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))
     return [

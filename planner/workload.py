@@ -12,6 +12,8 @@ CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
 CACHE_SCALES = ("token-head",)
 QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
+SHARD_DTYPES = ("fp32", "bf16")
+"""What data-parallel shards are kept and reduced in: fp16 would need a scaler."""
 LOADED_DTYPES = ("fp8", "int8", "int4", "nf4", "nf4-double")
 """What some runtime quantises plain weights to while it loads them."""
 
@@ -299,8 +301,11 @@ class Deployment:
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; int8, nf4,
     nf4-double in transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in;
     where a plain cache keeps what is computed (transformers), another dtype takes a quantised one.
-    `gpus` are those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that),
-    which vllm alone plans yet. The last six are vllm's: of the memory it takes
+    `gpus` are those of the layout (1: as many as that): `tensor_parallel` · `pipeline_parallel`,
+    which vllm alone plans yet, or `data_parallel_shards`, GPUs with batches of their own among
+    which training divides weights, gradients and states (torch's fully_shard; transformers): they
+    are kept in `weight_dtype` (None: `dtype`), gathered in `dtype` and reduced in `reduce_dtype`;
+    without `reshard_after_forward` layers stay gathered until the way back. The last six are vllm's: of the memory it takes
     `memory_utilization`, of a sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool
     pays for them, as with VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
@@ -318,6 +323,9 @@ class Deployment:
     mode: Literal["graph", "captured", "eager"] = "graph"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    data_parallel_shards: int = 1
+    reshard_after_forward: bool = True
+    reduce_dtype: str = "fp32"
     memory_utilization: float = 0.9
     max_model_tokens: int | None = None
     max_batched_tokens: int | None = None
@@ -362,10 +370,10 @@ class Deployment:
     @property
     def world_size(self) -> int:
         """GPUs that one copy of the model is spread over."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel_shards
 
     def _check_layout(self) -> None:
-        for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
+        for field in ("gpus", "tensor_parallel", "pipeline_parallel", "data_parallel_shards"):
             check_size(field, getattr(self, field), maximum=MAX_GPUS)
         for field in ("tensor_parallel", "pipeline_parallel"):
             planned = ("vllm", "attnlab") if field == "tensor_parallel" else ("vllm",)
@@ -374,8 +382,27 @@ class Deployment:
                     f"{field}={getattr(self, field)} is not planned yet for runtime="
                     f"{self.runtime}: 1 (one GPU), or runtime=vllm"
                 )
+        self._check_shards()
         if self.gpus not in (1, self.world_size):
             raise ConfigError(
-                f"gpus={self.gpus} is not planned yet: tensor_parallel · pipeline_parallel = "
-                f"{self.world_size}, no copies of the model"
+                f"gpus={self.gpus} is not planned yet: tensor_parallel · pipeline_parallel · "
+                f"data_parallel_shards = {self.world_size}, no copies of the model"
             )
+
+    def _check_shards(self) -> None:
+        check_choice("reduce_dtype", self.reduce_dtype, SHARD_DTYPES)
+        if not isinstance(self.reshard_after_forward, bool):
+            raise ConfigError(
+                f"reshard_after_forward={shown(self.reshard_after_forward)} is not allowed: True "
+                "or False"
+            )
+        n = self.data_parallel_shards
+        if n == 1:
+            return
+        if self.runtime != "transformers":
+            raise ConfigError(
+                f"data_parallel_shards={n} is not planned for runtime={self.runtime}: 1, or "
+                "transformers"
+            )
+        if self.weight_dtype is not None:
+            check_choice("weight_dtype", self.weight_dtype, SHARD_DTYPES)

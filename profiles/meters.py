@@ -31,7 +31,7 @@ class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     created it until nothing refers to it; one that an in-place op resizes counts at its new size.
     What a kernel allocates and frees inside itself is not seen, nor is an op's output before the op
     ends. With `device` only storages there count. Meter under `torch.no_grad`: `inference_mode`
-    hides the parts of composite ops. `events` (with `log=True`) lists (op, ± bytes) in order, a
+    hides the parts of composite ops. Of a DTensor this rank's part counts. `events` (with `log=True`) lists (op, ± bytes) in order, a
     release under the op that ran before it.
     """
 
@@ -193,7 +193,8 @@ def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [getattr(leaf, "_local_tensor", leaf).untyped_storage() for leaf in found]
 
 
 def _key(storage: torch.UntypedStorage) -> int:

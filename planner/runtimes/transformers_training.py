@@ -37,6 +37,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             "runtime=transformers yet: full"
         )
     _check_grouped(model, work, setting)
+    if setting.sharding is not None:
+        _check_sharded(model, work, setting)
     if work.checkpointing == "selective" and any(
         isinstance(layer.attention, GQA) and layer.attention.clip_qkv is not None
         for layer in model.layer_kinds()
@@ -65,6 +67,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
         four_bit=_four_bit(model, setting),
+        sharding=setting.sharding,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -82,6 +85,26 @@ def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
             raise ConfigError(
                 "attention='sdpa' of grouped heads in fp32 on a GPU is not planned in training yet:"
                 " eager, or precision='autocast'"
+            )
+
+
+def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
+    """ConfigError for what is not planned of sharded training."""
+    assert setting.sharding is not None
+    refused = {
+        f"method={work.method!r}: full": work.method != "full",
+        f"precision={work.precision!r}: pure, with weight_dtype='fp32'": work.precision != "pure",
+        f"dtype={setting.dtype!r}: bf16 or fp32": setting.dtype == "fp16",
+        f"accumulation_steps={work.accumulation_steps}: 1": work.accumulation_steps > 1,
+        f"optimizer={work.optimizer!r}: adamw, sgd or sgd-momentum": (
+            work.optimizer not in (None, "adamw", "sgd", "sgd-momentum")
+        ),
+        f"model_type={model.model_type}: causal language models": model.text_type in WRITERS,
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"data_parallel_shards={setting.sharding.shards} is not planned with {what}"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from planner.module_order import block_order
 from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.sharding import Sharding
 from planner.tensors import Parameter
 from planner.workload import LoRA
 
@@ -48,7 +49,8 @@ class Pass:
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits.
+    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits; `sharding`:
+    parameters are gathered layer by layer.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -73,6 +75,7 @@ class Pass:
     lora: LoRA | None = None
     accumulates: bool = False
     four_bit: FourBitWeights | None = None
+    sharding: Sharding | None = None
 
     @property
     def held_dtype(self) -> str:
@@ -217,6 +220,7 @@ class CodeWriter(PassWriter[Shared]):
             autocast=element_bytes(what.autocast) if what.autocast else None,
             lora=what.lora,
             accumulates=what.accumulates,
+            sharding=what.sharding,
         )
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
@@ -228,6 +232,13 @@ class CodeWriter(PassWriter[Shared]):
     def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
         """As <Type>DecoderLayer makes them."""
         return block_order(parameters, self.model)
+
+    def received(self, given: Shared) -> Shared:
+        """Float32 tables are cast to the dtype of gathered weights (cast_forward_inputs)."""
+        if self.gathering is None or given.rotation is None:
+            return given
+        cast = (self.aten.cast(x, self.b, "rotary tables") for x in given.rotation)
+        return replace(given, rotation=tuple(cast))
 
     def keys_of(self, window: int | None) -> Extent:
         """How many keys a layer of this window attends to."""
