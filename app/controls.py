@@ -25,7 +25,14 @@ from planner.runtimes.quantised_cache import (
     backends_of,
 )
 from planner.training import PLANNED as TRAINED_RUNTIMES
-from planner.workload import CACHE_BACKENDS, CHECKPOINTING, MODES, OPTIMIZER_IMPLS, OPTIMIZERS
+from planner.workload import (
+    CACHE_BACKENDS,
+    CHECKPOINTING,
+    MODES,
+    OPTIMIZER_IMPLS,
+    OPTIMIZERS,
+    SHARD_DTYPES,
+)
 
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
@@ -59,6 +66,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer_impl": OPTIMIZER_IMPLS,
     "checkpointing": CHECKPOINTING,
     "precision": ("pure", "autocast"),
+    "shards": tuple(str(2**i) for i in range(11)),
+    "shards_in": SHARD_DTYPES,
+    "reduced_in": SHARD_DTYPES,
+    "gathered": ("freed", "kept"),
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
     "b_gpu": (SAME, *planner.gpus()),
@@ -84,6 +95,10 @@ START = {
     "checkpointing": "none",
     "checkpoint_every": 1,
     "precision": "pure",
+    "shards": "1",
+    "shards_in": SHARD_DTYPES[0],
+    "reduced_in": SHARD_DTYPES[0],
+    "gathered": "freed",
     "tp": "1",
     "pp": "1",
     "batch": 8,
@@ -123,6 +138,8 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         )
         deploy = _deployment()
         work = _workload(deploy)
+        if isinstance(work, planner.Training) and deploy.runtime == "transformers":
+            deploy = _sharded(deploy)
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
@@ -303,6 +320,39 @@ def _training() -> planner.Training:
         checkpointing=checkpointing,  # type: ignore[arg-type]
         checkpoint_every=every,
         precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def _sharded(deploy: planner.Deployment) -> planner.Deployment:
+    """The deployment among data-parallel GPUs, where it is."""
+    shards = int(
+        select(
+            "Data-parallel shards",
+            "shards",
+            help="GPUs, a batch each, that weights, gradients and states are divided among: "
+            "torch's fully_shard of every layer.",
+        )
+    )
+    if shards == 1:
+        return deploy
+    left, right = st.columns(2)
+    with left:
+        kept = select(
+            "Shards kept in", "shards_in", help="Gathered weights are of the dtype above."
+        )
+    with right:
+        reduced = select("Gradients reduced in", "reduced_in")
+    gathered = either(
+        "Gathered layers after the forward",
+        "gathered",
+        "freed: gathered again on the way back (reshard_after_forward). kept: until then.",
+    )
+    return replace(
+        deploy,
+        data_parallel_shards=shards,
+        weight_dtype=kept,
+        reduce_dtype=reduced,
+        reshard_after_forward=gathered == "freed",
     )
 
 

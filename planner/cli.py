@@ -24,11 +24,15 @@ from planner.cli_layout import (
     MaxBatchedTokens,
     MaxModelTokens,
     MaxSequences,
+    NoReshard,
     PipelineParallel,
+    ReduceDtype,
+    Shards,
     TensorParallel,
     Utilization,
     launching,
     layout,
+    sharding,
 )
 from planner.cli_options import (
     Accumulation,
@@ -120,6 +124,9 @@ def estimate_command(
     cuda_graphs: CudaGraphs = "outside",
     mode: Mode = None,
     host_add: HostAdd = None,
+    shards: Shards = 1,
+    no_reshard: NoReshard = False,
+    reduce_dtype: ReduceDtype = "fp32",
     train: Train = False,
     sequence: SequenceTokens = 1024,
     optimizer: OptimizerName = "adamw",
@@ -179,6 +186,7 @@ def estimate_command(
         attention=attention,
         **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
         **launching(mode, eager=eager, host_add=host_add),
+        **sharding(shards, reduce_dtype, no_reshard=no_reshard),
     )
     result: Estimate | TracedEstimate
     if traced:

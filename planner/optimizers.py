@@ -73,8 +73,7 @@ def trained(model: Model, work: Training, sharding: Sharding | None = None) -> l
     if sharding is None:
         return whole
     return [
-        replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None)))
-        for p in whole
+        replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None))) for p in whole
     ]
 
 

@@ -54,7 +54,7 @@ class Share:
             first, end = self.blocks
             parts.append(f"stage {self.stage + 1} of {self.stages}, layers {first}–{end - 1}")
         if self.shards > 1:
-            parts.append(f"the first of {self.shards} data-parallel shards")
+            parts.append(f"the first of {self.shards} data-parallel shards, a batch each")
         return ", ".join(parts)
 
 

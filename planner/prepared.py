@@ -109,6 +109,10 @@ class Prepared:
 
 def prepare(model: Model, deploy: Deployment) -> Prepared:
     """Make ready; ConfigError for what the runtime does not run."""
+    if deploy.data_parallel_shards > 1:
+        raise ConfigError(
+            f"data_parallel_shards={deploy.data_parallel_shards} is not planned for inference: 1"
+        )
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     checkpoint = as_loaded(model, deploy)
     model = _as_held(checkpoint, deploy, gpu)

@@ -305,9 +305,10 @@ class Deployment:
     which vllm alone plans yet, or `data_parallel_shards`, GPUs with batches of their own among
     which training divides weights, gradients and states (torch's fully_shard; transformers): they
     are kept in `weight_dtype` (None: `dtype`), gathered in `dtype` and reduced in `reduce_dtype`;
-    without `reshard_after_forward` layers stay gathered until the way back. The last six are vllm's: of the memory it takes
-    `memory_utilization`, of a sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool
-    pays for them, as with VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
+    without `reshard_after_forward` layers stay gathered until the way back. The last six are
+    vllm's: of the memory it takes `memory_utilization`, of a sequence at most `max_model_tokens`.
+    `cuda_graphs` "inside": the pool pays for them, as with
+    VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
     GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
     """

@@ -13,7 +13,7 @@ the layers and the root, which has all that stands outside of them.
   way back it goes at once, and the layer before is unsharded ahead of its turn.
 * post_backward: the weights' bytes go, then what the group before reduced from; all gradients are
   copied into one flat tensor and go, but for the last one, which a loop still names; the rank's
-  part is reduced into another, cast to the shards' dtype. The parameters' gradients are views of it.
+  part is reduced into another and cast to the shards' dtype: their gradients are views of it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Group:
         self.cast = None
         if held != b:
             self.cast = Buffer(name="shards, cast", shape=(n,), itemsize=b, stream=COPIES)
-        self.gathered = Buffer(
-            name="all-gathered weights", shape=(n, N), itemsize=b, stream=COPIES
-        )
+        self.gathered = Buffer(name="all-gathered weights", shape=(n, N), itemsize=b, stream=COPIES)
         self.weights = [
             Buffer(name="unsharded weights", shape=(prod(s), N), itemsize=b) for s in own
         ]

@@ -298,7 +298,9 @@ class PassWriter(Generic[Given]):
         if part.layer is None:
             last = self._group(self.model.layers[0])
             self.gathering.at(reducing=last)
-            leaves = [leaf for p in self.parts() if p.layer is None for leaf in self.leaves[p.label]]
+            leaves = [
+                leaf for p in self.parts() if p.layer is None for leaf in self.leaves[p.label]
+            ]
         else:
             self.gathering.at(reducing=self._beside(part.layer, 1))
         self.gathering.after_backward(self._group(part.layer_kind), leaves)

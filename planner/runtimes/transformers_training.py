@@ -89,7 +89,7 @@ def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
 
 
 def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
-    """ConfigError for what is not planned of sharded training."""
+    """ConfigError for what is not planned of sharded training; torch shards no fused SGD."""
     assert setting.sharding is not None
     refused = {
         f"method={work.method!r}: full": work.method != "full",
@@ -98,6 +98,9 @@ def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
         f"accumulation_steps={work.accumulation_steps}: 1": work.accumulation_steps > 1,
         f"optimizer={work.optimizer!r}: adamw, sgd or sgd-momentum": (
             work.optimizer not in (None, "adamw", "sgd", "sgd-momentum")
+        ),
+        f"optimizer_impl='fused' of optimizer={work.optimizer!r}: foreach or for-loop": (
+            work.optimizer_impl == "fused" and work.optimizer not in (None, "adamw")
         ),
         f"model_type={model.model_type}: causal language models": model.text_type in WRITERS,
     }

@@ -47,8 +47,10 @@ def shard(live: torch.nn.Module, layers: torch.nn.ModuleList, deploy: Deployment
 class ShardMeter(LiveTensorMeter):
     """Sees also what gives a gathered weight its bytes and takes them: no op, so no mode sees it.
 
-    To be entered when no weight is gathered.
+    To be entered when no weight is gathered. `made`: the size of every storage, and the stream.
     """
+
+    made: list[tuple[int, Any]]
 
     def __enter__(self) -> ShardMeter:
         self._kept = _fsdp_param.alloc_storage, _fsdp_param.free_storage
@@ -64,8 +66,13 @@ class ShardMeter(LiveTensorMeter):
             return resized
 
         _fsdp_param.alloc_storage, _fsdp_param.free_storage = map(resizing, self._kept)
+        self.made = []
         super().__enter__()
         return self
+
+    def _created(self, key: int, storage: torch.UntypedStorage) -> None:
+        self.made.append((storage.nbytes(), torch.cpu.current_stream()))
+        super()._created(key, storage)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -74,8 +74,8 @@ class CausalLM(BlockWriter, MaskWriter):
 
     def _scaled_embedding(self, x: Tensor) -> Tensor:
         """Gemma's factor is a buffer in the dtype of the weights as they are kept."""
-        sharded = self.gathering is not None and self.model.text_type.startswith("gemma")
-        if not sharded or self.gathering.sharding.held_bytes == self.b:
+        held = self.b if self.gathering is None else self.gathering.sharding.held_bytes
+        if held == self.b or not self.model.text_type.startswith("gemma"):
             return self.f.scale(x, "input embeddings")
         factor = self.aten.new("_to_copy", "embedding scale", (), self.b)
         return self.f.mul(x, factor, "input embeddings")

@@ -49,8 +49,8 @@ class Pass:
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
     such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
     are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits; `sharding`:
-    parameters are gathered layer by layer.
+    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
+    `sharding`: parameters are gathered layer by layer.
     """
 
     kind: Literal["prefill", "decode", "training"]
