@@ -48,10 +48,10 @@ class Latency:
     `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
     `step_s` and `trained_tokens_per_s` and no TTFT; sharded training has no times. Each
     `…_interval_s` holds nine in ten, judged by the fits' errors on ops that they never saw. `basis`
-    says what the times come from and `confidence` whether most of the time lies within what was measured ("interpolated"), beyond it
-    or by another GPU's ("extrapolated"), or by stated defaults ("uncalibrated"). `bound_by` is what
-    takes most of the time in prefill and decode: compute, memory, latency of small kernels,
-    communication, or the host.
+    says what the times come from and `confidence` whether most of the time lies within what was
+    measured ("interpolated"), beyond it or by another GPU's ("extrapolated"), or by stated defaults
+    ("uncalibrated"). `bound_by` is what takes most of the time in prefill and decode: compute,
+    memory, latency of small kernels, communication, or the host.
     """
 
     ttft_s: float | None = None
