@@ -31,6 +31,7 @@ from planner.workload import (
     MODES,
     OPTIMIZER_IMPLS,
     OPTIMIZERS,
+    RESHARDED,
     SHARD_DTYPES,
 )
 
@@ -69,7 +70,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shards": tuple(str(2**i) for i in range(11)),
     "shards_in": SHARD_DTYPES,
     "reduced_in": SHARD_DTYPES,
-    "gathered": ("freed", "kept"),
+    "resharded": RESHARDED,
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
     "b_gpu": (SAME, *planner.gpus()),
@@ -98,7 +99,7 @@ START = {
     "shards": "1",
     "shards_in": SHARD_DTYPES[0],
     "reduced_in": SHARD_DTYPES[0],
-    "gathered": "freed",
+    "resharded": RESHARDED[0],
     "tp": "1",
     "pp": "1",
     "batch": 8,
@@ -342,17 +343,17 @@ def _sharded(deploy: planner.Deployment) -> planner.Deployment:
         )
     with right:
         reduced = select("Gradients reduced in", "reduced_in")
-    gathered = either(
-        "Gathered layers after the forward",
-        "gathered",
-        "freed: gathered again on the way back (reshard_after_forward). kept: until then.",
+    resharded = either(
+        "Freed after the forward",
+        "resharded",
+        "Layers that are gathered again on the way back; the others stay until then.",
     )
     return replace(
         deploy,
         data_parallel_shards=shards,
         weight_dtype=kept,
         reduce_dtype=reduced,
-        reshard_after_forward=gathered == "freed",
+        reshard_after_forward=resharded,  # type: ignore[arg-type]
     )
 
 

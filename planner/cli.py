@@ -24,9 +24,9 @@ from planner.cli_layout import (
     MaxBatchedTokens,
     MaxModelTokens,
     MaxSequences,
-    NoReshard,
     PipelineParallel,
     ReduceDtype,
+    Reshard,
     Shards,
     TensorParallel,
     Utilization,
@@ -50,6 +50,7 @@ from planner.cli_options import (
     Float32Logits,
     GpuName,
     HostAdd,
+    KeepEvery,
     KvDtype,
     Logits,
     LoraDtype,
@@ -125,7 +126,7 @@ def estimate_command(
     mode: Mode = None,
     host_add: HostAdd = None,
     shards: Shards = 1,
-    no_reshard: NoReshard = False,
+    reshard: Reshard = "all",
     reduce_dtype: ReduceDtype = "fp32",
     train: Train = False,
     sequence: SequenceTokens = 1024,
@@ -133,6 +134,7 @@ def estimate_command(
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
     checkpoint_every: CheckpointEvery = 1,
+    keep_every: KeepEvery = 1,
     loss_chunk: LossChunk = None,
     precision: Precision = "pure",
     accumulation: Accumulation = 1,
@@ -158,6 +160,7 @@ def estimate_command(
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
             checkpoint_every=checkpoint_every,
+            keep_every=keep_every,
             loss_chunk_tokens=loss_chunk,
             precision=precision,  # type: ignore[arg-type]
             padded=padded,
@@ -186,7 +189,7 @@ def estimate_command(
         attention=attention,
         **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
         **launching(mode, eager=eager, host_add=host_add),
-        **sharding(shards, reduce_dtype, no_reshard=no_reshard),
+        **sharding(shards, reshard, reduce_dtype),
     )
     result: Estimate | TracedEstimate
     if traced:

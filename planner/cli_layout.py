@@ -54,11 +54,11 @@ Shards = Annotated[
         rich_help_panel="fully_shard",
     ),
 ]
-NoReshard = Annotated[
-    bool,
+Reshard = Annotated[
+    str,
     typer.Option(
-        "--no-reshard",
-        help="Layers stay gathered until the way back.",
+        "--reshard",
+        help="Layers freed after the forward: all, all-but-last, none.",
         rich_help_panel="fully_shard",
     ),
 ]
@@ -70,11 +70,11 @@ ReduceDtype = Annotated[
 ]
 
 
-def sharding(shards: int, reduce_dtype: str, *, no_reshard: bool) -> dict[str, Any]:
+def sharding(shards: int, reshard: str, reduce_dtype: str) -> dict[str, Any]:
     """How training is sharded, as fields of a Deployment."""
     return {
         "data_parallel_shards": shards,
-        "reshard_after_forward": not no_reshard,
+        "reshard_after_forward": reshard,
         "reduce_dtype": reduce_dtype,
     }
 

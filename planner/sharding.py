@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, TypeAlias
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
 from planner.model import Model
 from planner.tensors import Parameter
+
+Resharded: TypeAlias = Literal["all", "all-but-last", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,14 +26,18 @@ class Sharding:
     """How parameters are sharded and gathered.
 
     `held_dtype`: the shards', their gradients' and states'; `reduce_dtype`: what gradients are
-    reduced in. `reshards`: a layer's gathered weights go after its forward, and are gathered again
-    on the way back; the root's stay in any case (_fsdp_state.py, _lazy_init).
+    reduced in. `reshards`: layers whose gathered weights go after the forward, and are gathered
+    again on the way back; the root's stay in any case (_fsdp_state.py, _lazy_init).
     """
 
     shards: int
     held_dtype: str
     reduce_dtype: str
-    reshards: bool
+    reshards: Resharded
+
+    def frees(self, *, last: bool) -> bool:
+        """Whether a layer's gathered weights go after its forward."""
+        return self.reshards == "all" or (self.reshards == "all-but-last" and not last)
 
     def shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a parameter, what the first rank has."""

@@ -82,9 +82,8 @@ class Gathering:
         self._waiting = group
 
     def after_forward(self, group: Group) -> None:
-        """post_forward of a layer."""
-        if self.sharding.reshards:
-            self.tape.free(*group.weights)
+        """post_forward of a layer that is resharded."""
+        self.tape.free(*group.weights)
 
     def end_forward(self) -> None:
         """What was all-gathered last goes: in the next group's turn, or behind the root."""
@@ -93,9 +92,7 @@ class Gathering:
         self._waiting = None
 
     def before_backward(self, group: Group | None, ahead: Group | None) -> None:
-        """pre_backward: of a layer, None for the root; `ahead` is the layer before it."""
-        if not self.sharding.reshards:
-            return
+        """pre_backward: of a layer and the one `ahead` of it; None where it is unsharded."""
         if group is not None:
             self._copy_out(group)
             self.tape.free(group.gathered)

@@ -274,8 +274,10 @@ class PassWriter(Generic[Given]):
         """Behind a part's forward; the root's ends with the head."""
         if self.gathering is None:
             return
-        if part.layer_kind is not None:
-            self.gathering.after_forward(self._group(part.layer_kind))
+        if part.layer is not None:
+            freed = self._freed(part.layer)
+            if freed is not None:
+                self.gathering.after_forward(freed)
         elif part.label == HEAD:
             self.gathering.at(waiting=self._group(self.model.layers[-1]))
             self.gathering.end_forward()
@@ -284,11 +286,9 @@ class PassWriter(Generic[Given]):
         """Before the way back through a part."""
         if self.gathering is None or part.label == EMBEDDING:
             return
-        if part.layer is None:
-            self.gathering.before_backward(None, self._group(self.model.layers[-1]))
-        else:
-            ahead = self._beside(part.layer, -1)
-            self.gathering.before_backward(self._group(part.layer_kind), ahead)
+        layers = len(self.model.layers)
+        at = layers if part.layer is None else part.layer
+        self.gathering.before_backward(self._freed(at), self._freed(at - 1))
 
     def _reduce(self, part: Part) -> None:
         """Behind the way back through a part; the root's ends with the embedding."""
@@ -306,6 +306,14 @@ class PassWriter(Generic[Given]):
         self.gathering.after_backward(self._group(part.layer_kind), leaves)
         if part.layer is None:
             self.gathering.end_backward()
+
+    def _freed(self, index: int) -> Group | None:
+        """The layer's group, where there is such a layer and its weights went after the forward."""
+        assert self.gathering is not None
+        last = len(self.model.layers) - 1
+        if not 0 <= index <= last or not self.gathering.sharding.frees(last=index == last):
+            return None
+        return self._group(self.model.layers[index])
 
     def _beside(self, index: int, step: int) -> Group | None:
         """The layer before or behind one of them; None at the ends."""
@@ -510,6 +518,7 @@ class PassWriter(Generic[Given]):
 
         f.frame = Frame(self.aten, again, x, given)
         self.aten.keeps = f.frame.kept if self.selective else None
+        self.aten.products = 0
         out = self.block(layer, x, given)
         f.frame = self.aten.keeps = None
         return out

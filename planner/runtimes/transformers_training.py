@@ -63,6 +63,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointed=0 if work.checkpointing == "none" else work.checkpoint_every,
         selective=work.checkpointing == "selective",
+        keeps_every=work.keep_every,
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,

@@ -298,13 +298,13 @@ def test_every_way_to_train_in_transformers_is_planned():
 
 def test_sharded_training_is_planned_and_its_times_are_not():
     link = {"model": "smollm2-135m", "gpu": "h100-80gb", "workload": "training", "shards": "8"}
-    app = opened(**link, shards_in="fp32", reduced_in="bf16", gathered="kept")
+    app = opened(**link, shards_in="fp32", reduced_in="bf16", resharded="none")
     assert not app.exception
     deploy = planner.Deployment(
         gpu="h100-80gb",
         weight_dtype="fp32",
         data_parallel_shards=8,
-        reshard_after_forward=False,
+        reshard_after_forward="none",
         reduce_dtype="bf16",
     )
     work = planner.Training(batch=8, sequence_tokens=2048)

@@ -34,13 +34,10 @@ def shard(live: torch.nn.Module, layers: torch.nn.ModuleList, deploy: Deployment
         param_dtype=DTYPES[str(deploy.dtype)], reduce_dtype=DTYPES[deploy.reduce_dtype]
     )
     mesh = DeviceMesh("cpu", list(range(deploy.data_parallel_shards)))
-    for layer in layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=deploy.reshard_after_forward,
-        )
+    kept = {"all": 0, "all-but-last": 1, "none": len(layers)}[deploy.reshard_after_forward]
+    for index, layer in enumerate(layers):
+        freed = index < len(layers) - kept
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=freed)
     fully_shard(live, mesh=mesh, mp_policy=policy)
 
 

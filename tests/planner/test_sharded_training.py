@@ -16,6 +16,7 @@ from planner import ConfigError
 from planner.autograd.gathering import COPIES, REDUCTIONS
 from planner.cli import main
 from planner.training import training_phase
+from planner.workload import RESHARDED
 from tests.planner.sharded import fake_ranks, shard, shard_bytes, sharded_meter, state_bytes
 from tests.planner.small_decoders import (
     CHECKPOINTING,
@@ -44,7 +45,7 @@ DEPLOYMENTS = st.builds(
     weight_dtype=DTYPES,
     reduce_dtype=DTYPES,
     data_parallel_shards=st.integers(2, 16),
-    reshard_after_forward=st.booleans(),
+    reshard_after_forward=st.sampled_from(RESHARDED),
 )
 
 
@@ -135,7 +136,7 @@ def test_states_of_the_first_rank_and_its_step_are_exact(optimizer, impl, tied):
     )
 
 
-@pytest.mark.parametrize("reshards", [True, False])
+@pytest.mark.parametrize("reshards", RESHARDED)
 def test_every_gather_and_reduction_is_made_where_fully_shard_makes_it(reshards):
     """In size, order and stream: torch.cpu has streams, too, that only their names tell apart."""
     live, deploy = live_of(LLAMA, replace(FULLY, reshard_after_forward=reshards))
@@ -198,7 +199,7 @@ def test_states_shrink_with_the_shards_and_gathered_weights_do_not():
 
 
 def test_layers_that_stay_gathered_hold_the_model_in_its_dtype():
-    kept = of({"reshard_after_forward": False}).memory.activations_bytes
+    kept = of({"reshard_after_forward": "none"}).memory.activations_bytes
     freed = of().memory.activations_bytes
     layers = 2 * sum(p.count for p in REAL.parameters() if p.layer is not None)
     assert freed + 0.8 * layers < kept < freed + layers
@@ -227,7 +228,11 @@ def test_the_ledger_says_which_gpu_is_counted_and_adds_up():
         ({"gpus": 4}, {}, "gpus=4 is not planned yet: tensor_parallel · pipeline_parallel · data"),
         ({"weight_dtype": "nf4"}, {}, "weight_dtype='nf4' is not allowed: one of fp32, bf16"),
         ({"reduce_dtype": "fp16"}, {}, "reduce_dtype='fp16' is not allowed: one of fp32, bf16"),
-        ({"reshard_after_forward": 2}, {}, "reshard_after_forward=2 is not allowed: True or False"),
+        (
+            {"reshard_after_forward": 2},
+            {},
+            "reshard_after_forward=2 is not allowed: one of all, all-",
+        ),
         ({}, {"method": "lora"}, "data_parallel_shards=8 is not planned with method='lora': full"),
         ({}, {"precision": "autocast"}, "not planned with precision='autocast': pure, with weight"),
         ({}, {"optimizer": "muon"}, "not planned with optimizer='muon': adamw, sgd or sgd-mom"),

@@ -47,10 +47,10 @@ class Pass:
     `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
     `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
-    such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
-    are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
-    `sharding`: parameters are gathered layer by layer.
+    such layer runs again on the way back, but for each `keeps_every`-th of its products where
+    `selective`; `lora`: adapters are trained, nothing else; `accumulates`: earlier steps left
+    gradients; `autocast`: the dtype of a region around the forward, weights in fp32; `four_bit`:
+    frozen linear layers of 4 bits; `sharding`: parameters are gathered layer by layer.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -71,6 +71,7 @@ class Pass:
     optimizer_impl: str = "foreach"
     checkpointed: int = 0
     selective: bool = False
+    keeps_every: int = 1
     autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
@@ -225,6 +226,7 @@ class CodeWriter(PassWriter[Shared]):
         self.what, self.regime = what, regime
         self.f.widens = widens(what.device)
         self.aten.watched = what.device == "cpu"
+        self.aten.keeps_every = what.keeps_every
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
