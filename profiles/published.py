@@ -2,7 +2,8 @@
 
 No constant of the planner was fitted on these rows. A row is planned as its notes say it was run;
 where an old version held more than 5.23 does, what its source names is added in a column of its own
-(`named_bytes`), never to the prediction; what a compiled one does not hold is taken off there. Rows that nothing here can express say why.
+(`named_bytes`), never to the prediction; what a compiled one does not hold is taken off there. Rows
+that nothing here can express say why.
 
     optimum-benchmark   transformers 4.35: forwards and generations, allocated, reserved, NVML
     litgpt              its own models and LoRA on one GPU: max_memory_allocated
@@ -118,7 +119,8 @@ class Plan:
 class PublishedRow:
     """One quantity of one published run; `predicted` None: not expressed, for the reason `why`.
 
-    `named_bytes` are what the run's version held besides, less what its compiler left out, and `named_error` the error with them.
+    `named_bytes` are what the run's version held besides, less what its compiler left out, and
+    `named_error` the error with them.
     """
 
     row: int
