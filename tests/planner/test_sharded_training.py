@@ -268,3 +268,31 @@ def test_the_command_line_shards_a_step(capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["data_parallel_shards"] == 8
     assert answer["memory"]["total_bytes"] == of().memory.total_bytes
+
+
+LAYER, OP = {"checkpointing": "full", "checkpoint_every": 2}, {"checkpointing": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "how", "ran"),
+    [
+        ("llama-2-13b", 2, {}, True),
+        ("llama-2-13b", 2, LAYER, True),
+        ("llama-2-13b", 2, OP | {"keep_every": 2}, True),
+        ("llama-2-70b", 2, LAYER, False),
+        ("llama-2-70b", 2, OP | {"keep_every": 2}, False),
+        ("llama-2-70b", 1, OP | {"keep_every": 2}, True),
+        ("llama-2-70b", 2, {"checkpointing": "full"}, True),
+    ],
+)
+def test_what_ran_on_64_a100s_fits_and_what_did_not_does_not(model, batch, how, ran):
+    """torchtitan, docs/performance.md at 395a526: 4096 tokens, "OOM" in two of seven rows."""
+    work = planner.Training(batch=batch, sequence_tokens=4096, **how)
+    deploy = planner.Deployment(
+        gpu="a100-80gb",
+        dtype="bf16",
+        weight_dtype="fp32",
+        data_parallel_shards=64,
+        reshard_after_forward="all-but-last",
+    )
+    assert planner.estimate(planner.load_model(model), work, deploy).fits == ran
