@@ -205,6 +205,20 @@ def test_layers_that_stay_gathered_hold_the_model_in_its_dtype():
     assert freed + 0.8 * layers < kept < freed + layers
 
 
+def test_the_fewest_shards_fit_and_half_of_them_do_not():
+    given = {"gpu": "h100-80gb", "dtype": "bf16", "weight_dtype": "fp32"}
+    work = planner.Training(batch=1, sequence_tokens=2048, checkpointing="full")
+    model = planner.load_model("llama-3.1-70b")
+    n = planner.min_gpus(model, work, planner.Deployment(**given, data_parallel_shards=2))
+    fits = {
+        shards: planner.estimate(
+            model, work, planner.Deployment(**given, data_parallel_shards=shards)
+        ).fits
+        for shards in (n // 2, n)
+    }
+    assert fits == {n // 2: False, n: True}
+
+
 def test_torch_reserves_what_streams_keep_apart():
     memory = of().memory
     assert memory.peak_reserved_bytes > memory.peak_allocated_bytes > memory.peak_live_bytes
