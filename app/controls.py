@@ -32,6 +32,8 @@ from planner.workload import (
     OPTIMIZER_IMPLS,
     OPTIMIZERS,
     PRECISIONS,
+    RESHARDED,
+    SHARD_DTYPES,
 )
 
 AS_MODEL = "as the model"
@@ -66,6 +68,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer_impl": OPTIMIZER_IMPLS,
     "checkpointing": CHECKPOINTING,
     "precision": PRECISIONS,
+    "shards": tuple(str(2**i) for i in range(11)),
+    "shards_in": SHARD_DTYPES,
+    "reduced_in": SHARD_DTYPES,
+    "resharded": RESHARDED,
     "tp": tuple(str(2**i) for i in range(6)),
     "pp": tuple(str(i) for i in range(1, 9)),
     "b_gpu": (SAME, *planner.gpus()),
@@ -91,6 +97,10 @@ START = {
     "checkpointing": "none",
     "checkpoint_every": 1,
     "precision": "pure",
+    "shards": "1",
+    "shards_in": SHARD_DTYPES[0],
+    "reduced_in": SHARD_DTYPES[0],
+    "resharded": RESHARDED[0],
     "tp": "1",
     "pp": "1",
     "batch": 8,
@@ -130,6 +140,8 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         )
         deploy = _deployment()
         work = _workload(deploy)
+        if isinstance(work, planner.Training) and deploy.runtime == "transformers":
+            deploy = _sharded(deploy)
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
@@ -312,6 +324,39 @@ def _training() -> planner.Training:
         checkpointing=checkpointing,  # type: ignore[arg-type]
         checkpoint_every=every,
         precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def _sharded(deploy: planner.Deployment) -> planner.Deployment:
+    """The deployment among data-parallel GPUs, where it is."""
+    shards = int(
+        select(
+            "Data-parallel shards",
+            "shards",
+            help="GPUs, a batch each, that weights, gradients and states are divided among: "
+            "torch's fully_shard of every layer.",
+        )
+    )
+    if shards == 1:
+        return deploy
+    left, right = st.columns(2)
+    with left:
+        kept = select(
+            "Shards kept in", "shards_in", help="Gathered weights are of the dtype above."
+        )
+    with right:
+        reduced = select("Gradients reduced in", "reduced_in")
+    resharded = either(
+        "Freed after the forward",
+        "resharded",
+        "Layers that are gathered again on the way back; the others stay until then.",
+    )
+    return replace(
+        deploy,
+        data_parallel_shards=shards,
+        weight_dtype=kept,
+        reduce_dtype=reduced,
+        reshard_after_forward=resharded,  # type: ignore[arg-type]
     )
 
 

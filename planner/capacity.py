@@ -21,6 +21,8 @@ from planner.workload import Deployment, Inference, Training
 
 CHUNK, MAX_CHECKED = 1 << 17, 1 << 21
 """Numbers that are held against the memory at once, and in all."""
+SHARDS = tuple(2**i for i in range(1, 13))
+"""Data-parallel shards that are tried."""
 
 
 def max_context_tokens(model: Model, work: Inference | Training, deploy: Deployment) -> int:
@@ -71,7 +73,7 @@ def min_gpus(model: Model, work: Inference | Training, deploy: Deployment) -> in
     """The fewest GPUs that hold one copy of the model with this workload; None if no layout does.
 
     Where the runtime plans several (vllm): tensor times pipeline parallel, the widest tensor
-    parallel first.
+    parallel first. Of a deployment with data-parallel shards: as few of them, a power of two.
     """
     found = smallest_layout(model, work, deploy)
     return None if found is None else found.world_size
@@ -81,6 +83,9 @@ def smallest_layout(
     model: Model, work: Inference | Training, deploy: Deployment
 ) -> Deployment | None:
     """The deployment with the fewest GPUs that fits; None where none does."""
+    if deploy.data_parallel_shards > 1:
+        sharded = (replace(deploy, data_parallel_shards=n, gpus=1) for n in SHARDS)
+        return next((tried for tried in sharded if estimate(model, work, tried).fits), None)
     for tp, pp in layouts(deploy):
         tried = replace(deploy, tensor_parallel=tp, pipeline_parallel=pp, gpus=1)
         try:

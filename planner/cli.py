@@ -25,10 +25,14 @@ from planner.cli_layout import (
     MaxModelTokens,
     MaxSequences,
     PipelineParallel,
+    ReduceDtype,
+    Reshard,
+    Shards,
     TensorParallel,
     Utilization,
     launching,
     layout,
+    sharding,
 )
 from planner.cli_options import (
     Accumulation,
@@ -46,6 +50,7 @@ from planner.cli_options import (
     Float32Logits,
     GpuName,
     HostAdd,
+    KeepEvery,
     KvDtype,
     Logits,
     LoraDtype,
@@ -120,12 +125,16 @@ def estimate_command(
     cuda_graphs: CudaGraphs = "outside",
     mode: Mode = None,
     host_add: HostAdd = None,
+    shards: Shards = 1,
+    reshard: Reshard = "all",
+    reduce_dtype: ReduceDtype = "fp32",
     train: Train = False,
     sequence: SequenceTokens = 1024,
     optimizer: OptimizerName = "adamw",
     optimizer_impl: OptimizerImpl = "foreach",
     checkpointing: Checkpointing = "none",
     checkpoint_every: CheckpointEvery = 1,
+    keep_every: KeepEvery = 1,
     loss_chunk: LossChunk = None,
     precision: Precision = "pure",
     accumulation: Accumulation = 1,
@@ -151,6 +160,7 @@ def estimate_command(
             optimizer_impl=optimizer_impl,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
             checkpoint_every=checkpoint_every,
+            keep_every=keep_every,
             loss_chunk_tokens=loss_chunk,
             precision=precision,  # type: ignore[arg-type]
             padded=padded,
@@ -179,6 +189,7 @@ def estimate_command(
         attention=attention,
         **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
         **launching(mode, eager=eager, host_add=host_add),
+        **sharding(shards, reshard, reduce_dtype),
     )
     result: Estimate | TracedEstimate
     if traced:

@@ -1,4 +1,4 @@
-"""Options of `planner estimate` and `planner fit` that say how vllm is started."""
+"""Options of `planner estimate` and `planner fit` that say how vllm, or training, is laid out."""
 
 from __future__ import annotations
 
@@ -45,6 +45,38 @@ Eager = Annotated[
     bool,
     typer.Option("--enforce-eager", help="Without CUDA graphs.", rich_help_panel="vllm"),
 ]
+
+Shards = Annotated[
+    int,
+    typer.Option(
+        "--shards",
+        help="GPUs that training divides weights, gradients and states among.",
+        rich_help_panel="fully_shard",
+    ),
+]
+Reshard = Annotated[
+    str,
+    typer.Option(
+        "--reshard",
+        help="Layers freed after the forward: all, all-but-last, none.",
+        rich_help_panel="fully_shard",
+    ),
+]
+ReduceDtype = Annotated[
+    str,
+    typer.Option(
+        "--reduce-dtype", help="Gradients are reduced in it.", rich_help_panel="fully_shard"
+    ),
+]
+
+
+def sharding(shards: int, reshard: str, reduce_dtype: str) -> dict[str, Any]:
+    """How training is sharded, as fields of a Deployment."""
+    return {
+        "data_parallel_shards": shards,
+        "reshard_after_forward": reshard,
+        "reduce_dtype": reduce_dtype,
+    }
 
 
 def layout(

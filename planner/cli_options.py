@@ -75,6 +75,9 @@ Checkpointing = Annotated[
 CheckpointEvery = Annotated[
     int, typer.Option("--checkpoint-every", help="Full checkpointing of every so many-th layer.")
 ]
+KeepEvery = Annotated[
+    int, typer.Option("--keep-every", help="Selective checkpointing of every so many-th product.")
+]
 LossChunk = Annotated[
     int | None, typer.Option("--loss-chunk", help="Tokens whose logits and loss come at a time.")
 ]

@@ -32,6 +32,7 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
+from planner.sharding import shard_rows
 from planner.training import (
     adapter_rows,
     as_built,
@@ -157,12 +158,14 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     check_accumulation(work, runtime.name)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
-    held_dtype = work.held_dtype(setting.dtype)
-    weights = (
-        weight_rows(model, runtime, held_dtype, note="")
-        if model.quantization is None
-        else kbit_rows(model, runtime, held_dtype, setting.dtype)
-    )
+    held_dtype = setting.held_dtype(work)
+    if setting.sharding is not None:
+        buffers = runtime.buffer_rows(model, dtype=held_dtype)
+        weights = [*shard_rows(model, setting.sharding), *buffers]
+    elif model.quantization is None:
+        weights = weight_rows(model, runtime, held_dtype, note="")
+    else:
+        weights = kbit_rows(model, runtime, held_dtype, setting.dtype)
     adapted = adapter_rows(model, work, setting.dtype)
     gradients = gradient_rows(model, work, adapted or weights, setting.dtype)
     rows = (
@@ -170,7 +173,13 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         *adapted,
         *gradients,
         *copies_rows(model, work),
-        *optimizer_rows(model, work, dtype=setting.dtype, device=setting.device),
+        *optimizer_rows(
+            model,
+            work,
+            dtype=setting.dtype,
+            device=setting.device,
+            sharding=setting.sharding,
+        ),
         *([scaler_row()] if work.scales_loss(setting.dtype) else []),
         *_activation_rows(highest, phase, 0, note=phase.note, apart=False),
         *unfinished_row(highest, gradients),
@@ -189,7 +198,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
         )
     return Estimate(
         model=model,
-        share=Share(model=model, whole=model),
+        share=Share(model=model, whole=model, shards=deploy.data_parallel_shards),
         work=work,
         deploy=deploy,
         setting=setting,

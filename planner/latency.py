@@ -43,6 +43,8 @@ MAX_DECODE_POINTS = 16
 
 BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
+UNTIMED = "not planned: how far gathering and reducing overlap with products was not measured"
+"""Of sharded training."""
 Interval = tuple[float, float]
 
 
@@ -51,12 +53,12 @@ class Latency:
     """Times of a workload. TPOT is the mean over the decode steps.
 
     `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
-    `step_s` and `trained_tokens_per_s` and no TTFT. Each `…_interval_s` holds nine in ten, judged
-    by the fits' errors on ops that they never saw. `basis` says what the times come from and
-    `confidence` whether most of the time lies within what was measured ("interpolated"), beyond it
-    or by another GPU's ("extrapolated"), or by stated defaults ("uncalibrated"). `bound_by` is what
-    takes most of the time in prefill and decode: compute, memory, latency of small kernels,
-    communication, or the host.
+    `step_s` and `trained_tokens_per_s` and no TTFT; sharded training has no times. Each
+    `…_interval_s` holds nine in ten, judged by the fits' errors on ops that they never saw. `basis`
+    says what the times come from and `confidence` whether most of the time lies within what was
+    measured ("interpolated"), beyond it or by another GPU's ("extrapolated"), or by stated defaults
+    ("uncalibrated"). `bound_by` is what takes most of the time in prefill and decode: compute,
+    memory, latency of small kernels, communication, or the host.
     """
 
     ttft_s: float | None = None
@@ -398,7 +400,9 @@ def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float
 def training_latency(
     model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu
 ) -> Latency:
-    """One step: forward, backward and optimizer."""
+    """One step: forward, backward and optimizer; of sharded training nothing is known."""
+    if setting.sharding is not None:
+        return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
     passes = passes_of(model, setting, deploy.runtime, gpu)
     made = passes.timed(lambda _: phase.program, phase.dims)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from planner.dtypes import element_bytes
 from planner.ledger import Row
@@ -31,6 +32,7 @@ from planner.optimizer_parts import Part, columns, is_hidden, rows
 from planner.prefix_adapters import METHODS as PREFIXES
 from planner.prefix_adapters import trained_beside
 from planner.program import Buffer, Shape, Tape
+from planner.sharding import Sharding, lying
 from planner.tensors import Parameter
 from planner.workload import OWN_WAY, Training
 
@@ -52,8 +54,10 @@ QUANTISED_FROM, BLOCK, MAPS_BYTES = 4096, 256, 2 * 256 * 4
 of both maps of codes to numbers."""
 
 
-def stepped_bytes(work: Training, dtype: str) -> int:
+def stepped_bytes(work: Training, dtype: str, sharding: Sharding | None = None) -> int:
     """Bytes of an element of what the optimizer steps, and of its states, computing in `dtype`."""
+    if sharding is not None:
+        return sharding.held_bytes
     if work.precision == "master":
         return FLOAT32
     if work.adapters is not None:
@@ -80,12 +84,14 @@ def copies_rows(model: Model, work: Training) -> list[Row]:
     ]
 
 
-def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> list[Row]:
+def optimizer_rows(
+    model: Model, work: Training, *, dtype: str, device: str, sharding: Sharding | None = None
+) -> list[Row]:
     """The states of the steady state, on the device; `dtype` is what is computed in."""
-    b = stepped_bytes(work, dtype)
+    b = stepped_bytes(work, dtype, sharding)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for p in trained(model, work):
+    for p in trained(model, work, sharding):
         for item, size in states(p, work, b, device):
             counts[item] = counts.get(item, 0) + 1
             sizes[item] = sizes.get(item, 0) + size
@@ -94,14 +100,19 @@ def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> 
     return [_row(item, counts[item], size, b) for item, size in sizes.items()]
 
 
-def trained(model: Model, work: Training) -> list[Parameter]:
-    """What the optimizer updates."""
+def trained(model: Model, work: Training, sharding: Sharding | None = None) -> list[Parameter]:
+    """What the optimizer updates: of sharded parameters the shards."""
     lora = work.adapters
     if lora is not None:
         return adapters(model, lora)
     if work.method in PREFIXES:
         return trained_beside(model, work.method)
-    return list(model.parameters())
+    if sharding is None:
+        return list(model.parameters())
+    return [
+        replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None)))
+        for p in model.parameters()
+    ]
 
 
 def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:

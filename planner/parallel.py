@@ -27,7 +27,8 @@ from planner.tensors import Parameter
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """What one GPU holds: `model`, the blocks of stage `stage` of `stages`, cut `tensor_parallel`
-    ways. `whole` is the same cut of all blocks; the other GPUs of a stage hold as much.
+    ways. `whole` is the same cut of all blocks; the other GPUs of a stage hold as much. Of each of
+    the model's parameters it keeps one of `shards` shards, and gathers the others when needed.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Share:
     stage: int = 0
     stages: int = 1
     tensor_parallel: int = 1
+    shards: int = 1
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -51,6 +53,8 @@ class Share:
         if self.stages > 1:
             first, end = self.blocks
             parts.append(f"stage {self.stage + 1} of {self.stages}, layers {first}–{end - 1}")
+        if self.shards > 1:
+            parts.append(f"the first of {self.shards} data-parallel shards, a batch each")
         return ", ".join(parts)
 
 

@@ -23,6 +23,7 @@ from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.vllm import batch_limits
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.runtimes.vllm_overhead import outside_rows
+from planner.sharding import Sharding
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -108,6 +109,10 @@ class Prepared:
 
 def prepare(model: Model, deploy: Deployment) -> Prepared:
     """Make ready; ConfigError for what the runtime does not run."""
+    if deploy.data_parallel_shards > 1:
+        raise ConfigError(
+            f"data_parallel_shards={deploy.data_parallel_shards} is not planned for inference: 1"
+        )
     runtime, gpu = runtime_named(deploy.runtime), gpu_named(deploy.gpu)
     checkpoint = as_loaded(model, deploy)
     model = _as_held(checkpoint, deploy, gpu)
@@ -175,13 +180,25 @@ def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> 
         tensor_parallel=deploy.tensor_parallel,
         pipeline_parallel=deploy.pipeline_parallel,
         host_add_s=deploy.host_add_s,
+        sharding=_sharding(deploy, dtype),
+    )
+
+
+def _sharding(deploy: Deployment, dtype: str) -> Sharding | None:
+    if deploy.data_parallel_shards == 1:
+        return None
+    return Sharding(
+        shards=deploy.data_parallel_shards,
+        held_dtype=deploy.weight_dtype or dtype,
+        reduce_dtype=deploy.reduce_dtype,
+        reshards=deploy.reshard_after_forward,
     )
 
 
 def as_loaded(model: Model, deploy: Deployment) -> Model:
     """The model with the weights that the runtime makes of it on loading."""
     wanted = deploy.weight_dtype
-    if wanted in (None, deploy.dtype or model.dtype):
+    if wanted in (None, deploy.dtype or model.dtype) or deploy.data_parallel_shards > 1:
         return model
     if model.quantization is not None:
         raise ConfigError(

@@ -130,7 +130,8 @@ class Buffer:
     """A storage that the pass allocates: what it is called, its elements, bytes of one.
 
     `gradient`: a parameter's, which outlives the backward pass. `lasting`: made once, and
-    found by all passes that follow (an encoder's states, the cache of cross-attention).
+    found by all passes that follow (an encoder's states, the cache of cross-attention). `stream`:
+    which of the device's it is made on, 0 the default one.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Buffer:
     cache: bool = False
     gradient: bool = False
     lasting: bool = False
+    stream: int = 0
 
     def nbytes(self, dims: Dims) -> Number:
         """Bytes of the storage."""

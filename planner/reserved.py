@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from planner.allocator import (
     Alloc,
@@ -43,6 +44,7 @@ from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import INT64
+from planner.sharding import lying
 from planner.tensors import Parameter
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
@@ -154,14 +156,16 @@ def _play(
 
 def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
     """One allocation a stored tensor, embedding first, then the layers, then the rest; buffers."""
-    model, dtype = plan.model, plan.setting.dtype
+    model, dtype, sharding = plan.model, plan.setting.dtype, plan.setting.sharding
     buffers_dtype = dtype
     sizes: dict[Parameter, list[int]] = {}
     if isinstance(plan.work, Training):
-        dtype = plan.work.held_dtype(dtype)
+        dtype = plan.setting.held_dtype(plan.work)
     if model.quantization is None:
         b, buffers_dtype = element_bytes(dtype), dtype
-        sizes = {p: [p.count * b] for p in model.parameters()}
+        for p in model.parameters():
+            shape = lying(model, p, inside=p.layer is not None)
+            sizes[p] = [b * prod(shape if sharding is None else sharding.shard(shape))]
     elif isinstance(plan.work, Training):
         for p, held in held_tensors(model, dtype, plan.setting.dtype):
             sizes.setdefault(p, []).append(held.size_bytes)

@@ -10,9 +10,16 @@ from planner.activations import Peak
 from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
-from planner.errors import check_choice
+from planner.errors import ConfigError, check_choice
 from planner.format import gib, seconds
-from planner.latency import Latency, latency, passes_of, prompt_passes, training_latency
+from planner.latency import (
+    UNTIMED,
+    Latency,
+    latency,
+    passes_of,
+    prompt_passes,
+    training_latency,
+)
 from planner.ledger import Row, ledger_table
 from planner.model import Model
 from planner.op_table import op_table
@@ -187,6 +194,10 @@ class Estimate:
         A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
         moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
         """
+        if self.setting.sharding is not None:
+            raise ConfigError(
+                f"data_parallel_shards={self.setting.sharding.shards}: times {UNTIMED}"
+            )
         passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
         if isinstance(self.work, Training):
             phase = training_phase(self.model, self.work, self.deploy, self.setting)
@@ -292,6 +303,7 @@ class Estimate:
             "max_concurrency": self.max_concurrency,
             "tensor_parallel": self.deploy.tensor_parallel,
             "pipeline_parallel": self.deploy.pipeline_parallel,
+            "data_parallel_shards": self.deploy.data_parallel_shards,
             "stage": self.share.stage,
             "latency": asdict(self.latency),
             "peak": {
@@ -314,6 +326,8 @@ class Estimate:
 
 def speed(latency: Latency) -> str:
     """What is known of the times, in one line: how far they may be off, what they come from."""
+    if latency.basis == UNTIMED:
+        return f"times: {UNTIMED}"
     known = [
         f"{name} {seconds(time_s)}{off_by(time_s, interval)}"
         for name, time_s, interval in (
@@ -342,6 +356,8 @@ def off_by(time_s: float | None, interval: tuple[float, float] | None) -> str:
 def binding(latency: Latency) -> list[str]:
     """How sure the times are, and what takes most of each pass."""
     told = [] if latency.confidence == "uncalibrated" else [latency.confidence]
+    if latency.basis == UNTIMED:
+        return []
     if latency.step_s is not None:
         return [*told, f"bound by {latency.prefill_bound_by}"]
     bound = f"prefill bound by {latency.prefill_bound_by}"

@@ -63,13 +63,13 @@ def _step(
         yield from inserted.get(index, ())
         name: Hashable = (step, slot)
         if size := sizes[buffers[slot]]:  # torch asks for nothing where nothing is held
-            yield Alloc(name, size) if makes else Free(name)
+            yield Alloc(name, size, buffers[slot].stream) if makes else Free(name)
 
 
 def _states(model: Model, work: Training, setting: Setting, runtime: str) -> list[Event]:
     """What the first step makes for each parameter; Muon's before those of its AdamW."""
-    b = stepped_bytes(work, setting.dtype)
-    parameters = module_order(trained(model, work), model, runtime=runtime)
+    b = stepped_bytes(work, setting.dtype, setting.sharding)
+    parameters = module_order(trained(model, work, setting.sharding), model, runtime=runtime)
     if work.optimizer == "muon":
         parameters.sort(key=lambda p: not is_hidden(p.shape, p.layer))
     return [

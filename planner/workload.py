@@ -12,6 +12,10 @@ CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
 CACHE_SCALES = ("token-head",)
 QUANTISED_FIELDS = ("residual_tokens", "backend", "axis_key", "axis_value", "q_group_size")
+SHARD_DTYPES = ("fp32", "bf16")
+"""What data-parallel shards are kept and reduced in: fp16 would need a scaler."""
+RESHARDED = ("all", "all-but-last", "none")
+"""Which layers' gathered weights go after the forward."""
 LOADED_DTYPES = ("fp8", "int8", "int4", "nf4", "nf4-double")
 """What some runtime quantises plain weights to while it loads them."""
 
@@ -200,7 +204,8 @@ class Training:
     by a torch.amp.GradScaler. `checkpointing` "full": a
     layer keeps its input alone and runs again on the way back, the first one and every
     `checkpoint_every`-th after it; "selective": it runs again but for its linear layers and
-    attention. `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
+    attention, of the former the first and each `keep_every`-th behind it alone (2: torchtitan's
+    "op"). `loss_chunk_tokens`: logits and cross-entropy of so many tokens at a time; None: of
     all at once. `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as many
     as the labels' `sequence_tokens`.
     `lora`: the adapters of methods "lora" and "qlora"; None: a LoRA() of all defaults. "qlora": the
@@ -223,10 +228,17 @@ class Training:
     accumulation_steps: int = 1
     checkpoint_every: int = 1
     loss_chunk_tokens: int | None = None
+    keep_every: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every"):
+        sizes = ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every", "keep_every")
+        for field in sizes:
             check_size(field, getattr(self, field))
+        if self.keep_every != 1 and self.checkpointing != "selective":
+            raise ConfigError(
+                f"keep_every={self.keep_every} is not allowed: 1 for checkpointing="
+                f"{self.checkpointing!r}, any for 'selective'"
+            )
         if self.optimizer is not None:
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("method", self.method, METHODS)
@@ -316,10 +328,14 @@ class Deployment:
     `weight_dtype`: what plain weights are quantised to on loading (fp8 in vllm; int8, nf4,
     nf4-double in transformers), in place of `dtype`. `kv_dtype`: what keys and values are kept in;
     where a plain cache keeps what is computed (transformers), another dtype takes a quantised one.
-    `gpus` are those of the layout, `tensor_parallel` · `pipeline_parallel` (1: as many as that),
-    which vllm alone plans yet. The last six are vllm's: of the memory it takes
-    `memory_utilization`, of a sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool
-    pays for them, as with VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
+    `gpus` are those of the layout (1: as many as that): `tensor_parallel` · `pipeline_parallel`,
+    which vllm alone plans yet, or `data_parallel_shards`, GPUs with batches of their own among
+    which training divides weights, gradients and states (torch's fully_shard; transformers): they
+    are kept in `weight_dtype` (None: `dtype`), gathered in `dtype` and reduced in `reduce_dtype`;
+    layers that `reshard_after_forward` does not name stay gathered until the way back (torchtitan
+    keeps the last one). The last six are vllm's: of the memory it takes `memory_utilization`, of a
+    sequence at most `max_model_tokens`. `cuda_graphs` "inside": the pool pays for them, as with
+    VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
     GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
     """
@@ -335,6 +351,9 @@ class Deployment:
     mode: Literal["graph", "captured", "eager"] = "graph"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    data_parallel_shards: int = 1
+    reshard_after_forward: Literal["all", "all-but-last", "none"] = "all"
+    reduce_dtype: str = "fp32"
     memory_utilization: float = 0.9
     max_model_tokens: int | None = None
     max_batched_tokens: int | None = None
@@ -379,10 +398,10 @@ class Deployment:
     @property
     def world_size(self) -> int:
         """GPUs that one copy of the model is spread over."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel_shards
 
     def _check_layout(self) -> None:
-        for field in ("gpus", "tensor_parallel", "pipeline_parallel"):
+        for field in ("gpus", "tensor_parallel", "pipeline_parallel", "data_parallel_shards"):
             check_size(field, getattr(self, field), maximum=MAX_GPUS)
         for field in ("tensor_parallel", "pipeline_parallel"):
             planned = ("vllm", "attnlab") if field == "tensor_parallel" else ("vllm",)
@@ -391,8 +410,23 @@ class Deployment:
                     f"{field}={getattr(self, field)} is not planned yet for runtime="
                     f"{self.runtime}: 1 (one GPU), or runtime=vllm"
                 )
+        self._check_shards()
         if self.gpus not in (1, self.world_size):
             raise ConfigError(
-                f"gpus={self.gpus} is not planned yet: tensor_parallel · pipeline_parallel = "
-                f"{self.world_size}, no copies of the model"
+                f"gpus={self.gpus} is not planned yet: tensor_parallel · pipeline_parallel · "
+                f"data_parallel_shards = {self.world_size}, no copies of the model"
             )
+
+    def _check_shards(self) -> None:
+        check_choice("reduce_dtype", self.reduce_dtype, SHARD_DTYPES)
+        check_choice("reshard_after_forward", self.reshard_after_forward, RESHARDED)
+        n = self.data_parallel_shards
+        if n == 1:
+            return
+        if self.runtime != "transformers":
+            raise ConfigError(
+                f"data_parallel_shards={n} is not planned for runtime={self.runtime}: 1, or "
+                "transformers"
+            )
+        if self.weight_dtype is not None:
+            check_choice("weight_dtype", self.weight_dtype, SHARD_DTYPES)

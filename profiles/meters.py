@@ -30,8 +30,8 @@ class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     created it until nothing refers to it; one that an in-place op resizes counts at its new size.
     What a kernel allocates and frees inside itself is not seen, nor is an op's output before the op
     ends. With `device` only storages there count. Meter under `torch.no_grad`: `inference_mode`
-    hides the parts of composite ops. `events` (with `log=True`) lists (op, ± bytes) in order, a
-    release under the op that ran before it.
+    hides the parts of composite ops. Of a DTensor this rank's part counts. `events` (with
+    `log=True`) lists (op, ± bytes) in order, a release under the op that ran before it.
     """
 
     def __init__(self, *, device: torch.device | None = None, log: bool = False) -> None:
@@ -194,7 +194,7 @@ def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Of the tensors among an op's arguments or results, which lie in lists, tuples and dicts."""
     if isinstance(tree, Tensor):
-        yield tree.untyped_storage()
+        yield getattr(tree, "_local_tensor", tree).untyped_storage()
     elif isinstance(tree, list | tuple):
         for part in tree:
             yield from _storages(part)

@@ -2,7 +2,8 @@
 
 No constant of the planner was fitted on these rows. A row is planned as its notes say it was run;
 where an old version held more than 5.23 does, what its source names is added in a column of its own
-(`named_bytes`), never to the prediction. Rows that nothing here can express say why.
+(`named_bytes`), never to the prediction; what a compiled one does not hold is taken off there. Rows
+that nothing here can express say why.
 
     optimum-benchmark   transformers 4.35: forwards and generations, allocated, reserved, NVML
     litgpt              LoRA, QLoRA, LLaMA-Adapter on one GPU: max_memory_allocated
@@ -15,15 +16,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import planner
+from planner.allocator import AllocatorSettings
+from planner.allocator.settings import DEFAULTS
 from planner.errors import ConfigError
 from planner.estimate import kv_cache_bytes
 from planner.layers import RoPE
+from planner.reserved import AllocatorPlan, reserved
 from profiles.rows import relative_error
 
 TABLE = Path(__file__).parent / "data" / "published" / "memory.jsonl"
@@ -35,6 +39,8 @@ GPUS = {
     "A100-80GB": "a100-80gb",
     "A100-SXM4-40GB": "a100-40gb",
     "NVIDIA L40S": "l40s",
+    "H100-96GB HBM2e 500W": "h100-80gb",
+    "H200-141GB": "h200",
 }
 QUANTITIES = {
     "allocated_bytes": "peak_allocated_bytes",
@@ -76,6 +82,7 @@ MODELS: dict[str, str | dict[str, Any]] = {
     "Llama 2 7 B": "llama-2-7b",
     "Llama 2 13 B": "llama-2-13b",
     "Llama-3.2-3B": "llama-3.2-3b",
+    "Llama-3.1-8B": "llama-3.1-8b",
     "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
     "StableLM Alpha 3 B": STABLELM_ALPHA_3B,
     "phi-1.5 1.3 B": PHI_1_5,
@@ -91,13 +98,29 @@ class Plan:
     deploy: planner.Deployment
     named: tuple[tuple[str, int], ...] = ()
     why: str = ""  # what else is known to differ
+    settings: AllocatorSettings = DEFAULTS
+    memory_bytes: int | None = None  # of the card, where the catalogue has its kin
+
+    def figures(self) -> dict[str, int | None]:
+        """What is predicted, by quantity; torch's allocator as the run had set it."""
+        memory = planner.estimate(self.model, self.work, self.deploy).memory
+        seen = {name: getattr(memory, name) for name in QUANTITIES.values()}
+        torch, card = memory.torch, self.memory_bytes
+        if isinstance(torch, AllocatorPlan) and (card or self.settings != DEFAULTS):
+            if card is not None:
+                torch = replace(torch, capacity_bytes=card - memory.outside_torch_bytes)
+            played = reserved(torch, settings=self.settings).stats
+            seen["peak_allocated_bytes"] = played.peak_allocated_bytes
+            seen["peak_reserved_bytes"] = played.peak_reserved_bytes
+        return seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedRow:
     """One quantity of one published run; `predicted` None: not expressed, for the reason `why`.
 
-    `named_bytes` are what the run's version held besides and `named_error` the error with them.
+    `named_bytes` are what the run's version held besides, less what its compiler left out, and
+    `named_error` the error with them.
     """
 
     row: int
@@ -177,13 +200,15 @@ def rows_of(index: int, record: dict[str, Any]) -> Iterator[PublishedRow]:
         quantities.pop("allocated_bytes")  # a mean over the run, no peak
     try:
         plan = PLANNERS[source](record)
-        memory = planner.estimate(plan.model, plan.work, plan.deploy).memory
+        figures = plan.figures()
     except ConfigError as refused:
         for theirs, ours in quantities.items():
             yield PublishedRow(**about, quantity=ours, measured=record[theirs], why=str(refused))
         return
     for theirs, ours in quantities.items():
-        yield _row(about, plan, ours, getattr(memory, ours), record[theirs])
+        predicted = figures[ours]
+        assert predicted is not None
+        yield _row(about, plan, ours, predicted, record[theirs])
 
 
 def _row(
@@ -333,8 +358,66 @@ def _torchtune(record: dict[str, Any]) -> Plan:
     return Plan(model=_model(record), work=work, deploy=deploy)
 
 
+LOSS_IN_FLOAT32 = 3 * 4
+"""Bytes of a logit in the peak of an uncompiled loss: log-probabilities and two gradients."""
+
+
 def _torchtitan(record: dict[str, Any]) -> Plan:
-    raise ConfigError("FSDP: training on several GPUs is not planned")
+    """Its own Llama under fully_shard, planned as transformers': it has the same products in order.
+
+    Fp32 shards, bf16 weights, reductions in fp32, all layers but the last resharded, AdamW; "op"
+    keeps every second product and attention (parallelize_llama.py, train.py, optimizer.py at
+    9dec370). run_llama_train.sh sets expandable segments, multinode_trainer.slurm does not. Context
+    parallelism cuts sequences, and parameters are sharded over its GPUs, too.
+    """
+    s, gpu = record["settings"], GPUS[record["gpu"]]
+    cut, selective = s.get("cp", 1), s["ac"] == "selective(op)"
+    later = gpu == "h200"  # June 2025: fused AdamW, started by torchrun itself
+    work = planner.Training(
+        batch=s["local_batch"],
+        sequence_tokens=s["seq"] // cut,
+        checkpointing="selective" if selective else "full",
+        keep_every=2 if selective else 1,
+        optimizer_impl="fused" if later else "foreach",
+    )
+    deploy = planner.Deployment(
+        gpu=gpu,
+        dtype="bf16",
+        weight_dtype="fp32",
+        data_parallel_shards=s["fsdp"] * cut,
+        reshard_after_forward="all-but-last",
+    )
+    model = _model(record)
+    tokens, named = work.batch * work.sequence_tokens, []
+    if s["compile"] and selective:
+        unused = -2 * tokens * model.hidden_size * len(model.layers)
+        named.append(
+            ("compiled layers do not keep their last product, which nothing asks for", unused)
+        )
+    if later:
+        what = "the compiled loss has no float32 logits: two tensors of bf16 are left"
+        named.append((what, -tokens * model.vocab_size * (LOSS_IN_FLOAT32 - 2)))
+    return Plan(
+        model=model,
+        work=work,
+        deploy=deploy,
+        named=tuple(named),
+        why=_titan_why(s),
+        settings=AllocatorSettings(expandable_segments=record["gpus"] == 8),
+        memory_bytes=None if later else 96 * 10**9,
+    )
+
+
+def _titan_why(s: dict[str, Any]) -> str:
+    """What else is known to differ of a run of torchtitan."""
+    sentences = []
+    if s["compile"]:
+        sentences.append("compiled: planned as it runs uncompiled, an upper bound")
+    if s.get("float8"):
+        sentences.append("float8: products are planned in bf16")
+    if s.get("cp", 1) > 1:
+        sentences.append("what ring attention passes on is not planned")
+    return "; ".join(sentences)
 
 
 def _peft(record: dict[str, Any]) -> Plan:

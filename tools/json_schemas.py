@@ -76,6 +76,7 @@ QUESTIONS: dict[str, list[list[str]]] = {
         ["gpt2", "--gpu", "cpu", "--runtime", "attnlab", "--train", "--sequence", "64"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "attnlab", "--train"],
         ["llama-3.1-8b", "--gpu", "h200", "--train", "--method", "lora", "--sequence", "64"],
+        ["gpt2", "--gpu", "h200", "--train", "--shards", "8", "--weight-dtype", "fp32"],
         [*ADAPTED, "--lora-targets", "c_attn"],
         [*ADAPTED, "--lora-dtype", "bf16"],
         ["config.json", "--gpu", "cpu", "--encoder-tokens", "9"],

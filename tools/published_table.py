@@ -20,8 +20,8 @@ HEAD = """# Memory that others measured
 Written by `python -m tools.published_table`; `planner compare --published` prints it. The rows are
 those of `profiles/data/published/memory.jsonl`, each with its source and licence. Nothing was
 fitted on them. GB are 10⁹ bytes; *with* adds what the version that ran is known, by its source, to
-hold beside what transformers 5.23 does; numbers stand for the sentences below, which every miss
-above 5 % has.
+hold beside what transformers 5.23 does, and takes off what a compiled one does not hold; numbers
+stand for the sentences below, which every miss above 5 % has.
 """
 
 

@@ -112,6 +112,8 @@ def longest_label(e: planner.Estimate) -> str:
 def times(e: planner.Estimate) -> None:
     """The times of a step, or of the first token and those after it."""
     if is_training(e):
+        if e.latency.step_s is None or e.latency.trained_tokens_per_s is None:
+            return
         card("Step", seconds(e.latency.step_s), within(e.latency.step_interval_s))
         card("Trained tokens/s", f"{e.latency.trained_tokens_per_s:,.0f}", "Of the whole batch")
         return

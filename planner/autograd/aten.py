@@ -73,6 +73,8 @@ class Aten:
         self.last: int | None = None  # from here on nothing is allocated any more
         self.keeps: deque[Tensor] | None = None  # takes what selective checkpointing keeps
         self.taken: deque[Tensor] | None = None  # gives it when a block runs again
+        self.keeps_every = 1  # products: the first and each so many-th behind it
+        self.products = 0  # of the block so far
 
     def sizes(self, dims: Dims) -> Ints:
         """Dimensions as numbers of this regime."""
@@ -108,7 +110,7 @@ class Aten:
         if self.last is not None and self.made >= self.last:
             never = Storage(Buffer(name=name, shape=(0,), itemsize=itemsize), None, self.made)
             return Tensor(never, dims, sizes, laid, itemsize, name)
-        kept = returned and is_kept(kernel)
+        kept = returned and is_kept(kernel) and self._is_picked(kernel)
         if kept and self.taken:
             self.made += 1
             return self.taken.popleft()
@@ -133,6 +135,13 @@ class Aten:
         if kept and self.keeps is not None:
             self.keeps.append(Tensor(storage, dims, sizes, laid, itemsize, name))
         return Tensor(storage, dims, sizes, laid, itemsize, name)
+
+    def _is_picked(self, kernel: str) -> bool:
+        """Whether this product is one of those that are kept; other ops always are."""
+        if kernel != "mm":
+            return True
+        self.products += 1
+        return self.keeps_every == 1 or self.products % self.keeps_every == 1
 
     def elementwise(
         self, kernel: str, name: str, *operands: Tensor, itemsize: int | None = None

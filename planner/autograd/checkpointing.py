@@ -79,7 +79,7 @@ class Frame(Generic[Given]):
         self._saved = []
         doing, self._aten.doing = self._aten.doing, ""
         self._aten.last = self._aten.made + self._end
-        self._aten.taken = self.kept
+        self._aten.taken, self._aten.products = self.kept, 0
         try:
             self._again(self, self._x, self._given)
         except StopRecomputationError:

@@ -151,6 +151,8 @@ def _accumulate(aten: Aten, leaf: Leaf) -> None:
 
 
 def _name(leaf: Leaf, gradient: Tensor) -> None:
+    if leaf.gathered:
+        return
     name = f"gradient of {leaf.tensor.name}"
     buffer = gradient.storage.buffer
     gradient.storage.known_as(replace(buffer, name=name, gradient=True))

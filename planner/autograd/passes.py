@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Generic, TypeVar
 
 from planner.autograd.aten import Aten
@@ -17,6 +18,7 @@ from planner.autograd.checkpointing import Frame
 from planner.autograd.dora import Frozen, Trained, dora
 from planner.autograd.engine import Graph, run_back
 from planner.autograd.functions import Functions
+from planner.autograd.gathering import Gathering, Group
 from planner.autograd.layouts import contiguous
 from planner.autograd.master_weights import MasterCopies
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
@@ -29,6 +31,7 @@ from planner.optimizers import OptimizerWriter
 from planner.parameters import layer_parameters
 from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
+from planner.sharding import Sharding, lying
 from planner.tensors import Parameter
 from planner.workload import LoRA
 
@@ -65,6 +68,7 @@ class PassWriter(Generic[Given]):
         accumulates: bool = False,
         scales: bool = False,
         copies: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         self.accumulates, self.scales, self.copies = accumulates, scales, copies
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
@@ -78,6 +82,7 @@ class PassWriter(Generic[Given]):
             for name in ("hidden states", "gradient of hidden states")
         )
         self.tape = Tape()
+        self.gathering = None if sharding is None else Gathering(self.tape, sharding, b)
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
         self.f.low, self.f.casts = autocast, {}
@@ -178,7 +183,8 @@ class PassWriter(Generic[Given]):
     def _trained_leaf(self, made: Tensor) -> Tensor:
         if self.known is not None:  # a layer that runs again
             return replace(made, node=next(self.known))
-        leaf = Leaf(Like(made.dims, made.sizes, made.strides, made.itemsize, made.name))
+        like = Like(made.dims, made.sizes, made.strides, made.itemsize, made.name)
+        leaf = Leaf(like, gathered=self.gathering is not None)
         self.leaves[self.walking].append(leaf)
         if self.accumulates:
             leaf.grad = self._accumulated(leaf.tensor)
@@ -231,6 +237,7 @@ class PassWriter(Generic[Given]):
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
                     graphs[part.label] = self._walk(part, carried)
+                    self._reshard(part)
         self._end_autocast()
         if self.accumulates:
             self._open_with_gradients()
@@ -246,12 +253,14 @@ class PassWriter(Generic[Given]):
                     if part.label == HEAD:
                         root = self._ones_like(sent)
                         carried[0] = root
+                    self._gather_again(part)
                     run_back(self.aten, graphs[part.label], carried)
                     if carried and carried[0] is not None:
                         carried[0].storage.known_as(self.handed(part)[1])
                     for node, waits in self.crossing:
                         if 0 in node.waiting:
                             node.waiting[0].storage.known_as(waits)
+                    self._reduce(part)
         with tape.segment("end of the backward"):
             del root, sent
         tape.phase = "optimizer step"
@@ -267,6 +276,8 @@ class PassWriter(Generic[Given]):
     def _write_optimizer(self, optimizer: str, impl: str) -> None:
         """The optimizer's step, around which master weights are read and written."""
         b, parts = self.b if self.lora is None else adapter_bytes(self.lora), self._trained()
+        if self.gathering is not None:
+            b = self.gathering.sharding.held_bytes
         scaler = LossScaler(self.tape) if self.scales else None
         if not self.copies:
             OptimizerWriter(self.tape, optimizer, impl, b, scaler).write(parts)
@@ -276,6 +287,78 @@ class PassWriter(Generic[Given]):
         master.take(parts, self.leaves)
         OptimizerWriter(self.tape, optimizer, impl, FLOAT32, scaler).write(parts)
         master.give(parts)
+
+    def _group(self, layer: Layer | None) -> Group:
+        """What is gathered with a layer; None: all that stands outside of the layers."""
+        assert self.gathering is not None
+        h = self.model.hidden_size
+        own = self._outer() if layer is None else self.inside(layer_parameters(layer, h))
+        shapes = (lying(self.model, p, inside=layer is not None) for p in own)
+        return self.gathering.group(shapes, root=layer is None)
+
+    def _outer(self) -> Iterable[Parameter]:
+        return chain.from_iterable(
+            self.outside(part) for part in self._parts() if part.layer_kind is None
+        )
+
+    def _gather(self, part: Part) -> None:
+        """Before a part's forward; the root's begins with the embedding."""
+        if self.gathering is None:
+            return
+        if part.layer is not None:
+            self.gathering.at(waiting=self._beside(part.layer, -1) or self._group(None))
+        self.gathering.before_forward(self._group(part.layer_kind))
+
+    def _reshard(self, part: Part) -> None:
+        """Behind a part's forward; the root's ends with the head."""
+        if self.gathering is None:
+            return
+        if part.layer is not None:
+            freed = self._freed(part.layer)
+            if freed is not None:
+                self.gathering.after_forward(freed)
+        elif part.label == HEAD:
+            self.gathering.at(waiting=self._group(self.model.layers[-1]))
+            self.gathering.end_forward()
+
+    def _gather_again(self, part: Part) -> None:
+        """Before the way back through a part."""
+        if self.gathering is None or part.label == EMBEDDING:
+            return
+        layers = len(self.model.layers)
+        at = layers if part.layer is None else part.layer
+        self.gathering.before_backward(self._freed(at), self._freed(at - 1))
+
+    def _reduce(self, part: Part) -> None:
+        """Behind the way back through a part; the root's ends with the embedding."""
+        if self.gathering is None or part.label == HEAD:
+            return
+        leaves = self.leaves[part.label]
+        if part.layer is None:
+            last = self._group(self.model.layers[0])
+            self.gathering.at(reducing=last)
+            leaves = [
+                leaf for p in self.parts() if p.layer is None for leaf in self.leaves[p.label]
+            ]
+        else:
+            self.gathering.at(reducing=self._beside(part.layer, 1))
+        self.gathering.after_backward(self._group(part.layer_kind), leaves)
+        if part.layer is None:
+            self.gathering.end_backward()
+
+    def _freed(self, index: int) -> Group | None:
+        """The layer's group, where there is such a layer and its weights went after the forward."""
+        assert self.gathering is not None
+        last = len(self.model.layers) - 1
+        if not 0 <= index <= last or not self.gathering.sharding.frees(last=index == last):
+            return None
+        return self._group(self.model.layers[index])
+
+    def _beside(self, index: int, step: int) -> Group | None:
+        """The layer before or behind one of them; None at the ends."""
+        at = index + step
+        inside = 0 <= at < len(self.model.layers)
+        return self._group(self.model.layers[at]) if inside else None
 
     def _end_autocast(self) -> None:
         """The region's cache is cleared."""
@@ -308,7 +391,11 @@ class PassWriter(Generic[Given]):
         """The parameters of each part, in the order of the module's."""
         trained = []
         for part in self.parts():
-            shapes = tuple(p.shape for p in self.trained_in(part))
+            own = list(self.trained_in(part))
+            shapes = tuple(p.shape for p in own)
+            if self.gathering is not None:
+                lie = (lying(self.model, p, inside=part.layer_kind is not None) for p in own)
+                shapes = tuple(map(self.gathering.sharding.shard, lie))
             if shapes:
                 trained.append(
                     TrainedPart(
@@ -350,9 +437,40 @@ class PassWriter(Generic[Given]):
                 with self.tape.segment(label, count=part.count, first_layer=part.layer):
                     for leaf in self.leaves[part.label]:
                         leaf.grad = None
+                    if self.gathering is not None and part.label != EMBEDDING:
+                        self.tape.free(self._group(part.layer_kind).gradients)
 
     def parts(self) -> Iterator[Part]:
-        """Embedding, runs of equal layers with the first of each kind apart, head."""
+        """Embedding, runs of equal layers with the first of each kind apart, head.
+
+        Layers that are gathered are alike where those beside them are of the same size, too.
+        """
+        for part in self._parts():
+            if part.layer_kind is None or self.gathering is None:
+                yield part
+            else:
+                yield from self._between_alike(part)
+
+    def _between_alike(self, part: Part) -> Iterator[Part]:
+        start, kind = part.layer, part.layer_kind
+        assert start is not None
+        assert kind is not None
+        own = self._group(kind)
+        beside = {None: "an end", own: "its like"}
+        runs: list[Part] = []
+        for index in range(start, start + part.count):
+            before, behind = (
+                beside.get(group, f"{id(group)}")
+                for group in (self._beside(index, -1), self._beside(index, 1))
+            )
+            label = f"{part.label}, between {before} and {behind}"
+            if runs and runs[-1].label == label:
+                runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+            else:
+                runs.append(replace(part, label=label, count=1, layer=index))
+        yield from runs
+
+    def _parts(self) -> Iterator[Part]:
         yield Part(EMBEDDING)
         seen: dict[str, int] = {}
         for start, count, layer, keeps in self._runs():
@@ -419,18 +537,24 @@ class PassWriter(Generic[Given]):
     def run(self, part: Part, entered: list[Tensor]) -> Tensor:
         """One part on what it is handed."""
         if part.label == EMBEDDING:
+            self._gather(part)
             return self.embed()
         if part.layer_kind is None:
             return self.head(entered)
-        return self.run_layer(part.layer_kind, entered[0])
+        return self.run_layer(part, part.layer_kind, entered[0])
+
+    def received(self, given: Given) -> Given:
+        """What a layer is given, as its forward takes it: before its weights are gathered."""
+        return given
 
     def handed(self, part: Part) -> tuple[Buffer, Buffer]:
         """What goes from this part to the next, and its gradient: the same for every layer."""
         return self.hidden, self.hidden_gradient
 
-    def run_layer(self, layer: Layer, x: Tensor) -> Tensor:
+    def run_layer(self, part: Part, layer: Layer, x: Tensor) -> Tensor:
         """One layer, which keeps its inputs alone where it is checkpointed."""
-        f, given = self.f, self.shared(layer)
+        f, given = self.f, self.received(self.shared(layer))
+        self._gather(part)
         if not self.keeps_inputs:
             return self.block(layer, x, given)
         leaves, entrance = self.leaves[self.walking], x.node
@@ -447,6 +571,7 @@ class PassWriter(Generic[Given]):
 
         f.frame = Frame(self.aten, again, x, given)
         self.aten.keeps = f.frame.kept if self.selective else None
+        self.aten.products = 0
         out = self.block(layer, x, given)
         f.frame = self.aten.keeps = None
         return out

@@ -127,9 +127,13 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """A trained tensor: gradients still to come, their sum so far, and the final one."""
+    """A trained tensor: gradients still to come, their sum so far, and the final one.
+
+    `gathered`: it is made of shards, which have gradients of their own; this one is passing.
+    """
 
     tensor: Like
+    gathered: bool = False
     expected: int = 0
     waiting: Tensor | None = None
     grad: Tensor | None = None

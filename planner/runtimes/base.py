@@ -15,6 +15,7 @@ from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share
 from planner.program import Dims, Number, Program
+from planner.sharding import Sharding
 from planner.workload import CacheSpec, Inference, Training
 
 
@@ -40,6 +41,11 @@ class Setting:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     host_add_s: float | None = None
+    sharding: Sharding | None = None
+
+    def held_dtype(self, work: Training) -> str:
+        """What weights, gradients and states are kept in."""
+        return self.sharding.held_dtype if self.sharding else work.held_dtype(self.dtype)
 
     @property
     def is_one_gpu(self) -> bool:

@@ -45,6 +45,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             "runtime=transformers yet: full, lora"
         )
     _check_grouped(model, work, setting)
+    if setting.sharding is not None:
+        _check_sharded(model, work, setting)
     if work.checkpointing == "selective" and any(
         isinstance(layer.attention, GQA) and layer.attention.clip_qkv is not None
         for layer in model.layer_kinds()
@@ -70,12 +72,14 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         optimizer_impl=work.optimizer_impl,
         checkpointed=0 if work.checkpointing == "none" else work.checkpoint_every,
         selective=work.checkpointing == "selective",
+        keeps_every=work.keep_every,
         lora=work.adapters,
         padded=work.padded,
         accumulates=work.accumulation_steps > 1,
         four_bit=four_bit,
         scales=work.scales_loss(setting.dtype),
         copies=work.precision == "master",
+        sharding=setting.sharding,
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
@@ -120,6 +124,29 @@ def _four_bit(model: Model, setting: Setting, rows: int) -> tuple[Model, FourBit
         packed=frozenset(s for s in sizes if multiplies_packed(rows, s[0], s[1], *device)),
     )
     return replace(model, layers=layers), weights
+
+
+def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
+    """ConfigError for what is not planned of sharded training; torch shards no fused SGD."""
+    assert setting.sharding is not None
+    refused = {
+        f"method={work.method!r}: full": work.method != "full",
+        f"precision={work.precision!r}: pure, with weight_dtype='fp32'": work.precision != "pure",
+        f"dtype={setting.dtype!r}: bf16 or fp32": setting.dtype == "fp16",
+        f"accumulation_steps={work.accumulation_steps}: 1": work.accumulation_steps > 1,
+        f"optimizer={work.optimizer!r}: adamw, sgd or sgd-momentum": (
+            work.optimizer not in (None, "adamw", "sgd", "sgd-momentum")
+        ),
+        f"optimizer_impl='fused' of optimizer={work.optimizer!r}: foreach or for-loop": (
+            work.optimizer_impl == "fused" and work.optimizer not in (None, "adamw")
+        ),
+        f"model_type={model.model_type}: causal language models": model.text_type in WRITERS,
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"data_parallel_shards={setting.sharding.shards} is not planned with {what}"
+            )
 
 
 def _check_master(work: Training, setting: Setting) -> None:

@@ -297,6 +297,24 @@ def test_every_way_to_train_in_transformers_is_planned(precision):
     assert shown["Total"] == gib(memory.total_bytes)
 
 
+def test_sharded_training_is_planned_and_its_times_are_not():
+    link = {"model": "smollm2-135m", "gpu": "h100-80gb", "workload": "training", "shards": "8"}
+    app = opened(**link, shards_in="fp32", reduced_in="bf16", resharded="none")
+    assert not app.exception
+    deploy = planner.Deployment(
+        gpu="h100-80gb",
+        weight_dtype="fp32",
+        data_parallel_shards=8,
+        reshard_after_forward="none",
+        reduce_dtype="bf16",
+    )
+    work = planner.Training(batch=8, sequence_tokens=2048)
+    with_eight = planner.estimate(planner.load_model("smollm2-135m"), work, deploy)
+    assert metrics(app)["Total"] == gib(with_eight.memory.total_bytes)
+    assert "Step" not in metrics(app)
+    assert any("not planned: how far gathering" in caption.value for caption in app.caption)
+
+
 def test_training_where_it_is_not_planned_says_where_it_is():
     app = opened(runtime="vllm", workload="training")
     assert not app.exception

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 from hypothesis import strategies as st
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from profiles.meters import LiveTensorMeter
 
@@ -307,6 +307,25 @@ def checkpoint(live: torch.nn.Module, how: tuple[str, int]) -> None:
         contexts = partial(create_selective_checkpoint_contexts, KEPT_OPS)
         kwargs = {"use_reentrant": False, "context_fn": contexts}
     live.activation_checkpointing_enable(kwargs, every_n_layers=every)
+
+
+def keep_every(live: torch.nn.Module, every: int) -> None:
+    """Selective checkpointing that keeps one matrix product in so many, as torchtitan's "op"."""
+
+    def contexts() -> Any:
+        seen = {True: 0, False: 0}
+
+        def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            kept = op in KEPT_OPS
+            if op == torch.ops.aten.mm.default:
+                seen[context.is_recompute] += 1
+                kept = every == 1 or seen[context.is_recompute] % every == 1
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+    kwargs = {"use_reentrant": False, "context_fn": contexts}
+    live.activation_checkpointing_enable(kwargs)
 
 
 def training_meter(

@@ -80,9 +80,17 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
     [
         ({"runtime": "vllm"}, "runtime=vllm does not plan training yet: attnlab, transformers"),
         ({"method": "qlora"}, "method='qlora' is not planned for runtime=attnlab yet: full, lora"),
+        (
+            {"checkpointing": "selective", "keep_every": 2},
+            "keep_every=2 is not planned for runtime",
+        ),
         ({"loss_chunk_tokens": 8}, "loss_chunk_tokens=8 is not planned for runtime=attnlab yet"),
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
         ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
+        (
+            {"keep_every": 2},
+            "keep_every=2 is not allowed: 1 for checkpointing='none', any for 'sel",
+        ),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0 is not allowed"),
         ({"precision": "autocast", "dtype": "fp16"}, "precision='autocast' in dtype='fp16' is not"),
         ({"optimizer": "lion"}, "optimizer='lion' is not allowed: one of adamw, sgd, sgd-mom"),

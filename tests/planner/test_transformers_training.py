@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import planner
@@ -23,6 +23,7 @@ from tests.planner.small_decoders import (
     checkpoint,
     decoders,
     described,
+    keep_every,
     takes_padding,
     training_meter,
     words,
@@ -104,6 +105,28 @@ def test_gradients_of_several_batches_add_up(config, dtype, batch, tokens, eager
     memory = planner.estimate(planner.read_config(live.config.to_dict()), work, deploy).memory
     found = memory.peak_live_bytes - memory.weights_bytes - memory.optimizer_bytes
     assert found == meter.peak_bytes
+
+
+@examples(20, deadline=None)
+@given(
+    config=decoders(),
+    dtype=st.sampled_from(tuple(DTYPES)),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 30),
+    every=st.integers(2, 4),
+)
+def test_selective_checkpointing_may_keep_one_product_in_several(
+    config, dtype, batch, tokens, every
+):
+    assume(config.get("clip_qkv") is None)  # refused
+    attention = "eager" if config["model_type"] in EAGER_ONLY else "sdpa"
+    live = built(described(config), dtype, attention).train()
+    keep_every(live, every)
+    meter = training_meter(live, batch, tokens)
+    model = planner.read_config(live.config.to_dict())
+    how = {"checkpointed": 1, "selective": True, "keeps_every": every}
+    what = {"attention": attention, "dtype": dtype, **how}
+    assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
 
 
 def test_accumulation_is_refused_by_attnlab():

@@ -34,6 +34,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         method=("full", "lora"),
         precision=("pure", "autocast"),
         loss_chunk_tokens=(None,),
+        keep_every=(1,),
     )
     if work.adapters is not None and work.adapters.dora:
         raise ConfigError("lora.dora=True is not what runtime=attnlab has: False, or transformers")

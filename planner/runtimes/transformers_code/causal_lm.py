@@ -31,7 +31,7 @@ class CausalLM(BlockWriter, MaskWriter):
         if not scaled_inside:
             self.ask_gradient(x)
         if model.embedding_scale is not None:
-            x = f.scale(x, "input embeddings")
+            x = self._scaled_embedding(x)
         if scaled_inside:
             self.ask_gradient(x)
         self.named = [x.detach()]  # by the model's forward until it returns
@@ -71,6 +71,14 @@ class CausalLM(BlockWriter, MaskWriter):
             unused = RoPE(rope_theta=1.0, rotary_dim=gqa.head_dim)
             self.rotations[False] = self.rotary_tables(unused)
         return x
+
+    def _scaled_embedding(self, x: Tensor) -> Tensor:
+        """Gemma's factor is a buffer in the dtype of the weights as they are kept."""
+        held = self.b if self.gathering is None else self.gathering.sharding.held_bytes
+        if held == self.b or not self.model.text_type.startswith("gemma"):
+            return self.f.scale(x, "input embeddings")
+        factor = self.aten.new("_to_copy", "embedding scale", (), self.b)
+        return self.f.mul(x, factor, "input embeddings")
 
     def _projected_in(self, x: Tensor) -> Tensor:
         projected = self.linear(x, "project_in", self.model.hidden_size, bias=False)

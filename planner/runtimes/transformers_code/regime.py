@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from planner.module_order import block_order
 from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
+from planner.sharding import Sharding
 from planner.tensors import Parameter
 from planner.workload import LoRA
 
@@ -52,10 +53,11 @@ class Pass:
     `padded`: an attention mask hides padding. `float32_logits`: they are cast, untrained too.
     `static`: a StaticCache. `quantised`: a QuantizedCache; with neither a DynamicCache. Of it
     `residual_tokens` are unquantised before the pass. Training has no cache; `checkpointed`: every
-    such layer runs again on the way back, but for its products where `selective`; `lora`: adapters
-    are trained, nothing else; `accumulates`: earlier steps left gradients; `autocast`: the dtype of
-    a region around the forward, weights in fp32; `four_bit`: frozen linear layers of 4 bits;
-    `scales`: a GradScaler scales the loss; `copies`: the optimizer steps master weights.
+    such layer runs again on the way back, but for each `keeps_every`-th of its products where
+    `selective`; `lora`: adapters are trained, nothing else; `accumulates`: earlier steps left
+    gradients; `autocast`: the dtype of a region around the forward, weights in fp32; `four_bit`:
+    frozen linear layers of 4 bits; `scales`: a GradScaler scales the loss; `copies`: the optimizer
+    steps master weights; `sharding`: parameters are gathered layer by layer.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -76,12 +78,14 @@ class Pass:
     optimizer_impl: str = "foreach"
     checkpointed: int = 0
     selective: bool = False
+    keeps_every: int = 1
     autocast: str | None = None
     lora: LoRA | None = None
     accumulates: bool = False
     four_bit: FourBitWeights | None = None
     scales: bool = False
     copies: bool = False
+    sharding: Sharding | None = None
 
     @property
     def held_dtype(self) -> str:
@@ -228,12 +232,14 @@ class CodeWriter(PassWriter[Shared]):
             accumulates=what.accumulates,
             scales=what.scales,
             copies=what.copies,
+            sharding=what.sharding,
         )
         self.what, self.regime = what, regime
         self.left_alone = frozenset[str]()  # of the block that is written
         self.f.widens = widens(what.device)
         self.f.softmax_casts = what.device == "cuda" and "fp16" in (what.dtype, what.autocast)
         self.aten.watched = what.device == "cpu"
+        self.aten.keeps_every = what.keeps_every
         self.aten.on_gpu = what.device == "cuda"
         self.aten.multiprocessors = what.multiprocessors
         self.code = code_of(model.text_type)
@@ -241,6 +247,13 @@ class CodeWriter(PassWriter[Shared]):
     def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
         """As <Type>DecoderLayer makes them."""
         return block_order(parameters, self.model)
+
+    def received(self, given: Shared) -> Shared:
+        """Float32 tables are cast to the dtype of gathered weights (cast_forward_inputs)."""
+        if self.gathering is None or given.rotation is None:
+            return given
+        cast = (self.aten.cast(x, self.b, "rotary tables") for x in given.rotation)
+        return replace(given, rotation=tuple(cast))
 
     def keys_of(self, window: int | None) -> Extent:
         """How many keys a layer of this window attends to."""
