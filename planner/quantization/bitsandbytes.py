@@ -35,6 +35,8 @@ STORAGE = {
     "bfloat16": "bf16",
     "float32": "fp32",
 }
+UNFUSED = ("llama4", "llama4_text")
+"""Types whose quantised checkpoints have an expert's matrices apart."""
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -42,11 +44,13 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class OnLoading(Quantization):
     """What both have in common: which layers are replaced.
 
-    `by_default`: the config names no modules that are skipped. `model_type` is known of a model's.
+    `by_default`: the config names no modules that are skipped. `on_load`: plain weights are
+    quantised on loading. `model_type` is known of a model's.
     """
 
     llm_int8_skip_modules: tuple[str, ...]
     by_default: bool = False
+    on_load: bool = False
     model_type: str = ""
 
     @property
@@ -72,8 +76,22 @@ class OnLoading(Quantization):
         """The tensors of the replaced layer, or the parameter as it is."""
         if self.replaces(parameter):
             yield from self._linear(linears(parameter)[0], dtype)
+        elif found := self._unfused(parameter):
+            for linear in found:
+                made = self._linear(linear, dtype)
+                yield from (replace(stored, copies=linear.copies) for stored in made)
         else:
             yield plain(parameter, dtype)
+
+    def _unfused(self, parameter: Parameter) -> tuple[Linear, ...]:
+        """Experts that are linear layers once they are quantised, which no loading makes of them.
+
+        quantizers/base.py, MODULES_TO_PATCH_FOR_QUANTIZATION.
+        """
+        if self.on_load or parameter.group != "experts" or self.model_type not in UNFUSED:
+            return ()
+        layers = linears(parameter)
+        return () if is_skipped(layers[0].module, self.llm_int8_skip_modules) else layers
 
     @abstractmethod
     def _linear(self, linear: Linear, dtype: str) -> Iterator[Stored]:

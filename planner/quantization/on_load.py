@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.errors import ConfigError, shown
 from planner.quantization import Quantization, read_quantization
+from planner.quantization.bitsandbytes import OnLoading
 from planner.quantization.torchao import TorchAO
 
 ON_LOAD: dict[str, dict[str, dict[str, Any]]] = {
@@ -71,6 +72,8 @@ def quantised_on_load(runtime: str, weight_dtype: str) -> Quantization:
         )
     made = read_quantization(known[weight_dtype])
     assert made is not None
+    if isinstance(made, OnLoading):
+        return replace(made, on_load=True)
     if isinstance(made, TorchAO) and runtime == "attnlab" and weight_dtype == "int8":
         return replace(made, experts=True)
     return made

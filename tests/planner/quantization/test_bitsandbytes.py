@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 
 import planner
 from planner import ConfigError
+from planner.prepared import as_loaded
 from planner.tensors import Parameter
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES as EVERY
@@ -122,8 +124,8 @@ def test_sizes_that_do_not_divide_are_rounded_up(out, into):
 def assert_same_layers_stay(config: dict[str, Any], auto: str) -> None:
     """integrations/bitsandbytes.py, replace_with_bnb_linear: nn.Linear itself, and Conv1D."""
     live = live_model(config, auto=auto)
-    method = {"quant_method": "bitsandbytes", **EIGHT}
-    table = planner.read_config({**config, "quantization_config": method}).weight_table()
+    loaded = planner.Deployment(gpu="h200", weight_dtype="int8", runtime="transformers")
+    table = as_loaded(planner.read_config(config), loaded).weight_table()
     skipped = HfQuantizer.get_modules_to_not_convert(live, None, live._keep_in_fp32_modules)
     expected = {
         f"{name}.weight"
@@ -154,6 +156,30 @@ def test_so_they_are_where_tying_changes_which_layer_is_last(kind):
         assert_same_layers_stay(
             {**EVERY[kind].config, "tie_word_embeddings": tied}, EVERY[kind].auto
         )
+
+
+def test_experts_of_llama4_are_apart_in_a_quantised_checkpoint_alone():
+    """SequentialLlama4TextExperts stands for the fused ones where weights are quantised already."""
+    config, method = EVERY["llama4_text"].config, {"quant_method": "bitsandbytes", **EIGHT}
+    model = planner.read_config({**config, "quantization_config": method})
+    live = live_model(config)
+    quantizer = SimpleNamespace(quantization_config=BitsAndBytesConfig(**EIGHT))
+    HfQuantizer._convert_model_for_quantization(quantizer, live)
+    expected = {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in live.named_modules()
+        if type(module) is torch.nn.Linear and name != "lm_head"
+    }
+    found = {
+        s.name.replace("*", str(place)): s.shape
+        for _, s in model.stored_tensors()
+        if s.dtype == "int8"
+        for place in range(s.copies)
+    }
+    assert found == expected
+    loaded = planner.Deployment(gpu="h200", weight_dtype="int8", runtime="transformers")
+    on_load = as_loaded(planner.read_config(config), loaded)
+    assert {s.dtype for p, s in on_load.stored_tensors() if p.group == "experts"} == {"fp32"}
 
 
 def test_bytes_of_a_published_recipe():
