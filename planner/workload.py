@@ -315,6 +315,8 @@ class Training:
         if self.checkpointing == "none":
             return ""
         every = "" if self.checkpoint_every == 1 else f", every {self.checkpoint_every} layers"
+        if self.keep_every != 1:
+            every = f" of every {self.keep_every} products"
         return f"checkpointing {self.checkpointing}{every}, "
 
 

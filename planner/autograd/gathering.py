@@ -13,7 +13,8 @@ the layers and the root, which has all that stands outside of them.
   way back it goes at once, and the layer before is unsharded ahead of its turn.
 * post_backward: the weights' bytes go, then what the group before reduced from; all gradients are
   copied into one flat tensor and go, but for the last one, which a loop still names; the rank's
-  part is reduced into another and cast to the shards' dtype: their gradients are views of it.
+  part is reduced into another and cast to the shards' dtype: their gradients are views of it, or
+  it is added to them and goes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class Group:
         self.gradients = Buffer(
             name="sharded gradients", shape=(n,), itemsize=held, gradient=True, stream=REDUCTIONS
         )
-        self.reduced = self.gradients
+        self.added = Buffer(  # to those that are there
+            name="new sharded gradients", shape=(n,), itemsize=held, stream=REDUCTIONS
+        )
+        self.reduced = None
         if held != reduced:
             self.reduced = Buffer(
                 name="reduced gradients", shape=(n,), itemsize=reduced, stream=REDUCTIONS
@@ -60,8 +64,8 @@ class Group:
 class Gathering:
     """Writes what FSDP2 does on the tape, part by part."""
 
-    def __init__(self, tape: Tape, sharding: Sharding, b: int) -> None:
-        self.tape, self.sharding, self.b = tape, sharding, b
+    def __init__(self, tape: Tape, sharding: Sharding, b: int, *, accumulates: bool) -> None:
+        self.tape, self.sharding, self.b, self.accumulates = tape, sharding, b, accumulates
         self._groups: dict[Hashable, Group] = {}
         self._waiting: Group | None = None  # FSDPCommContext.all_gather_state
         self._reducing: Group | None = None  # FSDPCommContext.reduce_scatter_states
@@ -109,11 +113,14 @@ class Gathering:
         for leaf in leaves:
             if leaf is not last:
                 leaf.grad = None
-        self._made(group.reduced, "reduce_scatter")
-        if group.gradients is not group.reduced:
-            self._made(group.gradients, "_to_copy")
-            tape.free(group.reduced)
+        made = group.added if self.accumulates else group.gradients
+        if group.reduced is not None:
+            self._made(group.reduced, "reduce_scatter")
+        self._made(made, "reduce_scatter" if group.reduced is None else "_to_copy")
+        tape.free(group.reduced)
         last.grad = None
+        if self.accumulates:
+            tape.free(made)
         self._reducing = group
 
     def end_backward(self) -> None:

@@ -82,7 +82,9 @@ class PassWriter(Generic[Given]):
             for name in ("hidden states", "gradient of hidden states")
         )
         self.tape = Tape()
-        self.gathering = None if sharding is None else Gathering(self.tape, sharding, b)
+        self.gathering: Gathering | None = None
+        if sharding is not None:
+            self.gathering = Gathering(self.tape, sharding, b, accumulates=accumulates)
         self.aten = Aten(self.tape, numbers)
         self.f = Functions(self.aten)
         self.f.low, self.f.casts = autocast, {}
@@ -186,7 +188,7 @@ class PassWriter(Generic[Given]):
         like = Like(made.dims, made.sizes, made.strides, made.itemsize, made.name)
         leaf = Leaf(like, gathered=self.gathering is not None)
         self.leaves[self.walking].append(leaf)
-        if self.accumulates:
+        if self.accumulates and self.gathering is None:
             leaf.grad = self._accumulated(leaf.tensor)
         return replace(made, node=leaf)
 
@@ -424,6 +426,8 @@ class PassWriter(Generic[Given]):
         for part in self.parts():
             grads = [leaf.grad for leaf in self.leaves[part.label]]
             buffers = tuple(grad.storage.buffer for grad in grads if grad is not None)
+            if self.gathering is not None and part.label != EMBEDDING:
+                buffers = (self._group(part.layer_kind).gradients,)
             if buffers:
                 self.tape.open_with(
                     "gradients so far", buffers, count=part.count, first_layer=part.layer

@@ -133,7 +133,6 @@ def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
         f"method={work.method!r}: full": work.method != "full",
         f"precision={work.precision!r}: pure, with weight_dtype='fp32'": work.precision != "pure",
         f"dtype={setting.dtype!r}: bf16 or fp32": setting.dtype == "fp16",
-        f"accumulation_steps={work.accumulation_steps}: 1": work.accumulation_steps > 1,
         f"optimizer={work.optimizer!r}: adamw, sgd or sgd-momentum": (
             work.optimizer not in (None, "adamw", "sgd", "sgd-momentum")
         ),

@@ -83,14 +83,17 @@ def sharded_meter(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     padded: bool = False,
+    steps: int = 1,
 ) -> ShardMeter:
-    """The meter of the second step: the first makes gathered weights, and states."""
+    """The meter of the second step, of `steps` batches; the first makes what stays: states."""
     ids = words(live.config, batch, tokens)
     mask = padding(batch, tokens) if padded else None
     for _ in range(2):
         with ShardMeter(log=True) as meter:
-            loss = live(ids, attention_mask=mask, labels=ids, use_cache=False).loss
-            loss.backward()
+            for _ in range(steps):
+                loss = None
+                loss = live(ids, attention_mask=mask, labels=ids, use_cache=False).loss
+                loss.backward()
             if optimizer is not None:
                 optimizer.step()
             live.zero_grad(set_to_none=True)
