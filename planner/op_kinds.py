@@ -89,6 +89,8 @@ class Attention:
     keys: Extent | None = None
     """With a mask of its own a kernel computes all T × keys, seen or not; None: causal."""
     backend: str = ""
+    held: Extent | None = None
+    """Keys of a cache that the kernel is given whole, a window's or not; None: those it sees."""
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
@@ -306,7 +308,13 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
     if keys is None:
         return Attention(H, H, D, 2, pairs, backward, None, _backend(op))
     every = _masked_keys(op, backward=backward)
-    return Attention(H, min(H, keys[0]), D, keys[1], pairs, backward, every, _backend(op))
+    G, b = keys
+    return Attention(H, min(H, G), D, b, pairs, backward, every, _backend(op), _held(op))
+
+
+def _held(op: Op) -> Extent | None:
+    """(2, B, G, S, D, itemsize), keys and values in one: S."""
+    return next((s[3] for s in op.moved if len(s) == 6 and s[0] == 2), None)
 
 
 def _masked_keys(op: Op, *, backward: bool) -> Extent | None:

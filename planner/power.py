@@ -21,7 +21,7 @@ from planner.program import Number
 
 EXPONENT = 2.0
 """a: what switches takes the square of the voltage, which follows the clock. Nothing is fitted."""
-LOWEST, HALVINGS = 0.3, 20
+LOWEST, ROUNDS = 0.3, 16
 
 
 def flop_joules(cost: EnergyCost, dtype: str, clock: Number = None) -> Number:
@@ -39,21 +39,33 @@ def capped_clock(
     tdp_w: float | None,
     dtype: str,
 ) -> Number:
-    """The highest clock at which a pass of `seconds(clock)` draws the TDP at most, by halving."""
+    """The highest clock at which a pass of `seconds(clock)` draws the TDP at most.
+
+    By regula falsi, the end that stays halved in weight (Illinois; doi:10.1007/BF01934364).
+    """
     if cost is None or tdp_w is None:
         return 1.0
     watts = tdp_w - cost.idle_w
 
-    def exceeds(clock: Number) -> Number:
+    def excess_j(clock: Number) -> Number:
         joules = flop_joules(cost, dtype, clock) * flops + cost.byte_j * moved_bytes
-        return joules > watts * seconds(clock)
+        return np.asarray(joules - watts * seconds(clock), dtype=np.float64)
 
-    over = np.asarray(exceeds(1.0))
+    above = excess_j(1.0)
+    over = above > 0.0
     if not np.any(over):
         return 1.0
-    low, high = np.full(over.shape, LOWEST), np.ones(over.shape)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2.0
-        above = exceeds(middle)
-        low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return np.where(over, low, 1.0)[()]
+    low, high = np.full(above.shape, LOWEST), np.ones(above.shape)
+    below = np.minimum(excess_j(low), 0.0)  # 0: not even the lowest clock is enough
+    before: Number = None
+    for _ in range(ROUNDS):
+        width = np.where(above > below, above - below, 1.0)
+        at = np.where(over, (low * above - high * below) / width, 1.0)
+        found = excess_j(at)
+        up = found > 0.0
+        again = np.zeros_like(up) if before is None else up == before
+        stayed = np.where(again, 0.5, 1.0)
+        low, high = np.where(up, low, at), np.where(up, at, high)
+        above, below = np.where(up, found, stayed * above), np.where(up, stayed * below, found)
+        before = up
+    return np.where(over, at, 1.0)[()]

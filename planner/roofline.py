@@ -10,7 +10,7 @@ over bandwidth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -407,20 +407,25 @@ def _attention_time(
         fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
         parts.append((several, fit, (B, triangle(pairs), *heads), family))
     if not kind.backward and not np.all(several):
-        parts.append((~several, *_decode_fit(kind, backends, B, pairs, speed), "decode"))
+        held = pairs if kind.held is None else np.maximum(pairs, evaluate((kind.held,), dims))
+        parts.append((~several, *_decode_fit(kind, backends, B, held, speed), "decode"))
     if any(fit is None for _, fit, _, _ in parts):
         return _unmeasured(timed, parts[0][3], speed.dtype, flops, moved, speed)
+    hidden = pairs / np.maximum(np.asarray(kind.pairs.of(dims), dtype=np.float64), 1.0)
+    computed = flops * hidden
     seconds: Number = 0.0
+    clocked: Number = 0.0
     for where, fit, sizes, name in parts:
         assert fit is not None
-        one = fit.seconds(sizes)
+        one, computing = fit.seconds(sizes), _computing_s(fit, computed)
         if speed.fused and name == "decode":
             one = np.minimum(one, _three_reductions(moved, speed))
         seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)
+        clocked = computing if len(parts) == 1 else clocked + np.where(where, computing, 0.0)
     _, fit, sizes, family = parts[0]
     assert fit is not None
-    hidden = pairs / np.maximum(np.asarray(kind.pairs.of(dims), dtype=np.float64), 1.0)
-    return _timed(timed, family, fit, seconds, sizes, flops, moved, speed, flops * hidden)
+    made = _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
+    return replace(made, clocked_s=np.minimum(made.seconds, clocked), computed_flops=computed)
 
 
 EFFICIENT = "efficient"
@@ -459,9 +464,7 @@ def _timed(
     flops: Number,
     moved: Number,
     speed: Speed,
-    computed: Number = None,
 ) -> OpTime:
-    computed = flops if computed is None else computed
     measured = not fit.source.startswith(TRANSFERRED)
     inside = measured and fit.covers(sizes)
     off = 0.25 if fit.held_out is None else fit.held_out.p90
@@ -472,13 +475,18 @@ def _timed(
         timed=timed,
         family=family,
         seconds=seconds,
-        clocked_s=np.minimum(seconds, computed / (fit.peak_flops_per_s * fit.roof.compute)),
-        computed_flops=computed,
+        clocked_s=np.minimum(seconds, _computing_s(fit, flops)),
+        computed_flops=flops,
         flops=flops,
         moved_bytes=moved,
         error=off,
         basis="interpolated" if inside else "extrapolated",
     )
+
+
+def _computing_s(fit: Fit, flops: Number) -> Number:
+    """What the FLOPs take at the rate that the fit's large ops reach."""
+    return flops / (fit.peak_flops_per_s * fit.roof.compute)
 
 
 def _unmeasured(

@@ -194,6 +194,15 @@ def test_a_block_of_the_efficient_kernel_computes_64_queries_for_one():
     assert step == pytest.approx(pairs * prefill, rel=0.1)
 
 
+def test_a_window_over_a_cache_that_is_kept_whole_is_read_whole():
+    """attnlab keeps all of Mistral's keys: a step reads 8 192, whatever the window lets through."""
+    step = {}
+    for model, batch in (("mistral-7b-v0.1", 4), ("llama-3.1-8b", 4)):
+        e = of(model, runtime="attnlab", mode="captured", batch=batch, prompt_tokens=8192)
+        step[model] = e.op_times("decode").set_index("family").seconds["decode"]
+    assert step["mistral-7b-v0.1"] == pytest.approx(step["llama-3.1-8b"], rel=0.01)
+
+
 def test_experts_whose_rows_fill_no_tile_take_as_long_as_if_they_did():
     """GroupMM.cu: 256 rows at a time. Rows that fill all tiles were timed: 64 experts, 512 each."""
     timed = {
