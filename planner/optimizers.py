@@ -27,7 +27,7 @@ from planner.optimizer_loops import (
     Muon,
     TransformersAdafactor,
 )
-from planner.optimizer_parts import Part, columns, is_hidden, rows
+from planner.optimizer_parts import Part, columns, has_gradient, is_hidden, rows
 from planner.program import Buffer, Shape, Tape
 from planner.tensors import Parameter
 from planner.workload import OWN_WAY, Training
@@ -63,7 +63,7 @@ def copies_rows(model: Model, work: Training) -> list[Row]:
     """Master weights, which the optimizer holds, too; nothing where it steps the weights."""
     if not work.steps_copies:
         return []
-    copied = trained(model, work)
+    copied = trainable(model, work)
     elements = sum(p.count for p in copied)
     return [
         Row(
@@ -92,10 +92,15 @@ def optimizer_rows(model: Model, work: Training, *, dtype: str, device: str) -> 
     return [_row(item, counts[item], size, b) for item, size in sizes.items()]
 
 
-def trained(model: Model, work: Training) -> list[Parameter]:
-    """What the optimizer updates."""
+def trainable(model: Model, work: Training) -> list[Parameter]:
+    """What the optimizer is given."""
     lora = work.adapters
     return list(model.parameters()) if lora is None else adapters(model, lora)
+
+
+def trained(model: Model, work: Training) -> list[Parameter]:
+    """What the optimizer updates."""
+    return [p for p in trainable(model, work) if has_gradient(model, p)]
 
 
 def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:
