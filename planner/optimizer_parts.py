@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
+from planner.model import Model
+from planner.tensors import Parameter
+
 Sizes = tuple[int, ...]
 
 
@@ -39,6 +42,16 @@ def rows(shape: Sizes) -> int:
 def columns(shape: Sizes) -> int:
     """One number for each column of a matrix, or of many."""
     return prod(shape[:-2]) * shape[-1]
+
+
+def has_gradient(model: Model, p: Parameter) -> bool:
+    """Whether the forward reads it, else no optimizer steps it.
+
+    BERT's head keeps two biases where it is untied, and adds its decoder's alone.
+    """
+    if p.name != "lm_head.bias":
+        return True
+    return not any(beside.name.endswith(".decoder.bias") for beside in model.extra_parameters)
 
 
 def is_hidden(shape: Sizes, layer: int | None) -> bool:

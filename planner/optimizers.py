@@ -28,7 +28,7 @@ from planner.optimizer_loops import (
     Muon,
     TransformersAdafactor,
 )
-from planner.optimizer_parts import Part, columns, is_hidden, rows
+from planner.optimizer_parts import Part, columns, has_gradient, is_hidden, rows
 from planner.prefix_adapters import METHODS as PREFIXES
 from planner.prefix_adapters import trained_beside
 from planner.program import Buffer, Shape, Tape
@@ -69,7 +69,7 @@ def copies_rows(model: Model, work: Training) -> list[Row]:
     """Master weights, which the optimizer holds, too; nothing where it steps the weights."""
     if not work.steps_copies:
         return []
-    copied = trained(model, work)
+    copied = trainable(model, work)
     elements = sum(p.count for p in copied)
     return [
         Row(
@@ -100,8 +100,8 @@ def optimizer_rows(
     return [_row(item, counts[item], size, b) for item, size in sizes.items()]
 
 
-def trained(model: Model, work: Training, sharding: Sharding | None = None) -> list[Parameter]:
-    """What the optimizer updates: of sharded parameters the shards."""
+def trainable(model: Model, work: Training, sharding: Sharding | None = None) -> list[Parameter]:
+    """What the optimizer is given: of sharded parameters the shards."""
     lora = work.adapters
     if lora is not None:
         return adapters(model, lora)
@@ -113,6 +113,11 @@ def trained(model: Model, work: Training, sharding: Sharding | None = None) -> l
         replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None)))
         for p in model.parameters()
     ]
+
+
+def trained(model: Model, work: Training, sharding: Sharding | None = None) -> list[Parameter]:
+    """What the optimizer updates."""
+    return [p for p in trainable(model, work, sharding) if has_gradient(model, p)]
 
 
 def states(p: Parameter, work: Training, b: int, device: str) -> Iterator[tuple[str, int]]:

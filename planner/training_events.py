@@ -14,7 +14,7 @@ from planner.loss_scaling import HELD_BYTES
 from planner.model import Model
 from planner.module_order import module_order
 from planner.optimizer_parts import is_hidden
-from planner.optimizers import states, stepped_bytes, trained
+from planner.optimizers import states, stepped_bytes, trainable, trained
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
@@ -33,7 +33,7 @@ def training_events(
     Master weights are copied when the optimizer is made.
     """
     if work.steps_copies:
-        copied = module_order(trained(model, work), model, runtime=runtime)
+        copied = module_order(trainable(model, work), model, runtime=runtime)
         yield from (Alloc(("master", i), p.count * FLOAT32) for i, p in enumerate(copied))
     read = work.sequence_tokens
     if model.is_seq2seq:

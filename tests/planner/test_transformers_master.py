@@ -25,6 +25,8 @@ from tests.planner.small_decoders import (
     described,
     words,
 )
+from tests.planner.small_encoders import berts, t5s
+from tests.planner.small_encoders import built as built_encoder
 from tests.planner.test_optimizers import EVERY_WAY, real
 from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
 
@@ -46,7 +48,8 @@ class Master:
 
     def step(self):
         for p, copy in self.copies.items():
-            copy.grad = p.grad.float()
+            if p.grad is not None:  # a bias of an untied BERT has none
+                copy.grad = p.grad.float()
             p.grad = None
         for one in getattr(self.optimizer, "optimizers", (self.optimizer,)):
             self.scaler.step(one)
@@ -67,13 +70,14 @@ class Master:
 def check_exact(live, model, work, dtype, attention):
     """The second step, of which only what is trained is left."""
     ids = words(live.config, work.batch, work.sequence_tokens)
+    more = {} if live.config.model_type == "bert" else {"use_cache": False}
     with LiveTensorMeter() as meter:
         master = Master(live, work.optimizer, work.optimizer_impl, dtype)
         for _ in ("states", "step"):
             before = meter.live_bytes
             meter.reset_peak()
             for last in range(work.accumulation_steps - 1, -1, -1):
-                loss = live(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = live(input_ids=ids, labels=ids, **more).loss
                 master.backward(loss)
                 if last:
                     del loss
@@ -123,6 +127,30 @@ def test_each_optimizer_steps_copies(name, optimizer, impl):
         batch=1, sequence_tokens=2, precision="master", optimizer=optimizer, optimizer_impl=impl
     )
     check_exact(live, planner.read_config(live.config.to_dict()), work, "bf16", "sdpa")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    config=berts(headed=True) | t5s(),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 30),
+    attention=st.sampled_from(("eager", "sdpa")),
+    how=CHECKPOINTING,
+    way=st.sampled_from([way for way in EVERY_WAY if way[0] != "muon"]),
+)
+def test_a_step_of_bert_and_t5_adds_up(config, batch, tokens, attention, how, way):
+    live = built_encoder(described(config), "bf16", attention).train()
+    checkpoint(live, how)
+    work = planner.Training(
+        batch=batch,
+        sequence_tokens=tokens,
+        optimizer=way[0],
+        optimizer_impl=way[1],
+        precision="master",
+        checkpointing=how[0],
+        checkpoint_every=how[1],
+    )
+    check_exact(live, planner.load_model(config), work, "bf16", attention)
 
 
 @settings(max_examples=25, deadline=None)

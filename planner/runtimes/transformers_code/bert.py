@@ -8,11 +8,14 @@ from planner.autograd.aten import ONE
 from planner.autograd.passes import EMBEDDING, Part
 from planner.autograd.tensors import Tensor
 from planner.layers import GQA, Dense, Layer, Norm
+from planner.optimizer_parts import has_gradient
 from planner.program import B, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.regime import Shared
 from planner.runtimes.writer import INT64
 from planner.tensors import Parameter
+
+HEAD_WEIGHT = "lm_head.weight"
 
 
 class MaskedLM(BlockWriter):
@@ -43,10 +46,17 @@ class MaskedLM(BlockWriter):
         del words, typed, placed
         return out
 
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """BertLayer's: a norm behind each of its two outputs."""
+        order = ("self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm")
+        return sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0]))
+
     def outside(self, part: Part) -> Iterable[Parameter]:
-        """What stands in BertEmbeddings, and behind the layers."""
+        """What stands in BertEmbeddings, and behind the layers; its decoder comes last there."""
         embeds = part.label == EMBEDDING
-        return (p for p in self.model.outer_parameters() if ("embed" in p.name) == embeds)
+        outer = (p for p in self.model.outer_parameters() if has_gradient(self.model, p))
+        own = (p for p in outer if ("embed" in p.name) == embeds)
+        return sorted(own, key=lambda p: (p.name.endswith(".decoder.bias"), p.name == HEAD_WEIGHT))
 
     def _norm(self) -> Norm:
         return self.model.layers[0].norm

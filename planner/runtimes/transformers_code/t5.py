@@ -73,6 +73,18 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
                 yield Part(f"{stack} {start}", count, start, layer, stack, again=again)
                 start += count
 
+    def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
+        """T5Block's: a norm behind what it stands before."""
+        order = (
+            "self_attn",
+            "input_layernorm",
+            "cross_attn",
+            "cross_attention_layernorm",
+            "mlp",
+            "post_attention_layernorm",
+        )
+        return sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0]))
+
     def outside(self, part: Part) -> Iterable[Parameter]:
         """The decoder's embedding is the encoder's."""
         if part.label == ENCODED:
