@@ -25,7 +25,8 @@ EncoderTokens = Annotated[
     int | None, typer.Option("--encoder-tokens", help="What an encoder reads beside a decoder.")
 ]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="transformers, attnlab, vllm, llama.cpp, litgpt.")
+    str,
+    typer.Option("--runtime", help="transformers, attnlab, vllm, llama.cpp, litgpt, torchtune."),
 ]
 Mode = Annotated[
     str | None,
@@ -105,9 +106,7 @@ LoraTargets = Annotated[
 ]
 LoraDtype = Annotated[
     str | None,
-    typer.Option(
-        "--lora-dtype", help="The adapters'; else fp32, as peft does (litgpt: the model's)."
-    ),
+    typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does, or the model's."),
 ]
 Dora = Annotated[
     bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")

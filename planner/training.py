@@ -19,6 +19,8 @@ from planner.runtimes.base import Phase, Setting
 from planner.runtimes.litgpt_finetuning import as_kept
 from planner.runtimes.litgpt_finetuning import training_phase as litgpt
 from planner.runtimes.litgpt_training.model import as_litgpt
+from planner.runtimes.torchtune_training import as_torchtune
+from planner.runtimes.torchtune_training import training_phase as torchtune
 from planner.runtimes.transformers_training import training_phase as transformers
 from planner.runtimes.writer import FLOAT32
 from planner.tensors import Parameter
@@ -28,6 +30,7 @@ PLANNED: dict[str, Callable[[Model, Training, Setting], Phase]] = {
     "attnlab": attnlab,
     "transformers": transformers,
     "litgpt": litgpt,
+    "torchtune": torchtune,
 }
 """Runtimes that have a program of a training step."""
 
@@ -60,12 +63,16 @@ def check_length(model: Model, work: Training) -> None:
 def as_built(model: Model, work: Training, deploy: Deployment) -> tuple[Model, Training]:
     """Model and workload as the runtime's own classes have them, where they are not the config's.
 
-    lit-gpt's: other tensors, tables of the longest sample, adapters in the model's dtype.
+    Of lit-gpt and torchtune: other tensors, tables of the longest sample, adapters in the model's
+    dtype.
     """
-    if deploy.runtime != "litgpt":
+    if deploy.runtime not in ("litgpt", "torchtune"):
         return model, work
     check_length(model, work)
-    return as_litgpt(model, work.sequence_tokens), as_kept(work, deploy.dtype or model.dtype)
+    work = as_kept(work, deploy.dtype or model.dtype, deploy.runtime)
+    if deploy.runtime == "torchtune":
+        return as_torchtune(model), work
+    return as_litgpt(model, work.sequence_tokens), work
 
 
 def adapter_rows(model: Model, work: Training, dtype: str) -> list[Row]:

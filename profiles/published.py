@@ -7,7 +7,7 @@ that nothing here can express say why.
 
     optimum-benchmark   transformers 4.35: forwards and generations, allocated, reserved, NVML
     litgpt              LoRA, QLoRA, LLaMA-Adapter on one GPU: max_memory_allocated
-    torchtune           one recipe, a technique more in each row: peak active
+    torchtune           its recipe, a technique more in each row: peak active
     torchtitan          FSDP over 8 to 128 GPUs: max_memory_reserved
     peft                transformers with adapters: max_memory_reserved
 """
@@ -328,34 +328,41 @@ def _litgpt(record: dict[str, Any]) -> Plan:
 
 
 COMPILED = "every layer is compiled: Inductor chooses what it keeps for the way back"
-CHECKPOINTED = (
-    "every layer is compiled and keeps its input alone, but no runtime here has torchtune's logits "
-    "in chunks, beside which the peak lies"
-)
+OFFLOADED = "inputs of layers are offloaded to the host, which is not planned"
 TORCHTUNE = {
     "+compile": COMPILED,
     "+chunked CE": COMPILED,
-    "+activation ckpt": CHECKPOINTED,
-    "+optimizer_in_bwd": f"{CHECKPOINTED}; optimizer steps inside the backward are not planned",
-    "+activation offload": f"{CHECKPOINTED}; offloading inputs to the host is not planned",
-    "+8bit AdamW": f"{CHECKPOINTED}; offloading inputs to the host is not planned",
-    "LoRA (all above, no opt_in_bwd/8bit)": (
-        f"{CHECKPOINTED}; offloading inputs to the host is not planned"
-    ),
-    "QLoRA": f"{CHECKPOINTED}; torchao's NF4 tensors are not planned in training",
+    "+optimizer_in_bwd": "optimizer steps inside the backward are not planned",
+    "+activation offload": OFFLOADED,
+    "+8bit AdamW": OFFLOADED,
+    "LoRA (all above, no opt_in_bwd/8bit)": OFFLOADED,
+    "QLoRA": f"{OFFLOADED}, nor are torchao's NF4 tensors in training",
 }
 """Why not, by the technique that a row adds: recipes/full_finetune_single_device.py at 1814feb17,
 torchtune/training/_compile.py (TransformerSelfAttentionLayer and the loss of a chunk)."""
+LOSS_CHUNKS = 8
+"""CEWithChunkedOutputLoss: num_output_chunks."""
 
 
 def _torchtune(record: dict[str, Any]) -> Plan:
-    """One recipe; each row adds a technique to those before it."""
+    """One recipe; each row adds a technique to those before it.
+
+    With checkpointing a compiled layer keeps its input alone, as an eager one does.
+    """
     s = record["settings"]
     if s["method"] in TORCHTUNE:
         raise ConfigError(TORCHTUNE[s["method"]])
-    work = planner.Training(batch=s["batch"], sequence_tokens=s["max_seq"], optimizer_impl="fused")
-    deploy = planner.Deployment(gpu=GPUS[record["gpu"]], dtype="bf16")
-    return Plan(model=_model(record), work=work, deploy=deploy)
+    checkpointed = s["method"] == "+activation ckpt"
+    work = planner.Training(
+        batch=s["batch"],
+        sequence_tokens=s["max_seq"],
+        optimizer_impl="fused",
+        checkpointing="full" if checkpointed else "none",
+        loss_chunk_tokens=s["max_seq"] // LOSS_CHUNKS if checkpointed else None,
+    )
+    deploy = planner.Deployment(gpu=GPUS[record["gpu"]], runtime="torchtune", dtype="bf16")
+    why = "planned eager; a compiled loss keeps less of a chunk" if checkpointed else ""
+    return Plan(model=_model(record), work=work, deploy=deploy, why=why)
 
 
 LOSS_IN_FLOAT32 = 3 * 4

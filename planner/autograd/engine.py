@@ -102,9 +102,9 @@ def _meet(aten: Aten, leaf: Leaf, made: Gradients, index: int) -> None:
     waiting: Gradients = [leaf.waiting]
     leaf.waiting = None
     new = _taken(made, index, moved=waiting[0] is None)
-    if waiting[0] is None and leaf.expected and not aten.watched:
-        _name(leaf, new)  # more will be added to it where it lies
     leaf.waiting = _summed(aten, waiting, new)
+    if leaf.expected and not aten.watched and not leaf.waiting.storage.buffer.gradient:
+        _name(leaf, leaf.waiting)  # more may be added to it where it lies
 
 
 def _taken(made: Gradients, index: int, *, moved: bool) -> Tensor:

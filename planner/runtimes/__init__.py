@@ -7,11 +7,12 @@ from planner.runtimes.attnlab import Attnlab
 from planner.runtimes.base import Runtime
 from planner.runtimes.litgpt import LitGPT
 from planner.runtimes.llamacpp import LlamaCpp
+from planner.runtimes.torchtune import Torchtune
 from planner.runtimes.transformers import Transformers
 from planner.runtimes.vllm import Vllm
 
 RUNTIMES: dict[str, Runtime] = {
-    r.name: r for r in (Transformers(), Attnlab(), Vllm(), LlamaCpp(), LitGPT())
+    r.name: r for r in (Transformers(), Attnlab(), Vllm(), LlamaCpp(), LitGPT(), Torchtune())
 }
 
 

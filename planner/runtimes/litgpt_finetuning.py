@@ -82,8 +82,8 @@ def _four_bit(model: Model) -> bool | None:
     )
 
 
-def as_kept(work: Training, dtype: str) -> Training:
-    """The workload with adapters in the model's dtype: lit-gpt makes them with the model.
+def as_kept(work: Training, dtype: str, runtime: str = "litgpt") -> Training:
+    """The workload with adapters in the model's dtype: they are made with the model.
 
     ConfigError for adapters in another one.
     """
@@ -92,6 +92,6 @@ def as_kept(work: Training, dtype: str) -> Training:
         return work
     if lora.dtype not in (None, dtype):
         raise ConfigError(
-            f"lora.dtype={lora.dtype!r} is not what runtime=litgpt has: {dtype!r}, the model's"
+            f"lora.dtype={lora.dtype!r} is not what runtime={runtime} has: {dtype!r}, the model's"
         )
     return replace(work, lora=replace(lora, dtype=dtype))
