@@ -1,15 +1,20 @@
-# make app: open the dashboard. make test: run the tests. Each does everything on a fresh machine.
+# make app: open the dashboard. make test: run the tests. make fuzz: their properties, with other and
+# more examples. Each does everything on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8501
+FUZZ ?= 10
 
-.PHONY: app test lint types format clean
+.PHONY: app test fuzz lint types format clean
 
 app: .venv/ready
 	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto
+
+fuzz: .venv/ready
+	PLANNER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto -m hypothesis
 
 lint: .venv/ready
 	$(BIN)/ruff check .

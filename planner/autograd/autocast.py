@@ -3,14 +3,14 @@
 ATen/autocast_mode.h and .cpp of torch 2.13. Arguments are cast last one first (C++ leaves the order
 open; GCC takes that one). The cast of a float32 leaf that wants a gradient is cached, a parameter
 or embeddings that are asked for one: it lives until the region ends, whatever becomes of what it
-was made for. Ops of neither list take the widest of their
-operands' dtypes, as outside. On a CPU the float32 list is short, and nothing here is in it but the
-loss; a GPU's has softmax, powers, roots, sums and LayerNorm.
+was made for. Ops of neither list take the widest of their operands' dtypes, as outside. On a CPU
+the float32 list is short, and nothing here is in it but the loss; a GPU's has softmax, powers,
+roots, sums and LayerNorm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from planner.autograd.recording import Recorder, only
@@ -62,6 +62,13 @@ class Autocast(Recorder):
         if self.low is None or not self.widens:
             return x
         return self.cast(x, FLOAT32, f"{x.name}, float32")
+
+    def promoted(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is joined, in the widest of its dtypes: cat is on a CPU's list, not on a GPU's."""
+        if self.low is None or self.widens:
+            return parts
+        widest = max(x.itemsize for x in parts)
+        return [self.cast(x, widest) for x in parts]
 
     @contextmanager
     def outside_autocast(self) -> Iterator[None]:

@@ -137,4 +137,5 @@ class Views(Autocast):
                 for like, wanted in zip(node.inputs, node.wants, strict=True)
             ]
 
+        parts = self.promoted(parts)
         return self._record(backward, parts, self.aten.cat(parts, dim, dims, name))

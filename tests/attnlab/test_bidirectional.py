@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from attnlab.bidirectional import both_ways, run_both_ways
 from attnlab.implementations import flex_with, naive, sdpa
 from tests.attnlab.encoder_pairs import LENGTH, inputs_of, pair_of, theirs_of
+from tests.properties import examples
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def test_any_place_may_be_padding_as_in_transformers(family, real):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_real_tokens_see_the_real_ones_around_them_and_every_query_sees_one(data):
     T = data.draw(st.integers(1, 9))
     window = data.draw(st.none() | st.integers(1, 20))

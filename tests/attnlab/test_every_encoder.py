@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -13,6 +13,7 @@ from tests.attnlab.encoder_pairs import padding_mask
 from tests.planner import test_readers_encoders as words
 from tests.planner import test_readers_vision as images
 from tests.planner.oracle import live_model
+from tests.properties import examples
 
 TOKENS, REAL = 8, [8, 3]
 HEADED = {
@@ -78,7 +79,7 @@ def test_outputs_equal_those_of_the_class(name):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_random_encoders_equal_those_of_their_class(data):
     draw, size = data.draw, st.integers(1, 40)
     config = dict(draw(st.sampled_from([HEADED[name] for name in HEADED if name in CASES])))

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attnlab.quantize import check_format, decode, encode, stored_widths
 from planner import ConfigError
 from planner.kv_format_names import KV_FORMATS, kivi
 from planner.kv_formats import Scales, TensorFormat
+from tests.properties import examples
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,7 +186,7 @@ def test_relative_error_on_normal_numbers(form, D, measured):
     st.booleans(),
     st.sampled_from(list(DTYPES.values())),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_width_and_group_is_read_back(bits, width, group, zero, dtype):
     g = None if group is None or width % group else group
     form = per_token(bits, g, zero="scale" if zero else None)

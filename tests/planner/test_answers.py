@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from planner.answers import changes
+from tests.properties import examples
 
 LLAMA = planner.load_model("llama-3.1-8b")
 WORK = planner.Inference(batch=4, prompt_tokens=2048, output_tokens=100, logits="last")
@@ -26,7 +27,7 @@ def fits(model, work, deploy):
         return False
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     model=st.sampled_from(["gemma-2-9b", "mistral-7b-v0.1", "llama-3.1-8b", "gpt2"]),
     runtime=st.sampled_from(["vllm", "transformers", "attnlab", "llama.cpp"]),

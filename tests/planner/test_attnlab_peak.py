@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -20,6 +20,7 @@ from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.drawn import models
 from tests.attnlab.families import FAMILIES, PLANNED
+from tests.properties import examples
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("static", "dynamic", "ring", "paged")
@@ -139,7 +140,7 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, dtype, kv_d
     st.integers(1, 3),
     st.sampled_from(["all", "last"]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_peak_of_random_models_is_exact(model, passes, kind, naive, dtypes, batch, logits):
     attention = "naive" if naive else choose(None, model.layers)
     what = (model, attention, *dtypes, kind, batch)
@@ -191,14 +192,14 @@ LATENT = dict(
 
 
 @given(latents(), st.sampled_from([None, "expanded", "absorbed"]), st.fixed_dictionaries(LATENT))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_peak_of_random_latent_attention_is_exact(model, latent, how):
     assert_latent_exact(model, "naive", latent, **how)
 
 
 @pytest.mark.parametrize("latent", ["expanded", "absorbed"])
 @given(st.data(), st.fixed_dictionaries(LATENT))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_the_peak_of_fused_latent_attention_is_exact(latent, data, how):
     assert_latent_exact(data.draw(latents(fused=latent)), "sdpa", latent, **how)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -19,6 +19,7 @@ from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.drawn import models
 from tests.planner.test_attnlab_peak import DTYPES, PASSES, attentions, model_of
+from tests.properties import examples
 
 KINDS = ("static", "dynamic", "ring", "paged")
 KV_DTYPES = ("int8", "int4", "fp8")
@@ -92,7 +93,7 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, kv_dtype, d
     st.sampled_from(list(DTYPES)),
     st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_peak_of_random_models_is_exact(
     model, passes, kind, kv_dtype, grouped, naive, dtype, batch
 ):
@@ -127,7 +128,7 @@ def test_the_peak_over_kivis_cache_is_exact(family, attention, kv_dtype, group, 
     st.sampled_from(list(DTYPES)),
     st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_kivis_peak_of_random_models_is_exact(
     model, passes, kv_dtype, residual, naive, dtype, batch
 ):

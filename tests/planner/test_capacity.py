@@ -3,11 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import Deployment, Inference
+from tests.properties import examples
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "attnlab", "vllm"])
@@ -43,7 +44,7 @@ def test_nothing_fits_on_a_card_smaller_than_the_weights():
     prompt=st.integers(1, 900),
     output=st.integers(1, 100),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_live_memory_grows_with_batch_and_context(name, runtime, batch, prompt, output):
     model, deploy = planner.load_model(name), Deployment(gpu="h200", runtime=runtime)
 

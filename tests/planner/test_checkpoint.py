@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +31,7 @@ from tests.planner import test_readers_norms_and_mixtures as norms
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES
 from tests.planner.oracle import live_model
+from tests.properties import examples
 
 FAMILIES: dict[str, dict[str, Any]] = {
     **TINY,
@@ -407,7 +408,7 @@ def refusal(source: Path) -> str:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_flipped_and_cut_files_raise_nothing_but_config_errors(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flipped")
     path = folder / "model.safetensors"
@@ -421,7 +422,7 @@ def test_flipped_and_cut_files_raise_nothing_but_config_errors(data, tmp_path_fa
 
 
 @given(content=st.binary(max_size=300), name=st.sampled_from(["x.safetensors", "x.gguf"]))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_random_bytes_raise_nothing_but_config_errors(content, name, tmp_path_factory):
     path = tmp_path_factory.mktemp("random") / name
     path.write_bytes(content)

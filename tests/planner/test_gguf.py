@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -27,6 +27,7 @@ from tests.planner import test_readers_norms_and_mixtures as norms
 from tests.planner.configs import BASE, TINY, build
 from tests.planner.oracle import assert_same_parameters
 from tests.planner.test_checkpoint import MIB, refusal
+from tests.properties import examples
 
 LLAMA = {**TINY["llama"], "rms_norm_eps": 1e-5}
 MIXTURE = {"expert_count": 4, "expert_used_count": 2}
@@ -623,7 +624,7 @@ def test_a_large_vocabulary_is_counted_and_not_kept(tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_flipped_and_cut_files_raise_nothing_but_config_errors(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("flipped") / "x.gguf"
     finish(small(path))

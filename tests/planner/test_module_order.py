@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import given
 
 import planner
 from planner.module_order import module_order
 from tests.planner.small_decoders import KINDS, LATENT, decoders, described
+from tests.properties import examples
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(config=decoders((*KINDS, *LATENT)))
 def test_tensors_stand_as_in_the_class(config):
     with torch.device("meta"):

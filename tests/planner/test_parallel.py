@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -13,6 +13,7 @@ from planner import ConfigError, Deployment, Inference
 from planner.runtimes.vllm_groups import stage_layout
 from planner.runtimes.vllm_ranks import rank, shares, stage_runs
 from tests.planner.configs import TINY
+from tests.properties import examples
 
 DATA = Path(__file__).parent / "data"
 CONFIGS = json.loads((DATA / "vllm_0_19_cache.json").read_text())["configs"]
@@ -64,7 +65,7 @@ def test_one_gpu_is_the_model_itself(name):
     tensor=st.sampled_from([1, 2, 4]),
     pipeline=st.integers(1, 5),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_shares_hold_the_whole_model_and_little_twice(name, tensor, pipeline):
     model = planner.load_model(name)
     parts = shares(model, tensor, pipeline)
@@ -190,7 +191,7 @@ def test_layouts_that_do_not_run_are_refused(fields, message):
 
 
 @given(name=st.sampled_from(NAMES[:4]), tensor=st.sampled_from([1, 2, 4]), stages=st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_rows_add_up_and_more_gpus_hold_less_each(name, tensor, stages):
     e = of(name, tensor_parallel=tensor, pipeline_parallel=stages)
     assert sum(row.size_bytes for row in e.rows) == e.memory.total_bytes
@@ -204,7 +205,7 @@ def test_rows_add_up_and_more_gpus_hold_less_each(name, tensor, stages):
     tensor=st.sampled_from([1, 2, 4]), stages=st.integers(1, 3),
     batch=st.integers(1, 40), tokens=st.integers(1, 4000),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_blocks_grow_with_batch_and_context_on_each_gpu(tensor, stages, batch, tokens):
     def held(batch, tokens):
         work = Inference(batch=batch, prompt_tokens=tokens)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from tests.planner.configs import BASE, TINY, build
+from tests.properties import examples
 
 PUBLISHED = {
     "bloom-176b": 176_247_271_424,
@@ -84,7 +85,7 @@ def test_every_reader_has_the_names_and_shapes_of_its_class(name):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_random_configs_have_the_parameters_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(["llama", "mistral", "qwen2", "gemma2", "phi3", "mixtral"]))

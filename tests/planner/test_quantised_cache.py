@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 
@@ -14,6 +14,7 @@ from planner.huggingface.fields import SAME_AS
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES
 from tests.planner.quantised import held_bytes, live_quantised_cache, needs_hqq
+from tests.properties import examples
 
 COMPUTED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -83,7 +84,7 @@ OPTIONS = {
 }
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=SHAPES,
     dtype=st.sampled_from(["int4", "int2"]),
@@ -96,7 +97,7 @@ def test_quanto_holds_what_we_count_or_both_refuse(unpack_in_python, shape, **ca
 
 
 @needs_hqq
-@settings(deadline=None)
+@examples()
 @given(
     shape=SHAPES,
     dtype=st.sampled_from(["int8", "int4", "int3", "int2", "int1"]),

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EncoderDecoderCache, StaticCache
 
@@ -16,6 +16,7 @@ from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_byte
 from planner.huggingface import bart_like, t5
 from planner.workload import LoRA
 from tests.planner.oracle import assert_same_parameters, live_cache_bytes, live_model
+from tests.properties import examples
 
 T5 = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 BART = {"bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus"}
@@ -146,7 +147,7 @@ def test_a_static_cache_holds_its_capacity_and_the_encoder(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=32, deadline=None)
+@examples(32)
 def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
     draw = data.draw
     kind, heads = draw(st.sampled_from(TYPES)), st.sampled_from([1, 2, 3, 4, 6])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -14,6 +14,7 @@ from planner import ConfigError, Deployment, Inference, kv_cache_bytes
 from planner.huggingface import bert_like, bert_relatives, deberta, encoders, modernbert
 from planner.layers import GQA
 from tests.planner.oracle import assert_same_parameters, live_model
+from tests.properties import examples
 
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")
 ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -122,7 +123,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=32, deadline=None)
+@examples(32)
 def test_random_configs_have_the_parameters_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(TYPES))

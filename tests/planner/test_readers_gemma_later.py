@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import transformers.masking_utils
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from planner.layers import RoPE
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
+from tests.properties import examples
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TEXT: dict[str, Any] = {
@@ -321,7 +322,7 @@ def parts(draw, kind: str) -> dict[str, Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_random_configs_are_those_of_their_class(data):
     kind = data.draw(st.sampled_from(list(OWN)))
     config = {"model_type": kind}

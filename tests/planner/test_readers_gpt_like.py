@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
@@ -16,6 +16,7 @@ from planner.runtimes.transformers import WINDOWED
 from tests.planner.configs import BASE, build
 from tests.planner.test_kv_cache import cache_bytes, prefill
 from tests.planner.test_parameters import our_parameters
+from tests.properties import examples
 
 N: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 90}
 B: dict[str, Any] = {**BASE, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -185,7 +186,7 @@ WIDTHS = {
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_random_configs_are_read_as_their_class_reads_them(data):
     draw = data.draw
     kind = draw(st.sampled_from(TYPES))

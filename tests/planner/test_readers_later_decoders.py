@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -15,6 +15,7 @@ from planner.layers import GQA
 from tests.planner.configs import BASE, build
 from tests.planner.test_kv_cache import cache_bytes, prefill
 from tests.planner.test_parameters import live_parameters, our_parameters
+from tests.properties import examples
 
 DENSE = (
     "cohere",
@@ -193,7 +194,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=32, deadline=None)
+@examples(32)
 def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(TYPES))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from planner.huggingface.fields import SAME_AS
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
+from tests.properties import examples
 
 LINEAR, FULL = "linear_attention", "full_attention"
 SMALL: dict[str, Any] = {
@@ -354,7 +355,7 @@ def random_config(draw: Any, kind: str) -> dict[str, Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_random_configs_are_those_of_their_class(data):
     kind = data.draw(st.sampled_from(list(OWN)))
     config = random_config(data.draw, kind)

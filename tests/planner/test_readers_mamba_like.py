@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
+from tests.properties import examples
 
 SMALL = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2}
 ATTENTION = {"intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -80,7 +81,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_random_configs_are_those_of_their_class(data):
     draw, flag, small = data.draw, st.booleans(), st.integers(1, 5)
     kind = draw(st.sampled_from(list(OWN)))

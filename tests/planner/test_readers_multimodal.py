@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -21,6 +21,7 @@ from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
+from tests.properties import examples
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -232,7 +233,7 @@ def test_absent_parts_take_what_their_wrapper_says(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
     draw = data.draw
     kind, flag, tokens = draw(st.sampled_from(sorted(OWN))), st.booleans(), draw(st.integers(1, 12))

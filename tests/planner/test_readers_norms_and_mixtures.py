@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -16,6 +16,7 @@ from planner.runtimes.transformers import Transformers
 from tests.planner.configs import BASE, build
 from tests.planner.test_kv_cache import cache_bytes, prefill
 from tests.planner.test_parameters import our_parameters
+from tests.properties import examples
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -214,7 +215,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 @given(data=st.data())
-@settings(max_examples=6, deadline=None)
+@examples(6)
 def test_random_configs_are_those_of_their_class(kind, data):
     draw = data.draw
     kv_heads, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))

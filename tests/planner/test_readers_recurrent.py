@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from tests.planner.oracle import assert_exact, assert_same_parameters, live_model
+from tests.properties import examples
 
 SMALL: dict[str, Any] = {
     "vocab_size": 30,
@@ -165,7 +166,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_random_configs_are_those_of_their_class(data):
     draw, flag, small = data.draw, st.booleans(), st.integers(1, 5)
     kind = draw(st.sampled_from(list(OWN)))
@@ -220,7 +221,7 @@ def test_random_configs_are_those_of_their_class(data):
     inner=st.sampled_from([None, 12, 50]),
     tokens=st.integers(1, 6),
 )
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_the_state_of_rwkv_is_what_its_class_returns(tie, layers, hidden, inner, tokens):
     config = {
         "model_type": "rwkv",

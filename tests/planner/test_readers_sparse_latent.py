@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -18,6 +18,7 @@ from tests.planner.oracle import (
     live_model,
     live_prefill,
 )
+from tests.properties import examples
 
 SMALL: dict[str, Any] = {
     **BASE,
@@ -196,7 +197,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_random_configs_have_the_parameters_and_caches_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(sorted(TINY)))

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import planner
@@ -26,6 +26,7 @@ from tests.planner.test_readers_sparse_latent import (
     assert_half_of_the_experts_are_idle,
     assert_same_cache,
 )
+from tests.properties import examples
 
 LARGE4: dict[str, Any] = {
     k: v for k, v in INDEXED.items() if k not in ("q_lora_rank", "num_hidden_layers")
@@ -190,9 +191,7 @@ def test_absent_fields_of_wrappers_take_the_defaults_of_their_classes(config):
 
 
 @given(data=st.data())
-@settings(
-    max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(24, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_wrappers_have_the_parameters_and_caches_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(sorted(WRAPPERS)))

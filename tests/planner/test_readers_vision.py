@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError, kv_cache_bytes
 from tests.planner.oracle import assert_same_parameters, linear_weights, live_model
+from tests.properties import examples
 
 BLOCKS: dict[str, Any] = {
     "hidden_size": 32,
@@ -94,7 +95,7 @@ def test_absent_fields_take_the_defaults_of_their_class(kind):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_random_configs_have_the_parameters_of_their_class(data):
     draw = data.draw
     kind = draw(st.sampled_from(sorted(OWN)))

@@ -3,12 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from planner.sweep_views import fit_map, longest_contexts, pareto_front, top
+from tests.properties import examples
 
 RUNTIMES = ("vllm", "transformers", "attnlab", "llama.cpp")
 MODELS = ("llama-3.1-8b", "gemma-2-9b", "mistral-7b-v0.1", "deepseek-v3", "mixtral-8x7b", "gpt2")
@@ -53,7 +54,7 @@ def assert_equals_estimate(row, **more):
         assert row.output_tokens_per_s == pytest.approx(e.latency.output_tokens_per_s, rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     model=st.sampled_from(MODELS),
     runtime=st.sampled_from(RUNTIMES),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,9 +19,10 @@ from profiles.meters import module_bytes
 from tests.attnlab.drawn import models
 from tests.planner.configs import TINY
 from tests.planner.steps import DTYPES, curve, events, program_of, square, watched_step
+from tests.properties import examples
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     model=models() | models(trained=True),
     dtype=st.sampled_from(tuple(DTYPES)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -19,6 +19,7 @@ from tests.planner.small_encoders import (
     step_meter,
     t5s,
 )
+from tests.properties import examples
 
 SIZES = st.integers(1, 45)
 ATTENTIONS = st.sampled_from(("eager", "sdpa"))
@@ -39,7 +40,7 @@ def trained(config, dtype, attention, how):
     return live
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=berts(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -53,7 +54,7 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
     assert held(live, config, work, dtype, attention) == encoding_peak(live, batch, tokens)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=berts(headed=True),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -75,7 +76,7 @@ def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how):
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -94,7 +95,7 @@ def test_a_generation_of_t5_is_exact(config, dtype, attention, batch, encoded, t
     assert held(live, config, work, dtype, attention) == max(seen)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import planner
@@ -27,6 +27,7 @@ from tests.planner.small_decoders import (
     takes_padding,
 )
 from tests.planner.small_encoders import HEADS
+from tests.properties import examples
 
 
 def predicted(model, batch, tokens, step, **what):
@@ -36,7 +37,7 @@ def predicted(model, batch, tokens, step, **what):
     return peak(pass_program(model, done, Regime.of(model, dims)), dims).live_bytes
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     config=decoders((*KINDS, *LATENT)),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -56,7 +57,7 @@ def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager,
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     config=decoders(SCANNED),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -132,7 +133,7 @@ def test_what_is_not_planned_of_mamba2_is_refused(work, cache, said):
         planner.estimate(planner.load_model("bamba-9b"), work, deploy)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=decoders(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -164,7 +165,7 @@ def test_logits_that_nothing_casts_are_refused(kind, runtime):
         planner.estimate(planner.read_config({"model_type": kind}), work, deploy)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     config=decoders(tuple(kind for kind in KINDS if kind in STATIC)),
     dtype=st.sampled_from(tuple(DTYPES)),

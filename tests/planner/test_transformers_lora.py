@@ -9,7 +9,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import planner
@@ -33,6 +33,7 @@ from tests.planner.small_decoders import (
     described,
     words,
 )
+from tests.properties import examples
 
 FALCON = {
     "model_type": "falcon",
@@ -101,7 +102,7 @@ def own_names(model, layer, modules):
             yield model.checkpoint_name(p.name).split(".")[-2]
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(
     adapted=adapted_decoders(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -144,7 +145,7 @@ def test_the_peak_of_a_step_is_exact(adapted, dtype, batch, tokens, eager, how):
     assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(adapted=adapted_decoders(), checkpointed=st.booleans())
 def test_what_layers_share_is_freed_once(adapted, checkpointed):
     """Also where the first layer is reached by no gradient from before."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import HfQuantizer
@@ -36,6 +36,7 @@ from tests.planner.small_decoders import (
     words,
 )
 from tests.planner.test_transformers_lora import adapted_decoders, with_adapters
+from tests.properties import examples
 
 pytest.importorskip("bitsandbytes")
 LLAMA = planner.load_model("llama-3.1-8b")
@@ -184,7 +185,7 @@ def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     return meter
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 3),

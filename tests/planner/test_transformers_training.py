@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -27,6 +27,7 @@ from tests.planner.small_decoders import (
     training_meter,
     words,
 )
+from tests.properties import examples
 
 
 def predicted(model, batch, tokens, **what):
@@ -40,7 +41,7 @@ def written(how):
     return {"checkpointed": 0 if which == "none" else every, "selective": which == "selective"}
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(
     config=decoders(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -61,7 +62,7 @@ def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, how, p
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=decoders(),
     dtype=st.sampled_from(tuple(DTYPES)),

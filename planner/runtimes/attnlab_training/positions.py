@@ -100,8 +100,7 @@ class PositionWriter(NormWriter):
             )
         if R == D:
             return turned
-        rest = f.cast(f.narrow(x_BTHD, D - R), turned.itemsize)  # autocast widens what is joined
-        return f.cat((turned, rest), x_BTHD.dims, f"rotated {name}")
+        return f.cat((turned, f.narrow(x_BTHD, D - R)), x_BTHD.dims, f"rotated {name}")
 
     def _turned(self, x1: Tensor, x2: Tensor, sin: Tensor, name: str) -> Tensor:
         f, R = self.f, sin.dims[-1]

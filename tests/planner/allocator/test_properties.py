@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.allocator import AllocatorSettings, DeviceAllocator, OutOfMemoryError
 from tests.planner.allocator.reference import FullError, Reference, rising
+from tests.properties import examples
 
 MIB = 2**20
 
@@ -54,7 +55,7 @@ def check(device, live):
 
 @pytest.mark.parametrize("expandable", [False, True])
 @pytest.mark.parametrize("capacity", [2000 * MIB, 120 * MIB])
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(steps=STEPS.map(mixed))
 def test_random_traces_do_what_the_naive_reference_does(expandable, capacity, steps):
     device = DeviceAllocator(

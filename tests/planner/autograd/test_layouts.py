@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.autograd import layouts
+from tests.properties import examples
 
 
 @st.composite
@@ -25,7 +26,7 @@ def lies(x):
     return tuple(x.shape), x.stride()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(x=tensors())
 def test_what_lies_row_major_without_gaps(x):
     sizes, strides = lies(x)
@@ -34,7 +35,7 @@ def test_what_lies_row_major_without_gaps(x):
     assert layouts.is_dense(sizes, strides) == dense
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(x=tensors(), data=st.data())
 def test_what_can_be_a_view(x, data):
     sizes = list(x.shape)
@@ -53,7 +54,7 @@ def test_what_can_be_a_view(x, data):
     assert layouts.view(*lies(x), tuple(sizes)) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(x=tensors(), y=tensors())
 def test_how_results_lie(x, y):
     assert layouts.preserved(*lies(x)) == x.clone().stride()
@@ -65,7 +66,7 @@ def test_how_results_lie(x, y):
     assert layouts.elementwise(tuple(out.shape), [lies(x), lies(y)]) == out.stride()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(x=tensors(ranks=(4, 4)))
 def test_what_is_joined_as_images_are(x):
     out = torch.cat([x, x], dim=-1)

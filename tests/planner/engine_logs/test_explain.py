@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -12,6 +12,7 @@ from planner import ConfigError, Deployment, explain_log
 from planner.cli import main
 from planner.engine_logs.wording import PHRASES
 from tests.planner.engine_logs import logs
+from tests.properties import examples
 
 AS_PLANNED = """\
 vLLM API server version 0.19.0
@@ -205,7 +206,7 @@ PIECES = [words for _, phrases in PHRASES.values() for phrase in phrases for wor
     model=st.sampled_from([None, "llama-3.1-8b", "gemma-2-9b", "gpt2"]),
     gpu=st.sampled_from([None, "h100-80gb", "t4", "cpu"]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_lines_in_any_order_are_explained_or_refused(lines, model, gpu):
     try:
         explained = explain_log("\n".join(lines), model, gpu=gpu)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from tests.planner.configs import TINY
 from tests.planner.oracle import live_model
+from tests.properties import examples
 
 DTYPES = {
     "torch.float8_e4m3fn": "fp8",
@@ -159,7 +160,7 @@ def test_other_attentions_have_the_scales_of_a_cache(name):
     size=st.integers(1, 200),
     symmetric=st.booleans(),
 )
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_any_group_is_covered_by_its_scales(bits, size, symmetric):
     weights = {**W4, "num_bits": bits, "group_size": size, "symmetric": symmetric}
     divides = not (64 % size or 160 % size)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
@@ -17,6 +17,7 @@ from planner import ConfigError
 from tests.planner import test_readers_later_decoders as later
 from tests.planner.configs import TINY
 from tests.planner.oracle import live_model
+from tests.properties import examples
 
 DTYPES = {
     "torch.float8_e4m3fn": "fp8",
@@ -78,7 +79,7 @@ def test_bytes_are_those_of_the_replaced_modules(name, settings_):
     scheme=st.sampled_from(["dynamic", "static"]),
     fmt=st.sampled_from(["float", "ue8m0"]),
 )
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_any_block_is_covered_by_its_scales(rows, columns, scheme, fmt):
     settings_ = {
         "weight_block_size": [rows, columns],

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError
 from tests.planner.configs import BASE, TINY
 from tests.planner.oracle import linear_weights, live_model
+from tests.properties import examples
 
 LLAMA_3_1_8B = {
     "model_type": "llama",
@@ -71,7 +72,7 @@ def tensors(model: planner.Model) -> Tensors:
     group_size=st.sampled_from([-1, 8, 24, 32, 64, 128]),
     kv_heads=st.sampled_from([2, 4]),
 )
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_layers_are_packed_bit_by_bit(bits, group_size, kv_heads):
     config = {**BASE, "model_type": "llama", "num_key_value_heads": kv_heads}
     found = tensors(ours(config, bits=bits, group_size=group_size))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import QuantoConfig
 from transformers.quantizers.base import HfQuantizer
@@ -17,6 +17,7 @@ from planner.quantization import METHODS
 from planner.tensors import Parameter
 from tests.planner.configs import TINY
 from tests.planner.oracle import live_model
+from tests.properties import examples
 
 DTYPES = {
     "torch.float8_e4m3fn": "fp8",
@@ -88,7 +89,7 @@ def test_skipped_modules_stay(skipped):
     weights=st.sampled_from(WEIGHTS),
     dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_shape_is_packed_alike(out, into, weights, dtype):
     # the library's int4 kernel for CPUs takes rows by 16
     assume(not (weights == "int4" and dtype == "bf16" and into % 128 == 0 and out % 16))
