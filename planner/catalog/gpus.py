@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from planner.catalog.here import gpu_here
+from planner.catalog.here import device_here
 from planner.errors import ConfigError, shown
 
 
@@ -68,11 +68,21 @@ def gpu_named(name: str) -> Gpu:
     """
     known = gpus()
     if name == "auto":
-        return gpu_here()
+        return _gpu_here()
     if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
         raise ConfigError(f"gpu={shown(name)} is not in the catalogue: {', '.join(near)}")
     return known[name]
+
+
+def _gpu_here() -> Gpu:
+    """The card of this machine; `memory_bytes` is what of it is free."""
+    name, free_bytes = device_here()
+    known = gpu_of_torch_name(name)
+    if known is None:
+        raise ConfigError(f"gpu='auto' is {shown(name)} here, which is not in the catalogue")
+    gpu = gpus()[known]
+    return replace(gpu, memory_bytes=min(free_bytes, gpu.memory_bytes))
 
 
 def gpu_of_torch_name(torch_name: str) -> str | None:

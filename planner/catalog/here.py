@@ -1,24 +1,16 @@
-"""`--gpu auto`: the card of this machine, with the memory that is free on it now."""
+"""The card of this machine, as its driver tells it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from planner.errors import ConfigError, shown
-
-if TYPE_CHECKING:
-    from planner.catalog.gpus import Gpu
+from planner.errors import ConfigError
 
 
-def gpu_here() -> Gpu:
-    """The first device that the driver names; `memory_bytes` is what of it is free.
+def device_here() -> tuple[str, int]:
+    """What the driver calls its first device, and the bytes of it that are free now.
 
-    Raises ConfigError where there is no driver or device, and for one outside the catalogue.
+    Raises ConfigError where there is no driver or device.
     """
     import pynvml
-
-    from planner.catalog.gpus import gpu_named, gpu_of_torch_name
 
     try:
         pynvml.nvmlInit()
@@ -32,9 +24,4 @@ def gpu_here() -> Gpu:
         raise ConfigError(f"gpu='auto' is not allowed here: {error}") from None
     finally:
         pynvml.nvmlShutdown()
-    name = name.decode() if isinstance(name, bytes) else name
-    known = gpu_of_torch_name(name)
-    if known is None:
-        raise ConfigError(f"gpu='auto' is {shown(name)} here, which is not in the catalogue")
-    gpu = gpu_named(known)
-    return replace(gpu, memory_bytes=min(free_bytes, gpu.memory_bytes))
+    return name.decode() if isinstance(name, bytes) else name, free_bytes
