@@ -318,7 +318,15 @@ def test_sharded_training_is_planned_and_its_times_are_not():
 def test_training_where_it_is_not_planned_says_where_it_is():
     app = opened(runtime="vllm", workload="training")
     assert not app.exception
-    assert app.error[0].value == "runtime=vllm does not plan training yet: attnlab, transformers"
+    planned = "attnlab, transformers, litgpt, torchtune"
+    assert app.error[0].value == f"runtime=vllm does not plan training yet: {planned}"
+
+
+def test_a_runtime_of_training_alone_refuses_inference_in_a_line():
+    app = opened(runtime="litgpt")
+    assert not app.exception
+    refused = "runtime=litgpt plans training alone: a Training, or --train"
+    assert app.error[0].value == refused
 
 
 def test_the_plan_names_its_nearest_measurement(store):
