@@ -5,21 +5,19 @@ from __future__ import annotations
 from planner.autograd.autocast import FLOAT32
 from planner.autograd.convolutions import Convolutions
 from planner.autograd.early_four_bit import EarlyFourBitProducts
-from planner.autograd.elementwise import Elementwise
 from planner.autograd.four_bit import FourBitProducts
 from planner.autograd.fused_attention import FusedAttention
 from planner.autograd.losses import Losses
 from planner.autograd.noise import Noise
 from planner.autograd.picking import Picking
 from planner.autograd.recording import only
-from planner.autograd.reductions import Reductions
 from planner.autograd.sort_scratch import embedding_scratch
 from planner.autograd.tensors import Gradients, Node, Tensor
+from planner.autograd.unfused_attention import UnfusedAttention
 
 
 class Functions(
-    Elementwise,
-    Reductions,
+    UnfusedAttention,
     Picking,
     FusedAttention,
     FourBitProducts,

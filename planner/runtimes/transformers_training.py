@@ -44,7 +44,6 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: full, lora"
         )
-    _check_grouped(model, work, setting)
     if setting.sharding is not None:
         _check_sharded(model, work, setting)
     if work.checkpointing == "selective" and any(
@@ -84,20 +83,6 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)
-
-
-def _check_grouped(model: Model, work: Training, setting: Setting) -> None:
-    """ConfigError for float32 on a GPU, where the one fused kernel wants as many heads of keys."""
-    wide = "fp32" in (setting.dtype, work.held_dtype(setting.dtype)) and work.precision == "pure"
-    if not wide or setting.device != "cuda" or setting.attention != "sdpa":
-        return
-    for layer in model.layer_kinds():
-        gqa = layer.attention
-        if isinstance(gqa, GQA) and gqa.num_key_value_heads != gqa.num_attention_heads:
-            raise ConfigError(
-                "attention='sdpa' of grouped heads in fp32 on a GPU is not planned in training yet:"
-                " eager, or precision='autocast'"
-            )
 
 
 def _four_bit(model: Model, setting: Setting, rows: int) -> tuple[Model, FourBitWeights | None]:

@@ -97,7 +97,6 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
         ({"optimizer_impl": "apex"}, "optimizer_impl='apex' is not allowed"),
         ({"sequence_tokens": 131_073}, "sequence_tokens=131073 reaches beyond"),
         ({"batch": 0}, "batch=0 is not allowed"),
-        ({"dtype": "fp32"}, "attention=sdpa in fp32 is not planned for training on a GPU yet"),
     ],
 )
 def test_what_is_not_planned_is_refused_in_one_line(given, said):

@@ -391,7 +391,6 @@ def test_a_gpu_makes_the_weights_in_a_forward_where_the_library_does(gpu, tokens
         ({"weight_dtype": "int8"}, {}, "training of bitsandbytes weights is not planned yet"),
         ({}, {"method": "full"}, "training of bitsandbytes weights is not planned yet"),
         ({"dtype": "fp16"}, {}, "with dtype='fp16': 'bf16'"),
-        ({"gpu": "h200"}, {"sequence_tokens": 2048}, "grouped heads in fp32 on a GPU"),
         ({"gpu": "mi300x"}, {}, "batch · sequence_tokens=8 on mi300x: above 1536, or a GPU of"),
         ({}, {"lora": planner.LoRA(dtype="fp16")}, "lora.dtype='fp16': None or 'bf16'"),
     ],

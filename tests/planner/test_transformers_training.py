@@ -7,10 +7,12 @@ import torch
 import transformers as hf
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import planner
 from planner.activations import peak
 from planner.program import Dims
+from planner.runtimes.transformers_code import kernels
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter, module_bytes
@@ -61,6 +63,29 @@ def test_the_peak_of_a_step_is_exact(config, dtype, batch, tokens, eager, how, p
     model = planner.read_config(live.config.to_dict())
     what = {"attention": attention, "dtype": dtype, "padded": padded, **written(how)}
     assert predicted(model, batch, tokens, **what).live_bytes == meter.peak_bytes
+
+
+@examples(30)
+@given(
+    config=decoders(("llama", "qwen2", "qwen3", "granite", "olmo2")),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 30),
+    how=CHECKPOINTING,
+)
+def test_grouped_heads_in_fp32_have_no_fused_kernel_on_a_gpu(config, batch, tokens, how):
+    """What torch does there instead is the same on a CPU, where it is asked for."""
+    live = built(described(config), "fp32", "sdpa").train()
+    checkpoint(live, how)
+    model = planner.read_config(live.config.to_dict())
+    assume(model.layers[0].attention.num_key_value_heads < live.config.num_attention_heads)
+    with sdpa_kernel(SDPBackend.MATH):
+        meter = training_meter(live, batch, tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fused_kernel", lambda *device: "efficient")
+        program = pass_program.__wrapped__
+        patch.setitem(predicted.__globals__, "pass_program", program)
+        found = predicted(model, batch, tokens, attention="sdpa", dtype="fp32", **written(how))
+    assert found.live_bytes == meter.peak_bytes
 
 
 @examples(30)

@@ -94,7 +94,7 @@ class AttentionWriter(PositionWriter):
         folded = f.view(wide, ((B,), (G,), rows, (D,)))
         del wide
         keys = f.transpose(f.cast(k, FLOAT32, "float32 keys"), -2, -1)
-        scores = self._pairs(folded, keys, "scores")
+        scores = f.pairs(folded, keys, "scores")
         del folded, keys
         if gqa.logit_softcap is not None:
             scores = f.pointwise(scores, "softcap", "tanh", saves="result")
@@ -111,7 +111,7 @@ class AttentionWriter(PositionWriter):
             scores = f.view(f.narrow(f.softmax(scores, "softmax"), T), ((B,), (G,), rows, (T,)))
         else:
             scores = f.softmax(f.view(scores, ((B,), (G,), rows, (T,))), "softmax")
-        out = self._pairs(scores, f.cast(v, FLOAT32, "float32 values"), "attention")
+        out = f.pairs(scores, f.cast(v, FLOAT32, "float32 values"), "attention")
         out = f.view(out, ((B,), (H,), (T,), (D,)))
         return f.cast(out, kept, "attention")
 
@@ -121,18 +121,8 @@ class AttentionWriter(PositionWriter):
         wide = f.cast(self.weight("sinks", H), FLOAT32, "float32 sinks")
         return f.expand(f.view(wide, ((H,), ONE, ONE)), ((B,), (H,), (T,), ONE))
 
-    def _pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
-        """a @ b of [B, G, …] tensors: one product for each of B · G (torch.matmul)."""
-        f, pairs = self.f, (*a.dims[0], *a.dims[1])
-        right = f.lowered(b)
-        left = f.lowered(a)
-        flat_a = f.view(left, (pairs, *a.dims[2:]))
-        flat_b = f.view(right, (pairs, *b.dims[2:]))
-        out = f.matmul(flat_a, flat_b, name, kernel="bmm")
-        return f.view(out, (*a.dims[:-1], b.dims[-1]))
-
     def _sdpa(self, gqa: GQA, q: Tensor, k: Tensor, v: Tensor, given: Shared) -> Tensor:
-        """scaled_dot_product_attention, flash where it is allowed to."""
+        """scaled_dot_product_attention, flash where it is allowed to, in parts in float32."""
         added = given.mask
         if added is not None:
             added = self.f.lowered(added)
@@ -143,6 +133,10 @@ class AttentionWriter(PositionWriter):
             reads = (added, *(self.aten.number("mask", q.itemsize) for _ in ("0", "-inf")))
             added = self.aten.new("where.self", "mask", added.dims, q.itemsize, reads=reads)
             del reads
+        kernel = fused_kernel(self.step.device, self.step.capability, q.itemsize)
+        if kernel == "efficient" and k.sizes[1] != q.sizes[1]:
+            with self.f.outside_autocast():
+                return self.f.math_attention(q, k, v, added)
         return self.f.fused_attention(
             q,
             k,
@@ -150,6 +144,6 @@ class AttentionWriter(PositionWriter):
             added,
             "attention",
             pairs=visible_pairs(window_of(gqa)),
-            kernel=fused_kernel(self.step.device, self.step.capability, q.itemsize),
+            kernel=kernel,
             trains=True,
         )

@@ -44,7 +44,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
     regime = Regime.of(model, dims)
     if setting.device == "cuda" and setting.attention == "sdpa":
-        _check_flash(model, setting.dtype, regime)
+        _check_flash(model, regime)
     step = Step(
         attention=setting.attention,  # type: ignore[arg-type]
         dtype=held,
@@ -63,11 +63,10 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     return Phase(name="training step", program=program, dims=dims, note=note)
 
 
-def _check_flash(model: Model, dtype: str, regime: Regime) -> None:
+def _check_flash(model: Model, regime: Regime) -> None:
     """ConfigError where CUDA's flash attention does not run: torch's choice then is unknown."""
     widths = {gqa_of(layer).head_dim for layer in model.layer_kinds()}
     why = {
-        "in fp32": dtype == "fp32",
         f"over a window of {max(regime.masked, default=0)} tokens": bool(regime.masked),
         f"of head_dim={max(widths)}": any(D % 8 or D > 256 for D in widths),
     }

@@ -49,21 +49,21 @@ class FalconWriter(LoopWriter):
             out = f.view(f.transpose(self.fused(gqa, q, k, v, given.mask), 1, 2), flat)
             return self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias), None
         assert given.mask is not None
-        scores = self.pairs(q, f.transpose(k, 2, 3), "scores")
+        scores = f.pairs(q, f.transpose(k, 2, 3), "scores")
         if given.alibi is None:
             scores = f.scale_(scores, kernel="div_.Tensor")
             weights = f.softmax(
                 f.add(scores, given.mask, "masked scores"), "attention weights", to=self.b
             )
             del scores
-            out = f.view(f.transpose(self.pairs(weights, v, "attention"), 1, 2), flat)
+            out = f.view(f.transpose(f.pairs(weights, v, "attention"), 1, 2), flat)
             return self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias), weights
         wide = f.cast(scores, FLOAT32, "float32 scores")
         logits = f.scale_(f.add(wide, given.alibi, "scores + alibi"))
         masked = f.add(logits, given.mask, "masked scores")
         weights = self._narrow_softmax(masked)
         del masked
-        out = f.view(f.transpose(self.pairs(weights, v, "attention"), 1, 2), flat)
+        out = f.view(f.transpose(f.pairs(weights, v, "attention"), 1, 2), flat)
         out = self.linear(out, "o_proj", self.model.hidden_size, bias=gqa.o_bias)
         del scores, wide, logits
         return out, weights

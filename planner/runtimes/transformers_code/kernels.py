@@ -40,8 +40,8 @@ class KernelWriter(PositionWriter):
                 share = q.sizes[1] // k.sizes[1]
                 q = f.view(q, (q.dims[0], G, (share,), q.dims[3]))
             else:
-                k = self.repeated(k, q.sizes[1], "all keys")
-                v = self.repeated(v, q.sizes[1], "all values")
+                k = f.repeated(k, q.sizes[1], "all keys")
+                v = f.repeated(v, q.sizes[1], "all values")
         out = self.fused(attention, q, k, v, mask)
         if out.dims[1] != heads:
             out = f.view(out, (out.dims[0], heads, ONE, out.dims[3]))
@@ -71,7 +71,7 @@ class KernelWriter(PositionWriter):
         grouped = k.sizes[1] != q.sizes[1]
         if (kernel == "cpu" and unequal) or (kernel == "efficient" and grouped):
             with f.outside_autocast():
-                return self._math(q, k, v, added)
+                return f.math_attention(q, k, v, added)
         return f.fused_attention(
             q,
             k,
@@ -83,25 +83,14 @@ class KernelWriter(PositionWriter):
             trains=self.trains,
         )
 
-    def repeated(self, x: Tensor, heads: int, name: str) -> Tensor:
-        """repeat_kv: a copy of keys or values for every query head."""
-        f = self.f
-        H, G = heads, x.sizes[1]
-        if H == G:
-            return x
-        batch, _, tokens, width = x.dims
-        apart = f.view(x, (batch, (G,), ONE, tokens, width))
-        spread = f.expand(apart, (batch, (G,), (H // G,), tokens, width))
-        return f.view(spread, (batch, (H,), tokens, width), name)
-
     def eager(
         self, attention: GQA | MLA, q: Tensor, k: Tensor, v: Tensor, given: Shared
     ) -> tuple[Tensor, Tensor]:
         """eager_attention_forward: every step a [B, H, T, keys] tensor."""
         f = self.f
-        k = self.repeated(k, q.sizes[1], "all keys")
-        v = self.repeated(v, q.sizes[1], "all values")
-        scores = f.scale(self.pairs(q, f.transpose(k, 2, 3), "scores"), "scores")
+        k = f.repeated(k, q.sizes[1], "all keys")
+        v = f.repeated(v, q.sizes[1], "all values")
+        scores = f.scale(f.pairs(q, f.transpose(k, 2, 3), "scores"), "scores")
         if isinstance(attention, GQA) and attention.logit_softcap is not None:
             scores = f.scale(scores, "softcap", kernel="div.Tensor")
             scores = f.pointwise(scores, "softcap", "tanh", saves="result")
@@ -113,7 +102,7 @@ class KernelWriter(PositionWriter):
             scores = f.cast(scores, v.itemsize, "attention weights")
         else:
             scores = f.cast(self.float32_softmax(scores), q.itemsize, "attention weights")
-        out = self.pairs(scores, v, "attention")
+        out = f.pairs(scores, v, "attention")
         out = f.transpose(out, 1, 2)
         if self.code.block == "gpt2":
             return out, scores
@@ -122,41 +111,3 @@ class KernelWriter(PositionWriter):
     def float32_softmax(self, scores: Tensor) -> Tensor:
         """F.softmax(scores, dtype=torch.float32)."""
         return self.f.softmax(scores, "attention weights", to=FLOAT32)
-
-    def pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
-        """torch.matmul of [B, H, …] tensors: one product for each of B · H."""
-        f, pairs = self.f, (*a.dims[0], *a.dims[1])
-        b = f.lowered(b)
-        a = f.lowered(a)
-        if a.sizes[1] != b.sizes[1]:
-            b = f.expand(b, (*a.dims[:2], *b.dims[2:]))
-        flat_a = f.view(a, (pairs, *a.dims[2:]))
-        flat_b = f.view(b, (pairs, *b.dims[2:]))
-        out = f.matmul(flat_a, flat_b, name, kernel="bmm")
-        return f.view(out, (*a.dims[:-1], b.dims[-1]))
-
-    def _math(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """at::_scaled_dot_product_attention_math: all of it in float32.
-
-        The mask is added out of place, as it is wherever ops are watched.
-        """
-        f, aten, b = self.f, self.aten, q.itemsize
-        causal = mask is None and q.sizes[2] > 1
-        wide, k, v = (f.cast(x, FLOAT32, f"float32 {x.name}") for x in (q, k, v))
-        q = f.scale(wide, "scaled queries")
-        if causal:
-            square: Dims = (q.dims[2], k.dims[2])
-            lower = aten.new("ones", "mask", square, BOOL)
-            lower = aten.new("tril", "mask", square, BOOL, reads=(lower,))
-            mask = aten.new("where.self", "mask", square, FLOAT32, reads=(lower,))
-            del lower
-        scores = self.pairs(q, f.scale(f.transpose(k, 2, 3), "scaled keys"), "scores")
-        if mask is not None:
-            scores = f.add(scores, mask, "masked scores")
-        weights = f.softmax(scores, "attention weights", kernel="_safe_softmax")
-        del scores
-        narrow = f.cast(weights, b, "attention weights")  # the second result
-        out = self.pairs(weights, v, "attention")
-        out = f.cast(out, b, "attention")
-        del narrow, wide
-        return out

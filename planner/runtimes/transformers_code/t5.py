@@ -372,19 +372,19 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
     ) -> tuple[Tensor, Tensor | None]:
         f, (q, k, v) = self.f, qkv
         if self.what.attention == "eager":
-            scores = f.scale(self.pairs(q, f.transpose(k, 2, 3), "scores"), "scores")
+            scores = f.scale(f.pairs(q, f.transpose(k, 2, 3), "scores"), "scores")
             scores = f.add(scores, bias, "biased scores")
             if mask is not None:
                 scores = f.add(scores, mask, "masked scores")
             scores = f.softmax(scores, "attention weights")
-            out = self.pairs(scores, v, "attention")
+            out = f.pairs(scores, v, "attention")
             return f.contiguous(f.transpose(out, 1, 2), "attention"), scores
         causal = self.stack == "decoder" and not crosses and q.sizes[2] > 1
         added = self._bias_mask(bias, q, k) if causal else f.contiguous(bias, "position bias")
         if added.node is not None and self.what.device == "cpu":
             lowered = f.lowered(added)
             with f.outside_autocast():
-                out = self._math(q, k, v, lowered)
+                out = f.math_attention(q, k, v, lowered)
             del lowered
         else:
             out = self.fused(gqa, q, k, v, added)
