@@ -76,7 +76,7 @@ class PassWriter(Generic[Given]):
         self.accumulates, self.scales, self.copies = accumulates, scales, copies
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
-        self.selective, self.frozen = selective, frozen
+        self.selective, self.frozen_parts = selective, frozen
         self.layer_is_frozen: bool | None = None  # None: the part is none
         self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
@@ -128,7 +128,7 @@ class PassWriter(Generic[Given]):
         """Whether a parameter of the part that is written is left as it is."""
         if self.layer_is_frozen is not None:
             return self.layer_is_frozen
-        return self.frozen.has_outer(name, tied=self.model.tie_word_embeddings)
+        return self.frozen_parts.has_outer(name, tied=self.model.tie_word_embeddings)
 
     def adapter(self, name: str, *shape: int) -> Tensor:
         """A parameter beside the frozen ones."""
@@ -420,12 +420,12 @@ class PassWriter(Generic[Given]):
 
     def trained_in(self, part: Part) -> Iterable[Parameter]:
         """What the optimizer updates of a part, or of one of its layers."""
-        kind, h = part.layer_kind, self.model.hidden_size
-        own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
         if part.frozen:
             return ()
+        kind, h = part.layer_kind, self.model.hidden_size
+        own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
         if kind is None:
-            own = unfrozen(own, self.model, self.frozen)
+            own = unfrozen(own, self.model, self.frozen_parts)
         return own if self.lora is None else adapters_beside(own, self.lora, self.adapted)
 
     def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
@@ -494,7 +494,7 @@ class PassWriter(Generic[Given]):
         yield Part(EMBEDDING)
         seen: dict[str, int] = {}
         for start, count, layer, keeps in self._cut_runs():
-            frozen = self.frozen.has_layer(start)
+            frozen = self.frozen_parts.has_layer(start)
             label = f"{'frozen ' * frozen}{layer_label(layer)}{keeps}"
             again = keeps in ("", AGAIN) and self.checkpointed > 0
             while count and seen.get(label, 0) < self._apart(layer, start):
@@ -509,7 +509,7 @@ class PassWriter(Generic[Given]):
     def _cut_runs(self) -> Iterator[tuple[int, int, Layer, str]]:
         """The runs, none with both frozen layers and trained ones."""
         for start, count, layer, keeps in self._runs():
-            left = min(max(0, self.frozen.layers - start), count)
+            left = min(max(0, self.frozen_parts.layers - start), count)
             if left:
                 yield start, left, layer, keeps
             if count > left:
@@ -538,7 +538,7 @@ class PassWriter(Generic[Given]):
         """
         if not self.trains:
             return int(start == 0)
-        if self.frozen:
+        if self.frozen_parts:
             return 2
         return 1 + (self.lora is not None and layer == self.model.layers[0])
 
