@@ -48,6 +48,8 @@ from planner.cli_options import (
     EncoderTokens,
     Files,
     Float32Logits,
+    Frozen,
+    FrozenLayers,
     GpuName,
     HostAdd,
     KeepEvery,
@@ -138,6 +140,8 @@ def estimate_command(
     loss_chunk: LossChunk = None,
     precision: Precision = "pure",
     accumulation: Accumulation = 1,
+    frozen: Frozen = None,
+    frozen_layers: FrozenLayers = 0,
     method: Method = "full",
     lora_rank: LoraRank = 8,
     lora_targets: LoraTargets = ALL_LINEAR,
@@ -165,6 +169,8 @@ def estimate_command(
             precision=precision,  # type: ignore[arg-type]
             padded=padded,
             accumulation_steps=accumulation,
+            frozen=() if frozen is None else tuple(frozen.split(",")),
+            frozen_layers=frozen_layers,
             method=method,  # type: ignore[arg-type]
             lora=_lora(method, lora_rank, lora_targets, lora_dtype, dora=dora),
             encoder_tokens=encoder_tokens,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.workload import METHODS, OPTIMIZERS
+from planner.workload import FROZEN_PARTS, METHODS, OPTIMIZERS
 
 ModelName = Annotated[
     str,
@@ -98,6 +98,17 @@ Float32Logits = Annotated[
 ]
 Accumulation = Annotated[
     int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
+]
+Frozen = Annotated[
+    str | None,
+    typer.Option(
+        "--frozen",
+        metavar="PART[,PART]",
+        help=f"In training, of method full: parts that are not trained: {', '.join(FROZEN_PARTS)}.",
+    ),
+]
+FrozenLayers = Annotated[
+    int, typer.Option("--frozen-layers", help="The same of the first so many layers.")
 ]
 Method = Annotated[str, typer.Option("--method", help=f"In training: {', '.join(METHODS)}.")]
 LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]

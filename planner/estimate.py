@@ -22,6 +22,7 @@ from planner.prepared import (
     as_loaded,
     check_accumulation,
     check_padded,
+    check_unfrozen,
     prepare,
     setting_of,
 )
@@ -156,6 +157,7 @@ def _of_training(model: Model, work: Training, deploy: Deployment) -> Estimate:
     setting = setting_of(model, deploy, runtime, gpu)
     check_padded(work, runtime.name)
     check_accumulation(work, runtime.name)
+    check_unfrozen(work, runtime.name)
     phase = training_phase(model, work, deploy, setting)
     highest = peak(phase.program, phase.dims)
     held_dtype = setting.held_dtype(work)

@@ -413,6 +413,7 @@ def training_latency(
         or (work.adapters is not None and work.adapters.dora)
         or work.scales_loss(setting.dtype)
         or work.precision == "master"
+        or work.freezes
     )
     return Latency(
         step_s=step_s,

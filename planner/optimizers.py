@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from planner.dtypes import element_bytes
+from planner.frozen import frozen_parts, unfrozen
 from planner.ledger import Row
 from planner.lora import adapter_bytes, adapters
 from planner.loss_scaling import LossScaler
@@ -108,7 +109,7 @@ def trainable(model: Model, work: Training, sharding: Sharding | None = None) ->
     if work.method in PREFIXES:
         return trained_beside(model, work.method)
     if sharding is None:
-        return list(model.parameters())
+        return unfrozen(model.parameters(), model, frozen_parts(work))
     return [
         replace(p, shape=sharding.shard(lying(model, p, inside=p.layer is not None)))
         for p in model.parameters()

@@ -150,6 +150,15 @@ def check_accumulation(work: Training, runtime: str) -> None:
         )
 
 
+def check_unfrozen(work: Training, runtime: str) -> None:
+    """ConfigError for frozen parts in a runtime whose programs train all."""
+    if work.freezes and runtime != "transformers":
+        raise ConfigError(
+            f"frozen={work.frozen!r} with frozen_layers={work.frozen_layers} is not planned for "
+            f"runtime={runtime}: none, or transformers"
+        )
+
+
 def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> Setting:
     """The deployment with its defaults filled in."""
     dtype = deploy.dtype or model.dtype

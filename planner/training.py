@@ -12,6 +12,7 @@ from planner.kbit import check_frozen
 from planner.ledger import Component, Row, total_bytes
 from planner.lora import adapter_bytes, adapters
 from planner.model import Model
+from planner.optimizers import trainable
 from planner.prefix_adapters import METHODS as PREFIXES
 from planner.prefix_adapters import kept_rows, prefix_adapters, trained_beside
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
@@ -113,6 +114,9 @@ def gradient_rows(model: Model, work: Training, weights: list[Row], dtype: str) 
         for row in weights
         if dict(row.values).keys() >= {"parameters"}
     ]
+    if work.freezes:
+        b = element_bytes(work.held_dtype(dtype))
+        rows = [_added_row("of what is not frozen", trainable(model, work), b, "gradients")]
     return [_of_copies(row) for row in rows] if work.steps_copies else rows
 
 

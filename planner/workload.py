@@ -155,6 +155,8 @@ CHECKPOINTING = ("none", "full", "selective")
 ALL_LINEAR = "all-linear"
 LOW_RANK = ("lora", "qlora")
 METHODS = ("full", *LOW_RANK, "adapter", "adapter-v2")
+FROZEN_PARTS = ("embeddings", "head")
+"""What stands before the first layer; the head, which freezes the table that it is tied to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +215,8 @@ class Training:
     and "adapter-v2": prefixes that LLaMA-Adapter trains, in its two versions (litgpt). `padded`:
     as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
     loss dropped before the next, whose gradients are added up before the optimizer's step.
+    `frozen`: FROZEN_PARTS that "full" does not train, `frozen_layers`: nor the first so many layers
+    (requires_grad_(False); planner/frozen.py: what each name stands for).
     """
 
     batch: int
@@ -229,8 +233,11 @@ class Training:
     checkpoint_every: int = 1
     loss_chunk_tokens: int | None = None
     keep_every: int = 1
+    frozen: tuple[str, ...] = ()
+    frozen_layers: int = 0
 
     def __post_init__(self) -> None:
+        self._check_frozen()
         sizes = ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every", "keep_every")
         for field in sizes:
             check_size(field, getattr(self, field))
@@ -265,6 +272,27 @@ class Training:
             )
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
+
+    def _check_frozen(self) -> None:
+        if not isinstance(self.frozen, tuple):
+            raise ConfigError(
+                f"frozen={shown(self.frozen)} is not allowed: a tuple of {', '.join(FROZEN_PARTS)}"
+            )
+        for name in self.frozen:
+            check_choice("frozen", name, FROZEN_PARTS)
+        if len(set(self.frozen)) != len(self.frozen):
+            raise ConfigError(f"frozen={self.frozen!r} is not allowed: each name once")
+        check_size("frozen_layers", self.frozen_layers, minimum=0)
+        if self.freezes and self.method != "full":
+            raise ConfigError(
+                f"frozen={self.frozen!r} with frozen_layers={self.frozen_layers} is not allowed: "
+                f"none for method={self.method!r}, which freezes the weights itself; any for 'full'"
+            )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parts of the model stay as they are."""
+        return bool(self.frozen or self.frozen_layers)
 
     def held_dtype(self, dtype: str) -> str:
         """What weights and gradients are kept in, computing in `dtype`."""
@@ -307,8 +335,16 @@ class Training:
         words = {"pure": "", "autocast": "autocast, ", "master": "master weights, "}
         return (
             f"one training step of batch {self.batch} × {self.sequence_tokens} tokens, {method}"
-            f"{words[self.precision]}{self._checkpointing}{optimizer}"
+            f"{self._frozen}{words[self.precision]}{self._checkpointing}{optimizer}"
         )
+
+    @property
+    def _frozen(self) -> str:
+        if not self.freezes:
+            return ""
+        layers = self.frozen_layers
+        first = {0: (), 1: ("the first layer",)}.get(layers, (f"the first {layers} layers",))
+        return f"{' and '.join((*self.frozen, *first))} frozen, "
 
     @property
     def _checkpointing(self) -> str:

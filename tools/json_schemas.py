@@ -77,6 +77,7 @@ QUESTIONS: dict[str, list[list[str]]] = {
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "attnlab", "--train"],
         ["llama-3.1-8b", "--gpu", "h200", "--train", "--method", "lora", "--sequence", "64"],
         ["gpt2", "--gpu", "h200", "--train", "--shards", "8", "--weight-dtype", "fp32"],
+        ["gpt2", "--gpu", "cpu", "--train", "--frozen", "embeddings", "--frozen-layers", "2"],
         [*ADAPTED, "--lora-targets", "c_attn"],
         [*ADAPTED, "--lora-dtype", "bf16"],
         ["config.json", "--gpu", "cpu", "--encoder-tokens", "9"],

@@ -22,6 +22,7 @@ from planner.autograd.gathering import Gathering, Group
 from planner.autograd.layouts import contiguous
 from planner.autograd.master_weights import MasterCopies
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
+from planner.frozen import NOTHING, FrozenParts, unfrozen
 from planner.layers import Layer
 from planner.lora import adapted, adapter_bytes, adapters_beside
 from planner.loss_scaling import LossScaler
@@ -52,6 +53,7 @@ class PassWriter(Generic[Given]):
     adapters beside the linear layers `adapted`, all that is trained then. `accumulates`: the
     gradients of earlier steps are there, and those of this one are added to them. `scales`: the
     loss, by a GradScaler. `copies`: master weights in float32, which the optimizer steps.
+    `frozen`: parts that are not trained.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class PassWriter(Generic[Given]):
         scales: bool = False,
         copies: bool = False,
         sharding: Sharding | None = None,
+        frozen: FrozenParts = NOTHING,
     ) -> None:
         self.accumulates, self.scales, self.copies = accumulates, scales, copies
         self.model, self.b, self.trains, self.checkpointed = model, b, trains, checkpointed
         self.lora, self.adapted = lora, frozenset[str]() if lora is None else adapted(model, lora)
-        self.selective = selective
+        self.selective, self.frozen_parts = selective, frozen
+        self.layer_is_frozen: bool | None = None  # None: the part is none
         self.keeps_inputs = False  # of the layer that is being written: it will run again
         self.flows = False  # whether a gradient flows back through what is carried
         self.carries_leaf = False  # such as nothing made: embeddings that are asked for one
@@ -114,9 +118,17 @@ class PassWriter(Generic[Given]):
         raise NotImplementedError
 
     def weight(self, name: str, *shape: int) -> Tensor:
-        """A parameter, trained where anything is."""
+        """A parameter, trained where anything is but what is frozen."""
         made = self.given(name, tuple((n,) for n in shape), self.b)
-        return self._trained_leaf(made) if self.trains and self.lora is None else made
+        if not self.trains or self.lora is not None or self._is_frozen(name):
+            return made
+        return self._trained_leaf(made)
+
+    def _is_frozen(self, name: str) -> bool:
+        """Whether a parameter of the part that is written is left as it is."""
+        if self.layer_is_frozen is not None:
+            return self.layer_is_frozen
+        return self.frozen_parts.has_outer(name, tied=self.model.tie_word_embeddings)
 
     def adapter(self, name: str, *shape: int) -> Tensor:
         """A parameter beside the frozen ones."""
@@ -408,8 +420,12 @@ class PassWriter(Generic[Given]):
 
     def trained_in(self, part: Part) -> Iterable[Parameter]:
         """What the optimizer updates of a part, or of one of its layers."""
+        if part.frozen:
+            return ()
         kind, h = part.layer_kind, self.model.hidden_size
         own = self.outside(part) if kind is None else self.inside(layer_parameters(kind, h))
+        if kind is None:
+            own = unfrozen(own, self.model, self.frozen_parts)
         return own if self.lora is None else adapters_beside(own, self.lora, self.adapted)
 
     def inside(self, parameters: Iterable[Parameter]) -> Iterable[Parameter]:
@@ -477,17 +493,27 @@ class PassWriter(Generic[Given]):
     def _parts(self) -> Iterator[Part]:
         yield Part(EMBEDDING)
         seen: dict[str, int] = {}
-        for start, count, layer, keeps in self._runs():
-            label = f"{layer_label(layer)}{keeps}"
+        for start, count, layer, keeps in self._cut_runs():
+            frozen = self.frozen_parts.has_layer(start)
+            label = f"{'frozen ' * frozen}{layer_label(layer)}{keeps}"
             again = keeps in ("", AGAIN) and self.checkpointed > 0
             while count and seen.get(label, 0) < self._apart(layer, start):
                 order = ORDINALS[seen.get(label, 0)]
                 seen[label] = seen.get(label, 0) + 1
-                yield Part(f"{order} {label}", 1, start, layer, again=again)
+                yield Part(f"{order} {label}", 1, start, layer, again=again, frozen=frozen)
                 start, count = start + 1, count - 1
             if count:
-                yield Part(label, count, start, layer, again=again)
+                yield Part(label, count, start, layer, again=again, frozen=frozen)
         yield Part(HEAD)
+
+    def _cut_runs(self) -> Iterator[tuple[int, int, Layer, str]]:
+        """The runs, none with both frozen layers and trained ones."""
+        for start, count, layer, keeps in self._runs():
+            left = min(max(0, self.frozen_parts.layers - start), count)
+            if left:
+                yield start, left, layer, keeps
+            if count > left:
+                yield start + left, count - left, layer, keeps
 
     def _runs(self) -> Iterator[tuple[int, int, Layer, str]]:
         """Runs of layers that are alike: (first, how many, the layer, what it keeps, in words).
@@ -508,16 +534,19 @@ class PassWriter(Generic[Given]):
 
         Without a way back only the first of all differs: its input may live on. Of a kind whose
         first layer is the model's, and reached by no gradient from before, the second may be the
-        one that frees what they share.
+        one that frees what they share; behind frozen ones that may be a layer of any kind.
         """
         if not self.trains:
             return int(start == 0)
+        if self.frozen_parts:
+            return 2
         return 1 + (self.lora is not None and layer == self.model.layers[0])
 
     def _walk(self, part: Part, carried: Gradients) -> Graph:
         """Run one part on what is carried, and carry its result."""
         self.walking, self.leaves[part.label], self.held_by_nodes[part.label] = part.label, [], []
         self.keeps_inputs = part.again
+        self.layer_is_frozen = None if part.layer_kind is None else part.frozen
         self.casts[part.label] = self.f.casts = {}
         self.f.graph = graph = Graph([Node("entrance", _no_way_back, (), ())])
         entrance = graph.nodes[0] if self.trains else None
@@ -561,11 +590,12 @@ class PassWriter(Generic[Given]):
         self._gather(part)
         if not self.keeps_inputs:
             return self.block(layer, x, given)
-        leaves, entrance = self.leaves[self.walking], x.node
+        leaves, entrance, frozen = self.leaves[self.walking], x.node, self.layer_is_frozen
 
         def again(frame: Frame[Given], x: Tensor, given: Given) -> None:
             graph, f.graph, f.frame, f.casts = f.graph, Graph(), frame, {}
             self.known, expected = iter(leaves), [leaf.expected for leaf in leaves]
+            self.layer_is_frozen = frozen
             try:
                 self.block(layer, replace(x, node=entrance), given)
             finally:
@@ -585,7 +615,8 @@ class PassWriter(Generic[Given]):
 class Part:
     """A run of equal layers, or what stands before or behind them.
 
-    `ends`: what it makes is not handed to the next part. `again`: it is checkpointed.
+    `ends`: what it makes is not handed to the next part. `again`: it is checkpointed. `frozen`:
+    layers that are not trained.
     """
 
     label: str
@@ -595,6 +626,7 @@ class Part:
     stack: str = ""
     ends: bool = False
     again: bool = False
+    frozen: bool = False
 
 
 def _no_way_back(node: Node, flowed: Gradients) -> Gradients:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
+from planner.frozen import check_frozen_parts, frozen_parts
 from planner.kbit import quantised_layers
 from planner.layers import GQA, Layer
 from planner.lora import module_of
@@ -44,6 +45,8 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
             f"method={work.method!r} of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: full, lora"
         )
+    if work.freezes:
+        _check_frozen(model, work)
     if setting.sharding is not None:
         _check_sharded(model, work, setting)
     if work.checkpointing == "selective" and any(
@@ -79,10 +82,25 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         scales=work.scales_loss(setting.dtype),
         copies=work.precision == "master",
         sharding=setting.sharding,
+        frozen=frozen_parts(work),
     )
     program = pass_program(model, what, Regime.of(model, dims))
     note = kernel_note(setting.device, setting.capability, setting.dtype)
     return Phase(name="training step", program=program, dims=dims, note=note)
+
+
+def _check_frozen(model: Model, work: Training) -> None:
+    """ConfigError for parts that are no names of this model's, or all of them."""
+    unplanned = {
+        "t5": "causal language models and bert",
+        "bert": "'embeddings' and layers" if "head" in work.frozen else "",
+    }.get(model.text_type)
+    if unplanned:
+        raise ConfigError(
+            f"frozen={work.frozen!r} with frozen_layers={work.frozen_layers} of model_type="
+            f"{model.model_type} is not planned for runtime=transformers yet: {unplanned}"
+        )
+    check_frozen_parts(model, work)
 
 
 def _four_bit(model: Model, setting: Setting, rows: int) -> tuple[Model, FourBitWeights | None]:
@@ -116,6 +134,7 @@ def _check_sharded(model: Model, work: Training, setting: Setting) -> None:
     assert setting.sharding is not None
     refused = {
         f"method={work.method!r}: full": work.method != "full",
+        f"frozen={work.frozen!r}, frozen_layers={work.frozen_layers}: none": work.freezes,
         f"precision={work.precision!r}: pure, with weight_dtype='fp32'": work.precision != "pure",
         f"dtype={setting.dtype!r}: bf16 or fp32": setting.dtype == "fp16",
         f"optimizer={work.optimizer!r}: adamw, sgd or sgd-momentum": (

@@ -80,7 +80,7 @@ class KernelWriter(PositionWriter):
             "attention",
             pairs=visible_pairs(window),
             kernel=kernel,
-            trains=self.trains,
+            trains=any(x.node is not None for x in (q, k, v)),
         )
 
     def eager(

@@ -13,6 +13,7 @@ from planner.autograd.autocast import widens
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
+from planner.frozen import NOTHING, FrozenParts
 from planner.layers import GQA, Layer
 from planner.mixers.mamba import Mamba2
 from planner.model import Model
@@ -57,7 +58,8 @@ class Pass:
     `selective`; `lora`: adapters are trained, nothing else; `accumulates`: earlier steps left
     gradients; `autocast`: the dtype of a region around the forward, weights in fp32; `four_bit`:
     frozen linear layers of 4 bits; `scales`: a GradScaler scales the loss; `copies`: the optimizer
-    steps master weights; `sharding`: parameters are gathered layer by layer.
+    steps master weights; `sharding`: parameters are gathered layer by layer; `frozen`: parts that
+    are not trained.
     """
 
     kind: Literal["prefill", "decode", "training"]
@@ -86,6 +88,7 @@ class Pass:
     scales: bool = False
     copies: bool = False
     sharding: Sharding | None = None
+    frozen: FrozenParts = NOTHING
 
     @property
     def held_dtype(self) -> str:
@@ -233,6 +236,7 @@ class CodeWriter(PassWriter[Shared]):
             scales=what.scales,
             copies=what.copies,
             sharding=what.sharding,
+            frozen=what.frozen,
         )
         self.what, self.regime = what, regime
         self.left_alone = frozenset[str]()  # of the block that is written
