@@ -9,40 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import streamlit as st
 
 import planner
-from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
-from planner.errors import MAX_SIZE
+from app.training_controls import beside, sharded, training
+from app.widgets import AS_MODEL, CHOICES, LARGEST, NUMBERS, START, either, number, select
 from planner.format import count, gib
 from planner.loading import read_json
-from planner.runtimes import RUNTIMES, runtime_named
-from planner.runtimes.quantised_cache import (
-    DEFAULT_GROUP_SIZE,
-    DEFAULT_RESIDUAL_TOKENS,
-    backends_of,
-)
+from planner.runtimes import runtime_named
+from planner.runtimes.quantised_cache import backends_of
 from planner.training import PLANNED as TRAINED_RUNTIMES
-from planner.workload import (
-    CACHE_BACKENDS,
-    CHECKPOINTING,
-    MODES,
-    OPTIMIZER_IMPLS,
-    OPTIMIZERS,
-    PRECISIONS,
-    RESHARDED,
-    SHARD_DTYPES,
-)
-
-AS_MODEL = "as the model"
-"""The model's own dtype; for the cache, the dtype of the computation."""
-
-SAME = "the same"
-"""What deployment B of a comparison has in common with A."""
-
-LARGEST = MAX_SIZE - 1
 
 KV_HELP = (
     "What keys and values are kept in. transformers quantises with a QuantizedCache, of full "
@@ -52,76 +29,6 @@ KV_HELP = (
 MODE_HELP = (
     "eager: one kernel at a time, as generate() does, which a busy host slows down. captured: the "
     "same kernels in a CUDA graph. graph: as the runtime makes its graphs; attnlab's are compiled."
-)
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model": tuple(planner.catalogue()),
-    "gpu": tuple(planner.gpus()),
-    "runtime": tuple(RUNTIMES),
-    "dtype": (AS_MODEL, *COMPUTE_DTYPES),
-    "kv_dtype": (AS_MODEL, *KV_DTYPES),
-    "kv_backend": CACHE_BACKENDS,
-    "logits": ("last", "all"),
-    "mode": MODES,
-    "workload": ("inference", "training"),
-    "optimizer": (*OPTIMIZERS, "none"),
-    "optimizer_impl": OPTIMIZER_IMPLS,
-    "checkpointing": CHECKPOINTING,
-    "precision": PRECISIONS,
-    "shards": tuple(str(2**i) for i in range(11)),
-    "shards_in": SHARD_DTYPES,
-    "reduced_in": SHARD_DTYPES,
-    "resharded": RESHARDED,
-    "tp": tuple(str(2**i) for i in range(6)),
-    "pp": tuple(str(i) for i in range(1, 9)),
-    "b_gpu": (SAME, *planner.gpus()),
-    "b_kv_dtype": (SAME, *KV_DTYPES),
-    "b_tp": (SAME, *(str(2**i) for i in range(4))),
-}
-"""What a word in the URL may be."""
-
-START = {
-    "model": "llama-3.1-8b",
-    "gpu": "h200",
-    "runtime": "transformers",
-    "dtype": AS_MODEL,
-    "kv_dtype": AS_MODEL,
-    "kv_backend": CACHE_BACKENDS[0],
-    "kv_group": DEFAULT_GROUP_SIZE,
-    "kv_residual": DEFAULT_RESIDUAL_TOKENS,
-    "logits": "last",
-    "mode": MODES[0],
-    "workload": "inference",
-    "optimizer": OPTIMIZERS[0],
-    "optimizer_impl": OPTIMIZER_IMPLS[0],
-    "checkpointing": "none",
-    "checkpoint_every": 1,
-    "precision": "pure",
-    "shards": "1",
-    "shards_in": SHARD_DTYPES[0],
-    "reduced_in": SHARD_DTYPES[0],
-    "resharded": RESHARDED[0],
-    "tp": "1",
-    "pp": "1",
-    "batch": 8,
-    "prompt": 2048,
-    "output": 256,
-    "sequence": 2048,
-    "context": 8192,
-    "b_gpu": SAME,
-    "b_kv_dtype": "fp8",
-    "b_tp": SAME,
-}
-
-NUMBERS = (
-    "batch",
-    "prompt",
-    "output",
-    "sequence",
-    "context",
-    "checkpoint_every",
-    "kv_group",
-    "kv_residual",
 )
 
 
@@ -140,8 +47,10 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         )
         deploy = _deployment()
         work = _workload(deploy)
-        if isinstance(work, planner.Training) and deploy.runtime == "transformers":
-            deploy = _sharded(deploy)
+        if isinstance(work, planner.Training):
+            deploy = beside(work, deploy)
+            if deploy.runtime == "transformers" and work.method == "full":
+                deploy = sharded(deploy)
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
@@ -269,7 +178,7 @@ def _cache(kv_dtype: str) -> planner.CacheSpec | None:
 def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Training:
     planned = ", ".join(TRAINED_RUNTIMES)
     if either("Workload", "workload", f"Training is planned in {planned}.") == "training":
-        return _training()
+        return training(deploy.runtime)
     torch = runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm"
     batch = number("Batch", "batch", help="Sequences at once.")
     left, right = st.columns(2)
@@ -290,129 +199,6 @@ def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Trainin
         output_tokens=output_tokens,
         logits="all" if logits == "all" else "last",
     )
-
-
-def _training() -> planner.Training:
-    left, right = st.columns(2)
-    with left:
-        batch = number("Batch", "batch", help="Sequences at once.")
-        optimizer = select("Optimizer", "optimizer")
-    with right:
-        sequence_tokens = number("Sequence tokens", "sequence", step=256)
-        impl = select("Optimizer's way", "optimizer_impl", help="How torch goes through weights.")
-    checkpointing = either(
-        "Checkpointing",
-        "checkpointing",
-        "full: a layer keeps its input alone and is computed again on the way back. selective: but "
-        "for its linear layers and attention.",
-    )
-    every = 1
-    if checkpointing == "full":
-        every = number("Every so many layers", "checkpoint_every", help="1: all of them.")
-    precision = either(
-        "Precision",
-        "precision",
-        "autocast: weights, gradients and states in fp32, products in bf16. master: weights and "
-        "gradients in bf16, and fp32 copies that the optimizer steps. In fp16 both have a "
-        "GradScaler.",
-    )
-    return planner.Training(
-        batch=batch,
-        sequence_tokens=sequence_tokens,
-        optimizer=None if optimizer == "none" else optimizer,
-        optimizer_impl=impl,  # type: ignore[arg-type]
-        checkpointing=checkpointing,  # type: ignore[arg-type]
-        checkpoint_every=every,
-        precision=precision,  # type: ignore[arg-type]
-    )
-
-
-def _sharded(deploy: planner.Deployment) -> planner.Deployment:
-    """The deployment among data-parallel GPUs, where it is."""
-    shards = int(
-        select(
-            "Data-parallel shards",
-            "shards",
-            help="GPUs, a batch each, that weights, gradients and states are divided among: "
-            "torch's fully_shard of every layer.",
-        )
-    )
-    if shards == 1:
-        return deploy
-    left, right = st.columns(2)
-    with left:
-        kept = select(
-            "Shards kept in", "shards_in", help="Gathered weights are of the dtype above."
-        )
-    with right:
-        reduced = select("Gradients reduced in", "reduced_in")
-    resharded = either(
-        "Freed after the forward",
-        "resharded",
-        "Layers that are gathered again on the way back; the others stay until then.",
-    )
-    return replace(
-        deploy,
-        data_parallel_shards=shards,
-        weight_dtype=kept,
-        reduce_dtype=reduced,
-        reshard_after_forward=resharded,  # type: ignore[arg-type]
-    )
-
-
-def either(label: str, key: str, help: str) -> str:
-    """One of a few words of CHOICES."""
-    chosen = st.segmented_control(
-        label,
-        CHOICES[key],
-        default=START[key],
-        required=True,
-        width="stretch",
-        key=key,
-        bind="query-params",
-        help=help,
-    )
-    return str(chosen or START[key])
-
-
-def select(
-    label: str, key: str, help: str | None = None, options: tuple[str, ...] | None = None
-) -> str:
-    """One of CHOICES, or of the options given."""
-    options = options or CHOICES[key]
-    start = str(START[key])
-    chosen = st.selectbox(
-        label,
-        options,
-        index=options.index(start) if start in options else 0,
-        key=key,
-        bind="query-params",
-        help=help,
-    )
-    return str(chosen)
-
-
-def number(label: str, key: str, *, step: int = 1, help: str | None = None) -> int:
-    """A size, from START on."""
-
-    def widget(key: str, *, bind: Literal["query-params"] | None) -> int:
-        number = st.number_input(
-            label,
-            min_value=1,
-            max_value=LARGEST,
-            value=start,
-            step=step,
-            key=key,
-            bind=bind,
-            help=help,
-        )
-        return int(number)
-
-    start = int(START[key])
-    try:
-        return widget(key, bind="query-params")
-    except OverflowError:  # streamlit 1.67 takes int() of ?batch=inf; without the link it stands
-        return widget(f"{key} apart from the link", bind=None)
 
 
 def memories() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import streamlit as st
 
 import planner
-from app import controls
+from app import controls, widgets
 from planner.format import gib
 
 BATCHES = tuple(2**i for i in range(11))
@@ -37,26 +37,26 @@ def sidebar() -> Exploration:
     asked = st.query_params.to_dict()
     with st.sidebar:
         problems = st.container()
-        model = planner.load_model(controls.select("Model", "model"))
+        model = planner.load_model(widgets.select("Model", "model"))
         st.caption(controls.in_words(model))
-        gpu = planner.gpu_named(controls.select("GPU", "gpu", help=controls.memories()))
+        gpu = planner.gpu_named(widgets.select("GPU", "gpu", help=controls.memories()))
         st.caption(f"{gpu.label}: {gib(gpu.memory_bytes)}")
-        runtime = controls.select("Runtime", "runtime")
+        runtime = widgets.select("Runtime", "runtime")
         tp = "1"
         left, right = st.columns(2)
         with left:
             kept = controls.kv_dtypes({"runtime": runtime})
-            kv_dtype = controls.select("KV dtype", "kv_dtype", options=kept)
+            kv_dtype = widgets.select("KV dtype", "kv_dtype", options=kept)
         with right:
             if runtime == "vllm":
-                tp = controls.select("Tensor parallel", "tp", help="GPUs that share each layer.")
-        output_tokens = controls.number("Output tokens", "output", step=64)
+                tp = widgets.select("Tensor parallel", "tp", help="GPUs that share each layer.")
+        output_tokens = widgets.number("Output tokens", "output", step=64)
         for problem in controls.link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     deploy = planner.Deployment(
         gpu=gpu.name,
         runtime=runtime,
-        kv_dtype=None if kv_dtype == controls.AS_MODEL else kv_dtype,
+        kv_dtype=None if kv_dtype == widgets.AS_MODEL else kv_dtype,
         tensor_parallel=int(tp),
     )
     return Exploration(
@@ -80,23 +80,23 @@ def other(explored: Exploration) -> planner.Deployment:
     a = explored.deploy
     columns = st.columns(3)
     with columns[0]:
-        gpu = controls.select("B: GPU", "b_gpu")
+        gpu = widgets.select("B: GPU", "b_gpu")
     with columns[1]:
-        kept = (controls.SAME, *planner_kv_dtypes(a.runtime))
-        kv_dtype = controls.select("B: KV dtype", "b_kv_dtype", options=kept)
-    tp = controls.SAME
+        kept = (widgets.SAME, *planner_kv_dtypes(a.runtime))
+        kv_dtype = widgets.select("B: KV dtype", "b_kv_dtype", options=kept)
+    tp = widgets.SAME
     if a.runtime == "vllm":
         with columns[2]:
-            tp = controls.select("B: tensor parallel", "b_tp")
+            tp = widgets.select("B: tensor parallel", "b_tp")
     return replace(
         a,
-        gpu=a.gpu if gpu == controls.SAME else gpu,
-        kv_dtype=a.kv_dtype if kv_dtype == controls.SAME else kv_dtype,
-        tensor_parallel=a.tensor_parallel if tp == controls.SAME else int(tp),
+        gpu=a.gpu if gpu == widgets.SAME else gpu,
+        kv_dtype=a.kv_dtype if kv_dtype == widgets.SAME else kv_dtype,
+        tensor_parallel=a.tensor_parallel if tp == widgets.SAME else int(tp),
         gpus=1,
     )
 
 
 def planner_kv_dtypes(runtime: str) -> tuple[str, ...]:
     """What the runtime keeps keys and values in."""
-    return tuple(d for d in controls.kv_dtypes({"runtime": runtime}) if d != controls.AS_MODEL)
+    return tuple(d for d in controls.kv_dtypes({"runtime": runtime}) if d != widgets.AS_MODEL)

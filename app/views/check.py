@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 import planner
-from app import controls
+from app import controls, widgets
 from planner.checks.source import check_text
 from planner.checks.written import markdown, plain, sarif, table
 from planner.findings import SHARP, Finding, worst_first
@@ -39,7 +39,7 @@ def sidebar() -> Asked:
     asked = st.query_params.to_dict()
     with st.sidebar:
         problems = st.container()
-        named = controls.select("Model", "model")
+        named = widgets.select("Model", "model")
         described = st.empty()
         upload = st.file_uploader(
             "or a config.json of your own",
@@ -47,14 +47,14 @@ def sidebar() -> Asked:
             max_upload_size=8,
             help="Read by the planner, kept nowhere. It takes the place of the model above.",
         )
-        gpu = planner.gpu_named(controls.select("GPU", "gpu", help=controls.memories()))
-        runtime = controls.either("Runtime", "runtime", "What holds the cache.")
+        gpu = planner.gpu_named(widgets.select("GPU", "gpu", help=controls.memories()))
+        runtime = widgets.either("Runtime", "runtime", "What holds the cache.")
         left, right = st.columns(2)
         with left:
-            batch = controls.number("Batch", "batch", help="Sequences at once.")
+            batch = widgets.number("Batch", "batch", help="Sequences at once.")
         with right:
-            context = controls.number("Context", "context", step=1024, help="Tokens of each.")
-        parallel = int(controls.select("Tensor parallel", "tp", help="GPUs that share each layer."))
+            context = widgets.number("Context", "context", step=1024, help="Tokens of each.")
+        parallel = int(widgets.select("Tensor parallel", "tp", help="GPUs that share each layer."))
         for problem in controls.link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     model = (

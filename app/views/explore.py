@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 import planner
-from app import controls, explore_charts, explore_controls, measurements
+from app import explore_charts, explore_controls, measurements, widgets
 from app.explore_controls import Exploration
 from planner.format import gib
 from planner.report import csv_text
@@ -157,9 +157,9 @@ def work_of(explored: Exploration) -> planner.Inference:
     """The point at which deployments are compared."""
     left, right = st.columns(2)
     with left:
-        batch = controls.number("Batch", "batch", help="Of the comparison and the ladder.")
+        batch = widgets.number("Batch", "batch", help="Of the comparison and the ladder.")
     with right:
-        prompt = controls.number("Prompt tokens", "prompt", step=256)
+        prompt = widgets.number("Prompt tokens", "prompt", step=256)
     return planner.Inference(
         batch=batch,
         prompt_tokens=prompt,

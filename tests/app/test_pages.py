@@ -297,6 +297,26 @@ def test_every_way_to_train_in_transformers_is_planned(precision):
     assert shown["Total"] == gib(memory.total_bytes)
 
 
+@pytest.mark.parametrize(("method", "kept"), [("lora", None), ("qlora", "nf4-double")])
+def test_adapters_are_planned_beside_weights_of_any_kind(method, kept):
+    how = {"checkpointing": "full", "rank": "4", "precision": "autocast"}
+    frozen = {} if kept is None else {"frozen_in": kept}
+    app = opened(workload="training", batch="2", method=method, adapters="DoRA", **how, **frozen)
+    assert not app.exception
+    assert not app.sidebar.warning
+    work = planner.Training(
+        batch=2,
+        sequence_tokens=2048,
+        method=method,
+        lora=planner.LoRA(rank=4, dora=True),
+        checkpointing="full",
+        precision="autocast",
+    )
+    deploy = planner.Deployment(gpu="h200", weight_dtype=kept)
+    memory = planner.estimate(planner.load_model("llama-3.1-8b"), work, deploy).memory
+    assert metrics(app)["Total"] == gib(memory.total_bytes)
+
+
 def test_sharded_training_is_planned_and_its_times_are_not():
     link = {"model": "smollm2-135m", "gpu": "h100-80gb", "workload": "training", "shards": "8"}
     app = opened(**link, shards_in="fp32", reduced_in="bf16", resharded="none")
