@@ -35,7 +35,8 @@ def max_context_tokens(model: Model, work: Inference | Training, deploy: Deploym
         step = work
 
         def trains(sequence_tokens: int) -> bool:
-            return estimate(model, replace(step, sequence_tokens=sequence_tokens), deploy).fits
+            tokens = max(sequence_tokens, 2)  # one alone predicts nothing
+            return estimate(model, replace(step, sequence_tokens=tokens), deploy).fits
 
         return _largest(trains, model.max_position_embeddings or MAX_SIZE)
     steps, inference = work.output_tokens - 1, work

@@ -205,16 +205,17 @@ def _sharding(deploy: Deployment, dtype: str) -> Sharding | None:
 
 
 def as_loaded(model: Model, deploy: Deployment) -> Model:
-    """The model with the weights that the runtime makes of it on loading."""
+    """The model with the weights that the runtime makes of it on loading, or as it has them."""
     wanted = deploy.weight_dtype
     if wanted in (None, deploy.dtype or model.dtype) or deploy.data_parallel_shards > 1:
         return model
-    if model.quantization is not None:
+    made = quantised_on_load(deploy.runtime, str(wanted))
+    if model.quantization not in (None, made):
         raise ConfigError(
             f"weight_dtype={wanted!r} is not allowed: the checkpoint is quantised already "
             f"({model.quantization.method})"
         )
-    return replace(model, quantization=quantised_on_load(deploy.runtime, str(wanted)))
+    return replace(model, quantization=made)
 
 
 def _as_held(model: Model, deploy: Deployment, gpu: Gpu) -> Model:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import TypeAlias
 
 import pandas as pd
 import streamlit as st
@@ -14,6 +15,10 @@ from planner.format import gib, percent, seconds
 from planner.report import csv_text
 from planner.result import binding
 from planner.runtimes import runtime_named
+
+
+Asked: TypeAlias = tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]
+"""What was asked for; an estimate's own model is as the runtime builds it."""
 
 
 def limit(number: int) -> str:
@@ -152,10 +157,10 @@ def card(label: str, number: str, help: str | None = None) -> None:
     st.metric(label, number, border=True, help=help)
 
 
-def answer(e: planner.Estimate, label: str, question: Callable[..., int], help: str) -> None:
+def answer(asked: Asked, label: str, question: Callable[..., int], help: str) -> None:
     """A limit of the plan; none where a smaller one is refused, with the reason."""
     try:
-        card(label, limit(question(e.model, e.work, e.deploy)), help)
+        card(label, limit(question(*asked)), help)
     except planner.ConfigError as error:
         card(label, limit(0), str(error))
 
@@ -227,7 +232,8 @@ def ledger(e: planner.Estimate) -> None:
 
 
 try:
-    estimate = planner.estimate(*controls.sidebar())
+    asked = controls.sidebar()
+    estimate = planner.estimate(*asked)
 except planner.ConfigError as error:
     st.header("Plan")
     st.error(str(error))
@@ -249,11 +255,11 @@ if not is_training(estimate):
 
 with longest:  # dozens of estimates: the page stands before they are done
     answer(
-        estimate,
+        asked,
         longest_label(estimate),
         planner.max_context_tokens,
         "At this batch, up to the model's positions; of an inference, prompt + output − 1 tokens",
     )
 with largest:
-    answer(estimate, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
+    answer(asked, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
 torch_holds(estimate, reserved, below)  # plays the whole generation

@@ -313,8 +313,9 @@ def test_adapters_are_planned_beside_weights_of_any_kind(method, kept):
         precision="autocast",
     )
     deploy = planner.Deployment(gpu="h200", weight_dtype=kept)
-    memory = planner.estimate(planner.load_model("llama-3.1-8b"), work, deploy).memory
-    assert metrics(app)["Total"] == gib(memory.total_bytes)
+    model = planner.load_model("llama-3.1-8b")
+    assert metrics(app)["Total"] == gib(planner.estimate(model, work, deploy).memory.total_bytes)
+    assert metrics(app)["Largest batch"] == str(planner.max_batch(model, work, deploy))
 
 
 def test_sharded_training_is_planned_and_its_times_are_not():
@@ -347,6 +348,13 @@ def test_a_runtime_of_training_alone_refuses_inference_in_a_line():
     assert not app.exception
     refused = "runtime=litgpt plans training alone: a Training, or --train"
     assert app.error[0].value == refused
+
+
+def test_limits_are_those_of_the_model_that_was_asked_for():
+    link = {"model": "pythia-1.4b", "runtime": "litgpt", "workload": "training", "batch": "1"}
+    app = opened(gpu="a100-40gb", sequence="512", method="lora", **link)
+    assert not app.exception
+    assert metrics(app)["Longest sequence"] == "2,048"
 
 
 def test_the_plan_names_its_nearest_measurement(store):

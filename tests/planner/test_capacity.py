@@ -55,3 +55,21 @@ def test_live_memory_grows_with_batch_and_context(name, runtime, batch, prompt, 
     here = live(batch, prompt)
     assert live(batch + 1, prompt) >= here
     assert live(batch, prompt + 1) >= here
+
+
+@pytest.mark.parametrize("weight_dtype", ["nf4", "int8"])
+def test_the_model_of_an_estimate_can_be_asked_again(weight_dtype):
+    """Its weights are quantised by then, as the deployment says."""
+    deploy = planner.Deployment(gpu="h200", weight_dtype=weight_dtype)
+    work = planner.Inference(batch=1, prompt_tokens=64)
+    found = planner.estimate(planner.load_model("gpt2"), work, deploy)
+    asked = planner.max_batch(planner.load_model("gpt2"), work, deploy)
+    assert planner.max_batch(found.model, work, deploy) == asked > 1
+
+
+def test_the_longest_sequence_of_a_runtime_that_trains_on_two_tokens_or_more_is_found():
+    work = planner.Training(batch=1, sequence_tokens=512, method="lora", lora=planner.LoRA())
+    deploy = planner.Deployment(gpu="a100-40gb", runtime="litgpt")
+    model = planner.load_model("pythia-1.4b")
+    longest = planner.max_context_tokens(model, work, deploy)
+    assert longest == model.max_position_embeddings
