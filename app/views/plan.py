@@ -16,7 +16,6 @@ from planner.report import csv_text
 from planner.result import binding
 from planner.runtimes import runtime_named
 
-
 Asked: TypeAlias = tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]
 """What was asked for; an estimate's own model is as the runtime builds it."""
 
