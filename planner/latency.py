@@ -413,6 +413,7 @@ def training_latency(
         or (work.adapters is not None and work.adapters.dora)
         or work.scales_loss(setting.dtype)
         or work.precision == "master"
+        or (deploy.runtime == "attnlab" and work.loss_chunk_tokens is not None)
     )
     return Latency(
         step_s=step_s,
