@@ -32,7 +32,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     if work.loss_chunk_tokens is not None:
         raise ConfigError(
             f"loss_chunk_tokens={work.loss_chunk_tokens} is not what the classes of "
-            "runtime=transformers have: None, or attnlab, torchtune"
+            "runtime=transformers have: None, or attnlab, torchtune, litgpt"
         )
     if not is_held(model) or not model.lm_head:
         raise ConfigError(

@@ -63,7 +63,7 @@ class ChunkedLoss:
                     self.aten.in_place("mul_.Tensor", scaled.name, scaled, scaled, scale)
             return found
 
-        return f._record(backward, inputs, loss, made)
+        return f.function(backward, inputs, loss, made)
 
     def _forward(
         self, inputs: Sequence[Tensor], handed: Buffer | None
