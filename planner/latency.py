@@ -396,6 +396,10 @@ def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float
     return "extrapolated" if far else "interpolated"
 
 
+MEASURED_IN = ("transformers", "attnlab")
+"""Runtimes whose steps were held against a GPU's: times in others have no interval."""
+
+
 @lru_cache(maxsize=256)
 def training_latency(
     model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu
@@ -414,6 +418,8 @@ def training_latency(
         or work.scales_loss(setting.dtype)
         or work.precision == "master"
         or work.freezes
+        or work.loss_chunk_tokens is not None
+        or deploy.runtime not in MEASURED_IN
     )
     return Latency(
         step_s=step_s,

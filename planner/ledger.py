@@ -17,7 +17,7 @@ Component = Literal["weights", "kv_cache", "gradients", "optimizer", "activation
 class Row:
     """`size_bytes` is `count` times `formula` with `values` put in for its symbols.
 
-    A formula is written with ·, /, +, min() and ceil(); a measured constant has its
+    A formula is written with ·, /, %, +, min() and ceil(); a measured constant has its
     source as `note`.
     """
 

@@ -8,7 +8,7 @@ products of numbers and symbols of `Dims`, evaluated on Python ints (exact) or o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -202,6 +202,11 @@ class Program:
     name: str
     segments: tuple[Segment, ...]
 
+    def repeating(self, counts: Mapping[str, int]) -> Program:
+        """The same with the segments of these labels so many times; 0: without them."""
+        segments = (replace(s, count=counts.get(s.label, s.count)) for s in self.segments)
+        return Program(name=self.name, segments=tuple(s for s in segments if s.count))
+
 
 class Tape:
     """Writes a program down as a forward pass is walked through, line by line."""
@@ -210,6 +215,7 @@ class Tape:
         self._segments: list[Segment] = []
         self._by_label: dict[str, Segment] = {}
         self._ops: list[Op] = []
+        self._written: Segment | None = None  # what is being written, without its ops
         self.phase = ""
 
     def new(
@@ -251,9 +257,17 @@ class Tape:
         )
         return out
 
-    def run(self, op: str, *, moved: tuple[Shape, ...], kernel: str, loop: str = "") -> None:
+    def run(
+        self,
+        op: str,
+        *,
+        moved: tuple[Shape, ...],
+        kernel: str,
+        loop: str = "",
+        flops: Shape | None = None,
+    ) -> None:
         """An op that works in place: it allocates nothing."""
-        self._ops.append(Op(name=op, moved=moved, kernel=kernel, loop=loop))
+        self._ops.append(Op(name=op, moved=moved, kernel=kernel, loop=loop, flops=flops))
 
     def replace(self, old: Buffer, new: Buffer) -> None:
         """Describe a buffer of the segment that is being written anew."""
@@ -280,17 +294,26 @@ class Tape:
     ) -> Iterator[None]:
         """What is written inside becomes one segment."""
         assert not self._ops, "segments do not nest"
-        yield
-        ops, self._ops = tuple(self._ops), []
-        written = Segment(
-            label=label,
-            ops=ops,
-            count=count,
-            first_layer=first_layer,
-            layer_step=layer_step,
-            phase=self.phase,
+        self._written = Segment(
+            label=label, ops=(), count=count, first_layer=first_layer, layer_step=layer_step
         )
-        self._by_label[label] = written
+        yield
+        self._end(self._written)
+
+    @contextmanager
+    def apart(self, label: str) -> Iterator[None]:
+        """What is written inside stands between two parts of the segment that is being written."""
+        around = self._written
+        assert around is not None
+        assert around.count == 1, "a part of what repeats does not repeat by itself"
+        self._end(around)
+        yield
+        self._end(replace(around, label=label))
+
+    def _end(self, written: Segment) -> None:
+        ops, self._ops = tuple(self._ops), []
+        written = replace(written, ops=ops, phase=self.phase)
+        self._by_label[written.label] = written
         self._segments.append(written)
 
     def again(self, label: str, *, count: int, first_layer: int | None) -> bool:

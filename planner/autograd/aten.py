@@ -168,6 +168,19 @@ class Aten:
         moved = tuple((*y.shape, y.itemsize) for y in (total, x, total))
         self.tape.run(self.doing or total.name, moved=moved, kernel="add_.Tensor")
 
+    def in_place(self, kernel: str, name: str, out: Tensor, *operands: Tensor) -> None:
+        """An elementwise op, or a copy, that writes `out`, which it reads too where it is named."""
+        wide = {x.itemsize for x in (out, *operands) if x.dims}
+        loop = self._loop(out.dims, out.strides, (out, *operands), converts=len(wide) > 1)
+        moved = tuple((*x.shape, x.itemsize) for x in (*operands, out))
+        self.tape.run(self.doing or name, moved=moved, kernel=kernel, loop=loop)
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, name: str) -> None:
+        """out.addmm_(a, b): the product is added where `out` lies."""
+        moved = tuple((*x.shape, x.itemsize) for x in (out, a, b, out))
+        flops = (2, *out.shape, *a.dims[-1])
+        self.tape.run(self.doing or name, moved=moved, kernel="addmm_", flops=flops)
+
     def number(self, name: str, itemsize: int) -> Tensor:
         """A number made a tensor."""
         return self.new("scalar_tensor", name, (), itemsize)

@@ -30,6 +30,12 @@ class Recorder:
         self.aten, self.graph = aten, Graph()
         self.frame: Frame[Any] | None = None  # of the checkpointed block that runs
 
+    def function(
+        self, backward: Backward, inputs: Sequence[Tensor], out: Tensor, saved: Sequence[Tensor]
+    ) -> Tensor:
+        """What the forward of a torch.autograd.Function made, none of whose ops was recorded."""
+        return self._record(backward, inputs, out, saved)
+
     def _record(
         self,
         backward: Backward,

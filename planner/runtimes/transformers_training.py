@@ -29,8 +29,12 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         work,
         method=("full", "lora", "qlora"),
         precision=PRECISIONS,
-        loss_chunk_tokens=(None,),
     )
+    if work.loss_chunk_tokens is not None:
+        raise ConfigError(
+            f"loss_chunk_tokens={work.loss_chunk_tokens} is not what the classes of "
+            "runtime=transformers have: None, or attnlab, torchtune, litgpt"
+        )
     if not is_held(model) or not model.lm_head:
         raise ConfigError(
             f"training of model_type={model.model_type} is not planned for runtime=transformers "

@@ -11,6 +11,7 @@ import planner
 from attnlab.training import training_step
 from attnlab.transformer import Transformer
 from planner.program import Dims, Program
+from planner.runtimes.attnlab_training.chunked_loss import in_chunks
 from planner.runtimes.attnlab_training.regime import Regime, Step
 from planner.runtimes.attnlab_training.step import step_program
 from profiles.meters import LiveTensorMeter
@@ -33,7 +34,8 @@ def watched_step(
 
 def program_of(model: planner.Model, dims: Dims, **what: Any) -> Program:
     """The step's program at this point."""
-    return step_program(model, Step(device="cpu", **what), Regime.of(model, dims))
+    program = step_program(model, Step(device="cpu", **what), Regime.of(model, dims))
+    return in_chunks(program, what.get("loss_chunk_tokens"), dims)
 
 
 def square(batch: int, tokens: int) -> Dims:

@@ -84,7 +84,6 @@ def test_the_longest_sequence_and_the_largest_batch_just_fit():
             {"checkpointing": "selective", "keep_every": 2},
             "keep_every=2 is not planned for runtime",
         ),
-        ({"loss_chunk_tokens": 8}, "loss_chunk_tokens=8 is not planned for runtime=attnlab yet"),
         ({"checkpointing": "half"}, "checkpointing='half' is not allowed: one of none, full, sel"),
         ({"checkpoint_every": 2}, "checkpoint_every=2 is not allowed: 1 for checkpointing='none'"),
         (

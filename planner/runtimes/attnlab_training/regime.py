@@ -21,6 +21,11 @@ T_AND_SINK = Symbol("(T + 1)", lambda d: d.tokens + 1)
 """The keys of a sequence and the logit beside them."""
 
 
+def last_chunk(tokens: int) -> Symbol:
+    """Tokens of the last of several chunks, which is shorter than `tokens`; 0: there is none."""
+    return Symbol(f"(B · T % {tokens})", lambda d: d.batch * d.tokens % tokens)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regime:
     """What of the sizes decides which copies are made: whether they are 1, and the masks.
@@ -45,7 +50,10 @@ class Regime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Which training step. `autocast`: the dtype of products in its region, around the forward."""
+    """Which training step. `autocast`: the dtype of products in its region, around the forward.
+
+    `loss_chunk_tokens`: head and loss of so many tokens at a time, None: of all.
+    """
 
     attention: Literal["sdpa", "naive"]
     dtype: str
@@ -58,6 +66,7 @@ class Step:
     checkpoint_every: int = 1
     lora: LoRA | None = None
     autocast: str | None = None
+    loss_chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +85,8 @@ class AttnlabWriter(PassWriter[Shared]):
         tokens = SOME_TOKENS if regime.several_tokens else 1
         batch = SOME_BATCH if regime.several_batches else 1
         numbers = Sizes(Dims(batch=batch, tokens=tokens, context=tokens))
+        if step.loss_chunk_tokens is not None:
+            numbers[last_chunk(step.loss_chunk_tokens)] = SOME_TOKENS
         super().__init__(
             model,
             element_bytes(step.dtype),

@@ -17,6 +17,7 @@ from planner.layers import Dense, Layer, LearnedPositions, MoE, RoPE, Sinusoidal
 from planner.model import Model
 from planner.program import B, Dims, Program, T
 from planner.runtimes.attnlab_training.attention import AttentionWriter
+from planner.runtimes.attnlab_training.chunked_loss import ChunkedLoss, in_chunks
 from planner.runtimes.attnlab_training.mixture import MixtureWriter, check_trained
 from planner.runtimes.attnlab_training.regime import Regime, Shared, Step, gqa_of, window_of
 from planner.runtimes.base import Phase, Setting, check_step
@@ -33,7 +34,6 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         work,
         method=("full", "lora"),
         precision=("pure", "autocast"),
-        loss_chunk_tokens=(None,),
         keep_every=(1,),
     )
     if work.adapters is not None and work.adapters.dora:
@@ -57,9 +57,10 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
         checkpoint_every=work.checkpoint_every,
         lora=work.adapters,
         autocast=setting.dtype if work.precision == "autocast" else None,
+        loss_chunk_tokens=work.loss_chunk_tokens,
     )
     note = kernel_note(setting.device, setting.capability, setting.dtype)
-    program = step_program(model, step, regime)
+    program = in_chunks(step_program(model, step, regime), work.loss_chunk_tokens, dims)
     return Phase(name="training step", program=program, dims=dims, note=note)
 
 
@@ -79,7 +80,10 @@ def _check_flash(model: Model, regime: Regime) -> None:
 
 @lru_cache(maxsize=128)
 def step_program(model: Model, step: Step, regime: Regime) -> Program:
-    """Forward and backward of [B, T] ids and labels, in one regime of sizes."""
+    """Forward and backward of [B, T] ids and labels, in one regime of sizes.
+
+    Of a loss in chunks one whole and one shorter chunk is written: see in_chunks.
+    """
     return _Training(model, step, regime).write_step(
         "attnlab training step", step.optimizer, step.optimizer_impl
     )
@@ -122,6 +126,10 @@ class _Training(AttentionWriter, MixtureWriter):
             x = self.linear(x, "project_out", model.embedding_size, bias=False)
         head = self.table if model.tie_word_embeddings else self.weight("lm_head", V, x.sizes[-1])
         bias = self.weight("lm_head.bias", V) if model.lm_head_bias else None
+        if self.step.loss_chunk_tokens is not None:
+            chunked = ChunkedLoss(f, model, self.step.loss_chunk_tokens)
+            handed = self.hidden_gradient if x.storage.buffer is self.hidden else None
+            return chunked.loss(x, head, bias, gradient=handed)
         logits = f.linear(x, head, bias, "logits")
         del x
         if model.logit_scale is not None:
