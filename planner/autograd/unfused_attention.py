@@ -20,14 +20,14 @@ class UnfusedAttention(Elementwise, Reductions, Products):
     """Products of heads, heads repeated, and the whole as torch puts it together."""
 
     def pairs(self, a: Tensor, b: Tensor, name: str) -> Tensor:
-        """torch.matmul of [B, H, …] tensors: one product for each of B · H."""
+        """torch.matmul of [B, H, …] tensors, both there until it ends: B · H products."""
         pairs = (*a.dims[0], *a.dims[1])
-        b = self.lowered(b)
-        a = self.lowered(a)
-        if a.sizes[1] != b.sizes[1]:
-            b = self.expand(b, (*a.dims[:2], *b.dims[2:]))
-        flat_a = self.view(a, (pairs, *a.dims[2:]))
-        flat_b = self.view(b, (pairs, *b.dims[2:]))
+        right = self.lowered(b)
+        left = self.lowered(a)
+        if left.sizes[1] != right.sizes[1]:
+            right = self.expand(right, (*left.dims[:2], *right.dims[2:]))
+        flat_a = self.view(left, (pairs, *left.dims[2:]))
+        flat_b = self.view(right, (pairs, *right.dims[2:]))
         out = self.matmul(flat_a, flat_b, name, kernel="bmm")
         return self.view(out, (*a.dims[:-1], b.dims[-1]))
 
