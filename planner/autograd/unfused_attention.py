@@ -46,10 +46,13 @@ class UnfusedAttention(Elementwise, Reductions, Products):
             spread = self.contiguous(spread, name)
         return self.view(spread, (batch, (H,), tokens, width), name)
 
-    def math_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def math_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, enable_gqa: bool = False
+    ) -> Tensor:
         """All of it in float32, causal without a mask; its names live until it returns.
 
-        The mask is added in place, but where ops are watched.
+        `enable_gqa`: heads of keys are repeated, else one may serve all queries as it is. The mask
+        is added in place, but where ops are watched.
         """
         aten, b = self.aten, q.itemsize
         causal = mask is None and q.sizes[2] > 1
@@ -62,8 +65,9 @@ class UnfusedAttention(Elementwise, Reductions, Products):
             reads = (lower, *(aten.number("mask", FLOAT32) for _ in ("0", "-inf")))
             mask = aten.new("where.self", "mask", square, FLOAT32, reads=reads)
             del lower, reads
-        all_k = self.repeated(k, q.sizes[1], "all keys", copied=True)
-        all_v = self.repeated(v, q.sizes[1], "all values", copied=True)
+        heads = q.sizes[1] if enable_gqa else k.sizes[1]
+        all_k = self.repeated(k, heads, "all keys", copied=True)
+        all_v = self.repeated(v, heads, "all values", copied=True)
         scores = self.pairs(q, self.scale(self.transpose(all_k, 2, 3), "scaled keys"), "scores")
         if mask is not None and aten.watched:
             scores = self.add(scores, mask, "masked scores")

@@ -136,7 +136,7 @@ class AttentionWriter(PositionWriter):
         kernel = fused_kernel(self.step.device, self.step.capability, q.itemsize)
         if kernel == "efficient" and k.sizes[1] != q.sizes[1]:
             with self.f.outside_autocast():
-                return self.f.math_attention(q, k, v, added)
+                return self.f.math_attention(q, k, v, added, enable_gqa=True)
         return self.f.fused_attention(
             q,
             k,

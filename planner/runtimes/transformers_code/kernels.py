@@ -42,13 +42,21 @@ class KernelWriter(PositionWriter):
             else:
                 k = f.repeated(k, q.sizes[1], "all keys")
                 v = f.repeated(v, q.sizes[1], "all values")
-        out = self.fused(attention, q, k, v, mask)
+        enable_gqa = q.sizes[1] != k.sizes[1]
+        out = self.fused(attention, q, k, v, mask, enable_gqa=enable_gqa)
         if out.dims[1] != heads:
             out = f.view(out, (out.dims[0], heads, ONE, out.dims[3]))
         return f.contiguous(f.transpose(out, 1, 2), "attention")
 
     def fused(
-        self, attention: GQA | MLA, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self,
+        attention: GQA | MLA,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """F.scaled_dot_product_attention."""
         f, window = self.f, None
@@ -71,7 +79,7 @@ class KernelWriter(PositionWriter):
         grouped = k.sizes[1] != q.sizes[1]
         if (kernel == "cpu" and unequal) or (kernel == "efficient" and grouped):
             with f.outside_autocast():
-                return f.math_attention(q, k, v, added)
+                return f.math_attention(q, k, v, added, enable_gqa=enable_gqa)
         return f.fused_attention(
             q,
             k,
