@@ -194,6 +194,8 @@ def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:
         step["lora"] = planner.LoRA(
             **{**lora, "targets": tuple(targets) if isinstance(targets, list) else targets}
         )
+    if "frozen" in step:
+        step["frozen"] = tuple(step["frozen"])
     known = {field.name for field in fields(planner.Training)}
     if unknown := sorted(step.keys() - known):
         raise ConfigError(f"step.{unknown[0]} is not known: this planner has no such field")

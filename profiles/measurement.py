@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -60,11 +61,12 @@ def _work(run: Point | TrainingPoint) -> dict[str, Any]:
             "logits": run.logits,
         }
     work = run.work
+    step = json.loads(json.dumps(asdict(work)))  # as it will be read again: lists, no tuples
     return {
         "phase": "training",
         "batch": work.batch,
         "prompt_tokens": work.sequence_tokens,
         "output_tokens": 1,
         "logits": "all",
-        "step": {k: v for k, v in asdict(work).items() if k not in SIZES} | {"dropout": 0.0},
+        "step": {k: v for k, v in step.items() if k not in SIZES} | {"dropout": 0.0},
     }
