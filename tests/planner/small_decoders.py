@@ -249,7 +249,7 @@ def words(config: hf.PretrainedConfig, batch: int, tokens: int) -> torch.Tensor:
 
 def takes_padding(config: dict[str, Any]) -> bool:
     """Whether padding masks of this config are planned."""
-    return config["model_type"] not in (*SCANNED, "bloom", "opt") and not config.get("alibi")
+    return config["model_type"] not in SCANNED
 
 
 def padding(batch: int, tokens: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ class CausalLM(BlockWriter, MaskWriter):
         H = getattr(model.layers[0].attention, "num_attention_heads", 1)
         if isinstance(model.positions, ALiBi) and self.code.block in ("bloom", "falcon"):
             self.alibis = self.alibi(H)
-            if self.code.block == "falcon":  # counts in a mask of ones that it keeps
+            if self.code.block == "falcon" and not self.what.padded:  # in a mask that it keeps
                 self.named.append(self.aten.new("ones", "mask of ones", ((B,), (S,)), INT64))
                 self.slopes = None
         self.masks = self.masks_of_layers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.errors import ConfigError
-from planner.layers import GQA, ALiBi
+from planner.layers import GQA
 from planner.mixers.mamba import Mamba2
 from planner.model import Model
 from planner.program import Program
@@ -55,8 +55,7 @@ def _check_attends(model: Model) -> None:
 
 def _check_padded(model: Model, what: Pass) -> None:
     """ConfigError where a padding mask is not written: types that count or bias by it, caches."""
-    by_mask = model.text_type in (*SCANNED, "bert", "bloom", "opt", "t5")
-    if by_mask or isinstance(model.positions, ALiBi):
+    if model.text_type in (*SCANNED, "bert", "t5"):
         raise ConfigError(
             f"padded=True of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: False"

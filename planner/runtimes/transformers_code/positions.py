@@ -9,7 +9,7 @@ from planner.program import B, S, T
 from planner.runtimes.transformers_code.parts import PartWriter
 from planner.runtimes.writer import FLOAT32, INT64
 
-COMPLEX64 = 8
+COMPLEX64, BFLOAT16 = 8, 2
 
 
 class PositionWriter(PartWriter):
@@ -23,14 +23,20 @@ class PositionWriter(PartWriter):
         return self.aten.elementwise("add.Tensor", "positions", index)
 
     def counted_ids(self) -> tuple[Tensor, Tensor]:
-        """OPTDecoder.forward: positions [B, S] counted in a mask of ones; the mask."""
+        """OPTDecoder.forward: positions [B, S] counted in the caller's mask, or one of ones."""
         aten, name = self.aten, "positions"
-        ones = aten.new("ones", "mask of ones", ((B,), (S,)), FLOAT32)
-        ids = aten.new("cumsum", name, ones.dims, FLOAT32, reads=(ones,))
+        ones = self.padding_mask()
+        if not self.what.padded:
+            ones = aten.new("ones", "mask of ones", ones.dims, FLOAT32)
+        ids = aten.new("cumsum", name, ones.dims, ones.itemsize, reads=(ones,))
         wide = aten.elementwise("mul.Tensor", name, ids, ones)
         wide = aten.elementwise("sub.Tensor", name, wide)
         del ids
         return aten.cast(wide, INT64, name), ones
+
+    def padding_mask(self) -> Tensor:
+        """The caller's attention mask, 0 where there is padding."""
+        return self.given("attention mask", ((B,), (S,)), INT64)
 
     def rotary_tables(self, rope: RoPE) -> tuple[Tensor, ...]:
         """<Type>RotaryEmbedding.forward: cos and sin, times the attention scaling."""
@@ -150,12 +156,30 @@ class PositionWriter(PartWriter):
         return f.cat(halves, x.dims, f"{name} turned")
 
     def alibi(self, heads: int) -> Tensor:
-        """BloomModel.forward without a padding mask: [B · H, 1, S]."""
+        """BloomModel.forward: [B · H, 1, S]."""
         aten, name = self.aten, "alibi"
         slopes = aten.new("pow", name, ((heads,),), FLOAT32)
+        if self.what.padded:
+            return self._alibi_of_mask(slopes)
         steps = aten.new("arange", name, ((S,),), INT64)
         biases = aten.new("mul.Tensor", name, ((heads,), ONE, (S,)), FLOAT32, reads=(slopes, steps))
         del steps
         biases = aten.new("repeat", name, ((B, heads), ONE, (S,)), FLOAT32, reads=(biases,))
         self.slopes: Tensor | None = slopes  # by the model's forward until it returns
         return aten.cast(biases, self.b, name)
+
+    def _alibi_of_mask(self, slopes: Tensor) -> Tensor:
+        """build_alibi_tensor: places are counted in the caller's mask; falcon's biases in bf16."""
+        aten, name = self.aten, "alibi"
+        mask = self.padding_mask()
+        counted = aten.new("cumsum", name, mask.dims, INT64, reads=(mask,))
+        counted = aten.elementwise("sub.Tensor", name, counted)
+        counted = aten.elementwise("mul.Tensor", name, counted, mask)
+        (heads,) = slopes.dims
+        if self.code.block == "falcon":
+            slopes = aten.cast(slopes, BFLOAT16, name)
+        dims = ((B,), heads, (S,))
+        made = aten.new("mul.Tensor", name, dims, slopes.itemsize, reads=(slopes, counted))
+        seen = aten.as_view(made, ((B, *heads), ONE, (S,)))
+        assert seen is not None
+        return aten.cast(seen, self.b, name)
