@@ -10,7 +10,7 @@ import transformers as hf
 from hypothesis import strategies as st
 
 from profiles.meters import LiveTensorMeter
-from tests.planner.small_decoders import DTYPES, words
+from tests.planner.small_decoders import DTYPES, padding, words
 
 HEADS = {"bert": ("BertForMaskedLM", "BertModel"), "t5": ("T5ForConditionalGeneration",)}
 
@@ -63,11 +63,12 @@ def built(config: hf.PretrainedConfig, dtype: str, attention: str) -> Any:
     return cls._from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
 
 
-def encoding_peak(live: Any, batch: int, tokens: int) -> int:
+def encoding_peak(live: Any, batch: int, tokens: int, *, padded: bool = False) -> int:
     """Peak of one forward of an encoder."""
     ids = words(live.config, batch, tokens)
+    mask = padding(batch, tokens) if padded else None
     with torch.no_grad(), LiveTensorMeter() as meter:
-        out = live(ids)
+        out = live(ids, attention_mask=mask)
     del out
     return meter.peak_bytes
 
@@ -102,6 +103,7 @@ def step_meter(
     low: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     listed: AbstractContextManager[Any] | None = None,
+    padded: bool = False,
 ) -> LiveTensorMeter:
     """The meter after a step of which only the loss was kept.
 
@@ -109,7 +111,9 @@ def step_meter(
     """
     labels = words(live.config, batch, tokens)
     read = words(live.config, batch, encoded)
-    more = {"use_cache": False} if live.config.is_encoder_decoder else {}
+    more: dict[str, Any] = {"use_cache": False} if live.config.is_encoder_decoder else {}
+    if padded:
+        more["attention_mask"] = padding(batch, encoded)
     with LiveTensorMeter() as meter:
         with torch.autocast("cpu", dtype=low, enabled=low is not None), listed or nullcontext():
             loss = live(read, labels=labels, **more).loss

@@ -47,11 +47,13 @@ def trained(config, dtype, attention, how):
     attention=ATTENTIONS,
     batch=st.integers(1, 3),
     tokens=SIZES,
+    padded=st.booleans(),
 )
-def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
+def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens, padded):
     live = built(described(config), dtype, attention).eval()
-    work = planner.Inference(batch=batch, prompt_tokens=tokens)
-    assert held(live, config, work, dtype, attention) == encoding_peak(live, batch, tokens)
+    work = planner.Inference(batch=batch, prompt_tokens=tokens, padded=padded)
+    seen = encoding_peak(live, batch, tokens, padded=padded)
+    assert held(live, config, work, dtype, attention) == seen
 
 
 @examples(30)
@@ -62,13 +64,15 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens):
     batch=st.integers(1, 3),
     tokens=SIZES,
     how=CHECKPOINTING,
+    padded=st.booleans(),
 )
-def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how):
+def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how, padded):
     live = trained(config, dtype, attention, how)
-    meter = step_meter(live, batch, tokens, tokens)
+    meter = step_meter(live, batch, tokens, tokens, padded=padded)
     work = planner.Training(
         batch=batch,
         sequence_tokens=tokens,
+        padded=padded,
         optimizer=None,
         checkpointing=how[0],
         checkpoint_every=how[1],

@@ -11,6 +11,7 @@ from planner.layers import GQA, Dense, Layer, Norm
 from planner.optimizer_parts import has_gradient
 from planner.program import B, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
+from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import Shared
 from planner.runtimes.writer import INT64
 from planner.tensors import Parameter
@@ -18,13 +19,17 @@ from planner.tensors import Parameter
 HEAD_WEIGHT = "lm_head.weight"
 
 
-class MaskedLM(BlockWriter):
-    """Runs BertForMaskedLM, or BertModel where there is no head. Nothing is masked or cached."""
+class MaskedLM(BlockWriter, MaskWriter):
+    """Runs BertForMaskedLM, or BertModel where there is no head. Nothing is cached."""
+
+    mask: Tensor | None = None
+    """Of padding, for all layers."""
 
     def embed(self) -> Tensor:
         """BertEmbeddings.forward."""
         hidden = self._embeddings()
         self.named = [hidden.detach()]  # by BertModel.forward until it returns
+        self.mask = self.padding_alone() if self.what.padded else None
         return hidden
 
     def _embeddings(self) -> Tensor:
@@ -66,8 +71,8 @@ class MaskedLM(BlockWriter):
         return next(p.shape for p in self.model.extra_parameters if p.name.endswith(name))
 
     def shared(self, layer: Layer) -> Shared:
-        """Nothing."""
-        return Shared(rotation=None, mask=None)
+        """The mask of padding."""
+        return Shared(rotation=None, mask=self.mask)
 
     def block(self, layer: Layer, x: Tensor, given: Shared) -> Tensor:
         """BertLayer.forward."""
@@ -114,7 +119,7 @@ class MaskedLM(BlockWriter):
         """BertOnlyMLMHead.forward and cross-entropy in the model's dtype; or BertPooler.forward."""
         model, f = self.model, self.f
         x, V, h = hidden.pop(), model.vocab_size, model.hidden_size
-        self.named = []
+        self.named, self.mask = [], None
         if not model.lm_head:
             first = f.select(x, 1)
             pooled = self.linear(first, "pooler.dense", h, bias=True)

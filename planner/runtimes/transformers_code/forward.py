@@ -55,7 +55,7 @@ def _check_attends(model: Model) -> None:
 
 def _check_padded(model: Model, what: Pass) -> None:
     """ConfigError where a padding mask is not written: types that count or bias by it, caches."""
-    if model.text_type in (*SCANNED, "bert", "t5"):
+    if model.text_type in (*SCANNED, "t5"):
         raise ConfigError(
             f"padded=True of model_type={model.model_type} is not planned for "
             "runtime=transformers yet: False"

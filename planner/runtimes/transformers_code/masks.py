@@ -48,6 +48,31 @@ class MaskWriter(PositionWriter):
         reads = (visible, *(aten.number("mask", self.b) for _ in ("0", "least")))
         return aten.new("where.self", "mask", ((B,), *visible.dims[1:]), self.b, reads=reads)
 
+    def padding_alone(self) -> Tensor:
+        """create_bidirectional_mask of a padding mask: what is hidden from all queries."""
+        aten = self.aten
+        padding = aten.new("_to_copy", "padding", ((B,), (T,)), BOOL)
+        named = [aten.new("arange", "mask", ((n,),), INT64) for n in (B, 1)]
+        queries, keys = (
+            aten.elementwise("add.Tensor", "mask", aten.new("arange", "mask", ((T,),), INT64))
+            for _ in ("queries", "keys")
+        )
+        rows: Dims = (ONE, ONE, (T,), ONE)
+        every = aten.new("new_ones", "mask", (), BOOL)
+        rule = aten.new("ge.Scalar", "mask", rows, BOOL, reads=(queries,))
+        visible = aten.new("bitwise_and.Tensor", "mask", rows, BOOL, reads=(every, rule))
+        del rule, every
+        shown = aten.new("index.Tensor", "padding", ((B,), ONE, ONE, (T,)), BOOL)
+        dims: Dims = ((B,), ONE, (T,), (T,))
+        visible = aten.new("bitwise_and.Tensor", "mask", dims, BOOL, reads=(visible, shown))
+        del shown, named, queries, keys
+        if self.what.attention != "eager":
+            return visible
+        reads = (visible, *(aten.number("mask", self.b) for _ in ("0", "least")))
+        made = aten.new("where.self", "mask", dims, self.b, reads=reads)
+        del padding
+        return made
+
     def _and_no_padding(self, visible: Tensor) -> Tensor:
         """and_masks of what was visible and padding_mask_function: one mask for each sequence."""
         aten, (_, one, rows, keys) = self.aten, visible.dims
