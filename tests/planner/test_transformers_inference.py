@@ -210,9 +210,9 @@ def test_static_caches_of_other_types_are_refused(kind):
         planner.estimate(model, planner.Inference(batch=1, prompt_tokens=8), deploy)
 
 
-@pytest.mark.parametrize("kind", ["bamba", "t5"])
-def test_padding_of_other_types_is_refused(kind):
-    model = planner.read_config({"model_type": kind})
+@pytest.mark.parametrize("config", [TINY_BAMBA, {"model_type": "t5"}])
+def test_padding_of_other_types_is_refused(config):
+    model, kind = planner.read_config(config), config["model_type"]
     work = planner.Inference(batch=2, prompt_tokens=8, padded=True)
     with pytest.raises(planner.ConfigError, match=f"padded=True of model_type={kind} is not"):
         planner.estimate(model, work, planner.Deployment(gpu="cpu"))
