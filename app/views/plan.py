@@ -16,8 +16,8 @@ from planner.report import csv_text
 from planner.result import binding
 from planner.runtimes import runtime_named
 
+# What was asked for; an estimate's own model is as the runtime builds it.
 Asked: TypeAlias = tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]
-"""What was asked for; an estimate's own model is as the runtime builds it."""
 
 
 def limit(number: int) -> str:
