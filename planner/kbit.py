@@ -15,11 +15,12 @@ from planner.errors import ConfigError
 from planner.ledger import Row
 from planner.lora import adapted, module_of
 from planner.model import Model
-from planner.quantization.base import STORED_BYTES, Stored
+from planner.quantization.base import Stored
 from planner.quantization.bitsandbytes import FourBit
 from planner.quantization.packed_products import MAX_ROWS
 from planner.runtimes.base import Runtime, Setting
 from planner.tensors import Parameter
+from planner.weights import stored_rows
 from planner.workload import Deployment, LoRA, Training
 
 
@@ -95,25 +96,16 @@ def quantised_layers(model: Model) -> Iterator[tuple[Parameter, Parameter]]:
 
 def kbit_rows(model: Model, runtime: Runtime, held_dtype: str, computed: str) -> list[Row]:
     """Rows of 4-bit weights as they lie on the device, and of all that is not quantised."""
+    assert model.quantization is not None
     sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
     for p, tensor in held_tensors(model, held_dtype, computed):
         key = (p.group, tensor.role, tensor.dtype)
         tensors, size = sizes.get(key, (0, 0))
         sizes[key] = (tensors + 1, size + tensor.size_bytes)
-    rows = [
-        Row(
-            component="weights",
-            item=f"{group.replace('_', ' ')}, {role}s in {dtype}, {tensors} tensor"
-            f"{'s' * (tensors > 1)}",
-            count=1,
-            formula="elements · b",
-            values=(("elements", size // STORED_BYTES[dtype]), ("b", STORED_BYTES[dtype])),
-            size_bytes=size,
-            note="quantised: bitsandbytes",
-        )
-        for (group, role, dtype), (tensors, size) in sizes.items()
+    return [
+        *stored_rows(sizes, model.quantization.method),
+        *runtime.buffer_rows(model, dtype=computed),
     ]
-    return [*rows, *runtime.buffer_rows(model, dtype=computed)]
 
 
 def held_tensors(

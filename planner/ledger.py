@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +69,22 @@ def buffer_row(
         values=values,
         size_bytes=size_bytes,
     )
+
+
+def parameter_rows(groups: Mapping[str, tuple[int, int]], b: int, *, note: str) -> list[Row]:
+    """(tensors, elements) of every group of parameters, of `b` bytes each."""
+    return [
+        Row(
+            component="weights",
+            item=f"{group.replace('_', ' ')}, {tensors} tensor{'s' * (tensors > 1)}",
+            count=1,
+            formula="parameters · b",
+            values=(("parameters", elements), ("b", b)),
+            size_bytes=elements * b,
+            note=note,
+        )
+        for group, (tensors, elements) in groups.items()
+    ]
 
 
 def constant_row(item: str, size_bytes: int, note: str) -> Row:

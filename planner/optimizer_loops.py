@@ -10,10 +10,9 @@ Shapes.  n elements of a parameter, rows × columns of a matrix; experts are man
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from math import prod
 
-from planner.optimizer_parts import Part, columns, rows
+from planner.optimizer_parts import Part, columns, once, rows
 from planner.program import Buffer, Tape
 
 FLOAT32, BFLOAT16 = 4, 2
@@ -245,7 +244,7 @@ class AdafactorLists:
     def _numbers(self, parts: Sequence[Part], what: str) -> None:
         """p.norm(2).item(), one after the other."""
         for part in parts:
-            with _once(self.tape, f"{what}, {part.label}", part) as anew:
+            with once(self.tape, f"{what}, {part.label}", part) as anew:
                 for _ in part.shapes if anew else ():
                     moved = ((1, self.b),)
                     norm = self.tape.new("norm", (1,), self.b, moved=moved, kernel=what)
@@ -259,7 +258,7 @@ class AdafactorLists:
         kernel: str,
     ) -> None:
         for part in parts:
-            with _once(self.tape, f"{name}, {part.label}", part) as anew:
+            with once(self.tape, f"{name}, {part.label}", part) as anew:
                 if anew:
                     self.made[name, part.label] = [
                         self.tape.new(
@@ -270,16 +269,6 @@ class AdafactorLists:
 
     def _drop(self, name: str, parts: Sequence[Part]) -> None:
         for part in parts:
-            with _once(self.tape, f"end of {name}, {part.label}", part) as anew:
+            with once(self.tape, f"end of {name}, {part.label}", part) as anew:
                 if anew:
                     self.tape.free(*self.made.get((name, part.label), ()))
-
-
-@contextmanager
-def _once(tape: Tape, label: str, part: Part) -> Iterator[bool]:
-    """A segment of this label; False where it is written already, and repeated."""
-    if tape.again(label, count=part.count, first_layer=part.first_layer):
-        yield False
-        return
-    with tape.segment(label, count=part.count, first_layer=part.first_layer):
-        yield True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 
 from planner.model import Model
+from planner.program import Tape
 from planner.tensors import Parameter
 
 Sizes = tuple[int, ...]
@@ -32,6 +34,16 @@ class Part:
     def with_shapes(self, wanted: Callable[[Sizes], bool]) -> Part:
         """The part with these of its parameters alone."""
         return replace(self, shapes=tuple(shape for shape in self.shapes if wanted(shape)))
+
+
+@contextmanager
+def once(tape: Tape, label: str, part: Part) -> Iterator[bool]:
+    """A segment of this label; False where it is written already, and repeated."""
+    if tape.again(label, count=part.count, first_layer=part.first_layer):
+        yield False
+        return
+    with tape.segment(label, count=part.count, first_layer=part.first_layer):
+        yield True
 
 
 def rows(shape: Sizes) -> int:

@@ -29,7 +29,7 @@ from planner.optimizer_loops import (
     Muon,
     TransformersAdafactor,
 )
-from planner.optimizer_parts import Part, columns, has_gradient, is_hidden, rows
+from planner.optimizer_parts import Part, columns, has_gradient, is_hidden, once, rows
 from planner.prefix_adapters import METHODS as PREFIXES
 from planner.prefix_adapters import trained_beside
 from planner.program import Buffer, Shape, Tape
@@ -290,9 +290,8 @@ class OptimizerWriter:
 
     def _free_all(self, parts: Sequence[Part]) -> None:
         for part in parts:
-            label = f"roots of {part.label}"
-            if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
-                with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
+            with once(self.tape, f"roots of {part.label}", part) as anew:
+                if anew:
                     self.tape.free(*self.kept.get(part.label, ()))
 
     def _run(self, kernel: str, times: int, elements: int) -> None:

@@ -14,7 +14,7 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from planner.dtypes import element_bytes
-from planner.ledger import Row
+from planner.ledger import Row, parameter_rows
 from planner.model import Model
 from planner.tensors import Parameter
 
@@ -61,19 +61,8 @@ def shard_rows(model: Model, sharding: Sharding) -> list[Row]:
         tensors, elements = sizes.get(p.group, (0, 0))
         shard = sharding.shard(lying(model, p, inside=p.layer is not None))
         sizes[p.group] = (tensors + 1, elements + prod(shard))
-    N, b = sharding.shards, sharding.held_bytes
-    return [
-        Row(
-            component="weights",
-            item=f"{group.replace('_', ' ')}, {tensors} tensor{'s' * (tensors > 1)}",
-            count=1,
-            formula="parameters · b",
-            values=(("parameters", elements), ("b", b)),
-            size_bytes=elements * b,
-            note=f"one of {N} shards of each, padded to whole rows",
-        )
-        for group, (tensors, elements) in sizes.items()
-    ]
+    note = f"one of {sharding.shards} shards of each, padded to whole rows"
+    return parameter_rows(sizes, sharding.held_bytes, note=note)
 
 
 def lying(model: Model, p: Parameter, *, inside: bool) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.optimizers import trainable
 from planner.prefix_adapters import METHODS as PREFIXES
-from planner.prefix_adapters import kept_rows, prefix_adapters, trained_beside
+from planner.prefix_adapters import kept_rows, prefix_adapters
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.litgpt_finetuning import as_kept
@@ -106,17 +106,16 @@ def gradient_rows(model: Model, work: Training, weights: list[Row], dtype: str) 
 
     Of master weights those of the copies, which the weights' own make room for.
     """
-    if work.method in PREFIXES:
-        trained = trained_beside(model, work.method)
-        return [_added_row("LLaMA-Adapter's", trained, element_bytes(dtype), "gradients")]
-    rows = [
-        replace(row, component="gradients")
-        for row in weights
-        if dict(row.values).keys() >= {"parameters"}
-    ]
-    if work.freezes:
+    if work.method in PREFIXES or work.freezes:
         b = element_bytes(work.held_dtype(dtype))
-        rows = [_added_row("of what is not frozen", trainable(model, work), b, "gradients")]
+        item = "of what is not frozen" if work.freezes else "LLaMA-Adapter's"
+        rows = [_added_row(item, trainable(model, work), b, "gradients")]
+    else:
+        rows = [
+            replace(row, component="gradients")
+            for row in weights
+            if dict(row.values).keys() >= {"parameters"}
+        ]
     return [_of_copies(row) for row in rows] if work.steps_copies else rows
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
 from planner.dtypes import element_bytes
-from planner.ledger import Row
+from planner.ledger import Row, parameter_rows
 from planner.model import Model
 from planner.quantization.base import STORED_BYTES
 from planner.quantization.gguf import Gguf
@@ -46,19 +46,8 @@ def _gguf_rows(held: tuple[tuple[str, int, int], ...]) -> Iterator[Row]:
 
 
 def _plain_rows(model: Model, dtype: str, *, note: str) -> list[Row]:
-    b = element_bytes(dtype)
-    return [
-        Row(
-            component="weights",
-            item=f"{group.replace('_', ' ')}, {tensors} tensor{'s' * (tensors > 1)}",
-            count=1,
-            formula="parameters · b",
-            values=(("parameters", elements), ("b", b)),
-            size_bytes=elements * b,
-            note=note,
-        )
-        for group, (tensors, elements) in model.parameter_groups().items()
-    ]
+    groups = {str(group): sizes for group, sizes in model.parameter_groups().items()}
+    return parameter_rows(groups, element_bytes(dtype), note=note)
 
 
 @lru_cache(maxsize=128)
@@ -70,16 +59,21 @@ def _stored_rows(model: Model, dtype: str) -> tuple[Row, ...]:
         key = (p.group, stored.role, stored.dtype)
         tensors, size = sizes.get(key, (0, 0))
         sizes[key] = (tensors + stored.copies, size + stored.size_bytes)
-    return tuple(
-        Row(
+    return tuple(stored_rows(sizes, model.quantization.method))
+
+
+def stored_rows(
+    sizes: Mapping[tuple[str, str, str], tuple[int, int]], method: str
+) -> Iterator[Row]:
+    """A row for each (group, role, dtype) of quantised weights, from its (tensors, bytes)."""
+    for (group, role, dtype), (tensors, size) in sizes.items():
+        yield Row(
             component="weights",
-            item=f"{group.replace('_', ' ')}, {role}s in {stored}, "
+            item=f"{group.replace('_', ' ')}, {role}s in {dtype}, "
             f"{tensors} tensor{'s' * (tensors > 1)}",
             count=1,
             formula="elements · b",
-            values=(("elements", size // STORED_BYTES[stored]), ("b", STORED_BYTES[stored])),
+            values=(("elements", size // STORED_BYTES[dtype]), ("b", STORED_BYTES[dtype])),
             size_bytes=size,
-            note=f"quantised: {model.quantization.method}",
+            note=f"quantised: {method}",
         )
-        for (group, role, stored), (tensors, size) in sizes.items()
-    )

@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
+from planner.autograd.products import FLOAT32
 from planner.autograd.tensors import Leaf
-from planner.optimizer_parts import Part
+from planner.optimizer_parts import Part, once
 from planner.program import Buffer, Tape
-
-FLOAT32 = 4
 
 
 class MasterCopies:
@@ -37,10 +36,9 @@ class MasterCopies:
         # outside the blocks a part may use what is another's by its place in the module
         ends = _by_size(leaf for label in leaves if label not in layers for leaf in leaves[label])
         for part in parts:
-            label = f"gradients in float32: {part.label}"
             waiting = _by_size(leaves[part.label]) if part.label in layers else ends
-            if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
-                with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
+            with once(self.tape, f"gradients in float32: {part.label}", part) as anew:
+                if anew:
                     self.gradients[part.label] = self._cast_all(part, waiting)
 
     def _cast_all(self, part: Part, waiting: Mapping[int, list[Leaf]]) -> list[Buffer]:
@@ -63,16 +61,14 @@ class MasterCopies:
     def give(self, parts: Sequence[Part]) -> None:
         """The new weights, rounded; then the gradients go."""
         for part in parts:
-            label = f"weights from their copies: {part.label}"
-            if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
-                with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
+            with once(self.tape, f"weights from their copies: {part.label}", part) as anew:
+                if anew:
                     total = sum(part.sizes)
                     moved = ((total, FLOAT32), (total, self.b))
                     self.tape.run("weights from their copies", moved=moved, kernel="copy_")
         for part in parts:
-            label = f"zero_grad of copies: {part.label}"
-            if not self.tape.again(label, count=part.count, first_layer=part.first_layer):
-                with self.tape.segment(label, count=part.count, first_layer=part.first_layer):
+            with once(self.tape, f"zero_grad of copies: {part.label}", part) as anew:
+                if anew:
                     self.tape.free(*self.gradients[part.label])
 
 

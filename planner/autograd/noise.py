@@ -7,10 +7,9 @@ tensor of the input's dtype, by which it is multiplied.
 from __future__ import annotations
 
 from planner.autograd.autocast import Autocast
+from planner.autograd.elementwise import BOOL
 from planner.autograd.recording import only
 from planner.autograd.tensors import Gradients, Node, Tensor
-
-BOOL = 1
 
 
 class Noise(Autocast):

@@ -8,12 +8,10 @@ for grouped heads in float32, on a CPU for values of another width than keys.
 from __future__ import annotations
 
 from planner.autograd.aten import ONE
-from planner.autograd.elementwise import Elementwise
+from planner.autograd.elementwise import BOOL, Elementwise
 from planner.autograd.products import FLOAT32, Products
 from planner.autograd.reductions import Reductions
 from planner.autograd.tensors import Dims, Tensor
-
-BOOL = 1
 
 
 class UnfusedAttention(Elementwise, Reductions, Products):
