@@ -242,8 +242,22 @@ def _allocator() -> Iterator[SuitePoint]:
     yield _point("llama-3.2-1b", attnlab, runtime="attnlab", history=True)
 
 
+def _cpu() -> Iterator[SuitePoint]:
+    """What a CPU without a GPU runs in a few minutes, in fp32, whose ops are timed there."""
+    for runtime in ("attnlab", "transformers"):
+        for batch, prompt in ((1, 384), (4, 224)):
+            yield _point("llama-50m", _generation(batch, prompt, 16), runtime=runtime)
+        yield _point("llama-50m", _prefill(2, 448, logits="all", repeats=4), runtime=runtime)
+        yield _point("llama-50m", _step(2, 160), runtime=runtime)
+        yield _point("gpt2", _generation(2, 288, 12), runtime=runtime, dtype="fp32")
+        yield _point("qwen2.5-0.5b", _generation(1, 160, 6), runtime=runtime, dtype="fp32")
+    yield _point("llama-50m", _step(1, 352, checkpointing="full"))
+    yield _point("gpt2", _step(1, 192, optimizer="sgd"), dtype="fp32")
+
+
 SUITES = {
     "smoke": _smoke,
+    "cpu": _cpu,
     "inference": _inference,
     "training": _training,
     "latency": _latency,
