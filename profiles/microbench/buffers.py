@@ -83,7 +83,7 @@ class Buffers:
 def pool_bytes(device: torch.device, free_bytes: int) -> int:
     """A pool that holds the largest points' inputs and leaves room for their outputs."""
     if device.type == "cpu":
-        return min(2**28, free_bytes // 8)
+        return min(2**29, free_bytes // 8)
     return min(14 * 2**30, free_bytes // 6)
 
 
