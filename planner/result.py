@@ -12,17 +12,8 @@ from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, check_choice
 from planner.format import gib, seconds
-from planner.latency import (
-    UNTIMED,
-    Latency,
-    latency,
-    passes_of,
-    prompt_passes,
-    training_latency,
-)
 from planner.ledger import Row, ledger_table
 from planner.model import Model
-from planner.op_table import op_table
 from planner.parallel import Share
 from planner.program import Dims
 from planner.report import write_csv
@@ -30,6 +21,15 @@ from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
+from planner.timing.latency import (
+    UNTIMED,
+    Latency,
+    latency,
+    passes_of,
+    prompt_passes,
+    training_latency,
+)
+from planner.timing.op_table import op_table
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 

@@ -19,12 +19,12 @@ import numpy as np
 
 import planner
 from planner import ConfigError
-from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
-from planner.host_cost import Engine, unscaled_seconds
-from planner.op_families import STRIDED
-from planner.op_times import Fit, family_named
+from planner.timing.calibration import SCHEMA, HostCost
+from planner.timing.host_cost import Engine, unscaled_seconds
+from planner.timing.op_families import STRIDED
+from planner.timing.op_times import Fit, family_named
 from profiles import composites
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords

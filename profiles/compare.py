@@ -13,10 +13,10 @@ from typing import Any
 
 import planner
 from planner import ConfigError
-from planner.latency import passes_of
 from planner.program import Dims, Program
-from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
+from planner.timing.latency import passes_of
+from planner.timing.roofline import pass_cost
 from profiles.points import planned_dtype
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.op_families import ELEMENT_BYTES, MASKED, STRIDED, gemm_family, triangle
+from planner.timing.op_families import ELEMENT_BYTES, MASKED, STRIDED, gemm_family, triangle
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from planner.cli_published import reasons, signed
+from planner.cli.published import reasons, signed
 from planner.format import of_quantity
 from planner.report import write_text
 from profiles.published import PublishedRow, published_rows, published_summary

@@ -10,10 +10,10 @@ import pytest
 
 import planner
 from planner import ConfigError, roofline
-from planner.calibration import from_dict
-from planner.cli import main
-from planner.op_families import DECODE, GEMM
-from planner.op_times import Roof
+from planner.cli.commands import main
+from planner.timing.calibration import from_dict
+from planner.timing.op_families import DECODE, GEMM
+from planner.timing.op_times import Roof
 from profiles import records as whole_records
 from profiles.calibrate import calibration, host_scale, write
 from profiles.fitting import Samples, errors, fit_family, levenberg_marquardt, spread
