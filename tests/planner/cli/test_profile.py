@@ -18,7 +18,7 @@ def ran(capsys, *arguments):
     [
         ([], "MODEL is missing: a model as elsewhere, or --suite NAME"),
         (["gpt2", "--suite", "smoke"], "MODEL='gpt2' is not allowed with --suite"),
-        (["--suite", "all"], "suite='all' is not allowed: one of smoke, inference, training"),
+        (["--suite", "all"], "suite='all' is not allowed: one of smoke, cpu, inference, training"),
         (["--suite", "all"], "microbench, overheads"),
         (["--suite", "smoke", "--budget", "9x"], "budget='9x' is not allowed"),
         (["gpt2", "--missing"], "--missing is not allowed with no --suite"),
