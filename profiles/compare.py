@@ -176,6 +176,7 @@ def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
     for quantity, make, tokens, context in (
         ("ttft_s", rules.prefill, work.prompt_tokens, work.prompt_tokens),
         ("tpot_s", rules.decode, 1, work.context_tokens),
+        ("replay_s", rules.decode, 1, work.context_tokens),
     ):
         if quantity in found:
             program = make(estimate.share.model, work, setting)

@@ -76,11 +76,18 @@ class HostCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphCost:
-    """A CUDA graph's replay on the device: a floor, and what each kernel costs beyond its work."""
+    """A CUDA graph's replay on the device: a floor, and what a kernel with nothing to do takes.
+
+    `between_s`: what one of torch's kernels takes beyond its own time where others stand before and
+    behind it; ops are timed among their like. The mean over `scaled_on`, two replayed steps; no
+    other is seen.
+    """
 
     replay_s: float
     kernel_s: float
     source: str
+    between_s: float = 0.0
+    scaled_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,12 +227,14 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
     host, graph, energy = (content.get(part) for part in ("host", "graph", "energy"))
     if host is not None:
         host = HostCost(**{**host, "scaled_on": tuple(host["scaled_on"])})
+    if graph is not None:
+        graph = GraphCost(**{**graph, "scaled_on": tuple(graph.get("scaled_on", ()))})
     return Calibration(
         gpu=content["gpu"],
         fits={name: _fit(name, entry) for name, entry in content["fits"].items()},
         sources=sources,
         host=host,
-        graph=None if graph is None else GraphCost(**graph),
+        graph=graph,
         energy=None if energy is None else EnergyCost(**energy),
     )
 

@@ -26,12 +26,14 @@ from planner.runtimes.base import Setting
 from planner.timing.calibration import Calibration
 from planner.timing.energy import pass_joules
 from planner.timing.host_cost import (
+    ENGINES,
     Engine,
     between_seconds,
     forward_runs,
     head_seconds,
     host_seconds,
 )
+from planner.timing.op_kinds import kernel_count
 from planner.timing.power import capped_clock
 from planner.timing.roofline import Cost, Speed, pass_cost
 from planner.timing.speed import communication_cost, speed_for
@@ -149,9 +151,7 @@ class Passes:
             head_s = head_s or self._head(phases[0])
         said = communication_cost(self.model, setting, dims, speed)
         known, host = speed.calibration, sum(issuing for _, issuing in parts)
-        replay_s = 0.0
-        if self.replays and known is not None and known.graph is not None:
-            replay_s = known.graph.replay_s
+        replay_s = self._replay(tuple(program(stage) for stage in self.stages))
 
         def seconds(clock: Number) -> Number:
             (first, issuing), *others = parts
@@ -210,6 +210,18 @@ class Passes:
         if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
             return 0.0
         return head_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
+
+    def _replay(self, programs: tuple[Program, ...]) -> float:
+        """What a CUDA graph takes beside its kernels' own times: a floor, and of torch's kernels,
+        where none is fused with the next, a gap each.
+        """
+        known = self.speed.calibration
+        if not self.replays or known is None or known.graph is None:
+            return 0.0
+        if self.runtime not in ENGINES or self.speed.fused:
+            return known.graph.replay_s
+        kernels = sum(kernel_count(made) for made in programs)
+        return known.graph.replay_s + kernels * known.graph.between_s
 
     @property
     def replays(self) -> bool:

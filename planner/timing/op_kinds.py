@@ -165,6 +165,12 @@ def timed_ops(program: Program, *, fused: bool = False) -> tuple[Timed, ...]:
     return tuple(Timed(op=op, kind=kind, count=counts[key]) for key, (op, kind) in first.items())
 
 
+@lru_cache(maxsize=512)
+def kernel_count(program: Program) -> int:
+    """Kernels that a pass launches, one an op."""
+    return sum(timed.count for timed in timed_ops(program) if not timed.op.sometimes)
+
+
 def is_there(segment: Segment) -> bool:
     """Whether a segment only says what the pass finds: nothing of it runs."""
     return segment.label.startswith(OPENING)

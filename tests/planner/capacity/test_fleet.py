@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 import planner
-from planner import ConfigError, traffic
+from planner import ConfigError
+from planner.capacity import traffic
 from planner.capacity.fleet_report import COLUMNS, best_rows, capacity_report, report_markdown
 from planner.cli.commands import main
 

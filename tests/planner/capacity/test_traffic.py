@@ -6,7 +6,8 @@ import random
 import pytest
 
 import planner
-from planner import ConfigError, traffic
+from planner import ConfigError
+from planner.capacity import traffic
 from planner.capacity.concurrency import concurrent_requests
 
 LLAMA = planner.load_model("llama-3.1-8b")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import EncoderDecoderCache, StaticCache
 
 import planner
-from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes, lora
+from planner import CacheSpec, ConfigError, Deployment, Inference, kv_cache_bytes
 from planner.huggingface import bart_like, t5
+from planner.trained import lora
 from planner.workload import LoRA
 from tests.planner.oracle import assert_same_parameters, live_cache_bytes, live_model
 from tests.properties import examples
