@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.timing.op_families import ELEMENT_BYTES, MASKED, STRIDED, gemm_family, triangle
+from planner.timing.op_families import (
+    ELEMENT_BYTES,
+    MASKED,
+    STRIDED,
+    STRIDED_CAST,
+    gemm_family,
+    triangle,
+)
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
@@ -43,12 +50,14 @@ BYTE_OPS: Mapping[str, Written] = {
     "upcast": Written(kind="cast", kernels=1, element_bytes=6),
     "rope": Written(kind=STRIDED, kernels=10, element_bytes=4.5 * ELEMENT_BYTES),
     "mul_row": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
+    "mul_mixed": Written(kind=STRIDED_CAST, kernels=1, element_bytes=ELEMENT_BYTES),
     "silu_half": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
     "cat": Written(kind="cat", kernels=1, element_bytes=4),
     "embedding": Written(kind="gather", kernels=1, element_bytes=4),
 }
 """A rotation, x · cos + turned(x) · sin of queries and keys: two products, a sum, the halves joined
-and one of them negated, 4½ times as many elements as x has, by ten kernels."""
+and one of them negated, 4½ times as many elements as x has, by ten kernels. `mul_mixed`, bf16 by a
+column of float32: offsets and a conversion for each element (CUDALoops.cuh: gpu_kernel_impl)."""
 
 
 def samples_of_records(records: Iterable[OpRecord]) -> dict[str, Samples]:
@@ -129,7 +138,8 @@ def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
         elements = s["rows"] * s["width"]
         if s["rows"] < written.smallest_rows:
             return None
-    as_it_is = record.op in ("cross_entropy", "upcast") or written.kind == STRIDED
+    by_element = written.kind in (STRIDED, STRIDED_CAST)
+    as_it_is = record.op in ("cross_entropy", "upcast") or by_element
     wider = 2 if record.dtype == "fp32" and not as_it_is else 1
     moved = wider * written.element_bytes * elements / written.kernels
     return written.kind, [moved], written.kernels
