@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.calibration_files import own_file
 from planner.cli_options import AsJson
 from planner.cli_output import console, show
 from planner.cli_profile import duration_s
@@ -36,11 +37,16 @@ def calibrate_command(
         typer.Option("--budget", help="Measure on this machine first, for 8m at the most."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Else planner's catalogue.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Else measurements/calibration/<gpu>.json."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the times of ops, and say how far they are off on shapes that the fit never saw."""
+    """Fit the times of ops, and say how far they are off on shapes that the fit never saw.
+
+    What is written under measurements/calibration (or $PLANNER_CALIBRATION) times the device
+    from then on, wherever planner runs beside it.
+    """
     from profiles.calibrate import calibration, write  # noqa: TID251
     from profiles.op_tables import package_folder, samples_of_tables  # noqa: TID251
 
@@ -69,7 +75,7 @@ def calibrate_command(
         )
 
     content = calibration(gpu, records=loaded, tables=made, end_to_end=end_to_end, tell=tell)
-    path = out or Path(__file__).parent / "catalog" / "calibration" / f"{gpu}.json"
+    path = out or own_file(gpu)
     size = write(content, path)
     if as_json:
         show({"gpu": gpu, "written": str(path), "bytes": size, "fits": rows})

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from planner.calibration import Calibration
+from planner.calibration_files import Stamp, own_stamp
 from planner.catalog.gpus import Gpu
 from planner.energy import pass_joules
+from planner.fresh_pages import PAGES_ERROR, given_seconds
 from planner.host_cost import (
     Engine,
     between_seconds,
@@ -45,6 +47,9 @@ BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
 UNTIMED = "not planned: how far gathering and reducing overlap with products was not measured"
 """Of sharded training."""
+OTHER_CPU_ERROR = 0.8
+"""How far times may be off on another CPU than was timed: stated, not fitted, and wide on purpose.
+Cores, clocks and vectors of two CPUs differ by such factors."""
 Interval = tuple[float, float]
 
 
@@ -121,9 +126,15 @@ def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
     )
 
 
-@lru_cache(maxsize=256)
 def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
     """The times of one workload."""
+    return _latency(model, work, setting, runtime, gpu, own_stamp(gpu.name))
+
+
+@lru_cache(maxsize=256)
+def _latency(
+    model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu, stamp: Stamp
+) -> Latency:
     return times(model, work, setting, runtime, gpu)
 
 
@@ -142,8 +153,11 @@ class Passes:
         setting, speed = self.setting, self.speed
         parts: list[tuple[Cost, float]] = []
         head_s = 0.0
+        given_s: Number = 0.0
         for stage in self.stages:
-            phases = by_phase(program(stage))
+            whole = program(stage)
+            given_s = given_s + self._given(whole, dims)
+            phases = by_phase(whole)
             again = layers_run_again(phases)
             parts += [(pass_cost(made, dims, speed), self._host(made, again)) for made in phases]
             head_s = head_s or self._head(phases[0])
@@ -156,7 +170,8 @@ class Passes:
         def seconds(clock: Number) -> Number:
             (first, issuing), *others = parts
             begun = self._part(first, issuing, clock, head_s)
-            return said.time_s + replay_s + begun + sum(self._part(*p, clock) for p in others)
+            rest = sum(self._part(*p, clock) for p in others)
+            return said.time_s + replay_s + given_s + begun + rest
 
         computed, moved = _sum(parts, "computed_flops"), _sum(parts, "moved_bytes")
         clock = capped_clock(
@@ -170,9 +185,12 @@ class Passes:
         time_s = seconds(clock)
         gpu: Number = sum(cost.seconds(clock) for cost, _ in parts)
         error = np.sqrt(sum(cost.error_s**2 for cost, _ in parts) + said.error_s**2)
-        waited = time_s - gpu - said.time_s - replay_s
+        waited = time_s - gpu - said.time_s - replay_s - given_s
+        error = np.hypot(error, PAGES_ERROR * given_s)
         if host and known is not None and known.host is not None:
             error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
+        if known is not None and known.is_elsewhere:
+            error = np.maximum(error, OTHER_CPU_ERROR * time_s)
         return PassTime(
             time_s=time_s,
             error_s=error,
@@ -203,6 +221,11 @@ class Passes:
         if self.speed.gpu.is_cpu:
             return kernels_s + issuing_s
         return np.maximum(head_s + kernels_s, issuing_s)
+
+    def _given(self, program: Program, dims: Dims) -> Number:
+        """What a CPU's system takes to give a pass pages that it has not had."""
+        known = self.speed.calibration
+        return 0.0 if known is None else given_seconds(program, dims, known)
 
     def _head(self, program: Program) -> float:
         """What an idle GPU waits for at the start of a pass."""
@@ -304,7 +327,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
         step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
         tpot_s = _mean(step.time_s, contexts)
     total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)
-    basis = basis_of(passes.speed.calibration)
+    basis = basis_of(passes.speed)
     speed_s = work.batch * work.output_tokens / total_s
     if np.ndim(total_s):
         return Latency(
@@ -380,19 +403,32 @@ def bound_by(made: PassTime, speed: Speed) -> str:
     return "compute" if compute > memory else "memory"
 
 
-def basis_of(calibration: Calibration | None) -> str:
+def basis_of(speed: Speed) -> str:
     """What the times come from, in words."""
+    calibration = speed.calibration
     if calibration is None:
-        return UNCALIBRATED
+        return f"{UNCALIBRATED}{speed.uncalibrated_because}"
     if calibration.transferred_from is not None:
         return f"ops measured on {calibration.transferred_from}, by the ratio of ceilings"
-    return f"ops measured on {calibration.gpu}"
+    if speed.gpu.is_cpu:
+        return _basis_on_cpu(calibration)
+    where = f" ({calibration.own_file})" if calibration.own_file else ""
+    return f"ops measured on {calibration.gpu}{where}"
+
+
+def _basis_on_cpu(calibration: Calibration) -> str:
+    timed, asked = calibration.measured_on, calibration.used_on
+    told = "an unnamed CPU" if timed is None else timed.in_words
+    if calibration.is_elsewhere and asked is not None:
+        return f"ops measured on {told}, not on {asked.in_words}"
+    return f"ops measured {'here' if calibration.own_file else f'on {told}'}"
 
 
 def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float) -> str:
     if calibration is None:
         return "uncalibrated"
-    far = calibration.transferred_from is not None or unsure_s > 0.25 * total_s
+    other = calibration.transferred_from is not None or calibration.is_elsewhere
+    far = other or unsure_s > 0.25 * total_s
     return "extrapolated" if far else "interpolated"
 
 
@@ -400,11 +436,17 @@ MEASURED_IN = ("transformers", "attnlab")
 """Runtimes whose steps were held against a GPU's: times in others have no interval."""
 
 
-@lru_cache(maxsize=256)
 def training_latency(
     model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu
 ) -> Latency:
     """One step: forward, backward and optimizer; of sharded training nothing is known."""
+    return _training_latency(model, work, deploy, setting, gpu, own_stamp(gpu.name))
+
+
+@lru_cache(maxsize=256)
+def _training_latency(
+    model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu, stamp: Stamp
+) -> Latency:
     if setting.sharding is not None:
         return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
@@ -424,7 +466,7 @@ def training_latency(
     return Latency(
         step_s=step_s,
         trained_tokens_per_s=tokens / step_s,
-        basis=basis_of(calibration),
+        basis=basis_of(passes.speed),
         step_interval_s=None if unmeasured else _interval(step_s, float(made.error_s)),
         confidence=_confidence(calibration, float(made.extrapolated_s), step_s),
         prefill_bound_by=bound_by(made, passes.speed),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from planner.fresh_pages import PAGES_ERROR, given_seconds
 from planner.latency import Passes
 from planner.model import Model
 from planner.program import Dims, Program
@@ -38,6 +39,8 @@ class OpRow:
 def op_rows(program: Program, dims: Dims, speed: Speed, clock: float = 1.0) -> list[OpRow]:
     """All kinds of op of a pass, at a clock that the power cap allows (power.py)."""
     rows = [_row(made, speed, clock) for made in op_times(program, dims, speed)]
+    if speed.calibration is not None and speed.calibration.pages is not None:
+        rows.append(_pages(given_seconds(program, dims, speed.calibration)))
     return sorted(rows, key=lambda row: -row.total_s)
 
 
@@ -50,6 +53,22 @@ def op_table(passes: Passes, make: Callable[[Model], Program], dims: Dims) -> pd
     columns = list(OpRow.__dataclass_fields__)
     table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     return table.sort_values("total_s", ascending=False, ignore_index=True)
+
+
+def _pages(seconds: float) -> OpRow:
+    """What a CPU's system does before an op can write: no op's own, and once for all of them."""
+    return OpRow(
+        op="pages given anew",
+        family="pages",
+        count=1,
+        seconds=seconds,
+        total_s=seconds,
+        flops=0.0,
+        moved_bytes=0.0,
+        bound_by="memory",
+        basis="interpolated",
+        error=PAGES_ERROR,
+    )
 
 
 def _row(made: OpTime, speed: Speed, clock: float) -> OpRow:

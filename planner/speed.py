@@ -28,6 +28,8 @@ DEFAULT_LINK_SHARE = 0.5
 """Of the interconnect's one-way rate that a ring reaches where nobody measured it."""
 DEFAULT_HOP_S = 6e-6
 """One exchange of a few bytes between two GPUs where nobody measured it."""
+CPU_BACKENDS = ("flash", "default")
+"""A CPU's own flash kernel takes all dtypes (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 FP8_METHODS = frozenset(("fp8", "fbgemm_fp8", "compressed-tensors"))
 
 
@@ -38,7 +40,9 @@ def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
     return speed_of(
         gpu,
         setting.dtype,
-        backends=(*WIDE_BACKENDS.get(setting.dtype, ()), *BACKENDS.get(runtime, ())),
+        backends=CPU_BACKENDS
+        if gpu.is_cpu
+        else (*WIDE_BACKENDS.get(setting.dtype, ()), *BACKENDS.get(runtime, ())),
         fused=runtime == "attnlab" and setting.mode == "graph",
         weight_ratio=ratio,
         expert_ratio=expert_ratio,

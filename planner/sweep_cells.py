@@ -250,10 +250,10 @@ def _cells(
 
 
 def _basis(prepared: Prepared) -> str:
-    from planner.calibration import calibration_of
-    from planner.latency import basis_of
+    from planner.latency import basis_of, passes_of
 
-    return basis_of(calibration_of(prepared.gpu))
+    passes = passes_of(prepared.model, prepared.setting, prepared.runtime.name, prepared.gpu)
+    return basis_of(passes.speed)
 
 
 def _fill(

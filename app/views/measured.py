@@ -112,6 +112,8 @@ except planner.ConfigError as error:
     st.stop()
 
 problems(stored)
+if stored.hint:
+    st.info(f"{stored.hint}.")
 device = measured_filters.device(stored)
 of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
 if not of_device:
