@@ -48,8 +48,8 @@ UNCALIBRATED = "uncalibrated roofline"
 UNTIMED = "not planned: how far gathering and reducing overlap with products was not measured"
 """Of sharded training."""
 OTHER_CPU_ERROR = 0.8
-"""How far times may be off on another CPU than was timed: stated, not fitted, and wide on purpose.
-Cores, clocks and vectors of two CPUs differ by such factors."""
+"""How far times may be off on another CPU than was timed, or in a dtype that none was timed in:
+stated, not fitted, and wide on purpose. Cores, clocks and vectors differ by such factors."""
 Interval = tuple[float, float]
 
 
@@ -189,7 +189,7 @@ class Passes:
         error = np.hypot(error, PAGES_ERROR * given_s)
         if host and known is not None and known.host is not None:
             error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
-        if known is not None and known.is_elsewhere:
+        if speed.gpu.is_cpu and (known is None or known.is_elsewhere):
             error = np.maximum(error, OTHER_CPU_ERROR * time_s)
         return PassTime(
             time_s=time_s,

@@ -24,7 +24,8 @@ def processor_of(record: Record) -> Processor | None:
 
 def untimed(records: Iterable[Record]) -> str | None:
     """In a line: which CPUs' records are set against another CPU's ops; None where none is."""
-    counts = Counter(processor for r in records if (processor := processor_of(r)) is not None)
+    good = (processor_of(record) for record in records if record.status == "ok")
+    counts = Counter(processor for processor in good if processor is not None)
     found, timed = Counter[Processor](), "no CPU"
     for processor, count in counts.items():
         with as_on(processor):
@@ -35,7 +36,5 @@ def untimed(records: Iterable[Record]) -> str | None:
     if not found:
         return None
     where = " and ".join(processor.in_words for processor in found)
-    return (
-        f"{found.total()} CPU records ran on {where}, their predicted times are of ops on {timed}: "
-        f"run there, `{COMMAND}` times this machine"
-    )
+    many = f"{found.total()} CPU record{'s' * (found.total() != 1)}"
+    return f"{many} of {where} set against ops on {timed}: there, {COMMAND} times this machine"

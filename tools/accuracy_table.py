@@ -1,8 +1,8 @@
 """Writes README's accuracy tables from the committed records: `python -m tools.accuracy_table`.
 
 Run it after a prediction or a record has changed; a test holds README against what it gives.
-A device has a table: its held-out points beside those that constants may be fitted on, or one
-column of all where its records were measured outside the suites.
+A device has a table: its held-out points beside those that constants may be fitted on and those
+that were measured outside the suites.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
     """One device: what was run, how repeatable it was, how far off the predictions were."""
     compared = {row.record for row in rows if row.predicted is not None}
     ran = [record for record in found if record.id in compared]
-    split = any(row.split for row in rows)
     refused = len({row.record for row in rows if row.predicted is None})
     left_out = f" The planner refuses {refused} more." if refused else ""
     label = "CPU" if device == "cpu" else gpus()[device].label if device in gpus() else device
@@ -55,7 +54,7 @@ def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
         f"{len({record.model for record in ran})} models; {software(ran)}.{left_out}"
     )
     spreads = repeatability(repeats(found))
-    return "\n\n".join((head, again(spreads), table(summary(rows), split=split)))
+    return "\n\n".join((head, again(spreads), table(summary(rows))))
 
 
 def days(found: Iterable[Record]) -> str:
@@ -93,11 +92,20 @@ def again(spreads: Sequence[Repeatability]) -> str:
     return "Repeatability first. " + " ".join(sentences)
 
 
-def table(summaries: Sequence[Summary], *, split: bool) -> str:
-    """Quantity × n, mean, p90 and worst of the absolute error."""
-    sides = ("held-out", "calibration") if split else (None,)
+SIDES: dict[str | None, str] = {
+    "held-out": "held-out n",
+    "calibration": "calibration n",
+    None: "outside the suites n",
+}
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Quantity × n, mean, p90 and worst of the absolute error, of each split that there is."""
+    there = {one.split for one in summaries if one.n}
+    sides = [side for side in SIDES if side in there]
     figures = ("mean \\|error\\|", "p90", "worst")
-    head = [name for side in sides for name in (f"{side} n" if side else "n", *figures)]
+    counts = ["n"] if sides == [None] else [SIDES[side] for side in sides]
+    head = [name for count in counts for name in (count, *figures)]
     lines = [["quantity", *head], ["---", *["--:"] * len(head)]]
     of = {(s.quantity, s.split): s for s in summaries}
     for quantity in QUANTITIES:

@@ -112,8 +112,6 @@ except planner.ConfigError as error:
     st.stop()
 
 problems(stored)
-if stored.hint:
-    st.info(f"{stored.hint}.")
 device = measured_filters.device(stored)
 of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
 if not of_device:
@@ -121,6 +119,8 @@ if not of_device:
 else:
     shown = measured_filters.filtered(stored, of_device)
     if shown:
+        if stored.hint and any(row.device == "cpu" for row in shown):
+            st.info(f"{stored.hint}.")
         how_far_off(stored, shown)
         against(shown)
         one_run.opened(stored, shown)
