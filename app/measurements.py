@@ -10,7 +10,7 @@ from pathlib import Path
 import streamlit as st
 
 import planner
-from planner.calibration_files import Stamp, own_stamp
+from planner.timing.calibration_files import Stamp, own_stamp
 from profiles import records
 from profiles.compare import Row, compare
 from profiles.record_cpu import untimed

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import planner
-from planner import roofline
-from planner.calibration import from_dict
+from planner.timing import roofline
+from planner.timing.calibration import from_dict
 from profiles.bench import random_ids
 from profiles.calibrate import calibration
 from profiles.microbench.op_record import load

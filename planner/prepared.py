@@ -23,7 +23,7 @@ from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.vllm import batch_limits
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.runtimes.vllm_overhead import outside_rows
-from planner.sharding import Sharding
+from planner.trained.sharding import Sharding
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 

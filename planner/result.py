@@ -12,17 +12,8 @@ from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, check_choice
 from planner.format import gib, seconds
-from planner.latency import (
-    UNTIMED,
-    Latency,
-    latency,
-    passes_of,
-    prompt_passes,
-    training_latency,
-)
 from planner.ledger import Row, ledger_table
 from planner.model import Model
-from planner.op_table import op_table
 from planner.parallel import Share
 from planner.program import Dims
 from planner.report import write_csv
@@ -30,6 +21,16 @@ from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
+from planner.timing.calibration_files import own_stamp
+from planner.timing.latency import (
+    UNTIMED,
+    Latency,
+    latency,
+    passes_of,
+    prompt_passes,
+    training_latency,
+)
+from planner.timing.op_table import op_table
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
@@ -183,9 +184,13 @@ class Estimate:
     @property
     def latency(self) -> Latency:
         """Times and throughput, computed when asked for."""
+        stamp = own_stamp(self.gpu.name)
         if isinstance(self.work, Training):
-            return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
-        return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
+            return training_latency(
+                self.model, self.work, self.deploy, self.setting, self.gpu, stamp
+            )
+        runtime = self.deploy.runtime
+        return latency(self.model, self.work, self.setting, runtime, self.gpu, stamp)
 
     def op_times(self, which: str = "decode") -> pd.DataFrame:
         """Where the time goes in "prefill" (of several passes, the mean one), in the last "decode"

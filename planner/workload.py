@@ -216,7 +216,7 @@ class Training:
     as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
     loss dropped before the next, whose gradients are added up before the optimizer's step.
     `frozen`: FROZEN_PARTS that "full" does not train, `frozen_layers`: nor the first so many layers
-    (requires_grad_(False); planner/frozen.py: what each name stands for).
+    (requires_grad_(False); planner/trained/frozen.py: what each name stands for).
     """
 
     batch: int

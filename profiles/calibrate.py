@@ -19,14 +19,16 @@ import numpy as np
 
 import planner
 from planner import ConfigError
-from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
-from planner.fresh_pages import MAPPED_FROM_BYTES
-from planner.host_cost import Engine, unscaled_seconds
-from planner.op_families import STRIDED, WEIGHT_BYTES
-from planner.op_times import Fit, family_named
+from planner.timing.calibration import SCHEMA, HostCost
+from planner.timing.fresh_pages import MAPPED_FROM_BYTES
+from planner.timing.host_cost import Engine, unscaled_seconds
+from planner.timing.op_families import STRIDED, WEIGHT_BYTES
+from planner.timing.op_kinds import kernel_count
+from planner.timing.op_times import Fit, family_named
 from profiles import composites
+from profiles.compare import passes_of_record
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
 from profiles.op_samples import is_given_anew, joined, samples_of_records
@@ -111,7 +113,11 @@ def calibration(
             tell(name, len(found[name][1]), fit)
     content: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu_name, "sources": sources, "fits": fits}
     if records is not None:
-        content |= {**_graph(ops), **_energy(ops), **_host(ops, gpu, list(end_to_end))}
+        content |= {
+            **_graph(ops, [r for r in end_to_end if r.environment.gpu == gpu_name]),
+            **_energy(ops),
+            **_host(ops, gpu, list(end_to_end)),
+        }
         if gpu.is_cpu:
             content |= {**_machine(records, ops), **_pages(records, ops)}
     return content
@@ -269,18 +275,32 @@ def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...],
     }
 
 
-def _graph(ops: list[OpRecord]) -> dict[str, Any]:
-    """A line through replays of graphs of 1 to 1 000 kernels."""
+def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
+    """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
+    one number, the mean over the calibration rows that a graph replayed.
+    """
     replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
     if len(replays) < 2:
         return {}
     least, most = min(replays), max(replays)
     kernel_s = (replays[most] - replays[least]) / (most - least)
+    replay_s = replays[least] - kernel_s * least
+    rows = [r for r in end_to_end if (r.split, r.mode, r.status) == ("calibration", "graph", "ok")]
+    gaps = [
+        (measured_s - gpu_s - replay_s) / kernel_count(program)
+        for record in rows
+        for measured_s, gpu_s, program in passes_of_record(record)
+    ]
+    between = dict[str, Any]()
+    if gaps:
+        between["between_s"] = float(f"{max(0.0, statistics.fmean(gaps)):.4g}")
+        between["scaled_on"] = sorted(str(record.point) for record in rows)
     return {
         "graph": {
-            "replay_s": float(f"{replays[least] - kernel_s * least:.4g}"),
+            "replay_s": float(f"{replay_s:.4g}"),
             "kernel_s": float(f"{kernel_s:.4g}"),
             "source": "records",
+            **between,
         }
     }
 
@@ -324,7 +344,8 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     }
     if "add" not in costs:
         return {}
-    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    issued = [r for r in end_to_end if (r.mode, r.status) == ("eager", "ok")]
+    mine = [r for r in issued if r.environment.gpu == gpu.name]
     costs = _as_usual(costs, mine)
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
     scale, named, apart = dict[str, float](), list[str](), 0.0
@@ -385,8 +406,6 @@ def _disturbed(row: tuple[float, float, float], factor: float) -> float:
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
     """(measured, GPU's, host's) seconds of the passes of one inference record."""
-    from profiles.compare import passes_of_record
-
     engine = Engine(
         runtime=record.runtime,
         model_type=planner.read_config(record.config).text_type,

@@ -14,10 +14,10 @@ from typing import Any
 import planner
 from planner import ConfigError
 from planner.catalog.here import as_on
-from planner.latency import passes_of
 from planner.program import Dims, Program
-from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
+from planner.timing.latency import passes_of
+from planner.timing.roofline import pass_cost
 from profiles.points import planned_dtype
 from profiles.record_cpu import processor_of
 from profiles.records import Record
@@ -179,6 +179,7 @@ def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
     for quantity, make, tokens, context in (
         ("ttft_s", rules.prefill, work.prompt_tokens, work.prompt_tokens),
         ("tpot_s", rules.decode, 1, work.context_tokens),
+        ("replay_s", rules.decode, 1, work.context_tokens),
     ):
         if quantity in found:
             program = make(estimate.share.model, work, setting)

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from planner.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
-from planner.op_families import (
+from planner.timing.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
+from planner.timing.op_families import (
     ELEMENT_BYTES,
     ELEMENTWISE_TANH,
     FEW_ROWS,
@@ -71,7 +71,7 @@ CPU_KINDS: Mapping[str, str] = {
     "rope": "elementwise",
     "cat": "elementwise",
 }
-"""What a CPU runs as other kinds than a GPU does (planner/roofline.py: CPU_PLAIN, TANH)."""
+"""What a CPU runs as other kinds than a GPU does (planner/timing/roofline.py: CPU_PLAIN, TANH)."""
 SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2, "rope": 3}
 """Tensors as large as the first that live at once in an op of several kernels."""
 
@@ -80,7 +80,7 @@ def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dic
     """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
 
     "…:warm": over what the op before has left in the cache. Of a `cpu` those rows are left out
-    whose outputs malloc gives back to the system between the calls (planner/fresh_pages.py).
+    whose outputs malloc gives back to the system between the calls (planner/timing/fresh_pages.py).
     """
     rows: dict[str, list[tuple[list[float], float, bool]]] = {}
     good = [r for r in merged(records).values() if r.status == "ok" and r.samples_s]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from planner.calibration import calibration_of
 from planner.catalog.gpus import gpu_named
 from planner.catalog.here import Processor, as_on
+from planner.timing.calibration import calibration_of
 from profiles.records import Record
 
 COMMAND = "planner calibrate --gpu cpu --budget 1m"

@@ -1,8 +1,8 @@
-"""Writes README's accuracy tables from the committed records: `python -m tools.accuracy_table`.
+"""Writes docs/accuracy.md's tables from the committed records: `python -m tools.accuracy_table`.
 
-Run it after a prediction or a record has changed; a test holds README against what it gives.
-A device has a table: its held-out points beside those that constants may be fitted on and those
-that were measured outside the suites.
+README gets the held-out points of GPUs in a few lines. Run it after a prediction or a record has
+changed; a test holds the pages against what it gives. A device has a table: its held-out points
+beside those that constants may be fitted on and those that were measured outside the suites.
 """
 
 from __future__ import annotations
@@ -23,13 +23,27 @@ from profiles.rows import QUANTITIES, Row
 from profiles.summaries import Summary, summary
 from tools import markdown
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
 BEGIN = "<!-- accuracy: written by `python -m tools.accuracy_table` -->"
 END = "<!-- /accuracy -->"
+SHORT_BEGIN = "<!-- held out: written by `python -m tools.accuracy_table` -->"
+SHORT_END = "<!-- /held out -->"
+SHORT = (
+    "peak_live_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_used_bytes",
+    "ttft_s",
+    "step_s",
+    "replay_s",
+    "tpot_s",
+)
+"""What README shows of them."""
 
 
 def accuracy(found: Sequence[Record]) -> str:
-    """The part of README between the marks: GPUs first."""
+    """The part of the page between the marks: GPUs first."""
     rows = compare(found)
     devices = sorted({row.device for row in rows}, key=lambda name: (name == "cpu", name))
     return "\n\n".join(
@@ -40,6 +54,20 @@ def accuracy(found: Sequence[Record]) -> str:
         )
         for device in devices
     )
+
+
+def held_out(found: Sequence[Record]) -> str:
+    """README's table: of each GPU the points that nothing was fitted on."""
+    rows = [row for row in compare(found) if row.device != "cpu" and row.split == "held-out"]
+    lines: list[Sequence[str]] = [
+        ("GPU", "quantity", "n", "mean \\|error\\|", "p90", "worst"),
+        ("---", "---", "--:", "--:", "--:", "--:"),
+    ]
+    for device in sorted({row.device for row in rows}):
+        of = {s.quantity: s for s in summary([row for row in rows if row.device == device])}
+        label = gpus()[device].label if device in gpus() else device
+        lines += [(label, of_quantity(name), *errors(of[name])) for name in SHORT if name in of]
+    return markdown.table(lines)
 
 
 def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
@@ -130,8 +158,13 @@ def share(fraction: float | None) -> str:
 
 
 def written(text: str, part: str) -> str:
-    """`text` with `part` between its marks."""
+    """`text` of the page with `part` between its marks."""
     return markdown.between(BEGIN, END, text, part)
+
+
+def shortened(text: str, part: str) -> str:
+    """`text` of README with `part` between its marks."""
+    return markdown.between(SHORT_BEGIN, SHORT_END, text, part)
 
 
 def committed() -> list[Record]:
@@ -144,4 +177,6 @@ def committed() -> list[Record]:
 
 if __name__ == "__main__":
     os.environ["PLANNER_CALIBRATION"] = ""  # the catalogue alone
-    write_text(written(README.read_text(encoding="utf-8"), accuracy(committed())), README)
+    here = committed()
+    write_text(written(PAGE.read_text(encoding="utf-8"), accuracy(here)), PAGE)
+    write_text(shortened(README.read_text(encoding="utf-8"), held_out(here)), README)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from planner.cli import main
+from planner.cli.commands import main
 
 OUT = Path(__file__).parents[1] / "planner" / "catalog" / "schemas"
 DYNAMIC = ("values", "peers_s", "measured_s")

@@ -1,18 +1,18 @@
-"""Write docs/published.md, and its summary in README, from `profiles/data/published`."""
+"""Write docs/published.md, and its summary in docs/accuracy.md, from `profiles/data/published`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from planner.cli_published import reasons, signed
+from planner.cli.published import reasons, signed
 from planner.format import of_quantity
 from planner.report import write_text
 from profiles.published import PublishedRow, published_rows, published_summary
 from tools import markdown
 
 ROOT = Path(__file__).parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "published.md"
+ACCURACY, PAGE = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "published.md"
 BEGIN = "<!-- published: written by `python -m tools.published_table` -->"
 END = "<!-- /published -->"
 HEAD = """# Memory that others measured
@@ -68,4 +68,4 @@ def written(text: str, part: str) -> str:
 if __name__ == "__main__":
     found = published_rows()
     write_text(page(found), PAGE)
-    write_text(written(README.read_text(encoding="utf-8"), summary_table(found)), README)
+    write_text(written(ACCURACY.read_text(encoding="utf-8"), summary_table(found)), ACCURACY)

@@ -15,7 +15,7 @@ from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share
 from planner.program import Dims, Number, Program
-from planner.sharding import Sharding
+from planner.trained.sharding import Sharding
 from planner.workload import CacheSpec, Inference, Training
 
 

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
-from planner.frozen import check_frozen_parts, frozen_parts
 from planner.kbit import quantised_layers
 from planner.layers import GQA, Layer
-from planner.lora import module_of
 from planner.model import Model
 from planner.parameters import layer_parameters
 from planner.program import Dims
@@ -19,6 +17,8 @@ from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import FourBitWeights, Pass, Regime
+from planner.trained.frozen import check_frozen_parts, frozen_parts
+from planner.trained.lora import module_of
 from planner.workload import PRECISIONS, Training
 
 
