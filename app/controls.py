@@ -15,8 +15,10 @@ import streamlit as st
 import planner
 from app.training_controls import beside, sharded, training
 from app.widgets import AS_MODEL, CHOICES, LARGEST, NUMBERS, START, either, number, select
+from planner.experts import has_experts
 from planner.format import count, gib
 from planner.loading import read_json
+from planner.routing import routing_spec
 from planner.runtimes import runtime_named
 from planner.runtimes.quantised_cache import backends_of
 from planner.training import PLANNED as TRAINED_RUNTIMES
@@ -29,6 +31,11 @@ KV_HELP = (
 MODE_HELP = (
     "eager: one kernel at a time, as generate() does, which a busy host slows down. captured: the "
     "same kernels in a CUDA graph. graph: as the runtime makes its graphs; attnlab's are compiled."
+)
+
+ROUTING_HELP = (
+    "How tokens pick experts, which times depend on. uniform: at random. balanced: dealt out in "
+    "turn, as benchmarks do. zipf: by a popularity that falls as this power of the rank."
 )
 
 
@@ -47,6 +54,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         )
         deploy = _deployment()
         work = _workload(deploy)
+        routing = st.container()
         if isinstance(work, planner.Training):
             deploy = beside(work, deploy)
             if deploy.runtime == "transformers" and work.method == "full":
@@ -56,6 +64,9 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
     # last: a file that is no model must not take the other widgets off the page
     model = planner.load_model(named) if upload is None else uploaded(upload.name, upload.read())
     described.caption(("" if upload is None else f"{upload.name}: ") + in_words(model))
+    if has_experts(model):
+        with routing:
+            work = replace(work, routing=routing_spec(select("Routing", "routing", ROUTING_HELP)))
     return model, work, deploy
 
 

@@ -13,6 +13,8 @@ import planner
 from planner.timing.calibration_files import Stamp, own_stamp
 from profiles import records
 from profiles.compare import Row, compare
+from profiles.published import PublishedRow, published_rows
+from profiles.published_latency import LatencyRow, latency_rows
 from profiles.record_cpu import untimed
 from profiles.records import Record
 
@@ -42,6 +44,12 @@ def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[st
     rows = compare([known[name] for name in ids], traced=True, on_problem=problems.append)
     found = {(row.record, row.quantity): row.traced for row in rows}
     return {key: value for key, value in found.items() if value is not None}, tuple(problems)
+
+
+@st.cache_data(show_spinner="Planning what others published …", max_entries=1)
+def published() -> tuple[list[PublishedRow], list[LatencyRow]]:
+    """What others measured, memory and times, beside what is planned for it."""
+    return published_rows(), latency_rows()
 
 
 def nearest(

@@ -40,6 +40,7 @@ from planner.loading import load_model as load_model
 from planner.model import Model as Model
 from planner.result import Estimate as Estimate
 from planner.result import Memory as Memory
+from planner.routing import Routing as Routing
 from planner.sweeps.sweep import sweep as sweep
 from planner.sweeps.views import fit_map as fit_map
 from planner.sweeps.views import longest_contexts as longest_contexts

@@ -11,6 +11,7 @@ from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, check_choice
+from planner.experts import ExpertsReached, experts_reached
 from planner.format import gib, seconds
 from planner.ledger import Row, ledger_table
 from planner.model import Model
@@ -216,11 +217,30 @@ class Estimate:
             tokens=1 if decodes else work.prompt_tokens,
             context=context,
             encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
+            routing=work.routing,
         )
         if rules.pooled and not decodes:
             _, dims = prompt_passes(dims, self.setting.max_batched_tokens)
         make = rules.decode if decodes else rules.prefill
         return op_table(passes, lambda stage: make(stage, work, self.setting), dims)
+
+    @property
+    def experts(self) -> tuple[ExpertsReached, ...]:
+        """What passes reach of a mixture's experts; of several prefills, the mean one."""
+        work = self.work
+        if isinstance(work, Training):
+            tokens = work.batch * work.sequence_tokens
+            return experts_reached(self.model, work.routing, step_tokens=tokens)
+        several = 1.0
+        if runtime_named(self.deploy.runtime).pooled:
+            dims = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+            several = float(prompt_passes(dims, self.setting.max_batched_tokens)[0])
+        return experts_reached(
+            self.model,
+            work.routing,
+            prefill_tokens=work.batch * work.prompt_tokens / several,
+            decode_tokens=work.batch if work.output_tokens > 1 else None,
+        )
 
     @property
     def headroom_bytes(self) -> int:
@@ -311,6 +331,7 @@ class Estimate:
             "data_parallel_shards": self.deploy.data_parallel_shards,
             "stage": self.share.stage,
             "latency": asdict(self.latency),
+            "experts": [asdict(kind) for kind in self.experts],
             "peak": {
                 "note": self.peak_note,
                 "phase": self.peak_phase,
@@ -427,6 +448,9 @@ def explain(estimate: Estimate) -> str:
                 "context and NCCL leave free"
             )
     lines.append(f"  {speed(e.latency)}")
+    for kind in e.experts:
+        how = f"experts of {kind.layers} layers, {e.work.routing.in_words}"
+        lines.append(f"  {how}: {kind.in_words}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")
     return "\n".join(lines)

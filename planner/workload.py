@@ -7,6 +7,7 @@ from typing import Literal
 
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import ConfigError, check_choice, check_size, shown
+from planner.routing import UNIFORM, Routing
 
 CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
@@ -89,6 +90,11 @@ def cache_spec(text: str) -> CacheSpec:
     return CacheSpec(kind=kind, **settings)  # type: ignore[arg-type]
 
 
+def _check_routing(routing: object) -> None:
+    if not isinstance(routing, Routing):
+        raise ConfigError(f"routing={shown(routing)} is not allowed: a Routing")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
     """One prefill that yields the first output token, then output_tokens − 1 decode steps.
@@ -97,6 +103,7 @@ class Inference:
     `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
     `padded`: shorter sequences are padded, and an attention mask hides that (transformers).
     `float32_logits`: logits are cast, as transformers before 4.46 does to all of them.
+    `routing`: how a mixture's tokens are dealt out to its experts; times depend on it alone.
     """
 
     batch: int
@@ -106,8 +113,10 @@ class Inference:
     encoder_tokens: int | None = None
     padded: bool = False
     float32_logits: bool = False
+    routing: Routing = UNIFORM
 
     def __post_init__(self) -> None:
+        _check_routing(self.routing)
         for field in ("batch", "prompt_tokens", "output_tokens"):
             check_size(field, getattr(self, field))
         check_choice("logits", self.logits, ("all", "last"))
@@ -216,7 +225,8 @@ class Training:
     as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
     loss dropped before the next, whose gradients are added up before the optimizer's step.
     `frozen`: FROZEN_PARTS that "full" does not train, `frozen_layers`: nor the first so many layers
-    (requires_grad_(False); planner/trained/frozen.py: what each name stands for).
+    (requires_grad_(False); planner/trained/frozen.py: what each name stands for). `routing`: as of
+    Inference.
     """
 
     batch: int
@@ -235,8 +245,10 @@ class Training:
     keep_every: int = 1
     frozen: tuple[str, ...] = ()
     frozen_layers: int = 0
+    routing: Routing = UNIFORM
 
     def __post_init__(self) -> None:
+        _check_routing(self.routing)
         self._check_frozen()
         sizes = ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every", "keep_every")
         for field in sizes:

@@ -22,6 +22,7 @@ from planner.timing.op_families import (
     MASKED,
     NORM_RMS,
     STRIDED,
+    STRIDED_CAST,
     gemm_family,
     triangle,
 )
@@ -57,12 +58,14 @@ BYTE_OPS: Mapping[str, Written] = {
     "upcast": Written(kind="cast", kernels=1, element_bytes=6),
     "rope": Written(kind=STRIDED, kernels=10, element_bytes=4.5 * ELEMENT_BYTES),
     "mul_row": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
+    "mul_mixed": Written(kind=STRIDED_CAST, kernels=1, element_bytes=ELEMENT_BYTES),
     "silu_half": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
     "cat": Written(kind="cat", kernels=1, element_bytes=4),
     "embedding": Written(kind="gather", kernels=1, element_bytes=4),
 }
 """A rotation, x · cos + turned(x) · sin of queries and keys: two products, a sum, the halves joined
-and one of them negated, 4½ times as many elements as x has, by ten kernels."""
+and one of them negated, 4½ times as many elements as x has, by ten kernels. `mul_mixed`, bf16 by a
+column of float32: offsets and a conversion for each element (CUDALoops.cuh: gpu_kernel_impl)."""
 
 
 CPU_KINDS: Mapping[str, str] = {
@@ -113,7 +116,9 @@ def _on_cpu(record: OpRecord, name: str, sizes: list[float], kernels: int) -> Ro
     if record.family == "gemm" and sizes[0] < FEW_ROWS:
         name = name.replace("gemm", GEMM_FEW.name)
     if record.family == "bandwidth":
+        plain = name == STRIDED  # whose elements are counted as of two bytes
         name = CPU_KINDS.get(record.op, name)
+        sizes = [2.0 * size for size in sizes] if plain and record.dtype == "fp32" else sizes
     return name, sizes, kernels
 
 
@@ -178,7 +183,8 @@ def _byte_sample(record: OpRecord) -> Row | None:
         elements = s["rows"] * s["width"]
         if s["rows"] < written.smallest_rows:
             return None
-    as_it_is = record.op in ("cross_entropy", "upcast") or written.kind == STRIDED
+    by_element = written.kind in (STRIDED, STRIDED_CAST)
+    as_it_is = record.op in ("cross_entropy", "upcast") or by_element
     wider = 2 if record.dtype == "fp32" and not as_it_is else 1
     moved = wider * written.element_bytes * elements / written.kernels
     return written.kind, [moved], written.kernels

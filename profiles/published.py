@@ -14,10 +14,8 @@ that nothing here can express say why.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,9 +26,9 @@ from planner.errors import ConfigError
 from planner.estimate import kv_cache_bytes
 from planner.layers import RoPE
 from planner.reserved import AllocatorPlan, reserved
+from profiles.published_sources import address, read, repository
 from profiles.rows import relative_error
 
-TABLE = Path(__file__).parent / "data" / "published" / "memory.jsonl"
 EXPLAINED_FROM = 0.05
 """A larger error than this needs a sentence."""
 
@@ -125,6 +123,8 @@ class PublishedRow:
 
     row: int
     source: str
+    url: str
+    licence: str
     model: str
     gpu: str
     run: str
@@ -176,8 +176,7 @@ def _summarise(source: str, quantity: str, group: list[PublishedRow]) -> Publish
 
 def load() -> list[dict[str, Any]]:
     """The published rows as they were collected, with source and licence."""
-    with TABLE.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read("memory.jsonl")
 
 
 def published_rows() -> list[PublishedRow]:
@@ -187,10 +186,12 @@ def published_rows() -> list[PublishedRow]:
 
 def rows_of(index: int, record: dict[str, Any]) -> Iterator[PublishedRow]:
     """The rows of one published run."""
-    source = str(record["source"]).partition("@")[0].rpartition("/")[2]
+    source = repository(record)
     about: dict[str, Any] = {
         "row": index,
         "source": source,
+        "url": address(record),
+        "licence": record["licence"],
         "model": record["model"],
         "gpu": record["gpu"] if record["gpus"] == 1 else f"{record['gpus']} × {record['gpu']}",
         "run": in_words(source, record),

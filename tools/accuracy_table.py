@@ -1,6 +1,6 @@
 """Writes docs/accuracy.md's tables from the committed records: `python -m tools.accuracy_table`.
 
-README gets the held-out points of GPUs in a few lines. Run it after a prediction or a record has
+README gets the held-out points in a few lines. Run it after a prediction or a record has
 changed; a test holds the pages against what it gives. A device has a table: its held-out points
 beside those that constants may be fitted on and those that were measured outside the suites.
 """
@@ -45,7 +45,7 @@ SHORT = (
 def accuracy(found: Sequence[Record]) -> str:
     """The part of the page between the marks: GPUs first."""
     rows = compare(found)
-    devices = sorted({row.device for row in rows}, key=lambda name: (name == "cpu", name))
+    devices = by_name({row.device for row in rows})
     return "\n\n".join(
         of_device(
             device,
@@ -57,17 +57,29 @@ def accuracy(found: Sequence[Record]) -> str:
 
 
 def held_out(found: Sequence[Record]) -> str:
-    """README's table: of each GPU the points that nothing was fitted on."""
-    rows = [row for row in compare(found) if row.device != "cpu" and row.split == "held-out"]
+    """README's table: of each device the points that nothing was fitted on, the CPU's last."""
+    rows = [row for row in compare(found) if row.split == "held-out"]
     lines: list[Sequence[str]] = [
-        ("GPU", "quantity", "n", "mean \\|error\\|", "p90", "worst"),
+        ("device", "quantity", "n", "mean \\|error\\|", "p90", "worst"),
         ("---", "---", "--:", "--:", "--:", "--:"),
     ]
-    for device in sorted({row.device for row in rows}):
+    for device in by_name({row.device for row in rows}):
         of = {s.quantity: s for s in summary([row for row in rows if row.device == device])}
-        label = gpus()[device].label if device in gpus() else device
+        label = label_of(device)
         lines += [(label, of_quantity(name), *errors(of[name])) for name in SHORT if name in of]
     return markdown.table(lines)
+
+
+def by_name(devices: Iterable[str]) -> list[str]:
+    """GPUs first."""
+    return sorted(devices, key=lambda name: (name == "cpu", name))
+
+
+def label_of(device: str) -> str:
+    """A device in the tables."""
+    if device == "cpu":
+        return "CPU"
+    return gpus()[device].label if device in gpus() else device
 
 
 def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
@@ -76,9 +88,8 @@ def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
     ran = [record for record in found if record.id in compared]
     refused = len({row.record for row in rows if row.predicted is None})
     left_out = f" The planner refuses {refused} more." if refused else ""
-    label = "CPU" if device == "cpu" else gpus()[device].label if device in gpus() else device
     head = (
-        f"**{label}**, {days(ran)}: {len(ran)} records of "
+        f"**{label_of(device)}**, {days(ran)}: {len(ran)} records of "
         f"{len({record.model for record in ran})} models; {software(ran)}.{left_out}"
     )
     spreads = repeatability(repeats(found))

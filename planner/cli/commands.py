@@ -68,6 +68,7 @@ from planner.cli.options import (
     Padded,
     Precision,
     Prompt,
+    RoutingOf,
     RuntimeName,
     SequenceTokens,
     Traced,
@@ -86,6 +87,7 @@ from planner.format import gib
 from planner.loading import load_config, load_model
 from planner.report import write_csv
 from planner.result import Estimate
+from planner.routing import routing_spec
 from planner.workload import ALL_LINEAR, LOW_RANK, Deployment, Inference, LoRA, Training, cache_spec
 
 if TYPE_CHECKING:
@@ -150,6 +152,7 @@ def estimate_command(
     encoder_tokens: EncoderTokens = None,
     padded: Padded = False,
     float32_logits: Float32Logits = False,
+    routing: RoutingOf = "uniform",
     traced: Traced = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
@@ -174,6 +177,7 @@ def estimate_command(
             method=method,  # type: ignore[arg-type]
             lora=_lora(method, lora_rank, lora_targets, lora_dtype, dora=dora),
             encoder_tokens=encoder_tokens,
+            routing=routing_spec(routing),
         )
     else:
         work = Inference(
@@ -184,6 +188,7 @@ def estimate_command(
             encoder_tokens=encoder_tokens,
             padded=padded,
             float32_logits=float32_logits,
+            routing=routing_spec(routing),
         )
     deploy = Deployment(
         gpu=gpu,

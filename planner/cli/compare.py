@@ -39,7 +39,7 @@ def compare_command(
         bool, typer.Option("--traced", help="Beside both, the same modules on fake tensors.")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Memory that others measured, in place of records.")
+        bool, typer.Option("--published", help="What others measured, in place of records.")
     ] = False,
     as_json: AsJson = False,
     csv: CsvFile = None,

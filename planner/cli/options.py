@@ -122,6 +122,15 @@ LoraDtype = Annotated[
 Dora = Annotated[
     bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")
 ]
+RoutingOf = Annotated[
+    str,
+    typer.Option(
+        "--routing",
+        metavar="uniform|balanced|zipf:SKEW",
+        help="How a mixture's tokens pick experts: at random, dealt out in turn, or by a "
+        "popularity that falls as rank^-SKEW. Times alone depend on it.",
+    ),
+]
 Logits = Annotated[str, typer.Option("--logits", help="all (a forward) or last (generate).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Traced = Annotated[

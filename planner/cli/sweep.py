@@ -20,6 +20,7 @@ from planner.cli.options import (
     ModelName,
     Output,
     Prompt,
+    RoutingOf,
     RuntimeName,
 )
 from planner.cli.output import show, show_table
@@ -29,6 +30,7 @@ from planner.estimate import estimate
 from planner.format import gib
 from planner.loading import load_model
 from planner.report import write_csv
+from planner.routing import routing_spec
 from planner.sweeps.sweep import sweep
 from planner.workload import Deployment, Inference
 
@@ -58,6 +60,7 @@ def sweep_command(
     tp: Annotated[list[int] | None, typer.Option("--tp", help="May be repeated (vllm).")] = None,
     pp: Annotated[list[int] | None, typer.Option("--pp", help="May be repeated (vllm).")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="TTFT, TPOT, tokens/s.")] = False,
+    routing: RoutingOf = "uniform",
     to: Annotated[
         Path | None,
         typer.Option("--to", metavar="FILE", help="Stream to .csv or .parquet, any size."),
@@ -74,6 +77,7 @@ def sweep_command(
         "tensor_parallel": tp or [1],
         "pipeline_parallel": pp or [1],
         "latency": latency,
+        "routing": routing_spec(routing),
     }
     sizes = numbers("batch", batch), numbers("context", context)
     if to is not None:

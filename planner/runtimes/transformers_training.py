@@ -65,7 +65,9 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     if model.is_seq2seq or work.encoder_tokens is not None:
         encoder = model.encoder_length(work.encoder_tokens, tokens)
     model, four_bit = _four_bit(model, setting, work.batch * tokens)
-    dims = Dims(batch=work.batch, tokens=tokens, context=tokens, encoder=encoder)
+    dims = Dims(
+        batch=work.batch, tokens=tokens, context=tokens, encoder=encoder, routing=work.routing
+    )
     what = Pass(
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]

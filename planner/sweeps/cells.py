@@ -21,6 +21,7 @@ from planner.estimate import estimate
 from planner.loading import load_model
 from planner.model import Model
 from planner.prepared import Prepared, prepare
+from planner.routing import UNIFORM, Routing
 from planner.runtimes import runtime_named
 from planner.sweeps.grid import Workloads, memory_grid, takes_arrays, time_grid
 from planner.workload import Deployment, Inference
@@ -168,6 +169,7 @@ def evaluated(
     *,
     output_tokens: int,
     latency: bool,
+    routing: Routing = UNIFORM,
     tell: Callable[[int, int], None] | None = None,
 ) -> Iterator[Block]:
     """All cells, some at a time: combination by combination, batch by batch."""
@@ -181,7 +183,7 @@ def evaluated(
             if prepared is None:
                 yield _refused(combination, columns, why)
             else:
-                yield _cells(combination, prepared, columns, latency=latency)
+                yield _cells(combination, prepared, columns, latency=latency, routing=routing)
             done += len(part) * len(contexts)
             if tell is not None:
                 tell(done, whole)
@@ -222,6 +224,7 @@ def _cells(
     columns: dict[str, NDArray[Any]],
     *,
     latency: bool,
+    routing: Routing,
 ) -> Block:
     batch, context, output = (columns[name] for name in SIZES)
     limit = prepared.longest_context_tokens()
@@ -237,7 +240,7 @@ def _cells(
     if known.any():
         fill = _fill if takes_arrays(prepared) else _fill_one_by_one
         try:
-            fill(prepared, columns, numbers, known, refused, latency=latency)
+            fill(prepared, columns, numbers, known, refused, latency=latency, routing=routing)
         except ConfigError as error:
             refused[known] = str(error)
     return Block(
@@ -264,6 +267,7 @@ def _fill(
     refused: NDArray[Any],
     *,
     latency: bool,
+    routing: Routing,
 ) -> None:
     """The known cells, all at once."""
     batch, context, output = (columns[name][known] for name in SIZES)
@@ -273,6 +277,7 @@ def _fill(
         prompt_tokens=(context - (output_tokens - 1)).astype(np.float64),  # type: ignore[arg-type]
         output_tokens=output_tokens,
         logits="last",
+        routing=routing,
     )
     made = memory_grid(prepared, work)
     for name in BYTES:
@@ -293,6 +298,7 @@ def _fill_one_by_one(
     refused: NDArray[Any],
     *,
     latency: bool,
+    routing: Routing,
 ) -> None:
     """An estimate for each cell: what a cell is refused for depends on its sizes."""
     if known.sum() > MAX_SINGLE_CELLS:
@@ -307,6 +313,7 @@ def _fill_one_by_one(
             prompt_tokens=context - output + 1,
             output_tokens=output,
             logits="last",
+            routing=routing,
         )
         try:
             e = estimate(prepared.model, work, prepared.deploy)

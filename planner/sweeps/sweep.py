@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from planner.errors import check_size
 from planner.model import Model
+from planner.routing import UNIFORM, Routing
 from planner.sweeps.cells import combinations, evaluated, listed, sizes
 from planner.sweeps.tables import to_file, to_frame
 
@@ -28,6 +29,7 @@ def sweep(
     tensor_parallel: Iterable[int] | int = (1,),
     pipeline_parallel: Iterable[int] | int = (1,),
     latency: bool = False,
+    routing: Routing = UNIFORM,
     to: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame | Path:
@@ -35,7 +37,8 @@ def sweep(
 
     `context_tokens` is the KV length at the end, prompt + output − 1. Each row equals `estimate` of
     Inference(batch, prompt, output_tokens, logits="last"). A row that an estimate would refuse has
-    no numbers, and the reason in `refused`. `latency` adds TTFT, TPOT and tokens/s. `to` streams
+    no numbers, and the reason in `refused`. `latency` adds TTFT, TPOT and tokens/s, of
+    mixtures by this `routing`. `to` streams
     to a .csv or .parquet file in constant memory and returns its path; `on_progress` is told cells
     done and cells in all.
 
@@ -54,7 +57,13 @@ def sweep(
         pipeline_parallel=listed(pipeline_parallel),
     )
     blocks = evaluated(
-        every, batches, contexts, output_tokens=output_tokens, latency=latency, tell=on_progress
+        every,
+        batches,
+        contexts,
+        output_tokens=output_tokens,
+        latency=latency,
+        routing=routing,
+        tell=on_progress,
     )
     if to is None:
         return to_frame(list(blocks), latency=latency)

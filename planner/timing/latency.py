@@ -317,7 +317,11 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     passes = passes_of(model, setting, runtime, gpu)
     encoder = model.encoder_length(work.encoder_tokens, work.prompt_tokens)
     prompt = Dims(
-        batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens, encoder=encoder
+        batch=work.batch,
+        tokens=work.prompt_tokens,
+        context=work.prompt_tokens,
+        encoder=encoder,
+        routing=work.routing,
     )
     several, chunk = (
         prompt_passes(prompt, setting.max_batched_tokens) if rules.pooled else (1, prompt)
@@ -331,7 +335,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
         )
         batch = np.asarray(work.batch, dtype=np.float64)[..., None]
         read = np.asarray(encoder, dtype=np.float64)[..., None]
-        dims = Dims(batch=batch, tokens=1.0, context=contexts, encoder=read)
+        dims = Dims(batch=batch, tokens=1.0, context=contexts, encoder=read, routing=work.routing)
         step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
         tpot_s = _mean(step.time_s, contexts)
     total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)

@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
         DECODE,
         PREFILL,
         BACKWARD,
-        *map(_bytes, (*BYTE_KINDS, STRIDED)),
+        *map(_bytes, (*BYTE_KINDS, STRIDED, STRIDED_CAST)),
         *map(_bytes, COMMUNICATION),
     )
 }

@@ -20,6 +20,7 @@ from planner.program import (
     Number,
     Op,
     Program,
+    Reached,
     Segment,
     Shape,
     Symbol,
@@ -68,10 +69,10 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """Rows dealt out to experts: m rows, of so many experts, each n × k."""
+    """Rows dealt out to experts: m rows, of those that are reached, each n × k."""
 
     m: Shape
-    reached: Shape
+    reached: Reached
     n: int
     k: int
 
@@ -283,15 +284,13 @@ def _is_fixed(shape: Shape) -> bool:
 
 def _grouped(op: Op) -> Grouped | None:
     assert op.flops is not None
-    reached = next(
-        (s for s in op.moved if isinstance(s[0], Symbol) and s[0].name.startswith("min(")), None
-    )
+    reached = next((s[0] for s in op.moved if isinstance(s[0], Reached)), None)
     *rows, a, b = op.flops[1:]
     if reached is None or not isinstance(a, int) or not isinstance(b, int):
         return None
     out = op.allocates[0].shape[-1]
     n, k = (a, b) if out in (a, 0) or out not in (a, b) else (b, a)
-    return Grouped(m=tuple(rows), reached=(reached[0],), n=n, k=k)
+    return Grouped(m=tuple(rows), reached=reached, n=n, k=k)
 
 
 def _attention(op: Op, pairs: Symbol) -> Attention | None:

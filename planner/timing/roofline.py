@@ -224,17 +224,17 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             sizes, free = (m, n, k), (kind.free,)
         case Grouped():
             dtype = speed.product_dtype
-            rows, reached, n = evaluate(kind.m, dims), evaluate(kind.reached, dims), kind.n
+            rows, reached, n = evaluate(kind.m, dims), kind.reached.of(dims), kind.n
             ratio = speed.expert_ratio
-            weights = sum(evaluate(s, dims) for s in op.moved if s[:1] == kind.reached)
+            weights = sum(evaluate(s, dims) for s in op.moved if s[:1] == (kind.reached,))
             moved = moved - weights * (1.0 - ratio)
             if ratio < 1.0 and ALIAS.get(dtype, dtype) != "fp8":
                 n = n * ratio
-            sizes = (rows, reached, n, kind.k)
+            sizes = (_rows_of_tiles(kind, dims, speed), reached, n, kind.k)
             fit = _covering(speed, "grouped", dtype, sizes)
             free, family = (0, 1), "grouped"
             if fit is not None and _torch_groups(speed):
-                seconds = _by_tiles(fit, sizes, speed)
+                seconds = _as_one_product(fit, sizes, speed)
                 return _timed(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Attention():
             return _attention_time(timed, kind, dims, speed, flops, moved)
@@ -253,7 +253,7 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         seconds = np.where(by_row, few.seconds(sizes, free), seconds)
         fit = few if np.all(by_row) else fit
     if speed.fused and isinstance(kind, Grouped):
-        seconds = _one_row_each(sizes, seconds, flops, moved, speed)
+        seconds = _one_row_each(rows, sizes, seconds, flops, moved, speed)
     if speed.fused and isinstance(kind, Product):
         unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
         one = _streamed(fit, moved, unpacked, speed)
@@ -299,15 +299,24 @@ def _streamed(fit: Fit, moved: Number, unpacked: Number, speed: Speed) -> Number
 
 
 def _one_row_each(
-    sizes: tuple[Number, ...], seconds: Number, flops: Number, moved: Number, speed: Speed
+    rows: Number,
+    sizes: tuple[Number, ...],
+    seconds: Number,
+    flops: Number,
+    moved: Number,
+    speed: Speed,
 ) -> Number:
     """Experts that are reached by a row each are streamed as one product of a row is."""
-    rows, reached, n, k = sizes
+    _, reached, n, k = sizes
     fit = _covering(speed, "gemm", speed.product_dtype, (1, reached * n, k))
     if fit is None:
         return seconds
     one = _streamed(fit, moved, 0.0 if speed.expert_ratio == 1.0 else flops / 2.0, speed)
-    return np.where(np.asarray(rows) <= reached, one, seconds)
+    return np.where(np.asarray(rows) <= reached * (1.0 + ROUNDING), one, seconds)
+
+
+ROUNDING = 1e-9
+"""Of an expectation that is a whole number."""
 
 
 def _three_reductions(moved: Number, speed: Speed) -> Number:
@@ -327,10 +336,15 @@ def _three_reductions(moved: Number, speed: Speed) -> Number:
     return 2 * launch_s + _streamed(product, moved, 0.0, speed)
 
 
-GROUPED_TILE = 256
-"""Rows that two thread blocks of 128, a cluster, compute together of more than `SMALL_GROUP` of an
-expert's (ATen/native/cuda/GroupMM.cu: dispatch_bf16_grouped_kernel_on_tile_size)."""
+GROUPED_TILES = (64, 256)
+"""Rows of an expert's that a thread block computes together, or a cluster of two; the first up to
+`SMALL_GROUP` rows an expert in the mean (ATen/native/cuda/GroupMM.cu:
+dispatch_bf16_grouped_kernel_on_tile_size)."""
 SMALL_GROUP = 128
+FUSED_TILES = ((32, 16), (96, 32), (512, 64))
+"""Rows of a tile up to so many tokens, else 128 (vLLM, layers/fused_moe/fused_moe.py:
+get_default_config; cards that have a tuned file of their own differ)."""
+LARGEST_TILE = 128
 
 
 def _torch_groups(speed: Speed) -> bool:
@@ -339,16 +353,41 @@ def _torch_groups(speed: Speed) -> bool:
     return torch_runs and (speed.gpu.compute_capability or "").startswith("9.")
 
 
-def _by_tiles(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
-    """Rows that are dealt out fill half of each expert's last tile; those timed filled all.
+def _rows_of_tiles(kind: Grouped, dims: Dims, speed: Speed) -> Number:
+    """Rows dealt out in turn that fill as many tiles as those of `dims` do at random.
 
-    No faster than one product of as many rows.
+    Timed were experts with as many rows each: a tile of their own up to its size, in part, and
+    whole ones beyond; of torch's large tiles whole ones alone.
     """
-    rows, reached, n, k = sizes
-    each = np.asarray(rows, dtype=np.float64) / np.maximum(reached, 1.0)
-    tiles = np.maximum(each / GROUPED_TILE + 0.5, 1.0)
-    filled = np.where(each > SMALL_GROUP, reached * GROUPED_TILE * tiles, rows)
-    seconds = fit.seconds((filled, reached, n, k), (0, 1))
+    rows, routing, of = evaluate(kind.m, dims), dims.routing, kind.reached
+    torch_groups = _torch_groups(speed)
+    if routing.balanced and not torch_groups:
+        return rows
+    tokens = np.asarray(dims.batch * dims.tokens, dtype=np.float64)
+    large = torch_groups & (rows > SMALL_GROUP * of.experts)
+    tile = np.where(large, *GROUPED_TILES[::-1]) if torch_groups else fused_tile(tokens)
+    own = np.where(large, 0.0, np.minimum(rows, of.experts))
+    tiles = routing.tiles(of.experts, of.top_k, tokens, tile)
+    return filled_rows(rows, tiles, tile, own)
+
+
+def filled_rows(rows: Number, tiles: Number, tile: Number, own: Number) -> Number:
+    """Rows dealt out in turn that fill so many tiles; of them `own` experts have one at least."""
+    return rows * tiles / np.maximum(own, rows / tile)
+
+
+def fused_tile(tokens: Number) -> Number:
+    """Rows of a tile of a compiler's kernel."""
+    tile: Number = LARGEST_TILE
+    for most, rows in FUSED_TILES[::-1]:
+        tile = np.where(tokens <= most, rows, tile)
+    return tile
+
+
+def _as_one_product(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:
+    """No faster than one product of as many rows."""
+    filled, _, n, k = sizes
+    seconds = fit.seconds(sizes, (0, 1))
     dense = _covering(speed, "gemm", speed.product_dtype, (filled, n, k))
     return seconds if dense is None else np.maximum(seconds, dense.seconds((filled, n, k)))
 
@@ -357,7 +396,7 @@ def _bytes_time(timed: Timed, kind: Bytes, dims: Dims, speed: Speed, moved: Numb
     """An op that computes next to nothing."""
     op, known = timed.op, speed.calibration
     name = _on_cpu(op, kind.kind, speed) if speed.gpu.is_cpu else kind.kind
-    fit = None if known is None else known.fit(name.split()[0])
+    fit = None if known is None else known.fit(name) or known.fit(name.split()[0])
     if fit is None:
         return _unmeasured(timed, kind.kind, speed.dtype, 0.0, moved, speed)
     size = np.maximum(moved, NO_KERNEL_BYTES)
@@ -390,18 +429,19 @@ def byte_seconds(kind: str, moved: Number, count: Number, speed: Speed) -> Numbe
     """Seconds of an op that moves bytes and makes `count` elements.
 
     A strided one takes as long for an element of two bytes as for a wider one, until the bandwidth
-    is full. One that is strided and converts takes what both add to a plain one: nobody timed it.
+    is full. So does one that is strided and converts; where nobody timed it, it takes what both add
+    to a plain one.
     """
-    if kind == STRIDED_CAST:
+    assert speed.calibration is not None
+    cold = speed.calibration.fit(kind)
+    if kind == STRIDED_CAST and cold is None:
         plain = byte_seconds("elementwise", moved, count, speed)
         both = (byte_seconds(one, moved, count, speed) for one in (STRIDED, "cast"))
         return sum(both) - plain
-    assert speed.calibration is not None
-    cold = speed.calibration.fit(kind)
     if kind == STRIDED and cold is None:  # of a CPU
         return byte_seconds("elementwise", moved, count, speed)
     assert cold is not None
-    if kind == STRIDED:
+    if kind in (STRIDED, STRIDED_CAST):
         by_element = cold.seconds((np.maximum(ELEMENT_BYTES * count, NO_KERNEL_BYTES),))
         return np.maximum(by_element, byte_seconds("elementwise", moved, count, speed))
     return _warm_or_cold(kind, cold, moved, speed)

@@ -149,6 +149,30 @@ def test_kinds_timed_among_others_are_what_the_others_leave():
     assert 0.9 * eight / all_bytes < alone_s / softmax.median_s < 1.1 * eight / all_bytes + 0.05
 
 
+def test_products_of_mixed_dtypes_are_a_kind_of_their_own_once_they_are_timed():
+    """Until then they take what strides and conversions add to a plain product."""
+    measured = load(RECORDS)
+    like = next(r for r in measured.ops if (r.family, r.op) == ("bandwidth", "add"))
+    slow = {rows: 2e-6 + 1e-11 * rows * 2048 for rows in (64, 1024, 4096, 32768)}
+    timed = [
+        replace(like, op="mul_mixed", shape={"rows": rows, "width": 2048}, samples_s=(taken,))
+        for rows, taken in slow.items()
+    ]
+    h200 = planner.gpu_named("h200")
+    moved, count = 6.0 * 4096 * 2048, 4096.0 * 2048
+    seconds = []
+    for ops in (measured.ops, (*measured.ops, *timed)):
+        known = from_dict(calibration("h200", records=replace(measured, ops=ops)))
+        speed = roofline.Speed(gpu=h200, dtype="bf16", calibration=known)
+        kinds = ("strided cast", "strided", "cast", "elementwise")
+        seconds.append([roofline.byte_seconds(kind, moved, count, speed) for kind in kinds])
+    before, after = seconds
+    assert before[0] == pytest.approx(before[1] + before[2] - before[3])
+    assert after[0] == pytest.approx(slow[4096], rel=0.05)
+    assert after[0] > 1.5 * before[0]
+    assert after[1:] == before[1:]
+
+
 def test_a_usual_host_is_the_median_of_what_calibration_rows_had():
     end_to_end, _ = whole_records.load([whole_records.DATA / "h200.jsonl"])
     content = calibration("h200", records=load(RECORDS), end_to_end=end_to_end)

@@ -64,5 +64,5 @@ def test_only_an_error_of_nothing_is_zero(fraction, text):
 def test_only_the_part_between_the_marks_is_written():
     text = f"before\n{accuracy_table.BEGIN}\nold\n{accuracy_table.END}\nafter\n"
     assert accuracy_table.written(text, "new") == text.replace("old", "new")
-    with pytest.raises(SystemExit, match="has no"):
+    with pytest.raises(SystemExit, match="no <!-- accuracy"):
         accuracy_table.written("nothing", "new")

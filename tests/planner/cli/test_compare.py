@@ -43,7 +43,9 @@ def test_what_others_measured_is_shown_apart(run, file, tmp_path):
     answer = json.loads(out)
     assert code == 0
     assert {row["source"] for row in answer["rows"]} == {row["source"] for row in answer["summary"]}
-    assert len(table.read_text().splitlines()) == 1 + len(answer["rows"])
+    times, engines = answer["latency_rows"], answer["latency_summary"]
+    assert {row["engine"] for row in times} == {row["engine"] for row in engines}
+    assert len(table.read_text().splitlines()) == 1 + len(answer["rows"]) + len(times)
     assert run("--published")[0] == 0
     assert run("--published", file)[0] == 2
 

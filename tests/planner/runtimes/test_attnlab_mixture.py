@@ -7,7 +7,7 @@ import torch
 
 import planner
 from attnlab.mixture import choose_experts
-from planner import ConfigError, Deployment, Inference, Training
+from planner import ConfigError, Deployment, Inference, Routing, Training
 from planner.activations import peak
 from planner.dtypes import element_bytes
 from planner.program import Dims, evaluate
@@ -36,14 +36,14 @@ def of_step(gpus=4, weight_dtype=None, **fields):
     return planner.estimate(MIXTRAL, work, deploy)
 
 
-def test_a_step_of_one_token_reads_two_of_eight_experts():
+def test_tokens_that_are_dealt_out_in_turn_read_two_of_eight_experts_each():
     what = Pass(
         kind="decode", attention="sdpa", dtype="bf16", kv_dtype="bf16", logits="last"
     )  # fmt: skip
     program = forward_program(MIXTRAL, what)
 
     def read(batch):
-        dims = Dims(batch=batch, tokens=1, context=9)
+        dims = Dims(batch=batch, tokens=1, context=9, routing=Routing(distribution="balanced"))
         return sum(
             segment.count * evaluate(op.moved[0], dims)
             for segment in program.segments
