@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.options import AsJson
-from planner.cli.output import console, show
+from planner.cli.output import console, show, warn
 from planner.cli.profile import duration_s
 from planner.errors import ConfigError, check_choice
 from planner.timing.calibration_files import own_file
@@ -16,6 +17,8 @@ from planner.timing.calibration_files import own_file
 if TYPE_CHECKING:
     from planner.timing.op_times import Fit
 
+BUSY_SHARE = 0.5
+"""Programs that want to run, a CPU, in the last minute's mean: from so many on times are others'."""
 SOURCES = ("records", "aiconfigurator", "both")
 
 
@@ -90,8 +93,20 @@ def _measured(gpu: str, budget_s: float, files: list[Path]) -> Path:
     if len(files) > 1:
         raise ConfigError("--budget appends to one file: --records FILE once")
     path = files[0] if files else Path("measurements/microbench") / f"{gpu}.jsonl"
+    busy = _busy() if gpu == "cpu" else None
+    if busy:
+        warn(busy)
     run("cpu" if gpu == "cpu" else "cuda", budget_s=budget_s, out=path)
     return path
+
+
+def _busy() -> str | None:
+    """In a line: that others work beside what is to be timed; None where they do not."""
+    cpus = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < BUSY_SHARE * cpus:
+        return None
+    return f"{load:.1f} programs run on {cpus} CPUs: the times will be of a busy machine"
 
 
 def _loaded(gpu: str, files: list[Path]) -> tuple[Any, list[Any]]:
