@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from planner.timing.op_times import Fit
 
 BUSY_SHARE = 0.5
-"""Programs that want to run, a CPU, in the last minute's mean: from so many on times are others'."""
+"""Programs that want to run, a CPU, in the last minute's mean: beyond it times are others'."""
 SOURCES = ("records", "aiconfigurator", "both")
 
 
