@@ -10,25 +10,31 @@ from pathlib import Path
 import streamlit as st
 
 import planner
+from planner.timing.calibration_files import Stamp, own_stamp
 from profiles import records
 from profiles.compare import Row, compare
 from profiles.published import PublishedRow, published_rows
 from profiles.published_latency import LatencyRow, latency_rows
+from profiles.record_cpu import untimed
 from profiles.records import Record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
-    """All records, their comparison with today's planner, and what could not be used."""
+    """All records, their comparison with today's planner, and what could not be used.
+
+    `hint`: what would time CPUs that records are of; None where all are timed.
+    """
 
     records: dict[str, Record]
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    hint: str | None = None
 
 
 def store() -> Store:
     """What is stored now; ConfigError for a file that only a newer version can read."""
-    return _read(tuple(_stamp(path) for path in records.default_paths()))
+    return _read(tuple(_stamp(path) for path in records.default_paths()), own_stamp("cpu"))
 
 
 @st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
@@ -101,8 +107,13 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def _read(stamps: tuple[tuple[str, int, int], ...]) -> Store:
+def _read(stamps: tuple[tuple[str, int, int], ...], calibration: Stamp) -> Store:
     found, problems = records.load([path for path, _, _ in stamps])
     tell: Callable[[str], None] = problems.append
     rows = compare(found, on_problem=tell)
-    return Store(records={r.id: r for r in found}, rows=tuple(rows), problems=tuple(problems))
+    return Store(
+        records={r.id: r for r in found},
+        rows=tuple(rows),
+        problems=tuple(problems),
+        hint=untimed(found),
+    )

@@ -22,6 +22,7 @@ from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
+from planner.timing.calibration_files import own_stamp
 from planner.timing.latency import (
     UNTIMED,
     Latency,
@@ -184,9 +185,13 @@ class Estimate:
     @property
     def latency(self) -> Latency:
         """Times and throughput, computed when asked for."""
+        stamp = own_stamp(self.gpu.name)
         if isinstance(self.work, Training):
-            return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
-        return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
+            return training_latency(
+                self.model, self.work, self.deploy, self.setting, self.gpu, stamp
+            )
+        runtime = self.deploy.runtime
+        return latency(self.model, self.work, self.setting, runtime, self.gpu, stamp)
 
     def op_times(self, which: str = "decode") -> pd.DataFrame:
         """Where the time goes in "prefill" (of several passes, the mean one), in the last "decode"

@@ -126,6 +126,8 @@ def ours() -> None:
     else:
         shown = measured_filters.filtered(stored, of_device)
         if shown:
+            if stored.hint and any(row.device == "cpu" for row in shown):
+                st.info(f"{stored.hint}.")
             how_far_off(stored, shown)
             against(shown)
             one_run.opened(stored, shown)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli.options import AsJson
-from planner.cli.output import console, show
+from planner.cli.output import console, show, warn
 from planner.cli.profile import duration_s
 from planner.errors import ConfigError, check_choice
+from planner.timing.calibration_files import own_file
 
 if TYPE_CHECKING:
     from planner.timing.op_times import Fit
 
+BUSY_SHARE = 0.5
+"""Programs that want to run, a CPU, in the last minute's mean: beyond it times are others'."""
 SOURCES = ("records", "aiconfigurator", "both")
 
 
@@ -36,11 +40,16 @@ def calibrate_command(
         typer.Option("--budget", help="Measure on this machine first, for 8m at the most."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Else planner's catalogue.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Else measurements/calibration/<gpu>.json."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the times of ops, and say how far they are off on shapes that the fit never saw."""
+    """Fit the times of ops, and say how far they are off on shapes that the fit never saw.
+
+    What is written under measurements/calibration (or $PLANNER_CALIBRATION) times the device
+    from then on, wherever planner runs beside it.
+    """
     from profiles.calibrate import calibration, write  # noqa: TID251
     from profiles.op_tables import package_folder, samples_of_tables  # noqa: TID251
 
@@ -69,7 +78,7 @@ def calibrate_command(
         )
 
     content = calibration(gpu, records=loaded, tables=made, end_to_end=end_to_end, tell=tell)
-    path = out or Path(__file__).parents[1] / "catalog" / "calibration" / f"{gpu}.json"
+    path = out or own_file(gpu)
     size = write(content, path)
     if as_json:
         show({"gpu": gpu, "written": str(path), "bytes": size, "fits": rows})
@@ -84,8 +93,20 @@ def _measured(gpu: str, budget_s: float, files: list[Path]) -> Path:
     if len(files) > 1:
         raise ConfigError("--budget appends to one file: --records FILE once")
     path = files[0] if files else Path("measurements/microbench") / f"{gpu}.jsonl"
+    busy = _busy() if gpu == "cpu" else None
+    if busy:
+        warn(busy)
     run("cpu" if gpu == "cpu" else "cuda", budget_s=budget_s, out=path)
     return path
+
+
+def _busy() -> str | None:
+    """In a line: that others work beside what is to be timed; None where they do not."""
+    cpus = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < BUSY_SHARE * cpus:
+        return None
+    return f"{load:.1f} programs run on {cpus} CPUs: the times will be of a busy machine"
 
 
 def _loaded(gpu: str, files: list[Path]) -> tuple[Any, list[Any]]:

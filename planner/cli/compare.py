@@ -53,6 +53,7 @@ def compare_command(
     from profiles.baselines import baselines as of_baselines  # noqa: TID251
     from profiles.compare import compare, summary, to_frame  # noqa: TID251
     from profiles.peers import peer_rows  # noqa: TID251
+    from profiles.record_cpu import untimed  # noqa: TID251
     from profiles.records import default_paths, load  # noqa: TID251
     from profiles.repeatability import repeatability, repeats  # noqa: TID251
     from profiles.summaries import GROUPS  # noqa: TID251
@@ -71,6 +72,8 @@ def compare_command(
     for problem in problems:
         warn(problem)
     rows = compare(records, traced=traced, on_problem=warn)
+    if hint := untimed(records):
+        warn(hint)
     if csv is not None:
         write_csv(to_frame(rows), csv)
     spreads = repeatability(repeats(records))

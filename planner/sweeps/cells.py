@@ -253,10 +253,10 @@ def _cells(
 
 
 def _basis(prepared: Prepared) -> str:
-    from planner.timing.calibration import calibration_of
-    from planner.timing.latency import basis_of
+    from planner.timing.latency import basis_of, passes_of
 
-    return basis_of(calibration_of(prepared.gpu))
+    passes = passes_of(prepared.model, prepared.setting, prepared.runtime.name, prepared.gpu)
+    return basis_of(passes.speed)
 
 
 def _fill(

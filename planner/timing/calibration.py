@@ -2,6 +2,9 @@
 
 Each file names its sources with version and licence, and carries the errors of every fit over ops
 whose shapes it never saw. `planner calibrate` writes them; nothing here needs the measurements.
+One's own file of a device (calibration_files.py) comes before the catalogue's; of a CPU, whichever
+was measured on the processor that is asked about, and where none was, the times of another CPU
+stand for it: an extrapolation by nothing at all, with a band to match.
 
 A device that has no file of its own is timed by its nearest kin's, transferred by the ratio of
 ceilings: shares of peak and bandwidth stay, seconds follow. That is an extrapolation and is called
@@ -14,13 +17,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from planner.catalog.gpus import Gpu, gpus
+from planner.catalog.here import Processor
 from planner.errors import ConfigError, shown
+from planner.timing.calibration_files import Stamp, committed_text, own_file, own_stamp, own_text
 from planner.timing.op_families import ALIAS, COMMUNICATION
 from planner.timing.op_times import Errors, Fit, Roof, family_named
 
@@ -91,6 +95,15 @@ class GraphCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PageCost:
+    """What a CPU takes to give a process a page that it has not had (fresh_pages.py)."""
+
+    page_s: float
+    page_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EnergyCost:
     """Power that flows when nothing runs, and joules of work beyond it.
 
@@ -109,6 +122,8 @@ class Calibration:
     """All fits of a device, by "family:dtype" or, for attention, "family:dtype:backend".
 
     `transferred_from` names the kin whose measurements these are; None: the device's own.
+    `own_file`: where they lie, where they are not the catalogue's. Of a CPU, `measured_on` is the
+    one that was timed, `used_on` the one that is asked about.
     """
 
     gpu: str
@@ -118,6 +133,19 @@ class Calibration:
     graph: GraphCost | None = None
     energy: EnergyCost | None = None
     transferred_from: str | None = None
+    pages: PageCost | None = None
+    own_file: str = ""
+    measured_on: Processor | None = None
+    used_on: Processor | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another CPU than the one that is asked about was timed."""
+        return self.used_on is not None and self.used_on != self.measured_on
+
+    def times_products(self, dtype: str) -> bool:
+        """Whether a matrix product was timed in this dtype, or one that runs alike."""
+        return self.fit("gemm", dtype) is not None
 
     def fit(self, family: str, dtype: str = "", *backends: str) -> Fit | None:
         """The first there is of these backends, then the one without a backend; None: none."""
@@ -130,20 +158,26 @@ class Calibration:
         return next((fit for key, fit in self.fits.items() if key.startswith(f"{name}:")), None)
 
 
-@lru_cache(maxsize=64)
 def calibration_of(gpu: Gpu) -> Calibration | None:
     """The device's own calibration, its kin's transferred to it, or None.
 
     What it lacks (norms, casts, what the host costs: tables have none) is `REFERENCE`'s; joules are
     another's too, where architecture and TDP are the same.
     """
-    own, known = load(gpu.name), gpus()
+    return _calibration_of(gpu, own_stamp(gpu.name))
+
+
+@lru_cache(maxsize=64)
+def _calibration_of(gpu: Gpu, stamp: Stamp) -> Calibration | None:
+    if gpu.is_cpu:
+        return _of_cpu(gpu)
+    own, known = load_own(gpu.name) or load(gpu.name), gpus()
     kin = kin_of(gpu)
     if own is None and kin is not None:
         measured = load(kin)
         own = None if measured is None else transferred(measured, gpu, known[kin])
-    if own is None or gpu.is_cpu:
-        return own
+    if own is None:
+        return None
     own = replace(own, fits={**own.fits, **_in_float32(own.fits, gpu)})
     reference = load(REFERENCE)
     if reference is None or gpu.name == REFERENCE:
@@ -159,6 +193,14 @@ def calibration_of(gpu: Gpu) -> Calibration | None:
         graph=own.graph or reference.graph,
         energy=own.energy or (reference.energy if alike else None),
     )
+
+
+def _of_cpu(gpu: Gpu) -> Calibration | None:
+    """Of the processor that is asked about, else the first there is."""
+    found = [one for one in (load_own(gpu.name), load(gpu.name)) if one is not None]
+    alike = (one for one in found if one.measured_on == gpu.processor)
+    chosen = next(alike, found[0] if found else None)
+    return None if chosen is None else replace(chosen, used_on=gpu.processor)
 
 
 def _in_float32(fits: Mapping[str, Fit], gpu: Gpu) -> dict[str, Fit]:
@@ -188,10 +230,21 @@ def kin_of(gpu: Gpu) -> str | None:
 
 def load(name: str) -> Calibration | None:
     """The committed file of a device; None where there is none."""
-    path = files("planner.catalog").joinpath("calibration", f"{name}.json")
-    if not path.is_file():
+    text = committed_text(name)
+    return None if text is None else from_dict(json.loads(text))
+
+
+def load_own(name: str) -> Calibration | None:
+    """One's own file of a device; None where there is none, ConfigError where it is none."""
+    text = own_text(name)
+    if text is None:
         return None
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    path = str(own_file(name))
+    try:
+        return replace(from_dict(json.loads(text)), own_file=path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = str(error) if isinstance(error, ConfigError) else "it is not what calibrate writes"
+        raise ConfigError(f"{path} is no calibration: {what}") from None
 
 
 def transferred(measured: Calibration, gpu: Gpu, kin: Gpu) -> Calibration:
@@ -225,6 +278,7 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
         raise ConfigError(f"calibration schema={shown(content.get('schema'))} is not {SCHEMA}")
     sources = {name: Source(**entry) for name, entry in content["sources"].items()}
     host, graph, energy = (content.get(part) for part in ("host", "graph", "energy"))
+    pages, machine = content.get("pages"), content.get("machine")
     if host is not None:
         host = HostCost(**{**host, "scaled_on": tuple(host["scaled_on"])})
     if graph is not None:
@@ -236,6 +290,8 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
         host=host,
         graph=graph,
         energy=None if energy is None else EnergyCost(**energy),
+        pages=None if pages is None else PageCost(**pages),
+        measured_on=None if machine is None else Processor(**machine),
     )
 
 

@@ -24,8 +24,10 @@ from planner.program import Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.timing.calibration import Calibration
+from planner.timing.calibration_files import Stamp
 from planner.timing.collectives import MEASURED, Lanes, lanes_of
 from planner.timing.energy import pass_joules
+from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
 from planner.timing.host_cost import (
     ENGINES,
     Engine,
@@ -48,6 +50,9 @@ BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
 UNTIMED = f"not planned: more than {max(MEASURED)} shards cross hosts, by a network unknown here"
 """Of sharded training."""
+OTHER_CPU_ERROR = 0.8
+"""How far times may be off on another CPU than was timed, or in a dtype that none was timed in:
+stated, not fitted, and wide on purpose. Cores, clocks and vectors differ by such factors."""
 Interval = tuple[float, float]
 
 
@@ -125,8 +130,10 @@ def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
 
 
 @lru_cache(maxsize=256)
-def latency(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu) -> Latency:
-    """The times of one workload."""
+def latency(
+    model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gpu, stamp: Stamp = None
+) -> Latency:
+    """The times of one workload, remembered as long as the device's calibration has its `stamp`."""
     return times(model, work, setting, runtime, gpu)
 
 
@@ -163,8 +170,11 @@ class Passes:
         setting, speed = self.setting, self.speed
         parts: list[Part] = []
         head_s = 0.0
+        given_s: Number = 0.0
         for stage in self.stages:
-            phases = by_phase(program(stage))
+            whole = program(stage)
+            given_s = given_s + self._given(whole, dims)
+            phases = by_phase(whole)
             again = layers_run_again(phases)
             parts += [self._made(phase, dims, again) for phase in phases]
             head_s = head_s or self._head(phases[0])
@@ -176,7 +186,8 @@ class Passes:
         def seconds(clock: Number) -> Number:
             first, *others = parts
             begun = self._part(first, clock, head_s)
-            return said.time_s + replay_s + begun + sum(self._part(p, clock) for p in others)
+            rest = sum(self._part(p, clock) for p in others)
+            return said.time_s + replay_s + given_s + begun + rest
 
         costs = [part.cost for part in parts]
         computed, moved = _sum(costs, "computed_flops"), _sum(costs, "moved_bytes")
@@ -191,9 +202,12 @@ class Passes:
         time_s = seconds(clock)
         gpu: Number = sum(cost.seconds(clock) for cost in costs)
         error = np.sqrt(sum(cost.error_s**2 for cost in costs) + said.error_s**2)
-        waited = time_s - gpu - said.time_s - replay_s
+        waited = time_s - gpu - said.time_s - replay_s - given_s
+        error = np.hypot(error, PAGES_ERROR * given_s)
         if host and known is not None and known.host is not None:
             error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
+        if speed.gpu.is_cpu and (known is None or known.is_elsewhere):
+            error = np.maximum(error, OTHER_CPU_ERROR * time_s)
         return PassTime(
             time_s=time_s,
             error_s=error,
@@ -236,6 +250,11 @@ class Passes:
         if self.speed.gpu.is_cpu:
             return kernels_s + part.issuing_s
         return np.maximum(head_s + kernels_s, part.issuing_s)
+
+    def _given(self, program: Program, dims: Dims) -> Number:
+        """What a CPU's system takes to give a pass pages that it has not had."""
+        known = self.speed.calibration
+        return 0.0 if known is None else given_seconds(program, dims, known)
 
     def _head(self, program: Program) -> float:
         """What an idle GPU waits for at the start of a pass."""
@@ -353,7 +372,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
         step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
         tpot_s = _mean(step.time_s, contexts)
     total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)
-    basis = basis_of(passes.speed.calibration)
+    basis = basis_of(passes.speed)
     speed_s = work.batch * work.output_tokens / total_s
     if np.ndim(total_s):
         return Latency(
@@ -429,19 +448,32 @@ def bound_by(made: PassTime, speed: Speed) -> str:
     return "compute" if compute > memory else "memory"
 
 
-def basis_of(calibration: Calibration | None) -> str:
+def basis_of(speed: Speed) -> str:
     """What the times come from, in words."""
+    calibration = speed.calibration
     if calibration is None:
-        return UNCALIBRATED
+        return f"{UNCALIBRATED}{speed.uncalibrated_because}"
     if calibration.transferred_from is not None:
         return f"ops measured on {calibration.transferred_from}, by the ratio of ceilings"
-    return f"ops measured on {calibration.gpu}"
+    if speed.gpu.is_cpu:
+        return _basis_on_cpu(calibration)
+    where = f" ({calibration.own_file})" if calibration.own_file else ""
+    return f"ops measured on {calibration.gpu}{where}"
+
+
+def _basis_on_cpu(calibration: Calibration) -> str:
+    timed, asked = calibration.measured_on, calibration.used_on
+    told = "an unnamed CPU" if timed is None else timed.in_words
+    if calibration.is_elsewhere and asked is not None:
+        return f"ops measured on {told}, not on {asked.in_words}"
+    return f"ops measured {'here' if calibration.own_file else f'on {told}'}"
 
 
 def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float) -> str:
     if calibration is None:
         return "uncalibrated"
-    far = calibration.transferred_from is not None or unsure_s > 0.25 * total_s
+    other = calibration.transferred_from is not None or calibration.is_elsewhere
+    far = other or unsure_s > 0.25 * total_s
     return "extrapolated" if far else "interpolated"
 
 
@@ -451,7 +483,12 @@ MEASURED_IN = ("transformers", "attnlab")
 
 @lru_cache(maxsize=256)
 def training_latency(
-    model: Model, work: Training, deploy: Deployment, setting: Setting, gpu: Gpu
+    model: Model,
+    work: Training,
+    deploy: Deployment,
+    setting: Setting,
+    gpu: Gpu,
+    stamp: Stamp = None,
 ) -> Latency:
     """One step: forward, backward and optimizer; sharded among the GPUs of one host at most."""
     if setting.sharding is not None and setting.sharding.shards > max(MEASURED):
@@ -474,7 +511,7 @@ def training_latency(
     return Latency(
         step_s=step_s,
         trained_tokens_per_s=tokens / step_s,
-        basis=basis_of(calibration),
+        basis=basis_of(passes.speed),
         step_interval_s=None if unmeasured else _interval(step_s, float(made.error_s)),
         confidence=_confidence(calibration, float(made.extrapolated_s), step_s),
         prefill_bound_by=bound_by(made, passes.speed),

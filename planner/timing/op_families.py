@@ -55,6 +55,11 @@ def gemm_work(m: Number, n: Number, k: Number, dtype: str) -> Work:
     return 2.0 * m * n * k, b * (m * k + n * k) + out * m * n
 
 
+def few_rows_work(m: Number, n: Number, k: Number, dtype: str) -> Work:
+    """2·m·n·k; a CPU's libraries go over the weights once for each of so few rows."""
+    return 2.0 * m * n * k, WEIGHT_BYTES[dtype] * m * (n * k + n + k)
+
+
 def gemm_family(dtype: str, *fixed: Number) -> str:
     """The family of a product whose weight and activation have these fixed sizes."""
     if WEIGHT_BYTES.get(ALIAS.get(dtype, dtype)) != 2.0:
@@ -103,6 +108,10 @@ GEMM_EVEN = replace(GEMM, name="gemm_even")
 GEMM_ODD = replace(GEMM, name="gemm_odd")
 """Products with rows of 2-byte elements that do not all begin at 16 bytes, because a fixed size is
 no multiple of 8, or is odd: the kernels that load 16 bytes at once cannot take them."""
+FEW_ROWS = 4
+"""From so many rows on a CPU's libraries multiply blocks of them; below, row by row: 3 rows take
+longer than 4 (profiles/data/microbench/cpu.jsonl, all sizes of weights)."""
+GEMM_FEW = replace(GEMM, name="gemm_few", work=few_rows_work, scales=(1.0, 4.0, 4.0))
 GROUPED = Family(
     name="grouped",
     sizes=("m", "E", "n", "k"),
@@ -148,6 +157,10 @@ BYTE_KINDS = (
 """Ops that compute next to nothing, by how well they stream."""
 STRIDED = "strided"
 STRIDED_CAST = "strided cast"
+ELEMENTWISE_TANH = "elementwise:tanh"
+NORM_RMS = "norm:rms"
+"""Of CPUs: elementwise ops around a tanh, which take their time to compute, and the norm that is
+one kernel on a GPU and six there."""
 ELEMENT_BYTES = 4.0
 """Read and written of an element of two bytes: by it strided kernels, which take as long for wider
 elements until these fill the bandwidth, are given a size in bytes."""
@@ -165,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         GEMM,
         GEMM_EVEN,
         GEMM_ODD,
+        GEMM_FEW,
         GROUPED,
         DECODE,
         PREFILL,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from planner.model import Model
 from planner.program import Dims, Program
 from planner.timing.collectives import collective_seconds, collectives
+from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
 from planner.timing.latency import Passes
 from planner.timing.roofline import OpTime, Speed, op_times
 
@@ -39,6 +40,8 @@ class OpRow:
 def op_rows(program: Program, dims: Dims, speed: Speed, clock: float = 1.0) -> list[OpRow]:
     """All kinds of op of a pass, at a clock that the power cap allows (power.py)."""
     rows = [_row(made, speed, clock) for made in op_times(program, dims, speed)]
+    if speed.calibration is not None and speed.calibration.pages is not None:
+        rows.append(_pages(given_seconds(program, dims, speed.calibration)))
     return sorted(rows, key=lambda row: -row.total_s)
 
 
@@ -80,6 +83,22 @@ def op_table(passes: Passes, make: Callable[[Model], Program], dims: Dims) -> pd
     columns = list(OpRow.__dataclass_fields__)
     table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     return table.sort_values("total_s", ascending=False, ignore_index=True)
+
+
+def _pages(seconds: float) -> OpRow:
+    """What a CPU's system does before an op can write: no op's own, and once for all of them."""
+    return OpRow(
+        op="pages given anew",
+        family="pages",
+        count=1,
+        seconds=seconds,
+        total_s=seconds,
+        flops=0.0,
+        moved_bytes=0.0,
+        bound_by="memory",
+        basis="interpolated",
+        error=PAGES_ERROR,
+    )
 
 
 def _row(made: OpTime, speed: Speed, clock: float) -> OpRow:

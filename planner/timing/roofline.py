@@ -9,19 +9,24 @@ over bandwidth.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.catalog.gpus import Gpu
-from planner.program import Dims, Number, Program, evaluate, maximum
+from planner.program import Dims, Number, Op, Program, evaluate, maximum
 from planner.timing.calibration import TRANSFERRED, Calibration, calibration_of
 from planner.timing.op_families import (
     ALIAS,
     ELEMENT_BYTES,
+    ELEMENTWISE_TANH,
+    FEW_ROWS,
     GEMM,
+    GEMM_FEW,
     MASKED,
+    NORM_RMS,
     STRIDED,
     STRIDED_CAST,
     gemm_family,
@@ -69,6 +74,7 @@ class Speed:
     product_dtype: str = ""
     fused: bool = False
     gpus: int = 1
+    uncalibrated_because: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +135,19 @@ def speed_of(
     product_dtype: str = "",
     gpus: int = 1,
 ) -> Speed:
-    """A device with the calibration that there is for it."""
+    """A device with the calibration that there is for it.
+
+    Of a CPU it goes for the dtypes that products were timed in: which of the others have
+    instructions of their own differs from one to the next.
+    """
+    known, because = calibration_of(gpu), ""
+    if gpu.is_cpu and known is not None and not known.times_products(dtype):
+        known, because = None, f": no product was timed in {dtype} on a CPU"
     return Speed(
         gpu=gpu,
         dtype=dtype,
-        calibration=calibration_of(gpu),
+        calibration=known,
+        uncalibrated_because=because,
         backends=backends,
         fused=fused,
         weight_ratio=weight_ratio,
@@ -234,6 +248,10 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     if fit is None:
         return _unmeasured(timed, family, dtype or speed.dtype, flops, moved, speed)
     seconds = fit.seconds(sizes, free)
+    few = _few_rows(speed, dtype) if isinstance(kind, Product) else None
+    if few is not None and np.any(by_row := np.asarray(sizes[0]) < FEW_ROWS):
+        seconds = np.where(by_row, few.seconds(sizes, free), seconds)
+        fit = few if np.all(by_row) else fit
     if speed.fused and isinstance(kind, Grouped):
         seconds = _one_row_each(rows, sizes, seconds, flops, moved, speed)
     if speed.fused and isinstance(kind, Product):
@@ -249,6 +267,11 @@ def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: i
     family = gemm_family(dtype, *fixed)
     known = speed.calibration is not None and speed.calibration.fit(family, dtype) is not None
     return family if known else GEMM.name
+
+
+def _few_rows(speed: Speed, dtype: str) -> Fit | None:
+    """What times products of fewer rows than a block, where those were timed apart: on CPUs."""
+    return None if speed.calibration is None else speed.calibration.fit(GEMM_FEW.name, dtype)
 
 
 LARGE_PRODUCT = (1.0, 32768.0, 8192.0)
@@ -372,14 +395,34 @@ def _as_one_product(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number
 def _bytes_time(timed: Timed, kind: Bytes, dims: Dims, speed: Speed, moved: Number) -> OpTime:
     """An op that computes next to nothing."""
     op, known = timed.op, speed.calibration
-    fit = None if known is None else known.fit(kind.kind) or known.fit(kind.kind.split()[0])
+    name = _on_cpu(op, kind.kind, speed) if speed.gpu.is_cpu else kind.kind
+    fit = None if known is None else known.fit(name) or known.fit(name.split()[0])
     if fit is None:
         return _unmeasured(timed, kind.kind, speed.dtype, 0.0, moved, speed)
     size = np.maximum(moved, NO_KERNEL_BYTES)
-    seconds = byte_seconds(kind.kind, size, elements(op, dims) * 1.0, speed)
+    seconds = byte_seconds(name, size, elements(op, dims) * 1.0, speed)
     if op.sometimes:
         seconds = seconds * (np.asarray(moved) > 0)
     return _timed(timed, kind.kind, fit, seconds, (size,), 0.0, moved, speed)
+
+
+CPU_PLAIN = (STRIDED, STRIDED_CAST, "cast", "cat")
+"""Kinds that a CPU runs as plain ones: its loops go along rows, by vectors, whether these lie one
+behind the other or not (aten/src/ATen/native/cpu/Loops.h, CatKernel.cpp)."""
+TANH = re.compile(r"tanh|gelu|erf")
+"""What a CPU computes for longer than it moves; a GPU hides it."""
+
+
+def _on_cpu(op: Op, kind: str, speed: Speed) -> str:
+    """Which fit times an op that moves bytes on a CPU."""
+    known = speed.calibration
+    if known is None:
+        return kind
+    if kind == "elementwise" and TANH.search(op.kernel) and ELEMENTWISE_TANH in known.fits:
+        return ELEMENTWISE_TANH
+    if kind == "norm" and "rms_norm" in op.kernel and NORM_RMS in known.fits:
+        return NORM_RMS
+    return "elementwise" if kind in CPU_PLAIN and known.fit(kind.split()[0]) is None else kind
 
 
 def byte_seconds(kind: str, moved: Number, count: Number, speed: Speed) -> Number:
@@ -395,6 +438,8 @@ def byte_seconds(kind: str, moved: Number, count: Number, speed: Speed) -> Numbe
         plain = byte_seconds("elementwise", moved, count, speed)
         both = (byte_seconds(one, moved, count, speed) for one in (STRIDED, "cast"))
         return sum(both) - plain
+    if kind == STRIDED and cold is None:  # of a CPU
+        return byte_seconds("elementwise", moved, count, speed)
     assert cold is not None
     if kind in (STRIDED, STRIDED_CAST):
         by_element = cold.seconds((np.maximum(ELEMENT_BYTES * count, NO_KERNEL_BYTES),))

@@ -23,6 +23,8 @@ BACKENDS = {
 WIDE_BACKENDS = {"fp32": ("efficient",)}
 """Flash and cuDNN's kernels take 2-byte elements alone (aten/src/ATen/native/transformers/cuda/
 sdp_utils.cpp: check_tensor_dtype)."""
+CPU_BACKENDS = ("flash", "default")
+"""A CPU's own flash kernel takes all dtypes (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 FP8_METHODS = frozenset(("fp8", "fbgemm_fp8", "compressed-tensors"))
 
 
@@ -33,7 +35,9 @@ def speed_for(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Speed:
     return speed_of(
         gpu,
         setting.dtype,
-        backends=(*WIDE_BACKENDS.get(setting.dtype, ()), *BACKENDS.get(runtime, ())),
+        backends=CPU_BACKENDS
+        if gpu.is_cpu
+        else (*WIDE_BACKENDS.get(setting.dtype, ()), *BACKENDS.get(runtime, ())),
         fused=runtime == "attnlab" and setting.mode == "graph",
         weight_ratio=ratio,
         expert_ratio=expert_ratio,

@@ -27,6 +27,7 @@ from profiles.op_samples import samples_of_records
 from profiles.op_tables import held_out, package_folder
 
 RECORDS = Path(__file__).parents[2] / "profiles" / "data" / "microbench" / "h200.jsonl"
+CPU_RECORDS = RECORDS.with_name("cpu.jsonl")
 PEAK, BANDWIDTH = 1e15, 4e12
 TRUE = Roof(floor_s=3e-6, compute=0.7, bandwidth=0.8, extra_flops=1e8, extra_bytes=2e6, power=3.0)
 
@@ -267,7 +268,32 @@ def test_a_calibrated_cpu_times_a_model_by_what_was_measured(this_cpu, monkeypat
     work = planner.Inference(batch=1, prompt_tokens=61, output_tokens=5, logits="last")
     deploy = planner.Deployment(gpu="cpu", runtime="attnlab", dtype="fp32", mode="eager")
     latency = planner.estimate(model, work, deploy).latency
-    assert latency.basis == "ops measured on cpu"
+    assert latency.basis == f"ops measured on {this_cpu.measured_on.in_words}"
     assert 1e-4 < latency.tpot_s < latency.ttft_s < 60
     low, high = latency.tpot_interval_s
     assert low < latency.tpot_s < high
+
+
+def test_a_cpu_multiplies_three_rows_slower_than_four():
+    """Over weights that no fit saw, as they were measured."""
+    ops, sizes = load(CPU_RECORDS).ops, {"n": 28672, "k": 640}
+    fits = from_dict(calibration("cpu", records=load(CPU_RECORDS))).fits
+    seconds = []
+    for name, rows in (("gemm_few:fp32", 3), ("gemm:fp32", 4)):
+        held_out = next(r for r in ops if r.shape == {"m": rows, **sizes})
+        seconds.append(float(fits[name].seconds((rows, *sizes.values()))))
+        assert held_out.split == "held-out"
+        assert seconds[-1] == pytest.approx(held_out.median_s, rel=0.15)
+    assert seconds[0] > 1.5 * seconds[1]
+
+
+def test_the_committed_file_of_a_cpu_is_of_the_committed_ops():
+    """planner calibrate --gpu cpu --from records --out planner/catalog/calibration/cpu.json."""
+    made, committed = calibration("cpu", records=load(CPU_RECORDS)), load_calibration("cpu")
+    sizes = (3.0, 640.0, 640.0)
+    assert made["sources"]["records"]["what"] == committed.sources["records"].what
+    assert from_dict(made).fits.keys() == committed.fits.keys()
+    assert from_dict(made).pages == committed.pages
+    assert from_dict(made).measured_on == committed.measured_on
+    few = from_dict(made).fits["gemm_few:fp32"].seconds(sizes)
+    assert few == pytest.approx(committed.fits["gemm_few:fp32"].seconds(sizes), rel=1e-3)

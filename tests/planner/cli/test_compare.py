@@ -1,12 +1,14 @@
 """`planner compare`: repeatability first, groups, baselines, and JSON that only grows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from planner.cli.commands import main
+from planner.timing.calibration import load as load_calibration
 from profiles import records
-from tests.profiles.made import measured
+from tests.profiles.made import ENVIRONMENT, measured
 
 GIB = 2**30
 
@@ -61,6 +63,19 @@ def test_a_device_without_repeated_runs_is_said_so(run, tmp_path):
     path = tmp_path / "one.jsonl"
     records.append(path, measured(ttft_s=(0.1, 0.2)))
     assert "h200: no point was measured by two runs yet" in run(path)[1]
+
+
+def test_records_of_a_cpu_that_was_not_timed_are_told_in_a_line(run, tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    timed = load_calibration("cpu").measured_on
+    for name, threads in ((timed.name, timed.threads), ("Another CPU", 16)):
+        where = replace(ENVIRONMENT, device="cpu", gpu="cpu", cpu=name, cpu_threads=threads)
+        records.append(path, measured(ttft_s=(0.1,), attention="sdpa", environment=where))
+    told = (
+        f"1 CPU record of Another CPU, 16 threads set against ops on {timed.in_words}: there, "
+        "planner calibrate --gpu cpu --budget 1m times this machine"
+    )
+    assert run(path)[2] == f"planner: {told}\n"
 
 
 def test_groups_take_the_place_of_rows(run, file):

@@ -26,7 +26,7 @@ OP_RECORDS = Path(__file__).parents[3] / "profiles" / "data" / "microbench" / "h
 CALIBRATED = sorted(
     p.name.removesuffix(".json")
     for p in files("planner.catalog").joinpath("calibration").iterdir()
-    if p.name.endswith(".json") and p.name != "cpu.json"
+    if p.name.endswith(".json")
 )
 
 
@@ -76,7 +76,7 @@ def test_each_fit_names_a_source_with_version_and_licence(gpu):
         assert source["version"]
         assert source["url"]
         assert source["what"]
-    for part in (*content["fits"].values(), content.get("graph"), content.get("host")):
+    for part in (*content["fits"].values(), *map(content.get, ("graph", "host", "pages"))):
         assert part is None or part["source"] in content["sources"]
 
 
