@@ -21,8 +21,8 @@ import pandas as pd
 
 from planner.catalog.gpus import gpu_named
 from planner.timing.calibration import calibration_of
+from planner.timing.expert_tiles import filled_rows, fused_tile
 from planner.timing.op_times import Fit
-from planner.timing.roofline import filled_rows, fused_tile
 from profiles.fitting import Array, predicted
 from profiles.op_tables import SYSTEMS, package_folder
 

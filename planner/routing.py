@@ -9,7 +9,8 @@ drawn together within a token changes neither of the two sums that time needs:
 
 What grouped products allocate does not depend on it. Trained routers are held near uniform over
 many tokens (arXiv:2408.15664), texts of one domain are not (arXiv:2412.19437, app. C: loads by
-domain): a power of the rank stands for that, in one number.
+domain): a power of the rank stands for that, in one number. Tensor parallel ranks hold a slice of
+every expert, and so the same rows; experts that are spread over ranks are not planned.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -39,9 +39,9 @@ SPAN = 6
 class Routing:
     """How experts are picked. Models without experts are not touched by it.
 
-    `distribution`: "uniform", each token's at random, every expert as often; "zipf", the e-th most
-    popular expert by a share of the tokens that falls as e^−skew, all of them at most; "balanced",
-    dealt out in turn, as benchmarks of kernels do.
+    `distribution`: "uniform", each token's at random, every expert as often; "zipf", the r-th most
+    popular expert by a share of the tokens that falls as r^−skew, by all of them at most;
+    "balanced", dealt out in turn, as benchmarks of kernels do.
     """
 
     distribution: Literal["uniform", "balanced", "zipf"] = "uniform"
@@ -51,7 +51,7 @@ class Routing:
         check_choice("routing.distribution", self.distribution, DISTRIBUTIONS)
         known = isinstance(self.skew, int | float) and not isinstance(self.skew, bool)
         zipf = self.distribution == "zipf"
-        if not known or not isfinite(self.skew) or not 0 <= self.skew <= MOST_SKEW * zipf:
+        if not known or not 0 <= self.skew <= MOST_SKEW * zipf:
             allowed = f"0 to {MOST_SKEW:g}" if zipf else f"0 for {self.distribution!r}"
             raise ConfigError(f"routing.skew={shown(self.skew)} is not allowed: {allowed}")
 
@@ -110,7 +110,7 @@ def routing_spec(text: str) -> Routing:
 
 @lru_cache(maxsize=256)
 def _shares(experts: int, top_k: int, skew: float) -> tuple[Array, Array]:
-    """π of each kind of expert, and how many are of that kind: min(1, c · e^−skew), Σ = k."""
+    """π of each kind of expert, and how many are of that kind: min(1, c · rank^−skew), Σ = k."""
     if skew == 0.0:
         return np.array([top_k / experts]), np.array([float(experts)])
     weights = np.arange(1.0, experts + 1.0) ** -skew
@@ -133,14 +133,26 @@ def _summed(
     tile: Number,
 ) -> Number:
     """Σ over the experts of what is expected of one, cell by cell."""
-    shares, counts = kinds
+    shares, _ = kinds
     cells = np.broadcast(tokens, tile)
-    flat = [np.broadcast_to(x, cells.shape).astype(np.float64).ravel() for x in (tokens, tile)]
-    made, step = np.empty(cells.size), max(1, CHUNK // len(shares))
-    for start in range(0, cells.size, step):
-        n, t = (x[start : start + step, None] for x in flat)
-        made[start : start + step] = of_one(shares, n, t) @ counts
-    return made.reshape(cells.shape)[()]
+    n, t = (np.broadcast_to(x, cells.shape).astype(np.float64).ravel() for x in (tokens, tile))
+    if len(shares) == 1 or cells.size == 1:
+        return _of_cells(of_one, kinds, n, t).reshape(cells.shape)[()]
+    each, back = np.unique(np.stack((n, t)), axis=1, return_inverse=True)  # steps are often alike
+    made, step = np.empty(each.shape[1]), max(1, CHUNK // len(shares))
+    for start in range(0, len(made), step):
+        made[start : start + step] = _of_cells(of_one, kinds, *each[:, start : start + step])
+    return made[back.ravel()].reshape(cells.shape)
+
+
+def _of_cells(
+    of_one: Callable[[Array, Array, Array], Array],
+    kinds: tuple[Array, Array],
+    tokens: Array,
+    tile: Array,
+) -> Array:
+    shares, counts = kinds
+    return of_one(shares, tokens[:, None], tile[:, None]) @ counts
 
 
 def _tiles_of_one(shares: Array, tokens: Array, tile: Array) -> Array:

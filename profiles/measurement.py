@@ -14,9 +14,9 @@ from profiles.records import Environment, Record
 from profiles.workloads import RUNTIMES
 
 SIZES = ("batch", "sequence_tokens")
-FOUND = ("routing",)
-"""What a run finds and does not set: its routers pick as they do."""
 """Fields of a Training that a record has as its own."""
+FOUND = ("routing",)
+"""Those that a run finds and does not set: its routers pick as they do."""
 
 
 def record_of(

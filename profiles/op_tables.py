@@ -5,8 +5,9 @@ is read where it is installed (the extra `silicon`) or unpacked; nothing of it i
 
 What is left out, and why: L40S products that fit its 96 MB L2, which the tables time warm; heads of
 512 (a flat 1.7 ms on an H200); windows; caches in fp8, but as a fit of their own. A mixture's
-layer is cut into its two grouped products by their FLOPs. Every fourth shape, by a checksum of its
-(n, k) or (heads, key-value heads, head dim), is held out.
+layer is cut into its two grouped products by their FLOPs; of its rows those dealt out in turn are
+fitted, those under a power law are a check (benchmarks/power_law_routing.py). Every fourth shape,
+by a checksum of its (n, k) or (heads, key-value heads, head dim), is held out.
 """
 
 from __future__ import annotations

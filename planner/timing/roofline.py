@@ -18,6 +18,7 @@ import numpy as np
 from planner.catalog.gpus import Gpu
 from planner.program import Dims, Number, Op, Program, evaluate, maximum
 from planner.timing.calibration import TRANSFERRED, Calibration, calibration_of
+from planner.timing.expert_tiles import rows_of_tiles
 from planner.timing.op_families import (
     ALIAS,
     ELEMENT_BYTES,
@@ -230,7 +231,12 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             moved = moved - weights * (1.0 - ratio)
             if ratio < 1.0 and ALIAS.get(dtype, dtype) != "fp8":
                 n = n * ratio
-            sizes = (_rows_of_tiles(kind, dims, speed), reached, n, kind.k)
+            sizes = (
+                rows_of_tiles(kind, dims, torch_groups=_torch_groups(speed)),
+                reached,
+                n,
+                kind.k,
+            )
             fit = _covering(speed, "grouped", dtype, sizes)
             free, family = (0, 1), "grouped"
             if fit is not None and _torch_groups(speed):
@@ -336,52 +342,10 @@ def _three_reductions(moved: Number, speed: Speed) -> Number:
     return 2 * launch_s + _streamed(product, moved, 0.0, speed)
 
 
-GROUPED_TILES = (64, 256)
-"""Rows of an expert's that a thread block computes together, or a cluster of two; the first up to
-`SMALL_GROUP` rows an expert in the mean (ATen/native/cuda/GroupMM.cu:
-dispatch_bf16_grouped_kernel_on_tile_size)."""
-SMALL_GROUP = 128
-FUSED_TILES = ((32, 16), (96, 32), (512, 64))
-"""Rows of a tile up to so many tokens, else 128 (vLLM, layers/fused_moe/fused_moe.py:
-get_default_config; cards that have a tuned file of their own differ)."""
-LARGEST_TILE = 128
-
-
 def _torch_groups(speed: Speed) -> bool:
     """Whether torch's own grouped product runs: bf16 on Hopper, where nothing is compiled."""
     torch_runs = speed.backends[:1] == ("cudnn",) and not speed.fused
     return torch_runs and (speed.gpu.compute_capability or "").startswith("9.")
-
-
-def _rows_of_tiles(kind: Grouped, dims: Dims, speed: Speed) -> Number:
-    """Rows dealt out in turn that fill as many tiles as those of `dims` do at random.
-
-    Timed were experts with as many rows each: a tile of their own up to its size, in part, and
-    whole ones beyond; of torch's large tiles whole ones alone.
-    """
-    rows, routing, of = evaluate(kind.m, dims), dims.routing, kind.reached
-    torch_groups = _torch_groups(speed)
-    if routing.balanced and not torch_groups:
-        return rows
-    tokens = np.asarray(dims.batch * dims.tokens, dtype=np.float64)
-    large = torch_groups & (rows > SMALL_GROUP * of.experts)
-    tile = np.where(large, *GROUPED_TILES[::-1]) if torch_groups else fused_tile(tokens)
-    own = np.where(large, 0.0, np.minimum(rows, of.experts))
-    tiles = routing.tiles(of.experts, of.top_k, tokens, tile)
-    return filled_rows(rows, tiles, tile, own)
-
-
-def filled_rows(rows: Number, tiles: Number, tile: Number, own: Number) -> Number:
-    """Rows dealt out in turn that fill so many tiles; of them `own` experts have one at least."""
-    return rows * tiles / np.maximum(own, rows / tile)
-
-
-def fused_tile(tokens: Number) -> Number:
-    """Rows of a tile of a compiler's kernel."""
-    tile: Number = LARGEST_TILE
-    for most, rows in FUSED_TILES[::-1]:
-        tile = np.where(tokens <= most, rows, tile)
-    return tile
 
 
 def _as_one_product(fit: Fit, sizes: tuple[Number, ...], speed: Speed) -> Number:

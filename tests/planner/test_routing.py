@@ -10,7 +10,9 @@ from planner import ConfigError, Deployment, Inference, Routing, Training
 from planner.routing import routing_spec
 
 DRAWS = 400
-DEEPSEEK_V3, MIXTRAL = (planner.load_model(name) for name in ("deepseek-v3", "mixtral-8x7b"))
+DEEPSEEK_V3, MIXTRAL, QWEN3 = (
+    planner.load_model(name) for name in ("deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b")
+)
 
 
 def wanted(experts, top_k, skew):
@@ -122,6 +124,20 @@ def test_a_step_reads_the_experts_that_its_tokens_reach():
     assert random["total_s"].sum() < 0.8 * even["total_s"].sum()
 
 
+def test_a_tile_of_torch_s_is_computed_whole():
+    """257 rows of each of 128 experts take as long as 512: two tiles of 256."""
+    seconds = {}
+    for tokens in (4096, 4112, 8192):
+        work = Inference(
+            batch=1, prompt_tokens=tokens, routing=Routing(distribution="balanced"), logits="last"
+        )
+        e = planner.estimate(QWEN3, work, Deployment(gpu="h200"))
+        table = e.op_times("prefill").query("family == 'grouped'")
+        seconds[tokens] = float(table["total_s"].sum())
+    assert seconds[4112] == pytest.approx(seconds[8192], rel=1e-9)
+    assert seconds[4112] > 1.4 * seconds[4096]
+
+
 @pytest.mark.parametrize("runtime", ["vllm", "transformers", "attnlab"])
 def test_memory_is_the_same_however_tokens_are_dealt_out(runtime):
     every = [Routing(), Routing(distribution="balanced"), Routing(distribution="zipf", skew=2.0)]
@@ -153,5 +169,5 @@ def test_a_sweep_times_mixtures_by_their_routing():
             batch=int(batch), prompt_tokens=1017, output_tokens=8, logits="last", routing=routing
         )
         deploy = Deployment(gpu="h200", runtime="vllm")
-        one = planner.estimate(planner.load_model("qwen3-30b-a3b"), work, deploy)
+        one = planner.estimate(QWEN3, work, deploy)
         assert tpot_s == pytest.approx(one.latency.tpot_s, rel=1e-12)
