@@ -26,8 +26,8 @@ def shown() -> None:
     memory, times = measurements.published()
     st.caption(
         "Figures that other people measured and published with their conditions, each linked to "
-        "where it stands at its commit. No constant of the planner was fitted on them; two rules "
-        "of one-row products were written after 14 rows of gpt-fast had been seen."
+        "where it stands at its commit. No constant of the planner was fitted on them; 14 rows of "
+        "gpt-fast had been seen before some rules of compiled steps were written."
     )
     with st.container(horizontal=True):
         st.download_button(

@@ -189,6 +189,7 @@ def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> 
         tensor_parallel=deploy.tensor_parallel,
         pipeline_parallel=deploy.pipeline_parallel,
         host_add_s=deploy.host_add_s,
+        power_limit_w=deploy.power_limit_w,
         sharding=_sharding(deploy, dtype),
     )
 

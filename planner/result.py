@@ -198,11 +198,12 @@ class Estimate:
         step, or in a training step.
 
         A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
-        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
+        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up. Of
+        sharded training collectives are among them, though kernels hide most of their time.
         """
-        if self.setting.sharding is not None:
+        if self.latency.basis == UNTIMED:
             raise ConfigError(
-                f"data_parallel_shards={self.setting.sharding.shards}: times {UNTIMED}"
+                f"data_parallel_shards={self.deploy.data_parallel_shards}: times {UNTIMED}"
             )
         passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
         if isinstance(self.work, Training):

@@ -142,6 +142,8 @@ class Inference:
 
 
 MAX_GPUS = 65_536
+LEAST_W, MOST_W = 50, 5000
+"""Limits that a GPU's driver takes lie well inside."""
 
 OPTIMIZERS = (
     "adamw",
@@ -388,6 +390,7 @@ class Deployment:
     VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
     GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
+    `power_limit_w`: watts that the GPU is held to (nvidia-smi -pl); None: its TDP.
     """
 
     gpu: str
@@ -411,6 +414,7 @@ class Deployment:
     block_tokens: int = 16
     cuda_graphs: Literal["outside", "inside"] = "outside"
     host_add_s: float | None = None
+    power_limit_w: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -424,6 +428,7 @@ class Deployment:
             raise ConfigError(
                 f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"
             )
+        self._check_power()
         check_choice("cuda_graphs", self.cuda_graphs, ("outside", "inside"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")
@@ -449,6 +454,14 @@ class Deployment:
     def world_size(self) -> int:
         """GPUs that one copy of the model is spread over."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel_shards
+
+    def _check_power(self) -> None:
+        watts = self.power_limit_w
+        known = isinstance(watts, int | float) and not isinstance(watts, bool)
+        if watts is not None and not (known and LEAST_W <= watts <= MOST_W):
+            raise ConfigError(
+                f"power_limit_w={shown(watts)} is not allowed: watts, {LEAST_W} to {MOST_W}"
+            )
 
     def _check_layout(self) -> None:
         for field in ("gpus", "tensor_parallel", "pipeline_parallel", "data_parallel_shards"):

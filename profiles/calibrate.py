@@ -24,7 +24,7 @@ from planner.errors import shown
 from planner.timing.calibration import SCHEMA, HostCost
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES
 from planner.timing.host_cost import Engine, unscaled_seconds
-from planner.timing.op_families import STRIDED, WEIGHT_BYTES
+from planner.timing.op_families import COMMUNICATION, STRIDED, WEIGHT_BYTES
 from planner.timing.op_kinds import kernel_count
 from planner.timing.op_times import Fit, family_named
 from profiles import composites
@@ -181,7 +181,7 @@ def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
     family, *rest = name.split(":")
     dtype = rest[0] if rest and rest[0] in WEIGHT_BYTES else ""
-    if family == "all_reduce":
+    if family in COMMUNICATION:
         family, dtype = ":".join(name.split(":")[:2]), ""
     points = POINTS.get(":".join(name.split(":")[:2]), OTHER_POINTS)
     peak, bandwidth = gpu.flops_per_s(dtype or "bf16"), gpu.memory_bandwidth_bytes_per_s

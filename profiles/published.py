@@ -15,7 +15,7 @@ that nothing here can express say why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +37,7 @@ GPUS = {
     "A100-80GB": "a100-80gb",
     "A100-SXM4-40GB": "a100-40gb",
     "NVIDIA L40S": "l40s",
-    "H100-96GB HBM2e 500W": "h100-80gb",
+    "H100-96GB HBM2e 500W": "h100-96gb-hbm2e",
     "H200-141GB": "h200",
 }
 QUANTITIES = {
@@ -97,16 +97,13 @@ class Plan:
     named: tuple[tuple[str, int], ...] = ()
     why: str = ""  # what else is known to differ
     settings: AllocatorSettings = DEFAULTS
-    memory_bytes: int | None = None  # of the card, where the catalogue has its kin
 
     def figures(self) -> dict[str, int | None]:
         """What is predicted, by quantity; torch's allocator as the run had set it."""
         memory = planner.estimate(self.model, self.work, self.deploy).memory
         seen = {name: getattr(memory, name) for name in QUANTITIES.values()}
-        torch, card = memory.torch, self.memory_bytes
-        if isinstance(torch, AllocatorPlan) and (card or self.settings != DEFAULTS):
-            if card is not None:
-                torch = replace(torch, capacity_bytes=card - memory.outside_torch_bytes)
+        torch = memory.torch
+        if isinstance(torch, AllocatorPlan) and self.settings != DEFAULTS:
             played = reserved(torch, settings=self.settings).stats
             seen["peak_allocated_bytes"] = played.peak_allocated_bytes
             seen["peak_reserved_bytes"] = played.peak_reserved_bytes
@@ -412,7 +409,6 @@ def _torchtitan(record: dict[str, Any]) -> Plan:
         named=tuple(named),
         why=_titan_why(s),
         settings=AllocatorSettings(expandable_segments=record["gpus"] == 8),
-        memory_bytes=None if later else 96 * 10**9,
     )
 
 

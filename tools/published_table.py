@@ -31,8 +31,11 @@ does not hold. Every miss above 5 % has a sentence.
 TIMES = """## Times
 
 `latency.jsonl`: single requests, static batches and first tokens whose conditions are printed with
-them. No constant was fitted on it; of gpt-fast's rows 14 had been seen before two rules of one-row
-products were written from torch's source and the number of a GPU's instructions (docs/time.md).
+them. No constant was fitted on it; but 14 rows of gpt-fast had been seen before five rules of
+compiled steps of one row were written (docs/time.md names them). Left out: pages without a licence,
+GPUs that are not named to the variant (torchao's H100), batches whose caches do not fit at once
+(LMDeploy), other sizes of TensorRT-LLM's and LMDeploy's tables (before any was planned), and
+llama.cpp's tables, none of which was found with both its GPU and a licence.
 
 - transformers 4.35 ran op by op, fp16: at small batches its host binds, whose speed is not
   published. TTFT is its forward over all logits, TPOT (generate − forward) / (output − 1).

@@ -66,6 +66,7 @@ from planner.cli.options import (
     OptimizerName,
     Output,
     Padded,
+    PowerLimit,
     Precision,
     Prompt,
     RoutingOf,
@@ -129,6 +130,7 @@ def estimate_command(
     cuda_graphs: CudaGraphs = "outside",
     mode: Mode = None,
     host_add: HostAdd = None,
+    power_limit: PowerLimit = None,
     shards: Shards = 1,
     reshard: Reshard = "all",
     reduce_dtype: ReduceDtype = "fp32",
@@ -199,7 +201,7 @@ def estimate_command(
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
         **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
-        **launching(mode, eager=eager, host_add=host_add),
+        **launching(mode, eager=eager, host_add=host_add, power_limit=power_limit),
         **sharding(shards, reshard, reduce_dtype),
     )
     result: Estimate | TracedEstimate

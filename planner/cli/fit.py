@@ -44,6 +44,7 @@ from planner.cli.options import (
     Mode,
     ModelName,
     Output,
+    PowerLimit,
     Prompt,
     RuntimeName,
     WeightDtype,
@@ -81,6 +82,7 @@ def fit_command(
     cuda_graphs: CudaGraphs = "outside",
     mode: Mode = None,
     host_add: HostAdd = None,
+    power_limit: PowerLimit = None,
     traffic: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +108,7 @@ def fit_command(
         cache=None if cache is None else cache_spec(cache),
         attention=attention,
         **layout(tp, pp, utilization, max_model_len, max_batched, max_seqs, cuda_graphs),
-        **launching(mode, eager=eager, host_add=host_add),
+        **launching(mode, eager=eager, host_add=host_add, power_limit=power_limit),
     )
     described = load_model(model)
     result = estimate(described, work, deploy)

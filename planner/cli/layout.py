@@ -100,8 +100,10 @@ def layout(
     }
 
 
-def launching(mode: str | None, *, eager: bool, host_add: float | None) -> dict[str, Any]:
-    """How steps are launched, as fields of a Deployment; `eager` is vllm's own word for it."""
+def launching(
+    mode: str | None, *, eager: bool, host_add: float | None, power_limit: float | None
+) -> dict[str, Any]:
+    """How steps are launched, at which power, as fields of a Deployment; `eager` is vllm's word."""
     if eager and mode not in (None, "eager"):
         raise ConfigError(f"--mode {shown(mode)} is not allowed with --enforce-eager: eager")
     taken = "eager" if eager else mode or "graph"
@@ -109,4 +111,4 @@ def launching(mode: str | None, *, eager: bool, host_add: float | None) -> dict[
         raise ConfigError(
             f"--host-add is not allowed with --mode {taken}: a graph waits for no host"
         )
-    return {"mode": taken, "host_add_s": host_add}
+    return {"mode": taken, "host_add_s": host_add, "power_limit_w": power_limit}

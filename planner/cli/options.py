@@ -44,6 +44,14 @@ HostAdd = Annotated[
         help="How fast the host launches: what x + x over 64 elements costs it, 7e-6; eager only.",
     ),
 ]
+PowerLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--power-limit",
+        metavar="WATTS",
+        help="What each GPU is held to (nvidia-smi -pl); else its TDP.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the model's.")]
 WeightDtype = Annotated[
     str | None,

@@ -41,6 +41,7 @@ class Setting:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     host_add_s: float | None = None
+    power_limit_w: float | None = None
     sharding: Sharding | None = None
 
     def held_dtype(self, work: Training) -> str:

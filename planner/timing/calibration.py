@@ -25,7 +25,7 @@ from planner.catalog.gpus import Gpu, gpus
 from planner.catalog.here import Processor
 from planner.errors import ConfigError, shown
 from planner.timing.calibration_files import Stamp, committed_text, own_file, own_stamp, own_text
-from planner.timing.op_families import ALIAS
+from planner.timing.op_families import ALIAS, COMMUNICATION
 from planner.timing.op_times import Errors, Fit, Roof, family_named
 
 SCHEMA = 1
@@ -298,7 +298,7 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
 def _fit(name: str, entry: Mapping[str, Any]) -> Fit:
     family, *rest = name.split(":")
     dtype = rest[0] if rest else ""
-    if family == "all_reduce":
+    if family in COMMUNICATION:
         family, dtype = f"{family}:{dtype}", ""
     errors = entry.get("held_out")
     return Fit(

@@ -25,6 +25,7 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.timing.calibration import Calibration
 from planner.timing.calibration_files import Stamp
+from planner.timing.collectives import MEASURED, Lanes, lanes_of
 from planner.timing.energy import pass_joules
 from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
 from planner.timing.host_cost import (
@@ -47,7 +48,7 @@ MAX_DECODE_POINTS = 16
 
 BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
-UNTIMED = "not planned: how far gathering and reducing overlap with products was not measured"
+UNTIMED = f"not planned: more than {max(MEASURED)} shards cross hosts, by a network unknown here"
 """Of sharded training."""
 OTHER_CPU_ERROR = 0.8
 """How far times may be off on another CPU than was timed, or in a dtype that none was timed in:
@@ -60,7 +61,7 @@ class Latency:
     """Times of a workload. TPOT is the mean over the decode steps.
 
     `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
-    `step_s` and `trained_tokens_per_s` and no TTFT; sharded training has no times. Each
+    `step_s` and `trained_tokens_per_s` and no TTFT; sharded among hosts it has no times. Each
     `…_interval_s` holds nine in ten, judged by the fits' errors on ops that they never saw. `basis`
     says what the times come from and `confidence` whether most of the time lies within what was
     measured ("interpolated"), beyond it or by another GPU's ("extrapolated"), or by stated defaults
@@ -136,6 +137,24 @@ def latency(
     return times(model, work, setting, runtime, gpu)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A phase of a stage: its kernels, what the host needs to issue them, collectives beside."""
+
+    cost: Cost
+    issuing_s: float
+    lanes: Lanes | None = None
+
+    @property
+    def communication_s(self) -> float:
+        """All of its collectives."""
+        return 0.0 if self.lanes is None else self.lanes.communication_s
+
+    def seconds(self, clock: Number) -> Number:
+        """Until kernels and collectives are done."""
+        return self.cost.seconds(clock) if self.lanes is None else self.lanes.seconds(clock)
+
+
 @dataclass(frozen=True, slots=True)
 class Passes:
     """A deployment's passes: the stages, and how fast their device is."""
@@ -149,7 +168,7 @@ class Passes:
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
         """A pass through the stages, one after the other."""
         setting, speed = self.setting, self.speed
-        parts: list[tuple[Cost, float]] = []
+        parts: list[Part] = []
         head_s = 0.0
         given_s: Number = 0.0
         for stage in self.stages:
@@ -157,30 +176,31 @@ class Passes:
             given_s = given_s + self._given(whole, dims)
             phases = by_phase(whole)
             again = layers_run_again(phases)
-            parts += [(pass_cost(made, dims, speed), self._host(made, again)) for made in phases]
+            parts += [self._made(phase, dims, again) for phase in phases]
             head_s = head_s or self._head(phases[0])
         said = communication_cost(self.model, setting, dims, speed)
-        known, host = speed.calibration, sum(issuing for _, issuing in parts)
+        known, host = speed.calibration, sum(part.issuing_s for part in parts)
         replay_s = self._replay(tuple(program(stage) for stage in self.stages))
 
         def seconds(clock: Number) -> Number:
-            (first, issuing), *others = parts
-            begun = self._part(first, issuing, clock, head_s)
-            rest = sum(self._part(*p, clock) for p in others)
+            first, *others = parts
+            begun = self._part(first, clock, head_s)
+            rest = sum(self._part(p, clock) for p in others)
             return said.time_s + replay_s + given_s + begun + rest
 
-        computed, moved = _sum(parts, "computed_flops"), _sum(parts, "moved_bytes")
+        costs = [part.cost for part in parts]
+        computed, moved = _sum(costs, "computed_flops"), _sum(costs, "moved_bytes")
         clock = capped_clock(
             seconds,
             computed,
             moved,
             None if known is None else known.energy,
-            speed.gpu.tdp_w,
+            setting.power_limit_w or speed.gpu.tdp_w,
             speed.product_dtype,
         )
         time_s = seconds(clock)
-        gpu: Number = sum(cost.seconds(clock) for cost, _ in parts)
-        error = np.sqrt(sum(cost.error_s**2 for cost, _ in parts) + said.error_s**2)
+        gpu: Number = sum(cost.seconds(clock) for cost in costs)
+        error = np.sqrt(sum(cost.error_s**2 for cost in costs) + said.error_s**2)
         waited = time_s - gpu - said.time_s - replay_s - given_s
         error = np.hypot(error, PAGES_ERROR * given_s)
         if host and known is not None and known.host is not None:
@@ -192,9 +212,9 @@ class Passes:
             error_s=error,
             gpu_s=gpu,
             host_s=host,
-            communication_s=said.time_s,
-            extrapolated_s=_sum(parts, "extrapolated_s"),
-            flops=_sum(parts, "flops"),
+            communication_s=said.time_s + sum(part.communication_s for part in parts),
+            extrapolated_s=_sum(costs, "extrapolated_s"),
+            flops=_sum(costs, "flops"),
             moved_bytes=moved,
             energy_j=pass_joules(
                 computed,
@@ -208,15 +228,27 @@ class Passes:
             clock=clock,
         )
 
-    def _part(self, cost: Cost, issuing_s: float, clock: Number, head_s: float = 0.0) -> Number:
+    def _made(self, phase: Program, dims: Dims, again: int) -> Part:
+        """One phase of a stage; of sharded training with its collectives."""
+        lanes, sharding = None, self.setting.sharding
+        if sharding is not None:
+            backward = phase.segments[0].phase == BACKWARD
+            lanes = lanes_of(phase, dims, self.speed, sharding.shards, backward=backward)
+        return Part(
+            cost=pass_cost(phase, dims, self.speed),
+            issuing_s=self._host(phase, again),
+            lanes=lanes,
+        )
+
+    def _part(self, part: Part, clock: Number, head_s: float = 0.0) -> Number:
         """A phase of a stage: the longer of kernels and host, of a CPU both.
 
         Kernels of the first phase wait for the host's `head_s`.
         """
-        kernels_s = cost.seconds(clock)
+        kernels_s = part.seconds(clock)
         if self.speed.gpu.is_cpu:
-            return kernels_s + issuing_s
-        return np.maximum(head_s + kernels_s, issuing_s)
+            return kernels_s + part.issuing_s
+        return np.maximum(head_s + kernels_s, part.issuing_s)
 
     def _given(self, program: Program, dims: Dims) -> Number:
         """What a CPU's system takes to give a pass pages that it has not had."""
@@ -268,8 +300,8 @@ class Passes:
         )
 
 
-def _sum(parts: list[tuple[Cost, float]], name: str) -> Number:
-    return sum(getattr(cost, name) for cost, _ in parts)
+def _sum(costs: list[Cost], name: str) -> Number:
+    return sum(getattr(cost, name) for cost in costs)
 
 
 def layers_run_again(phases: tuple[Program, ...]) -> int:
@@ -457,8 +489,8 @@ def training_latency(
     gpu: Gpu,
     stamp: Stamp = None,
 ) -> Latency:
-    """One step: forward, backward and optimizer; of sharded training nothing is known."""
-    if setting.sharding is not None:
+    """One step: forward, backward and optimizer; sharded among the GPUs of one host at most."""
+    if setting.sharding is not None and setting.sharding.shards > max(MEASURED):
         return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
     passes = passes_of(model, setting, deploy.runtime, gpu)
@@ -471,6 +503,7 @@ def training_latency(
         or work.scales_loss(setting.dtype)
         or work.precision == "master"
         or work.freezes
+        or setting.sharding is not None
         or work.loss_chunk_tokens is not None
         or deploy.runtime not in MEASURED_IN
     )

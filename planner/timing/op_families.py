@@ -164,8 +164,8 @@ one kernel on a GPU and six there."""
 ELEMENT_BYTES = 4.0
 """Read and written of an element of two bytes: by it strided kernels, which take as long for wider
 elements until these fill the bandwidth, are given a size in bytes."""
-COMMUNICATION = ("all_reduce:2", "all_reduce:4", "all_reduce:8")
-"""By the GPUs that take part; bytes are those of the tensor that each holds."""
+COMMUNICATION = ("all_reduce", "all_gather", "reduce_scatter")
+"""By the GPUs that take part ("all_reduce:4"); bytes are those of all parts together."""
 
 
 def _bytes(name: str) -> Family:
@@ -184,6 +184,6 @@ FAMILIES: dict[str, Family] = {
         PREFILL,
         BACKWARD,
         *map(_bytes, (*BYTE_KINDS, STRIDED, STRIDED_CAST)),
-        *map(_bytes, COMMUNICATION),
+        *(_bytes(f"{kind}:{gpus}") for kind in COMMUNICATION for gpus in (2, 4, 8)),
     )
 }

@@ -47,6 +47,8 @@ APART_KERNELS = re.compile(r"topk|scatter")
 loads of the op that wants them (torch/_inductor/lowering.py: index, gather, embedding), and up to
 512 numbers are sorted inside a kernel (torch/_inductor/ir.py: Sort)."""
 ATTENTION = "_scaled_dot_product"
+COLLECTIVES = ("all_gather", "reduce_scatter")
+"""Kernels that a communicator runs beside a pass's own (collectives.py)."""
 MASKED = 4
 """Inputs of fused attention: queries, keys, values, mask."""
 
@@ -242,7 +244,7 @@ def kind_of(op: Op) -> Kind:
     """What an op is."""
     if op.flops is not None:
         return _computing(op)
-    if NO_KERNEL.match(op.kernel) or op.kernel.startswith(ATTENTION):
+    if NO_KERNEL.match(op.kernel) or op.kernel.startswith((ATTENTION, *COLLECTIVES)):
         return Nothing()
     moves = bool(op.reads or op.weight_bytes or op.moved)
     if not moves and not op.kernel:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from planner.model import Model
 from planner.program import Dims, Program
+from planner.timing.collectives import collective_seconds, collectives
 from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
 from planner.timing.latency import Passes
 from planner.timing.roofline import OpTime, Speed, op_times
@@ -44,12 +45,41 @@ def op_rows(program: Program, dims: Dims, speed: Speed, clock: float = 1.0) -> l
     return sorted(rows, key=lambda row: -row.total_s)
 
 
+def collective_rows(program: Program, dims: Dims, speed: Speed, shards: int) -> list[OpRow]:
+    """What a communicator runs beside the kernels of sharded training, which hide most of it."""
+    counts: dict[tuple[str, float], int] = {}
+    for segment in program.segments:
+        for kernel, size in collectives(segment, dims, shards):
+            counts[kernel, size] = counts.get((kernel, size), 0) + segment.count
+    rows = []
+    for (kernel, size), count in counts.items():
+        seconds, error = collective_seconds(kernel, size, shards, speed)
+        row = OpRow(
+            op=kernel,
+            family="communication",
+            count=count,
+            seconds=float(seconds),
+            total_s=count * float(seconds),
+            flops=0.0,
+            moved_bytes=size,
+            bound_by="communication",
+            basis="uncalibrated" if speed.calibration is None else "interpolated",
+            error=error,
+        )
+        rows.append(row)
+    return rows
+
+
 def op_table(passes: Passes, make: Callable[[Model], Program], dims: Dims) -> pd.DataFrame:
     """The rows of a pass through all stages, as a table."""
     import pandas as pd
 
     clock = float(passes.timed(make, dims).clock)
     rows = [row for s in passes.stages for row in op_rows(make(s), dims, passes.speed, clock)]
+    sharding = passes.setting.sharding
+    if sharding is not None:
+        made = (make(stage) for stage in passes.stages)
+        rows += [r for p in made for r in collective_rows(p, dims, passes.speed, sharding.shards)]
     columns = list(OpRow.__dataclass_fields__)
     table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     return table.sort_values("total_s", ascending=False, ignore_index=True)

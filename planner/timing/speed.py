@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
-
 from planner.catalog.gpus import Gpu
 from planner.dtypes import element_bytes
 from planner.model import Model
 from planner.program import Dims, Number
 from planner.quantization.base import linears
 from planner.runtimes.base import Setting
+from planner.timing.collectives import DEFAULT_HOP_S, collective_seconds, link_bytes_per_s
 from planner.timing.roofline import Cost, Speed, speed_of
 
 BACKENDS = {
@@ -24,10 +23,6 @@ BACKENDS = {
 WIDE_BACKENDS = {"fp32": ("efficient",)}
 """Flash and cuDNN's kernels take 2-byte elements alone (aten/src/ATen/native/transformers/cuda/
 sdp_utils.cpp: check_tensor_dtype)."""
-DEFAULT_LINK_SHARE = 0.5
-"""Of the interconnect's one-way rate that a ring reaches where nobody measured it."""
-DEFAULT_HOP_S = 6e-6
-"""One exchange of a few bytes between two GPUs where nobody measured it."""
 CPU_BACKENDS = ("flash", "default")
 """A CPU's own flash kernel takes all dtypes (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 FP8_METHODS = frozenset(("fp8", "fbgemm_fp8", "compressed-tensors"))
@@ -88,11 +83,11 @@ def communication_cost(model: Model, setting: Setting, dims: Dims, speed: Speed)
     if setting.tensor_parallel > 1:
         times = 2 * len(model.layers) + 1
         nccl = ":nccl" if speed.fused else ""  # a compiled model calls NCCL, vLLM its own
-        one, error = _all_reduce(size, setting.tensor_parallel, speed, nccl)
+        one, error = collective_seconds("all_reduce", size, setting.tensor_parallel, speed, nccl)
         seconds, off = times * one, times * one * error
     stages = setting.pipeline_parallel - 1
     if stages:
-        seconds = seconds + stages * (DEFAULT_HOP_S + size / _link(speed.gpu))
+        seconds = seconds + stages * (DEFAULT_HOP_S + size / link_bytes_per_s(speed.gpu))
         off = off + 0.5 * seconds
     return Cost(
         flops=0.0,
@@ -101,23 +96,3 @@ def communication_cost(model: Model, setting: Setting, dims: Dims, speed: Speed)
         by_family_s={"communication": seconds},
         error_s=off,
     )
-
-
-def _all_reduce(size: Number, gpus: int, speed: Speed, how: str) -> tuple[Number, float]:
-    """Seconds of one, and how far they may be off."""
-    known = 2 if gpus <= 2 else 4 if gpus <= 4 else 8
-    calibration = speed.calibration
-    fit = None
-    if calibration is not None:
-        fits = calibration.fits
-        fit = fits.get(f"all_reduce:{known}{how}") or fits.get(f"all_reduce:{known}")
-    if fit is not None and gpus <= 8:
-        return fit.seconds((np.maximum(size, 256.0),)), 0.1
-    ring = 2.0 * (gpus - 1) / gpus * size / _link(speed.gpu)
-    return DEFAULT_HOP_S * np.log2(gpus) + ring, 0.5
-
-
-def _link(gpu: Gpu) -> float:
-    """One way of the interconnect, at the share that is reached; PCIe 4.0 where none is known."""
-    both = gpu.interconnect_bytes_per_s or 64e9
-    return DEFAULT_LINK_SHARE * both / 2

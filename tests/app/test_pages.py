@@ -8,7 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import controls, measurements
-from planner.format import gib
+from planner.format import gib, seconds
 from profiles import records
 from profiles.compare import estimate_of
 from profiles.records import Environment
@@ -94,6 +94,24 @@ def test_a_link_opens_the_plan_that_the_planner_computes(model, runtime):
     assert ("KV pool" in metrics(app)) == (runtime == "vllm")
     assert "ops measured on h200" in captions(app)
     assert "nothing was measured on NVIDIA H200 SXM yet" in captions(app)
+
+
+def test_a_mixture_s_link_says_how_tokens_pick_experts():
+    app = opened(model="qwen3-30b-a3b", runtime="vllm", gpu="h200", routing="zipf:1", output="9")
+    expected = planner.estimate(
+        planner.load_model("qwen3-30b-a3b"),
+        planner.Inference(
+            batch=8,
+            prompt_tokens=2048,
+            output_tokens=9,
+            logits="last",
+            routing=planner.Routing(distribution="zipf", skew=1.0),
+        ),
+        planner.Deployment(gpu="h200", runtime="vllm"),
+    )
+    assert metrics(app)["TPOT"] == seconds(expected.latency.tpot_s)
+    dense = opened(model="gpt2")
+    assert "routing" not in {widget.key for widget in dense.sidebar.selectbox}
 
 
 def test_limits_are_the_planners():

@@ -84,7 +84,8 @@ def test_a_rate_counts_the_tokens_that_its_source_counts():
          "h100-80gb", 4, ("fp16", "fp8", "fp8")),
         ({"model": "LLaMA 70B", "gpu": "A100-80GB", "batch": 256},
          "a100-80gb", 4, ("fp16", None, None)),
-        ({"model": "Llama-3.1-405B"}, "a100-80gb", 8, ("bf16", "int8", None)),
+        ({"model": "Llama-3.1-405B", "dtype": "int8 weight-only"},
+         "a100-80gb", 8, ("bf16", "int8", None)),
         ({"model": "Llama-2-70b-chat", "dtype": "int4 weight-only, groups of 32", "gpus": 8},
          "a100-80gb", 8, ("bf16", "int4", None)),
     ],
@@ -99,7 +100,7 @@ def test_a_run_is_planned_on_its_gpus_in_its_dtypes(conditions, gpu, layout, dty
 
 
 def test_the_limit_that_is_not_planned_is_said():
-    limited = plan_of(the(model="Llama-3.1-405B"))
+    limited = plan_of(the(model="Llama-3.1-405B", dtype="int8 weight-only"))
     assert "at full power" in limited.planned_as
 
 

@@ -230,9 +230,13 @@ def test_the_ledger_says_which_gpu_is_counted_and_adds_up():
     estimate = of()
     assert "fullest of 8 GPUs: the first of 8 data-parallel shards" in estimate.explain()
     assert estimate.table()["bytes"].sum() == estimate.memory.total_bytes
+
+
+def test_sharded_among_hosts_there_are_no_times():
+    estimate = of({"data_parallel_shards": 16})
     assert estimate.latency.step_s is None
-    assert "not planned" in estimate.explain().splitlines()[-1]
-    with pytest.raises(ConfigError, match="data_parallel_shards=8: times not planned"):
+    assert "not planned: more than 8 shards" in estimate.explain().splitlines()[-1]
+    with pytest.raises(ConfigError, match="data_parallel_shards=16: times not planned"):
         estimate.op_times()
 
 
