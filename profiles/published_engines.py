@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import planner
+from planner.timing.collectives import MEASURED
+from planner.timing.latency import UNTIMED
 
 GPUS = {
     "A100-SXM4-80GB": "a100-80gb",
@@ -21,6 +23,7 @@ GPUS = {
     "L40S": "l40s",
     "B200": "b200",
     "MI300X": "mi300x",
+    "H100-96GB HBM2e, 500 W": "h100-96gb-hbm2e",
 }
 MODELS = {
     "NousResearch/Llama-2-7b-hf": "llama-2-7b",
@@ -49,7 +52,7 @@ class LatencyPlan:
     """A published run as the planner is asked for it; `planned_as` in words."""
 
     model: planner.Model
-    work: planner.Inference
+    work: planner.Inference | planner.Training
     deploy: planner.Deployment
     planned_as: str
 
@@ -153,6 +156,34 @@ def _vllm(record: dict[str, Any]) -> LatencyPlan:
     )
 
 
+def _torchtitan(record: dict[str, Any]) -> LatencyPlan:
+    """Its own Llama under fully_shard, as its memory is planned (published.py: _torchtitan)."""
+    if "Float8" in record["notes"]:
+        raise planner.ConfigError("training with products in float8 is not planned")
+    n = record["gpus"]
+    if n > max(MEASURED):
+        raise planner.ConfigError(f"data_parallel_shards={n}: times {UNTIMED}")
+    compiled = "compile" in record["notes"]
+    return LatencyPlan(
+        model=planner.load_model(MODELS[record["model"]]),
+        work=planner.Training(
+            batch=record["batch"],
+            sequence_tokens=record["prompt"],
+            checkpointing="selective",
+            keep_every=2,
+        ),
+        deploy=planner.Deployment(
+            gpu=GPUS[record["gpu"]],
+            dtype="bf16",
+            weight_dtype="fp32",
+            data_parallel_shards=n,
+            reshard_after_forward="all-but-last",
+            power_limit_w=500,
+        ),
+        planned_as="transformers under fully_shard" + (", uncompiled" if compiled else ""),
+    )
+
+
 PLANNERS: dict[str, Callable[[dict[str, Any]], LatencyPlan]] = {
     "transformers": _transformers,
     "gpt-fast": _gpt_fast,
@@ -160,4 +191,5 @@ PLANNERS: dict[str, Callable[[dict[str, Any]], LatencyPlan]] = {
     "TensorRT-LLM": _static_batch,
     "LMDeploy": _static_batch,
     "vLLM": _vllm,
+    "torchtitan": _torchtitan,
 }

@@ -100,7 +100,8 @@ def rows_of(index: int, record: dict[str, Any]) -> Iterator[LatencyRow]:
         predicted = figure(record, latency, quantity)
         error = relative_error(predicted, value)
         assert error is not None
-        bound = latency.prefill_bound_by if quantity == "ttft_s" else latency.decode_bound_by
+        first = quantity == "ttft_s" or latency.step_s is not None
+        bound = latency.prefill_bound_by if first else latency.decode_bound_by
         missed = abs(error) > EXPLAINED_FROM
         yield LatencyRow(
             **about,
@@ -130,6 +131,8 @@ def published(record: dict[str, Any]) -> dict[str, float]:
 
 def figure(record: dict[str, Any], latency: Latency, quantity: str) -> float:
     """The same of the plan."""
+    if quantity == "tokens_per_s" and latency.trained_tokens_per_s is not None:
+        return latency.trained_tokens_per_s
     if quantity == "tokens_per_s":
         assert latency.end_to_end_s is not None
         prompts = record.get("tokens_per_s_of") == PROMPTS_TOO
@@ -144,6 +147,8 @@ def in_words(record: dict[str, Any]) -> str:
     """What was run, in a few words."""
     parts = [record["dtype"], record.get("attention", "")]
     size = f"{record['batch']} × ({record['prompt']} + {record['output']})"
+    if record["kind"] == "training_step":
+        size = f"a training step of {record['batch']} × {record['prompt']}"
     return ", ".join(filter(None, (*parts, size)))
 
 

@@ -44,6 +44,8 @@ llama.cpp's tables, none of which was found with both its GPU and a licence.
   weights, which draws less.
 - TensorRT-LLM and LMDeploy are no runtimes of ours: planned as vllm, the nearest engine, with all
   prompts in one pass, in the dtypes that they print.
+- torchtitan trains with fully_shard over the GPUs of a host, each held to 500 W: planned in
+  transformers; compiled layers as they run uncompiled.
 - vLLM 0.10 and 0.13 are planned as 0.19. What its scheduler does between passes is not planned. Of
   AMD's MI300X no op was timed: its times are those of an uncalibrated roofline.
 

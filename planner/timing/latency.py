@@ -178,7 +178,8 @@ class Passes:
             again = layers_run_again(phases)
             parts += [self._made(phase, dims, again) for phase in phases]
             head_s = head_s or self._head(phases[0])
-        said = communication_cost(self.model, setting, dims, speed)
+        pooled = runtime_named(self.runtime).pooled
+        said = communication_cost(self.model, setting, dims, speed, gathers_logits=pooled)
         known, host = speed.calibration, sum(part.issuing_s for part in parts)
         replay_s = self._replay(tuple(program(stage) for stage in self.stages))
 

@@ -71,10 +71,14 @@ def _stored(model: Model, dtype: str, has_fp8: bool) -> tuple[float, float, str]
     return ratio(False), ratio(True), "fp8" if in_fp8 else dtype
 
 
-def communication_cost(model: Model, setting: Setting, dims: Dims, speed: Speed) -> Cost:
+def communication_cost(
+    model: Model, setting: Setting, dims: Dims, speed: Speed, *, gathers_logits: bool
+) -> Cost:
     """All-reduces of a tensor-parallel pass, and what pipeline stages hand on.
 
-    Two a layer of [B · T, h] (Megatron-LM, arXiv:1909.08053, §3), one of the embedding.
+    Two a layer of [B · T, h] (Megatron-LM, arXiv:1909.08053, §3), one of the embedding; where every
+    GPU has a part of the vocabulary, the last logits of all sequences are gathered (vLLM,
+    model_executor/layers/logits_processor.py: tensor_model_parallel_all_gather).
     """
     elements = dims.batch * dims.tokens * float(model.hidden_size)
     size = elements * element_bytes(setting.dtype)
@@ -85,6 +89,10 @@ def communication_cost(model: Model, setting: Setting, dims: Dims, speed: Speed)
         nccl = ":nccl" if speed.fused else ""  # a compiled model calls NCCL, vLLM its own
         one, error = collective_seconds("all_reduce", size, setting.tensor_parallel, speed, nccl)
         seconds, off = times * one, times * one * error
+        if gathers_logits:
+            logits = dims.batch * float(model.vocab_size) * element_bytes(setting.dtype)
+            one, error = collective_seconds("all_gather", logits, setting.tensor_parallel, speed)
+            seconds, off = seconds + one, off + one * error
     stages = setting.pipeline_parallel - 1
     if stages:
         seconds = seconds + stages * (DEFAULT_HOP_S + size / link_bytes_per_s(speed.gpu))
