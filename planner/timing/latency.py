@@ -38,7 +38,7 @@ from planner.timing.host_cost import (
 )
 from planner.timing.op_kinds import kernel_count
 from planner.timing.power import capped_clock
-from planner.timing.roofline import Cost, Speed, pass_cost
+from planner.timing.roofline import UNTIMED_ERROR, Cost, Speed, pass_cost
 from planner.timing.speed import communication_cost, speed_for
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
@@ -50,9 +50,6 @@ BACKWARD = "backward"
 UNCALIBRATED = "uncalibrated roofline"
 UNTIMED = f"not planned: more than {max(MEASURED)} shards cross hosts, by a network unknown here"
 """Of sharded training."""
-OTHER_CPU_ERROR = 0.8
-"""How far times may be off on another CPU than was timed, or in a dtype that none was timed in:
-stated, not fitted, and wide on purpose. Cores, clocks and vectors differ by such factors."""
 Interval = tuple[float, float]
 
 
@@ -206,8 +203,8 @@ class Passes:
         error = np.hypot(error, PAGES_ERROR * given_s)
         if host and known is not None and known.host is not None:
             error = np.where(waited > 0, np.hypot(error, host * known.host.spread), error)
-        if speed.gpu.is_cpu and (known is None or known.is_elsewhere):
-            error = np.maximum(error, OTHER_CPU_ERROR * time_s)
+        if known is None or (speed.gpu.is_cpu and known.is_elsewhere):
+            error = np.maximum(error, UNTIMED_ERROR * time_s)  # all ops of it are off alike
         return PassTime(
             time_s=time_s,
             error_s=error,
