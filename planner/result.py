@@ -23,15 +23,9 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
 from planner.timing.calibration_files import own_stamp
-from planner.timing.latency import (
-    UNTIMED,
-    Latency,
-    latency,
-    passes_of,
-    prompt_passes,
-    training_latency,
-)
+from planner.timing.latency import UNTIMED, Latency, latency, training_latency
 from planner.timing.op_table import op_table
+from planner.timing.passes import passes_of, prompt_passes
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 

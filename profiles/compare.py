@@ -16,7 +16,7 @@ from planner import ConfigError
 from planner.catalog.here import as_on
 from planner.program import Dims, Program
 from planner.runtimes import runtime_named
-from planner.timing.latency import passes_of
+from planner.timing.passes import passes_of
 from planner.timing.roofline import pass_cost
 from profiles.points import planned_dtype
 from profiles.record_cpu import processor_of

@@ -16,10 +16,11 @@ from typing import TypeAlias
 
 from planner.catalog.gpus import Gpu
 from planner.program import Number
+from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import Calibration
+from planner.timing.clock import Speed
 from planner.timing.op_families import ELEMENT_BYTES, STRIDED
 from planner.timing.op_times import Fit
-from planner.timing.roofline import Speed, byte_seconds
 from profiles.microbench.op_record import OpRecord, merged
 
 LEAST_S = 1e-7

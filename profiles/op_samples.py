@@ -74,7 +74,7 @@ CPU_KINDS: Mapping[str, str] = {
     "rope": "elementwise",
     "cat": "elementwise",
 }
-"""What a CPU runs as other kinds than a GPU does (planner/timing/roofline.py: CPU_PLAIN, TANH)."""
+"""What a CPU runs as other kinds than a GPU does (timing/byte_times.py: CPU_PLAIN, TANH)."""
 SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2, "rope": 3}
 """Tensors as large as the first that live at once in an op of several kernels."""
 

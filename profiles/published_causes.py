@@ -29,7 +29,7 @@ LOW_ON_ITS_PAGE = (
 )
 EXPERTS = (
     "not explained: in bf16 the same model is within 13 %; the plan unpacks a weight by three "
-    "vector instructions, as those of linear layers (timing/roofline.py: UNPACKING), and nobody "
+    "vector instructions, as those of linear layers (timing/compiled.py: UNPACKING), and nobody "
     "timed experts"
 )
 AROUND_THE_ENGINE = (
@@ -38,7 +38,7 @@ AROUND_THE_ENGINE = (
     "not known; nor is a power cap planned, as joules of a B200 were not measured"
 )
 UNCALIBRATED = (
-    "no op of an MI300X was timed: its plan is a roofline by stated defaults (timing/roofline.py: "
+    "no op of an MI300X was timed: its plan is a roofline by stated defaults (timing/clock.py: "
     "DEFAULT), the same share of peak and bandwidth at every size"
 )
 UNGROUPED = (

@@ -253,7 +253,8 @@ def _cells(
 
 
 def _basis(prepared: Prepared) -> str:
-    from planner.timing.latency import basis_of, passes_of
+    from planner.timing.latency import basis_of
+    from planner.timing.passes import passes_of
 
     passes = passes_of(prepared.model, prepared.setting, prepared.runtime.name, prepared.gpu)
     return basis_of(passes.speed)

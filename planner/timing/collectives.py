@@ -22,8 +22,9 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.program import Dims, Number, Program, Segment, evaluate
+from planner.timing.clock import Speed
 from planner.timing.op_kinds import COLLECTIVES
-from planner.timing.roofline import Cost, Speed, pass_cost
+from planner.timing.roofline import Cost, pass_cost
 
 GATHER, REDUCE = COLLECTIVES
 MEASURED = (2, 4, 8)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from planner.model import Model
 from planner.program import Dims, Program
+from planner.timing.clock import OpTime, Speed
 from planner.timing.collectives import collective_seconds, collectives
 from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
-from planner.timing.latency import Passes
-from planner.timing.roofline import OpTime, Speed, op_times
+from planner.timing.passes import Passes
+from planner.timing.roofline import op_times
 
 if TYPE_CHECKING:
     import pandas as pd

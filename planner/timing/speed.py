@@ -10,8 +10,9 @@ from planner.model import Model
 from planner.program import Dims, Number
 from planner.quantization.base import linears
 from planner.runtimes.base import Setting
+from planner.timing.clock import Speed, speed_of
 from planner.timing.collectives import DEFAULT_HOP_S, collective_seconds, link_bytes_per_s
-from planner.timing.roofline import Cost, Speed, speed_of
+from planner.timing.roofline import Cost
 
 BACKENDS = {
     "transformers": ("cudnn", "flash", "default", "vllm"),

@@ -11,7 +11,8 @@ import pytest
 import planner
 from planner import ConfigError
 from planner.cli.commands import main
-from planner.timing import roofline
+from planner.timing import clock
+from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import from_dict
 from planner.timing.calibration import load as load_calibration
 from planner.timing.op_families import DECODE, GEMM
@@ -163,9 +164,9 @@ def test_products_of_mixed_dtypes_are_a_kind_of_their_own_once_they_are_timed():
     seconds = []
     for ops in (measured.ops, (*measured.ops, *timed)):
         known = from_dict(calibration("h200", records=replace(measured, ops=ops)))
-        speed = roofline.Speed(gpu=h200, dtype="bf16", calibration=known)
+        speed = clock.Speed(gpu=h200, dtype="bf16", calibration=known)
         kinds = ("strided cast", "strided", "cast", "elementwise")
-        seconds.append([roofline.byte_seconds(kind, moved, count, speed) for kind in kinds])
+        seconds.append([byte_seconds(kind, moved, count, speed) for kind in kinds])
     before, after = seconds
     assert before[0] == pytest.approx(before[1] + before[2] - before[3])
     assert after[0] == pytest.approx(slow[4096], rel=0.05)
@@ -263,7 +264,7 @@ def test_this_cpu_is_calibrated_from_its_own_ops(this_cpu):
 
 
 def test_a_calibrated_cpu_times_a_model_by_what_was_measured(this_cpu, monkeypatch):
-    monkeypatch.setattr(roofline, "calibration_of", lambda gpu: this_cpu)
+    monkeypatch.setattr(clock, "calibration_of", lambda gpu: this_cpu)
     model = planner.load_model("llama-50m")
     work = planner.Inference(batch=1, prompt_tokens=61, output_tokens=5, logits="last")
     deploy = planner.Deployment(gpu="cpu", runtime="attnlab", dtype="fp32", mode="eager")

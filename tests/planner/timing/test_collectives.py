@@ -12,9 +12,10 @@ from planner.catalog.gpus import gpu_named
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.timing.calibration import load
+from planner.timing.clock import speed_of
 from planner.timing.collectives import Lanes, Turn, collective_seconds
-from planner.timing.latency import passes_of
-from planner.timing.roofline import Cost, speed_of
+from planner.timing.passes import passes_of
+from planner.timing.roofline import Cost
 
 MODEL = planner.load_model("llama-3.1-8b")
 STEP = planner.Training(

@@ -6,12 +6,13 @@ import pytest
 
 import planner
 from planner.runtimes import runtime_named
-from planner.timing import roofline
+from planner.timing import clock
 from planner.timing.calibration import load
 from planner.timing.host_calls import counted, trained
 from planner.timing.host_cost import HOOKED, Engine, between_seconds, forward_runs, host_seconds
-from planner.timing.latency import by_phase, latency, layers_run_again
+from planner.timing.latency import latency
 from planner.timing.op_kinds import timed_ops
+from planner.timing.passes import by_phase, layers_run_again
 from planner.training import training_phase
 from tools import checkpoint_cost
 from tools.host_calls import TYPES, config
@@ -148,7 +149,7 @@ def test_a_cpu_computes_nothing_while_python_runs(monkeypatch):
     times = []
     for host in (None, HOST):
         known = replace(measured, host=host)
-        monkeypatch.setattr(roofline, "calibration_of", lambda gpu, known=known: known)
+        monkeypatch.setattr(clock, "calibration_of", lambda gpu, known=known: known)
         latency.cache_clear()
         e = planner.estimate(model, work, planner.Deployment(gpu="cpu", dtype="bf16"))
         times.append(e.latency.tpot_s)

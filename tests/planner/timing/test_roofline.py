@@ -12,12 +12,14 @@ from planner.catalog.gpus import gpu_named, gpus
 from planner.prepared import prepare
 from planner.program import Dims, visible_pairs
 from planner.runtimes import runtime_named
+from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import calibration_of, load
-from planner.timing.latency import passes_of, prompt_passes
+from planner.timing.clock import Speed
 from planner.timing.op_kinds import Attention, Bytes, Grouped, Product, timed_ops
 from planner.timing.op_times import Roof
+from planner.timing.passes import passes_of, prompt_passes
 from planner.timing.power import capped_clock
-from planner.timing.roofline import Speed, byte_seconds, op_times
+from planner.timing.roofline import op_times
 from planner.timing.speed import speed_for
 from profiles.microbench.op_record import load as records
 
