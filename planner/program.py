@@ -93,6 +93,10 @@ FOLDED = Symbol("(B > 1) · (T > 1)", lambda d: (d.batch > 1) * 1 * (d.tokens > 
 """1 where [B, T, H, D] seen as [B, H, T, D] cannot be folded to [B·H, T, D] without a copy."""
 
 
+LATENT = "latent_attention"
+"""The kernel of attention over latents, whose prompts and steps differ (MLA)."""
+
+
 def minimum(a: Number, b: Number) -> Number:
     """min() that keeps Python ints exact and takes arrays too."""
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):

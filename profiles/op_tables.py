@@ -41,6 +41,9 @@ HELD_OUT_EVERY = 4
 LARGEST_HEAD_DIM = 256
 WARM_L2_BYTES = 96 * 2**20
 PACKAGE = "aiconfigurator_core"
+LATENT_FILE = "generation_mla_perf.parquet"
+LATENT_WIDTH = 576
+"""DeepSeek's: 512 + 64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,7 @@ def samples_of_tables(gpu: str, folder: Path) -> Tables:
         if newest is not None:
             versions.add(f"vllm {newest.name}")
             samples |= make(newest, gpu)
+    samples |= _latents(data / "mla")
     samples |= {**_all_reduce(data, versions), **_sharded(data)}
     return Tables(
         samples=samples, version=_version(folder), measured_with=", ".join(sorted(versions))
@@ -156,6 +160,27 @@ def _attention(folder: Path, gpu: str) -> dict[str, Samples]:
             if len(rows) and (family == "decode" or dtype == "bf16"):
                 columns = ["batch_size", tokens, *heads]
                 made[f"{family}:{dtype}:vllm"] = _samples(rows, columns, shape=heads)
+    return made
+
+
+def _latents(folder: Path) -> dict[str, Samples]:
+    """One query over latents, by SGLang's kernel: vLLM's was timed as a whole module alone.
+
+    Of prompts SGLang's rows compute over latents, too; vLLM opens them for every head, and is timed
+    as any attention of such heads is.
+    """
+    found = [path / LATENT_FILE for path in sorted(folder.glob("sglang/*"))]
+    found = [path for path in found if path.is_file()]
+    made: dict[str, Samples] = {}
+    if not found:
+        return made
+    table = _read(found[-1])
+    table = table.assign(context=table.step + 1, W=LATENT_WIDTH)
+    for theirs, dtype in (("bfloat16", "bf16"), ("fp8", "fp8")):
+        rows = table[table.kv_cache_dtype == theirs]
+        if len(rows):
+            columns = ["batch_size", "context", "num_heads", "W"]
+            made[f"latent_decode:{dtype}"] = _samples(rows, columns, shape=["num_heads"])
     return made
 
 

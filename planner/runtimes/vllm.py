@@ -190,4 +190,4 @@ class Vllm:
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence over the paged cache."""
-        return vllm_program(model, setting.dtype, setting.kv_dtype)
+        return vllm_program(model, setting.dtype, setting.kv_dtype, decodes=True)

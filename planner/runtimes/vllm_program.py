@@ -12,6 +12,7 @@ from planner.dtypes import element_bytes
 from planner.layers import GQA, MLA, Dense, Layer, MoE
 from planner.model import Model
 from planner.program import (
+    LATENT,
     B,
     Buffer,
     Extent,
@@ -30,20 +31,31 @@ from planner.runtimes.writer import Writer, layer_label
 
 @lru_cache(maxsize=128)
 def vllm_program(
-    model: Model, dtype: str, kv_dtype: str, profiled: ProfileRun | None = None
+    model: Model,
+    dtype: str,
+    kv_dtype: str,
+    profiled: ProfileRun | None = None,
+    *,
+    decodes: bool = False,
 ) -> Program:
     """A pass of `model`, one GPU's share of a model; None: as it is served."""
-    return _Pass(model, dtype, kv_dtype, profiled).write()
+    return _Pass(model, dtype, kv_dtype, profiled, decodes=decodes).write()
 
 
 class _Pass(Writer):
     """A pass of vLLM, layer by layer."""
 
     def __init__(
-        self, model: Model, dtype: str, kv_dtype: str, profiled: ProfileRun | None
+        self,
+        model: Model,
+        dtype: str,
+        kv_dtype: str,
+        profiled: ProfileRun | None,
+        *,
+        decodes: bool,
     ) -> None:
         super().__init__(model, dtype)
-        self.profiled, self.kv_b = profiled, element_bytes(kv_dtype)
+        self.profiled, self.kv_b, self.decodes = profiled, element_bytes(kv_dtype), decodes
         self.compiled = profiled is not None and profiled.compiled
         self.experts: tuple[Buffer, ...] = ()
 
@@ -86,6 +98,7 @@ class _Pass(Writer):
         tape, b, h = self.tape, self.b, self.model.hidden_size
         shape = (B, T, h)
         normed = tape.new("attention norm", shape, b, reads=(residual,), weight_bytes=h * b)
+        kernel = ""
         match layer.attention:
             case GQA(num_attention_heads=H, num_key_value_heads=G, head_dim=D, sliding_window=W):
                 qkv = self.linear("qkv_proj", normed, (H + 2 * G) * D)
@@ -103,20 +116,31 @@ class _Pass(Writer):
                     (B, T, H * mla.qk_head_dim),
                     b,
                     flops=(2, B, T, q_in, H * mla.qk_head_dim),
-                    weight_bytes=(
-                        q_in * H * mla.qk_head_dim
-                        + d_c * H * (mla.qk_nope_head_dim + mla.v_head_dim)
-                    )
-                    * b,
+                    weight_bytes=q_in * H * mla.qk_head_dim * b,
                 )
                 tape.free(down)
-                flops = (2 * (2 * d_c + d_rope), B, H, visible_pairs(None))
-                read = (B, S, d_c + d_rope, self.kv_b)
+                opened = d_c * H * (mla.qk_nope_head_dim + mla.v_head_dim)
+                tape.run("kv_b_proj", flops=(2, B, T, opened), moved=((opened, b),), kernel="bmm")
+                # a prompt's latents are opened into keys and values of every head, one query's are
+                # read as they lie (attention/mla/common.py: _forward_prefill, _forward_decode)
+                if self.decodes:
+                    flops = (2 * (2 * d_c + d_rope), B, H, visible_pairs(None))
+                else:
+                    flops = (2, B, H, mla.qk_head_dim + mla.v_head_dim, visible_pairs(None))
+                read, kernel = (B, S, d_c + d_rope, self.kv_b), LATENT
                 width = H * mla.v_head_dim
             case _:
                 raise AssertionError("refused by check_planned")
         tape.free(normed)
-        out = tape.new("attention", (B, T, width), b, flops=flops, reads=(qkv,), moved=(read,))
+        out = tape.new(
+            "attention",
+            (B, T, width),
+            b,
+            flops=flops,
+            reads=(qkv,),
+            moved=(read,),
+            kernel=kernel,
+        )
         tape.free(qkv)
         attended = self.linear("o_proj", out, h)
         # the compiled piece between two attentions is called with the first one's output, which its

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.program import Dims, Number, evaluate
+from planner.program import LATENT, Dims, Number, evaluate
 from planner.timing.clock import OpTime, Speed, _computing_s, by_default, by_fit
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
+    LATENT_ROPE,
     MASKED,
     triangle,
 )
@@ -30,6 +31,8 @@ def attention_time(
     calibration, B = speed.calibration, np.asarray(dims.batch, dtype=np.float64)
     pairs = np.asarray(kind.pairs_of(dims), dtype=np.float64)
     heads = (kind.heads, kind.kv_heads, kind.head_dim)
+    if kind.backend == LATENT:  # a prompt's latents are opened for every head
+        heads = (kind.heads, kind.heads, kind.head_dim)
     several = np.asarray(dims.tokens) > 1
     family = "attention_backward" if kind.backward else "prefill"
     backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
@@ -86,5 +89,11 @@ def _decode_fit(
         waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
         each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
         return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
+    if kind.backend == LATENT:
+        dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
+        latent = calibration.fit("latent_decode", dtype) or calibration.fit("latent_decode", "bf16")
+        width = kind.head_dim + LATENT_ROPE / 2.0  # d_c + d_rope, of d_c + d_rope / 2
+        if latent is not None:
+            return latent, (B, pairs, float(kind.heads), width)
     fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
     return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)

@@ -75,6 +75,15 @@ def decode_work(B: Number, S: Number, H: Number, G: Number, D: Number, dtype: st
     return 4.0 * B * H * S * D, 2.0 * b * B * G * S * D + 4.0 * B * H * D
 
 
+def latent_work(B: Number, S: Number, H: Number, W: Number, dtype: str) -> Work:
+    """2·B·H·S·(2·W − 64): scores over W = d_c + 64 numbers of a latent, values over its d_c.
+
+    Latents once for all heads, a query and an output a head in bf16.
+    """
+    flops = 2.0 * B * H * S * (2.0 * W - LATENT_ROPE)
+    return flops, WEIGHT_BYTES[dtype] * B * S * W + 4.0 * B * H * W
+
+
 def prefill_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
     """4·B·H·D·T·(T + 1)/2: causal, over the prompt itself."""
     b = WEIGHT_BYTES[dtype]
@@ -120,6 +129,15 @@ GROUPED = Family(
     free=(0, 1),
 )
 ATTENTION_SIZES = ("H", "G", "D")
+LATENT_ROPE = 64.0
+"""Rotated numbers of a latent, in all that were timed (DeepSeek's)."""
+LATENT_DECODE = Family(
+    name="latent_decode",
+    sizes=("B", "S", "H", "W"),
+    work=latent_work,
+    scales=(2.0, 2.0, 3.0, 2.0),
+    free=(0, 1),
+)
 DECODE = Family(
     name="decode",
     sizes=("B", "S", *ATTENTION_SIZES),
@@ -181,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         GEMM_FEW,
         GROUPED,
         DECODE,
+        LATENT_DECODE,
         PREFILL,
         BACKWARD,
         *map(_bytes, (*BYTE_KINDS, STRIDED, STRIDED_CAST)),

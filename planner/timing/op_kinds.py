@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from planner.program import (
+    LATENT,
     OPENING,
     Dims,
     Extent,
@@ -301,7 +302,7 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
     first, *rest = op.flops
     numbers = [e for e in rest if isinstance(e, int) and e != 1]
     backward = first == 10
-    if op.kernel and not op.kernel.startswith(ATTENTION):
+    if op.kernel and not op.kernel.startswith((ATTENTION, LATENT)):
         return None
     if op.name.startswith("scores"):
         return None
@@ -338,7 +339,11 @@ def _masked_keys(op: Op, *, backward: bool) -> Extent | None:
 
 
 def _backend(op: Op) -> str:
-    """The kernel that the program names: cudnn, flash or efficient; empty where it does not."""
+    """The kernel that the program names: cudnn, flash, efficient, or over latents; empty where it
+    does not.
+    """
+    if op.kernel == LATENT:
+        return LATENT
     found = re.match(rf"{ATTENTION}_(cudnn|flash|efficient)_attention", op.kernel)
     return found.group(1) if found and not op.kernel.endswith("_for_cpu") else ""
 

@@ -90,6 +90,8 @@ def test_each_fit_names_a_source_with_version_and_licence(gpu):
         ("h100-80gb", "gemm:bf16", 0.045, 0.12),
         ("h200", "decode:bf16:vllm", 0.04, 0.15),
         ("h100-80gb", "decode:bf16:vllm", 0.04, 0.15),
+        ("h200", "latent_decode:bf16", 0.04, 0.15),
+        ("h100-80gb", "latent_decode:bf16", 0.04, 0.15),
     ],
 )
 def test_fits_hold_on_shapes_that_they_never_saw(gpu, fit, median, p90):
@@ -471,3 +473,24 @@ def test_a_compiler_loads_rows_by_their_index_where_they_are_wanted():
 
 def _gathers(kind):
     return isinstance(kind, Bytes) and kind.kind in ("gather", "sort", "topk")
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "us"), [(1, 4096, 205.9), (4, 2048, 210.7), (1, 8192, 632.8)]
+)
+def test_prompts_of_latents_take_what_their_opened_heads_do(batch, tokens, us):
+    """aiconfigurator-core 0.12, h200_sxm, trtllm 1.3.0rc20, context_mla, 16 heads: never fitted."""
+    made = planner.estimate(
+        planner.load_model("deepseek-v3"),
+        planner.Inference(batch=batch, prompt_tokens=tokens, output_tokens=1),
+        planner.Deployment(
+            gpu="h200",
+            runtime="vllm",
+            tensor_parallel=8,
+            weight_dtype="fp8",
+            max_batched_tokens=batch * tokens,
+            max_sequences=batch,
+        ),
+    ).op_times("prefill")
+    (attention,) = made[made.op == "attention"].itertuples()
+    assert 1e6 * attention.seconds == pytest.approx(us, rel=0.12)
