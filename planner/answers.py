@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from planner.capacity import max_batch, max_context_tokens, smallest_layout
 from planner.catalog.gpus import gpu_named, gpus
 from planner.concurrency import concurrent_requests
-from planner.errors import ConfigError
+from planner.errors import ConfigError, check_kind
 from planner.estimate import estimate
 from planner.format import gib
 from planner.loading import catalogue, load_model
@@ -241,6 +241,10 @@ def gpu_ladder(
     """
     import pandas as pd
 
+    if names is not None:
+        check_kind("names", names, Iterable)
+    if price_per_hour is not None:
+        check_kind("price_per_hour", price_per_hour, Mapping)
     prices = price_per_hour or {}
     rows = [_rung(model, work, deploy, name, prices.get(name)) for name in names or gpus()]
     table = pd.DataFrame(rows)
@@ -300,6 +304,8 @@ def largest_model(
     work: Work, deploy: Deployment, *, models: Sequence[str | Model] | None = None
 ) -> str | None:
     """The model with the most parameters that fits, of those given or of the catalogue."""
+    if models is not None:
+        check_kind("models", models, Iterable)
     found: list[tuple[int, str]] = []
     for source in models if models is not None else catalogue():
         model = source if isinstance(source, Model) else load_model(source)
@@ -319,6 +325,8 @@ def what_if(before: Estimate, after: Estimate) -> pd.DataFrame:
     """
     import pandas as pd
 
+    check_kind("before", before, Estimate)
+    check_kind("after", after, Estimate)
     sizes: list[dict[tuple[str, str], int]] = []
     for e in (before, after):
         items: dict[tuple[str, str], int] = {}

@@ -16,7 +16,7 @@ from planner.answers import binding_of
 from planner.capacity import layouts
 from planner.catalog.gpus import gpu_named
 from planner.concurrency import concurrent_requests
-from planner.errors import ConfigError
+from planner.errors import ConfigError, check_kind
 from planner.estimate import estimate
 from planner.fleet import Fleet, OwnedGpus, Service
 from planner.format import gib, seconds
@@ -68,6 +68,7 @@ def capacity_report(fleet: Fleet) -> pd.DataFrame:
     """
     import pandas as pd
 
+    check_kind("fleet", fleet, Fleet)
     rows = [row for s in fleet.services for owned in fleet.gpus for row in _rows(s, owned)]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype(COLUMNS)
