@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,18 @@ class Store:
 
 def store() -> Store:
     """What is stored now; ConfigError for a file that only a newer version can read."""
-    return _read(tuple(_stamp(path) for path in records.default_paths()))
+    return _read(_stamps())
+
+
+def loaded() -> dict[str, Record]:
+    """The records alone, by their ids: nothing is compared."""
+    return _loaded(_stamps())[0]
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def rows_of(id: str, _record: Record) -> tuple[Row, ...]:
+    """One record beside what the planner predicts for it."""
+    return tuple(compare([_record]))
 
 
 @st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
@@ -39,7 +50,7 @@ def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[st
 
 
 def nearest(
-    found: Store,
+    found: Mapping[str, Record],
     model: planner.Model,
     work: planner.Inference | planner.Training,
     deploy: planner.Deployment,
@@ -50,11 +61,10 @@ def nearest(
     sizes decide, compared as ratios.
     """
     trains = isinstance(work, planner.Training)
-    compared = {row.record for row in found.rows}
     candidates = [
         record
-        for record in found.records.values()
-        if record.id in compared
+        for record in found.values()
+        if record.status == "ok"
         and record.environment.gpu == deploy.gpu
         and record.runtime == deploy.runtime
         and (record.phase == "training") == trains
@@ -84,6 +94,10 @@ def workload(record: Record) -> str:
     return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
 
 
+def _stamps() -> tuple[tuple[str, int, int], ...]:
+    return tuple(_stamp(path) for path in records.default_paths())
+
+
 def _stamp(path: Path) -> tuple[str, int, int]:
     try:
         status = path.stat()
@@ -93,8 +107,15 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def _read(stamps: tuple[tuple[str, int, int], ...]) -> Store:
+def _loaded(stamps: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Record], list[str]]:
     found, problems = records.load([path for path, _, _ in stamps])
+    return {record.id: record for record in found}, problems
+
+
+@st.cache_data(show_spinner="Predicting every measured run with today's planner …", max_entries=8)
+def _read(stamps: tuple[tuple[str, int, int], ...]) -> Store:
+    by_id, problems = _loaded(stamps)
+    found = list(by_id.values())
     tell: Callable[[str], None] = problems.append
     rows = compare(found, on_problem=tell)
-    return Store(records={r.id: r for r in found}, rows=tuple(rows), problems=tuple(problems))
+    return Store(records=by_id, rows=tuple(rows), problems=tuple(problems))

@@ -46,6 +46,8 @@ from planner.sweep_views import pareto_front as pareto_front
 from planner.sweep_views import top as top
 from planner.sweeps import sweep as sweep
 from planner.traffic import Traffic as Traffic
+from planner.ways import Way as Way
+from planner.ways import ways_to_fit as ways_to_fit
 from planner.workload import CacheSpec as CacheSpec
 from planner.workload import Deployment as Deployment
 from planner.workload import Inference as Inference

@@ -128,12 +128,12 @@ def fit_map(explored: Exploration) -> None:
 def measured(explored: Exploration) -> list[tuple[int, int]]:
     """(batch, context) of the records of this model, GPU and runtime."""
     try:
-        found = measurements.store()
+        found = measurements.loaded()
     except planner.ConfigError:
         return []
     return [
         (record.batch, record.prompt_tokens + record.output_tokens - 1)
-        for record in found.records.values()
+        for record in found.values()
         if record.model == explored.model.name
         and record.environment.gpu == explored.deploy.gpu
         and record.runtime == explored.deploy.runtime
