@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import streamlit as st
 
@@ -13,6 +14,11 @@ import planner
 from profiles import records
 from profiles.compare import Row, compare
 from profiles.records import Record
+
+Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Path, time of change and size of each record file."""
+
+PREDICTING = "Predicting every measured run with today's planner …"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +32,20 @@ class Store:
 
 def store() -> Store:
     """What is stored now; ConfigError for a file that only a newer version can read."""
-    return _read(_stamps())
+    stamps = _stamps()
+    by_id, problems = _loaded(stamps)
+    rows, problems = list[Row](), list(problems)
+    bar = st.progress(0.0, PREDICTING) if stamps not in _seen() else None
+    for done, record in enumerate(by_id.values(), start=1):
+        found, told = _compared(record.id, stamps, record)
+        rows += found
+        problems += told
+        if bar is not None:
+            bar.progress(done / len(by_id), PREDICTING)
+    if bar is not None:
+        bar.empty()
+        _seen().add(stamps)
+    return Store(records=by_id, rows=tuple(rows), problems=tuple(problems))
 
 
 def loaded() -> dict[str, Record]:
@@ -34,16 +53,15 @@ def loaded() -> dict[str, Record]:
     return _loaded(_stamps())[0]
 
 
-@st.cache_data(show_spinner=False, max_entries=256)
-def rows_of(id: str, _record: Record) -> tuple[Row, ...]:
+def rows_of(record: Record) -> tuple[Row, ...]:
     """One record beside what the planner predicts for it."""
-    return tuple(compare([_record]))
+    return _compared(record.id, _stamps(), record)[0]
 
 
 @st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
 def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[str, ...]]:
     """What each (record, quantity) is on fake tensors, and what could not be traced."""
-    known, problems = store().records, list[str]()
+    known, problems = loaded(), list[str]()
     rows = compare([known[name] for name in ids], traced=True, on_problem=problems.append)
     found = {(row.record, row.quantity): row.traced for row in rows}
     return {key: value for key, value in found.items() if value is not None}, tuple(problems)
@@ -94,7 +112,7 @@ def workload(record: Record) -> str:
     return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
 
 
-def _stamps() -> tuple[tuple[str, int, int], ...]:
+def _stamps() -> Stamps:
     return tuple(_stamp(path) for path in records.default_paths())
 
 
@@ -107,15 +125,18 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def _loaded(stamps: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Record], list[str]]:
+def _loaded(stamps: Stamps) -> tuple[dict[str, Record], list[str]]:
     found, problems = records.load([path for path, _, _ in stamps])
     return {record.id: record for record in found}, problems
 
 
-@st.cache_data(show_spinner="Predicting every measured run with today's planner …", max_entries=8)
-def _read(stamps: tuple[tuple[str, int, int], ...]) -> Store:
-    by_id, problems = _loaded(stamps)
-    found = list(by_id.values())
-    tell: Callable[[str], None] = problems.append
-    rows = compare(found, on_problem=tell)
-    return Store(records=by_id, rows=tuple(rows), problems=tuple(problems))
+@st.cache_resource(show_spinner=False)
+def _seen() -> set[Stamps]:
+    """The files whose records were all compared: what comes from the cache needs no bar."""
+    return set()
+
+
+@st.cache_data(show_spinner=False, max_entries=4096)
+def _compared(id: str, stamps: Stamps, _record: Record) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    problems: list[str] = []
+    return tuple(compare([_record], on_problem=problems.append)), tuple(problems)

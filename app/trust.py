@@ -33,7 +33,7 @@ def line(
         what = "no training step" if isinstance(work, planner.Training) else "nothing"
         st.caption(f"Predicted, not measured: {what} was measured {where} yet.")
         return
-    rows = measurements.rows_of(record.id, record)
+    rows = measurements.rows_of(record)
     st.caption(
         f"Nearest measured run: {in_words(record)} on {gpu.label}. Off by: "
         f"{', '.join(errors(rows)) or 'not predicted'}."
@@ -43,7 +43,7 @@ def line(
         label="Open that run",
         icon=":material/monitoring:",
         help="Opens this run on the page Measured, with all others of the device.",
-        query_params={"device": gpu.name, "run": record.id},
+        query_params={"device": gpu.name, "run": record.id, "show": "run"},
     )
 
 

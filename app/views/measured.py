@@ -6,7 +6,14 @@ from typing import Any
 import streamlit as st
 
 import planner
-from app import measured_charts, measured_filters, measured_tables, measurements, one_run
+from app import (
+    measured_charts,
+    measured_filters,
+    measured_headline,
+    measured_tables,
+    measurements,
+    one_run,
+)
 from profiles.rows import Row
 
 GROUPS = {"quantity": None, "model": "model", "phase": "phase", "suite": "suite"}
@@ -46,7 +53,7 @@ def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:
     st.subheader("How far off")
     measured_tables.repeatable(found, rows)
     asked = st.segmented_control(
-        "By", list(GROUPS), default="quantity", key="by", bind="query-params"
+        "Grouped by", list(GROUPS), default="quantity", key="by", bind="query-params"
     )
     measured_tables.errors(rows, by=GROUPS[asked or "quantity"])
     st.caption(
@@ -100,7 +107,8 @@ def unmeasured(found: measurements.Store) -> None:
     seen = {record.environment.gpu for record in found.records.values()}
     missing = [gpu.label for name, gpu in planner.gpus().items() if name not in seen]
     if missing:
-        st.caption(f"No record of these devices yet: {', '.join(missing)}.")
+        with st.expander(f"{len(missing)} devices of the catalogue were not measured yet"):
+            st.caption(f"{', '.join(missing)}.")
 
 
 st.header("Measured")
@@ -111,7 +119,6 @@ except planner.ConfigError as error:
     st.error(str(error))
     st.stop()
 
-problems(stored)
 device = measured_filters.device(stored)
 of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
 if not of_device:
@@ -119,12 +126,18 @@ if not of_device:
 else:
     shown = measured_filters.filtered(stored, of_device)
     if shown:
+        measured_headline.cards(shown)
+        by_link = st.query_params.get("show") == "run"  # from Plan: what was asked for comes first
+        if by_link:
+            one_run.opened(stored, shown)
         how_far_off(stored, shown)
         against(shown)
-        one_run.opened(stored, shown)
+        if not by_link:
+            one_run.opened(stored, shown)
         measured_tables.others(stored, shown)
         measured_tables.beside_peers(stored, shown)
         measured_tables.every_row(stored, shown)
     else:
         st.info("The filters leave no measurement.")
+problems(stored)
 unmeasured(stored)

@@ -70,8 +70,8 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
                 card(label, "…")
     with st.container(horizontal=True):
         if e.kv_pool_bytes is not None and e.kv_pool_tokens is not None:
-            card("KV pool", gib(e.kv_pool_bytes), f"{e.kv_pool_bytes:,} bytes")
-            card("KV pool, tokens", f"{e.kv_pool_tokens:,}", "What the pool holds of this model")
+            pool = f"{gib(e.kv_pool_bytes)} hold so many tokens of this model"
+            card("KV pool", f"{e.kv_pool_tokens:,} tokens", pool)
             if e.max_concurrency is not None and e.pool is not None:
                 longest = f"Requests of {e.pool.longest_tokens:,} tokens each that the pool holds"
                 card("Requests at once", f"{e.max_concurrency:,.1f}", longest)
