@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import streamlit as st
 
@@ -122,6 +123,11 @@ def modes(taken: Mapping[str, object]) -> tuple[str, ...]:
     return (USUAL, *(mode for mode in MODES if mode != "captured" or runtime == "attnlab"))
 
 
+def usual_mode(runtime: str) -> Literal["eager", "graph"]:
+    """How the runtime launches steps unless it is told otherwise."""
+    return "eager" if runtime in LAUNCHED_ONE_BY_ONE else "graph"
+
+
 def runtimes(workload: str) -> tuple[str, ...]:
     """Those that plan the workload."""
     if workload == "training":
@@ -180,7 +186,7 @@ def _deployment(workload: str) -> planner.Deployment:
     with right:
         mode = select("Steps launched", "mode", options=modes(taken), help=MODE_HELP)
     if mode == USUAL:
-        mode = "eager" if named in LAUNCHED_ONE_BY_ONE else "graph"
+        mode = usual_mode(named)
     weights, kv_dtype = AS_MODEL, AS_MODEL
     if workload == "inference":
         with left:

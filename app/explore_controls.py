@@ -58,6 +58,7 @@ def sidebar() -> Exploration:
         runtime=runtime,
         kv_dtype=None if kv_dtype == widgets.AS_MODEL else kv_dtype,
         tensor_parallel=int(tp),
+        mode=controls.usual_mode(runtime),
     )
     return Exploration(
         model=model,

@@ -10,8 +10,9 @@ import streamlit as st
 import planner
 from app import explore_charts, explore_controls, measurements, widgets
 from app.explore_controls import Exploration
-from planner.format import gib
+from planner.format import gib, seconds
 from planner.report import csv_text
+from planner.result import off_by
 
 LINES_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LADDER = (
@@ -118,7 +119,9 @@ def fit_map(explored: Exploration) -> None:
     if len(reasons) == 1 and (table["refused"] != "").all():
         raise planner.ConfigError(next(iter(reasons)))
     left = "of the KV pool" if explored.deploy.runtime == "vllm" else "of the memory"
-    st.caption(f"GiB {left} that stay free; red: what is missing. Diamonds: measured near there.")
+    st.caption(
+        f"GiB {left} that stay free; red, below zero: what is missing. ◆ measured near there."
+    )
     chart(
         explore_charts.fit_map(table, measured=measured(explored)),
         explore_charts.fit_map_in_words(table),
@@ -177,8 +180,33 @@ def compared(explored: Exploration, work: planner.Inference) -> None:
         with column:
             st.metric(f"{name}: total on {e.gpu.label}", gib(e.memory.total_bytes), border=True)
             st.caption(e.verdict)
+    sides = [(explored.model, work, d) for d in (explored.deploy, second)]
+    st.dataframe(
+        pd.DataFrame([figures(e, *side) for e, side in zip((a, b), sides, strict=True)])
+        .set_axis(["A", "B"])
+        .T.rename_axis("per GPU")
+        .reset_index(),
+        hide_index=True,
+        column_config=dict.fromkeys(("A", "B"), st.column_config.TextColumn(alignment="right")),
+        alt="Limits and times of both deployments",
+    )
     table = planner.what_if(a, b)
     chart(explore_charts.change(table), explore_charts.change_in_words(table))
+
+
+def figures(e: planner.Estimate, *asked: Any) -> dict[str, str]:
+    """What people compare deployments by."""
+    limits = {
+        "longest context, tokens": planner.max_context_tokens,
+        "largest batch": planner.max_batch,
+    }
+    return {
+        "KV cache": gib(e.memory.kv_cache_bytes),
+        **{name: f"{ask(*asked):,}" for name, ask in limits.items()},
+        "TTFT": f"{seconds(e.latency.ttft_s)}{off_by(e.latency.ttft_s, e.latency.ttft_interval_s)}",
+        "TPOT": f"{seconds(e.latency.tpot_s)}{off_by(e.latency.tpot_s, e.latency.tpot_interval_s)}",
+        "output tokens/s": f"{e.latency.output_tokens_per_s:,.0f}",
+    }
 
 
 def rungs(explored: Exploration, work: planner.Inference) -> None:
