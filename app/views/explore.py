@@ -75,11 +75,15 @@ def lines(
 
 @st.cache_data(show_spinner=False, max_entries=32)
 def ladder(
-    _model: planner.Model, name: str, work: planner.Inference, deploy: planner.Deployment
+    _model: planner.Model,
+    name: str,
+    work: planner.Inference,
+    deploy: planner.Deployment,
+    prices: dict[str, float],
 ) -> pd.DataFrame:
-    """The fewest of each GPU."""
-    names = list(dict.fromkeys((*LADDER, deploy.gpu)))
-    return planner.gpu_ladder(_model, work, deploy, names=names)
+    """The fewest of each GPU, of those with a price where there are any."""
+    names = list(prices or dict.fromkeys((*LADDER, deploy.gpu)))
+    return planner.gpu_ladder(_model, work, deploy, names=names, price_per_hour=prices)
 
 
 def chart(figure: object, words: str) -> None:
@@ -214,7 +218,8 @@ def rungs(explored: Exploration, work: planner.Inference) -> None:
     st.subheader("Fewest GPUs")
     if explored.deploy.runtime != "vllm":
         st.caption(f"{explored.deploy.runtime} is planned on one GPU; vllm on several.")
-    table = ladder(explored.model, explored.model.name, work, explored.deploy)
+    prices = explore_controls.prices()
+    table = ladder(explored.model, explored.model.name, work, explored.deploy, prices)
     for name in ("bought_memory_bytes", "headroom_bytes"):
         table[name.removesuffix("_bytes").replace("_", " ")] = [
             "" if pd.isna(size) else gib(int(size)) for size in table[name]
@@ -223,8 +228,8 @@ def rungs(explored: Exploration, work: planner.Inference) -> None:
         table,
         hide_index=True,
         column_order=[
-            "gpu", "gpus", "tensor_parallel", "pipeline_parallel", "bought memory", "headroom",
-            "why_not",
+            "gpu", "gpus", *["price_per_hour"] * bool(prices), "tensor_parallel",
+            "pipeline_parallel", "bought memory", "headroom", "why_not",
         ],
         column_config={
             "gpus": st.column_config.ProgressColumn(
@@ -232,6 +237,7 @@ def rungs(explored: Exploration, work: planner.Inference) -> None:
             ),
             "tensor_parallel": "tensor parallel",
             "pipeline_parallel": "pipeline stages",
+            "price_per_hour": st.column_config.NumberColumn("price an hour", format="%.2f"),
             "why_not": "why not",
         },
         alt="The fewest GPUs of each kind that hold this work",

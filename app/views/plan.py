@@ -37,6 +37,7 @@ def head(e: planner.Estimate) -> None:
     runtime = runtime_named(e.deploy.runtime)
     st.caption(
         f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}"
+        f"{f', {e.deploy.weight_dtype} weights' if e.deploy.weight_dtype else ''}"
         f"{'' if is_training(e) else f', KV cache {e.setting.kv_dtype}'} · {e.work.in_words}"
     )
     if e.fits:
@@ -73,8 +74,8 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
             pool = f"{gib(e.kv_pool_bytes)} hold so many tokens of this model"
             card("KV pool", f"{e.kv_pool_tokens:,} tokens", pool)
             if e.max_concurrency is not None and e.pool is not None:
-                longest = f"Requests of {e.pool.longest_tokens:,} tokens each that the pool holds"
-                card("Requests at once", f"{e.max_concurrency:,.1f}", longest)
+                longest = f"Of {e.pool.longest_tokens:,} tokens each, that the pool holds at once"
+                card("Full-length requests", f"{e.max_concurrency:,.1f}", longest)
         times(e)
         reserved = st.empty()
         if e.memory.simulated:

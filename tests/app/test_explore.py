@@ -53,6 +53,15 @@ def test_a_comparison_shows_both_totals_and_the_ladder_the_fewest():
         assert ladder.loc[name, "gpus"] == expected
 
 
+def test_the_ladder_is_of_the_gpus_that_have_a_price_the_cheapest_first():
+    app = opened(model="llama-3.1-8b", runtime="vllm", prices="h200=3.5, l40s=0.9,t4=9")
+    table = app.dataframe[1].value
+    assert list(table["gpu"])[:2] == ["l40s", "h200"]
+    assert table["price_per_hour"][0] == pytest.approx(0.9 * table["gpus"][0])
+    app = opened(prices="h200=dear")
+    assert app.error[0].value == "'h200=dear' is no price: such as h200=3.5"
+
+
 def test_measured_cells_are_marked(store):
     records.append(store, made(model="llama-50m", prompt_tokens=250, batch=2))
     app = opened(model="llama-50m", gpu="cpu", runtime="attnlab", output=4)

@@ -351,7 +351,7 @@ def test_weights_are_quantised_as_the_runtime_can():
     )
     work = planner.Inference(batch=8, prompt_tokens=2048, output_tokens=256, logits="last")
     e = planner.estimate(planner.load_model("llama-3.1-70b"), work, deploy)
-    assert metrics(app)["Requests at once"] == f"{e.max_concurrency:,.1f}"
+    assert metrics(app)["Full-length requests"] == f"{e.max_concurrency:,.1f}"
     assert app.get_by_key("weights").options == ["as the model", "fp8"]
 
 
