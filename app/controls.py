@@ -187,14 +187,7 @@ def _deployment(workload: str) -> planner.Deployment:
         mode = select("Steps launched", "mode", options=modes(taken), help=MODE_HELP)
     if mode == USUAL:
         mode = usual_mode(named)
-    weights, kv_dtype = AS_MODEL, AS_MODEL
-    if workload == "inference":
-        with left:
-            if len(offered := weight_dtypes(taken)) > 1:
-                weights = select("Weights", "weights", options=offered, help=WEIGHTS_HELP)
-        with right:
-            kept = kv_dtypes(taken)
-            kv_dtype = select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
+    weights, kv_dtype = _kept(taken) if workload == "inference" else (AS_MODEL, AS_MODEL)
     tensor_parallel, pipeline_parallel = layout() if named == "vllm" else (1, 1)
     return planner.Deployment(
         gpu=gpu.name,
@@ -207,6 +200,18 @@ def _deployment(workload: str) -> planner.Deployment:
         kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
         cache=_cache(kv_dtype) if named == "transformers" else None,
     )
+
+
+def _kept(taken: Mapping[str, object]) -> tuple[str, str]:
+    """What weights and cache are kept in, where the runtime gives a choice."""
+    offered, weights = weight_dtypes(taken), AS_MODEL
+    left, right = st.columns(2)
+    with left:
+        if len(offered) > 1:
+            weights = select("Weights", "weights", options=offered, help=WEIGHTS_HELP)
+    with right if len(offered) > 1 else left:
+        kv_dtype = select("KV dtype", "kv_dtype", options=kv_dtypes(taken), help=KV_HELP)
+    return weights, kv_dtype
 
 
 def layout() -> tuple[int, int]:
