@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 import planner
-from app import explore_charts, explore_controls, measurements, widgets
+from app import explore_charts, explore_controls, explore_rate, measurements, widgets
 from app.explore_controls import Exploration
 from planner.format import gib, seconds
 from planner.report import csv_text
@@ -184,18 +184,24 @@ def compared(explored: Exploration, work: planner.Inference) -> None:
         with column:
             st.metric(f"{name}: total on {e.gpu.label}", gib(e.memory.total_bytes), border=True)
             st.caption(e.verdict)
-    sides = [(explored.model, work, d) for d in (explored.deploy, second)]
+    columns = {
+        f"{name}: {side(e)}": figures(e, explored.model, work, d)
+        for name, e, d in (("A", a, explored.deploy), ("B", b, second))
+    }
     st.dataframe(
-        pd.DataFrame([figures(e, *side) for e, side in zip((a, b), sides, strict=True)])
-        .set_axis(["A", "B"])
-        .T.rename_axis("per GPU")
-        .reset_index(),
+        pd.DataFrame(columns).rename_axis("per GPU").reset_index(),
         hide_index=True,
-        column_config=dict.fromkeys(("A", "B"), st.column_config.TextColumn(alignment="right")),
+        column_config=dict.fromkeys(columns, st.column_config.TextColumn(alignment="right")),
         alt="Limits and times of both deployments",
     )
     table = planner.what_if(a, b)
     chart(explore_charts.change(table), explore_charts.change_in_words(table))
+
+
+def side(e: planner.Estimate) -> str:
+    """What tells a deployment from the other."""
+    n = e.deploy.tensor_parallel
+    return f"{f'{n} × ' if n > 1 else ''}{e.gpu.name}, {e.setting.kv_dtype} KV"
 
 
 def figures(e: planner.Estimate, *asked: Any) -> dict[str, str]:
@@ -213,12 +219,10 @@ def figures(e: planner.Estimate, *asked: Any) -> dict[str, str]:
     }
 
 
-def rungs(explored: Exploration, work: planner.Inference) -> None:
+def rungs(explored: Exploration, work: planner.Inference, prices: dict[str, float]) -> None:
     """How few GPUs of each kind hold the work."""
-    st.subheader("Fewest GPUs")
     if explored.deploy.runtime != "vllm":
         st.caption(f"{explored.deploy.runtime} is planned on one GPU; vllm on several.")
-    prices = explore_controls.prices()
     table = ladder(explored.model, explored.model.name, work, explored.deploy, prices)
     for name in ("bought_memory_bytes", "headroom_bytes"):
         table[name.removesuffix("_bytes").replace("_", " ")] = [
@@ -265,4 +269,12 @@ guarded(lambda: longest(explored))
 st.subheader("A against B")
 work = work_of(explored)
 guarded(lambda: compared(explored, work))
-guarded(lambda: rungs(explored, work))
+st.subheader("Fewest GPUs")
+try:
+    prices = explore_controls.prices()
+except planner.ConfigError as error:
+    st.error(str(error))
+    prices = {}
+guarded(lambda: rungs(explored, work, prices))
+if explored.deploy.runtime == "vllm":
+    guarded(lambda: explore_rate.served(explored.model, work, explored.deploy, prices))

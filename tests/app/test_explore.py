@@ -6,7 +6,10 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import explore_charts, explore_controls
+from planner.fleet import Fleet, OwnedGpus, Service
+from planner.fleet_report import best_rows
 from planner.format import gib
+from planner.traffic import fixed
 from profiles import records
 from tests.app.test_pages import ROOT, captions, made
 
@@ -46,7 +49,10 @@ def test_a_comparison_shows_both_totals_and_the_ladder_the_fewest():
     shown = {card.label: card.value for card in app.metric}
     assert shown["A: total on NVIDIA GeForce RTX 4090"] == gib(total)
     sides = app.dataframe[0].value.set_index("per GPU")
-    assert sides.loc["largest batch", "A"] == f"{planner.max_batch(model, work, deploy):,}"
+    assert (
+        sides.loc["largest batch", "A: rtx-4090, bf16 KV"]
+        == f"{planner.max_batch(model, work, deploy):,}"
+    )
     ladder = app.dataframe[1].value.set_index("gpu")
     for name in ("t4", "h200"):
         expected = planner.min_gpus(model, work, planner.Deployment(gpu=name, runtime="vllm"))
@@ -60,6 +66,19 @@ def test_the_ladder_is_of_the_gpus_that_have_a_price_the_cheapest_first():
     assert table["price_per_hour"][0] == pytest.approx(0.9 * table["gpus"][0])
     app = opened(prices="h200=dear")
     assert app.error[0].value == "'h200=dear' is no price: such as h200=3.5"
+
+
+def test_a_rate_takes_as_many_gpus_as_the_capacity_report_says():
+    app = opened(model="llama-3.1-8b", runtime="vllm", prices="h100-80gb=2")
+    app.get_by_key("rate").set_value(20).run()
+    work = {"prompt_tokens": 2048, "output_tokens": 256}
+    service = Service(
+        name="a", model=planner.load_model("llama-3.1-8b"), requests_per_s=20, traffic=fixed(**work)
+    )
+    gpus = OwnedGpus(name="h100-80gb", count=1024, price_per_hour=2.0)
+    best = best_rows(planner.capacity_report(Fleet(gpus=(gpus,), services=(service,)))).iloc[0]
+    (row,) = app.dataframe[2].value.to_dict("records")
+    assert (row["GPUs"], row["price an hour"]) == (best["gpus_needed"], best["price_per_hour"])
 
 
 def test_measured_cells_are_marked(store):
