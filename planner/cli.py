@@ -103,7 +103,7 @@ planner estimate llama-3.1-8b --gpu h200 --batch 8 --prompt 8192 --output 512
 
 planner fit llama-3.1-70b --gpu h100-80gb --tp 2 --runtime vllm --weight-dtype fp8
 
-planner estimate qwen2.5-7b --gpu rtx-4090 --train --method lora --checkpointing full
+planner fit qwen2.5-7b --gpu rtx-4090 --train --method lora --checkpointing full
 
 planner gpus llama-3.1-70b --batch 16 --prompt 4096 --price h200=3.5 --price l40s=0.9
 """

@@ -69,7 +69,7 @@ def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:
                 measured_charts.residuals_in_words(members, title=title),
             )
     if len({row.model for row in rows}) > 1 and any(r.relative_error is not None for r in rows):
-        st.markdown("**Mean error in %** of each model: blue is predicted too little")
+        st.markdown("**Mean error in %** of each model: blue is predicted too little, red too much")
         chart(measured_charts.heat_map(rows), measured_charts.heat_map_in_words(rows))
 
 
