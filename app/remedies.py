@@ -12,6 +12,8 @@ from planner.format import gib
 WIDGETS = {
     "kv_dtype": "kv_dtype",
     "tensor_parallel": "tp",
+    "pipeline_parallel": "pp",
+    "data_parallel_shards": "shards",
     "gpu": "gpu",
     "checkpointing": "checkpointing",
     "optimizer": "optimizer",
@@ -35,7 +37,7 @@ def offered(
     with st.spinner("Looking for what would make it fit …"):
         ways = planner.ways_to_fit(model, work, deploy, only=BESIDE.union(WIDGETS))
     if not ways:
-        st.caption("No one change of the deployment makes it fit, and no two: less work would.")
+        st.caption("No one change of the deployment makes it fit, and no two.")
         return
     st.markdown("**What makes it fit**: take one")
     weights = "frozen_in" if isinstance(work, planner.Training) else "weights"

@@ -192,7 +192,7 @@ def changes(deploy: Deployment) -> Iterator[tuple[str, Deployment]]:
         if kv_dtype in runtime.kv_dtypes and kv_dtype != deploy.kv_dtype:
             yield f"{kv_dtype} KV", replace(deploy, kv_dtype=kv_dtype)
     for weight_dtype in ("fp8", "int8", "nf4"):
-        if weight_dtype != deploy.weight_dtype:
+        if weight_dtype != deploy.weight_dtype and deploy.data_parallel_shards == 1:
             yield f"{weight_dtype} weights", replace(deploy, weight_dtype=weight_dtype)
     if deploy.runtime == "vllm":
         doubled = 2 * deploy.tensor_parallel

@@ -1,4 +1,4 @@
-"""Ways out of a plan that does not fit: one change that makes it fit, or two where none does."""
+"""Ways out of a plan that does not fit: one change if that is enough, else more GPUs, or two."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from planner.answers import changes
+from planner.capacity import smallest_layout
 from planner.errors import ConfigError
 from planner.estimate import estimate
 from planner.model import Model
@@ -31,7 +32,8 @@ def ways_to_fit(
     *,
     only: frozenset[str] | None = None,
 ) -> tuple[Way, ...]:
-    """Single changes after which the work fits, the most room first; pairs of them if none does.
+    """Single changes after which the work fits, the most room first; if none does, the fewest GPUs
+    that hold it; else pairs of changes.
 
     The sizes of the work stay as they are. `only`: fields of work and deployment that may be set.
     """
@@ -45,11 +47,36 @@ def ways_to_fit(
         for (a, first), (b, second) in combinations(single, 2)
         if not first.keys() & second.keys()
     ]
-    for tried in (single, pairs):
+    layouts = [
+        (change, sets)
+        for change, sets in _layouts(model, work, deploy)
+        if only is None or only.issuperset(sets)
+    ]
+    for tried in (single, layouts, pairs):
         found = [way for change, sets in tried if (way := _way(model, work, deploy, change, sets))]
         if found:
             return tuple(sorted(found, key=lambda way: -way.estimate.headroom_bytes))
     return ()
+
+
+def _layouts(
+    model: Model, work: Inference | Training, deploy: Deployment
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The fewest GPUs that hold it, where the runtime spreads a model over several."""
+    try:
+        found = smallest_layout(model, work, deploy)
+    except ConfigError:
+        return
+    if found is None or found.world_size == 1:
+        return
+    if found.data_parallel_shards > 1:
+        shards = found.data_parallel_shards
+        yield f"{shards} GPUs", {"data_parallel_shards": shards}
+    else:
+        tp, pp = found.tensor_parallel, found.pipeline_parallel
+        stages = f" in {pp} stages" if pp > 1 else ""
+        sets = {"tensor_parallel": tp, "pipeline_parallel": pp}
+        yield f"{found.world_size} GPUs{stages}", sets
 
 
 def _changes(

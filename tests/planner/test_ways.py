@@ -38,6 +38,24 @@ def test_every_way_fits_when_it_is_tried_and_takes_as_few_changes_as_there_must_
         assert len(way.change.split(" and ")) == words
 
 
+def test_where_no_change_is_enough_the_fewest_gpus_are_a_way():
+    model, work = planner.load_model("llama-3.1-70b"), replace(INFERENCE, prompt_tokens=1024)
+    deploy = planner.Deployment(gpu="rtx-4090", runtime="vllm")
+    (way,) = planner.ways_to_fit(model, work, deploy)
+    assert way.change.startswith(f"{planner.min_gpus(model, work, deploy)} GPUs")
+
+
+def test_sharded_training_has_answers_and_a_way_of_more_gpus():
+    model, work = (
+        planner.load_model("llama-3.1-70b"),
+        planner.Training(batch=1, sequence_tokens=512),
+    )
+    deploy = planner.Deployment(gpu="h100-80gb", data_parallel_shards=2)
+    assert planner.longest_context(model, work, deploy).value == 0
+    ways = planner.ways_to_fit(model, work, deploy)
+    assert f"{planner.min_gpus(model, work, deploy)} GPUs" in [way.change for way in ways]
+
+
 def test_only_the_fields_that_may_be_set_are():
     model, (work, deploy) = planner.load_model("llama-3.1-70b"), PLANS["llama-3.1-70b"]
     (way,) = planner.ways_to_fit(model, work, deploy, only=frozenset({"weight_dtype"}))
