@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 import planner
-from planner.format import gib, of_quantity, seconds
+from planner.format import gib, of_quantity, of_value
 from planner.timeline import Moment
 
 GIB = 2**30
@@ -231,7 +231,7 @@ def value(quantity: str, number: float | None) -> str:
     """A quantity's value with its unit."""
     if number is None:
         return "—"
-    return seconds(number) if quantity.endswith("_s") else gib(number)
+    return of_value(quantity, number)
 
 
 LAYOUT = {

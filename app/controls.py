@@ -16,9 +16,11 @@ import streamlit as st
 import planner
 from app.training_controls import beside, sharded, training
 from app.widgets import AS_MODEL, CHOICES, LARGEST, NUMBERS, START, USUAL, either, number, select
+from planner.experts import has_experts
 from planner.format import count, gib
 from planner.loading import read_json
 from planner.quantization.on_load import ON_LOAD
+from planner.routing import routing_spec
 from planner.runtimes import RUNTIMES, runtime_named
 from planner.runtimes.quantised_cache import backends_of
 from planner.runtimes.training_only import TrainingOnly
@@ -46,6 +48,11 @@ MODE_HELP = (
 LAUNCHED_ONE_BY_ONE = ("transformers", "litgpt", "torchtune")
 """Runtimes that make no CUDA graphs unless they are told to."""
 
+ROUTING_HELP = (
+    "How tokens pick experts, which times depend on. uniform: at random. balanced: dealt out in "
+    "turn, as benchmarks do. zipf: by a popularity that falls as this power of the rank."
+)
+
 
 def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, planner.Deployment]:
     """The plan that the widgets describe; ConfigError if they contradict each other."""
@@ -59,6 +66,7 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         kind = either("Workload", "workload", f"Training is planned in {planned}.")
         deploy = _deployment(kind)
         work = training(deploy.runtime) if kind == "training" else _inference(deploy)
+        routing = st.container()
         if isinstance(work, planner.Training):
             deploy = beside(work, deploy)
             if deploy.runtime == "transformers" and work.method == "full":
@@ -68,6 +76,9 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
     # last: a file that is no model must not take the other widgets off the page
     model = planner.load_model(named) if own is None else uploaded(*own)
     described.caption(("" if own is None else f"Instead, {own[0]}: ") + in_words(model))
+    if has_experts(model):
+        with routing:
+            work = replace(work, routing=routing_spec(select("Routing", "routing", ROUTING_HELP)))
     return model, work, deploy
 
 

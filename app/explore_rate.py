@@ -9,11 +9,11 @@ import streamlit as st
 
 import planner
 from app import widgets
-from planner.fleet import Fleet, OwnedGpus, Service
-from planner.fleet_report import best_rows
+from planner.capacity.fleet import Fleet, OwnedGpus, Service
+from planner.capacity.fleet_report import best_rows
+from planner.capacity.traffic import fixed
 from planner.format import seconds
 from planner.report import csv_text
-from planner.traffic import fixed
 
 PLENTY = 1024
 """GPUs of each kind that may be taken."""

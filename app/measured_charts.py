@@ -64,7 +64,7 @@ def residuals(rows: Iterable[Row], *, by: str) -> go.Figure:
         )
     figure.update_layout(**LAYOUT, height=110 + (30 if by == "model" else 36) * max(1, len(lines)))
     figure.update_xaxes(
-        range=_reach([100 * (row.relative_error or 0.0) for row in known]),
+        range=reach([100 * (row.relative_error or 0.0) for row in known]),
         ticksuffix=" %",
         nticks=7,
         zeroline=False,
@@ -83,7 +83,7 @@ def residuals(rows: Iterable[Row], *, by: str) -> go.Figure:
     return figure
 
 
-def _reach(errors: Sequence[float]) -> list[float]:
+def reach(errors: Sequence[float]) -> list[float]:
     """An axis around all errors and zero, in percent: zero never stands at its edge."""
     low, high = min([0.0, *errors]), max([0.0, *errors])
     span = max(high - low, 1.0)

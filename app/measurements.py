@@ -11,8 +11,12 @@ from typing import TypeAlias
 import streamlit as st
 
 import planner
+from planner.timing.calibration_files import Stamp, own_stamp
 from profiles import records
 from profiles.compare import Row, compare
+from profiles.published import PublishedRow, published_rows
+from profiles.published_latency import LatencyRow, latency_rows
+from profiles.record_cpu import untimed
 from profiles.records import Record
 
 Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -23,17 +27,21 @@ PREDICTING = "Predicting every measured run with today's planner …"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
-    """All records, their comparison with today's planner, and what could not be used."""
+    """All records, their comparison with today's planner, and what could not be used.
+
+    `hint`: what would time CPUs that records are of; None where all are timed.
+    """
 
     records: dict[str, Record]
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    hint: str | None = None
 
 
 def store() -> Store:
     """What is stored now; ConfigError for a file that only a newer version can read."""
-    stamps = _stamps()
-    by_id, problems = _loaded(stamps)
+    stamps = _stamps(), own_stamp("cpu")
+    by_id, problems = _loaded(stamps[0])
     rows, problems = list[Row](), list(problems)
     bar = st.progress(0.0, PREDICTING) if stamps not in _seen() else None
     for done, record in enumerate(by_id.values(), start=1):
@@ -45,7 +53,12 @@ def store() -> Store:
     if bar is not None:
         bar.empty()
         _seen().add(stamps)
-    return Store(records=by_id, rows=tuple(rows), problems=tuple(problems))
+    return Store(
+        records=by_id,
+        rows=tuple(rows),
+        problems=tuple(problems),
+        hint=untimed(list(by_id.values())),
+    )
 
 
 def loaded() -> dict[str, Record]:
@@ -55,7 +68,7 @@ def loaded() -> dict[str, Record]:
 
 def rows_of(record: Record) -> tuple[Row, ...]:
     """One record beside what the planner predicts for it."""
-    return _compared(record.id, _stamps(), record)[0]
+    return _compared(record.id, (_stamps(), own_stamp("cpu")), record)[0]
 
 
 @st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
@@ -65,6 +78,12 @@ def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[st
     rows = compare([known[name] for name in ids], traced=True, on_problem=problems.append)
     found = {(row.record, row.quantity): row.traced for row in rows}
     return {key: value for key, value in found.items() if value is not None}, tuple(problems)
+
+
+@st.cache_data(show_spinner="Planning what others published …", max_entries=1)
+def published() -> tuple[list[PublishedRow], list[LatencyRow]]:
+    """What others measured, memory and times, beside what is planned for it."""
+    return published_rows(), latency_rows()
 
 
 def nearest(
@@ -131,12 +150,14 @@ def _loaded(stamps: Stamps) -> tuple[dict[str, Record], list[str]]:
 
 
 @st.cache_resource(show_spinner=False)
-def _seen() -> set[Stamps]:
+def _seen() -> set[tuple[Stamps, Stamp]]:
     """The files whose records were all compared: what comes from the cache needs no bar."""
     return set()
 
 
 @st.cache_data(show_spinner=False, max_entries=4096)
-def _compared(id: str, stamps: Stamps, _record: Record) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+def _compared(
+    id: str, stamps: tuple[Stamps, Stamp], _record: Record
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     problems: list[str] = []
     return tuple(compare([_record], on_problem=problems.append)), tuple(problems)

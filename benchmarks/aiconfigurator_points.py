@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from planner.catalog.gpus import gpu_named
-from planner.op_times import family_named
+from planner.timing.op_times import family_named
 from profiles.calibrate import OTHER_POINTS, POINTS
 from profiles.fitting import Array, Samples, fit_family, predicted, spread
 from profiles.op_tables import SYSTEMS, package_folder, samples_of_tables

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import planner
-from planner import roofline
-from planner.calibration import from_dict
+from planner.timing import clock
+from planner.timing.calibration import from_dict
 from profiles.bench import random_ids
 from profiles.calibrate import calibration
 from profiles.microbench.op_record import load
@@ -69,7 +69,7 @@ def main() -> None:
         run("cpu", budget_s=BUDGET_S, out=out)
         known = from_dict(calibration("cpu", records=load(out)))
     print(f"{time.perf_counter() - started:.0f} s to time and fit this CPU's ops")
-    roofline.calibration_of = lambda gpu: known  # type: ignore[assignment]
+    clock.calibration_of = lambda gpu: known  # type: ignore[assignment]
     passes = []
     for one in [*inference(model), *training(model)]:
         passes.append(one)

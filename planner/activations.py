@@ -115,11 +115,13 @@ def peak_bytes(program: Program, dims: Dims) -> Number:
     highest = []
     for start in range(0, cells.size, CHUNK_CELLS):
         part = [None if x is None else x[start : start + CHUNK_CELLS] for x in flat]
-        assert part[0] is not None
-        names = ("batch", "tokens", "context", "capacity", "encoder")
-        chunk = Dims(**dict(zip(names, part, strict=True)))
+        batch, tokens, context, capacity, encoder = part
+        assert batch is not None
+        chunk = Dims(
+            batch=batch, tokens=tokens, context=context, capacity=capacity, encoder=encoder
+        )
         found = _highest(_walks(program, chunk), chunk)
-        highest.append(np.broadcast_to(found, part[0].shape))
+        highest.append(np.broadcast_to(found, batch.shape))
     return np.concatenate(highest).reshape(cells.shape) if highest else np.zeros(cells.shape)
 
 

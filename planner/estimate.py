@@ -12,9 +12,7 @@ from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE, check_choice, check_kind, check_size
 from planner.kbit import kbit_rows
 from planner.ledger import Row, total_bytes
-from planner.loss_scaling import scaler_row
 from planner.model import Model
-from planner.optimizers import copies_rows, optimizer_rows
 from planner.overhead import WITH_CONTEXT, outside_torch_bytes, overhead_rows, workspace_bytes
 from planner.parallel import Share
 from planner.prepared import (
@@ -34,7 +32,9 @@ from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Runtime, Setting
 from planner.runtimes.transformers import is_quantised
 from planner.runtimes.writer import INT64
-from planner.sharding import shard_rows
+from planner.trained.loss_scaling import scaler_row
+from planner.trained.optimizers import copies_rows, optimizer_rows
+from planner.trained.sharding import shard_rows
 from planner.training import (
     adapter_rows,
     as_built,

@@ -21,6 +21,11 @@ def seconds(time_s: float | None) -> str:
     return f"{time_s / 1e-6:,.3g} µs"
 
 
+def rate(per_s: float) -> str:
+    """So many a second; the unit is the quantity's name."""
+    return f"{per_s:,.0f}" if abs(per_s) >= 1000 else f"{per_s:,.4g}"
+
+
 def percent(fraction: float) -> str:
     """A signed error in percent."""
     return f"{fraction:+.2%}"
@@ -47,6 +52,8 @@ QUANTITIES = {
     "tpot_s": "TPOT",
     "replay_s": "Decode step, replayed",
     "step_s": "Step",
+    "end_to_end_s": "End to end",
+    "tokens_per_s": "Tokens/s",
 }
 """What is predicted and measured, as people call it."""
 
@@ -54,3 +61,10 @@ QUANTITIES = {
 def of_quantity(name: str) -> str:
     """A quantity's name for people; another name as it is."""
     return QUANTITIES.get(name, name)
+
+
+def of_value(quantity: str, number: float) -> str:
+    """A value in the unit that its quantity's name ends in."""
+    if quantity.endswith("_per_s"):
+        return rate(number)
+    return seconds(number) if quantity.endswith("_s") else gib(number)

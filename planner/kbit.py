@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from planner.errors import ConfigError
 from planner.ledger import Row
-from planner.lora import adapted, module_of
 from planner.model import Model
 from planner.quantization.base import Stored
 from planner.quantization.bitsandbytes import FourBit
 from planner.quantization.packed_products import MAX_ROWS
 from planner.runtimes.base import Runtime, Setting
 from planner.tensors import Parameter
+from planner.trained.lora import adapted, module_of
 from planner.weights import stored_rows
 from planner.workload import Deployment, LoRA, Training
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import ConfigError, shown
-from planner.gguf_files import find_gguf, read_gguf
-from planner.hub import hub_config, is_hub, parsed
+from planner.headers.gguf_files import find_gguf, read_gguf
+from planner.headers.hub import hub_config, is_hub, parsed
 from planner.huggingface import read_config
 from planner.huggingface.gguf import config_from_gguf
 from planner.model import Model

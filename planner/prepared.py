@@ -23,7 +23,7 @@ from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from planner.runtimes.vllm import batch_limits
 from planner.runtimes.vllm_groups import DEFAULT_BLOCK_TOKENS
 from planner.runtimes.vllm_overhead import outside_rows
-from planner.sharding import Sharding
+from planner.trained.sharding import Sharding
 from planner.weights import weight_rows
 from planner.workload import CacheSpec, Deployment, Inference, Training
 
@@ -196,6 +196,7 @@ def setting_of(model: Model, deploy: Deployment, runtime: Runtime, gpu: Gpu) -> 
         tensor_parallel=deploy.tensor_parallel,
         pipeline_parallel=deploy.pipeline_parallel,
         host_add_s=deploy.host_add_s,
+        power_limit_w=deploy.power_limit_w,
         sharding=_sharding(deploy, dtype),
     )
 

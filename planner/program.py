@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from planner.routing import UNIFORM, Routing
+
 Number: TypeAlias = Any
 """A Python int, or a float64 array of them."""
 OPENING = "cache of "
@@ -26,7 +28,8 @@ class Dims:
     """Batch, tokens of this pass, and tokens of context after it (cached ones included).
 
     `capacity` is what a preallocated cache has room for; None: exactly the context. `encoder`: what
-    a sequence-to-sequence model's encoder reads; None: as many as the tokens.
+    a sequence-to-sequence model's encoder reads; None: as many as the tokens. `routing`: how they
+    are dealt out to experts, which decides what is read and nothing that is allocated.
     """
 
     batch: Number
@@ -34,6 +37,7 @@ class Dims:
     context: Number
     capacity: Number | None = None
     encoder: Number | None = None
+    routing: Routing = UNIFORM
 
     @property
     def is_point(self) -> bool:
@@ -54,6 +58,24 @@ class Symbol:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+class Reached(Symbol):
+    """How many experts of a mixture the tokens of a pass reach (routing.py)."""
+
+    __slots__ = ("experts", "top_k")
+
+    experts: int
+    top_k: int
+
+    def __init__(self, experts: int, top_k: int) -> None:
+        Symbol.__init__(
+            self,
+            f"reached({experts}, {top_k}, B · T)",
+            lambda d: d.routing.reached(experts, top_k, d.batch * d.tokens),
+        )
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "top_k", top_k)
 
 
 Extent: TypeAlias = int | Symbol

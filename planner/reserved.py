@@ -34,18 +34,18 @@ from planner.allocator.simulate import Replay
 from planner.dtypes import element_bytes
 from planner.format import gib
 from planner.kbit import held_tensors
-from planner.lora import adapter_bytes, adapters
 from planner.model import Model
 from planner.module_order import module_order, one_matrix
 from planner.pass_events import PassWriter, script
-from planner.prefix_adapters import METHODS as PREFIXES
-from planner.prefix_adapters import kept_rows, prefix_adapters
 from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import INT64
-from planner.sharding import lying
 from planner.tensors import Parameter
+from planner.trained.lora import adapter_bytes, adapters
+from planner.trained.prefix_adapters import METHODS as PREFIXES
+from planner.trained.prefix_adapters import kept_rows, prefix_adapters
+from planner.trained.sharding import lying
 from planner.training_events import TRAINING_STEPS, training_events
 from planner.workload import Inference, Training
 

@@ -11,18 +11,10 @@ from planner.allocator import AllocatorSettings
 from planner.allocator.settings import DEFAULTS
 from planner.catalog.gpus import Gpu
 from planner.errors import ConfigError, check_choice
+from planner.experts import ExpertsReached, experts_reached
 from planner.format import gib, seconds
-from planner.latency import (
-    UNTIMED,
-    Latency,
-    latency,
-    passes_of,
-    prompt_passes,
-    training_latency,
-)
 from planner.ledger import Row, ledger_table
 from planner.model import Model
-from planner.op_table import op_table
 from planner.parallel import Share
 from planner.program import Dims
 from planner.report import write_csv
@@ -30,6 +22,10 @@ from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Pool, Setting
 from planner.timeline import Moment, moments, timeline_table
+from planner.timing.calibration_files import own_stamp
+from planner.timing.latency import UNTIMED, Latency, latency, training_latency
+from planner.timing.op_table import op_table
+from planner.timing.passes import passes_of, prompt_passes
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
@@ -183,20 +179,25 @@ class Estimate:
     @property
     def latency(self) -> Latency:
         """Times and throughput, computed when asked for."""
+        stamp = own_stamp(self.gpu.name)
         if isinstance(self.work, Training):
-            return training_latency(self.model, self.work, self.deploy, self.setting, self.gpu)
-        return latency(self.model, self.work, self.setting, self.deploy.runtime, self.gpu)
+            return training_latency(
+                self.model, self.work, self.deploy, self.setting, self.gpu, stamp
+            )
+        runtime = self.deploy.runtime
+        return latency(self.model, self.work, self.setting, runtime, self.gpu, stamp)
 
     def op_times(self, which: str = "decode") -> pd.DataFrame:
         """Where the time goes in "prefill" (of several passes, the mean one), in the last "decode"
         step, or in a training step.
 
         A row for each kind of op, the longest first: op, family, count, seconds, total_s, flops,
-        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up.
+        moved_bytes, bound_by, basis, error (op_table.OpRow). Pipeline stages are added up. Of
+        sharded training collectives are among them, though kernels hide most of their time.
         """
-        if self.setting.sharding is not None:
+        if self.latency.basis == UNTIMED:
             raise ConfigError(
-                f"data_parallel_shards={self.setting.sharding.shards}: times {UNTIMED}"
+                f"data_parallel_shards={self.deploy.data_parallel_shards}: times {UNTIMED}"
             )
         passes = passes_of(self.model, self.setting, self.deploy.runtime, self.gpu)
         if isinstance(self.work, Training):
@@ -211,11 +212,30 @@ class Estimate:
             tokens=1 if decodes else work.prompt_tokens,
             context=context,
             encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
+            routing=work.routing,
         )
         if rules.pooled and not decodes:
             _, dims = prompt_passes(dims, self.setting.max_batched_tokens)
         make = rules.decode if decodes else rules.prefill
         return op_table(passes, lambda stage: make(stage, work, self.setting), dims)
+
+    @property
+    def experts(self) -> tuple[ExpertsReached, ...]:
+        """What passes reach of a mixture's experts; of several prefills, the mean one."""
+        work = self.work
+        if isinstance(work, Training):
+            tokens = work.batch * work.sequence_tokens
+            return experts_reached(self.model, work.routing, step_tokens=tokens)
+        several = 1.0
+        if runtime_named(self.deploy.runtime).pooled:
+            dims = Dims(batch=work.batch, tokens=work.prompt_tokens, context=work.prompt_tokens)
+            several = float(prompt_passes(dims, self.setting.max_batched_tokens)[0])
+        return experts_reached(
+            self.model,
+            work.routing,
+            prefill_tokens=work.batch * work.prompt_tokens / several,
+            decode_tokens=work.batch if work.output_tokens > 1 else None,
+        )
 
     @property
     def headroom_bytes(self) -> int:
@@ -306,6 +326,7 @@ class Estimate:
             "data_parallel_shards": self.deploy.data_parallel_shards,
             "stage": self.share.stage,
             "latency": asdict(self.latency),
+            "experts": [asdict(kind) for kind in self.experts],
             "peak": {
                 "note": self.peak_note,
                 "phase": self.peak_phase,
@@ -422,6 +443,9 @@ def explain(estimate: Estimate) -> str:
                 "context and NCCL leave free"
             )
     lines.append(f"  {speed(e.latency)}")
+    for kind in e.experts:
+        how = f"experts of {kind.layers} layers, {e.work.routing.in_words}"
+        lines.append(f"  {how}: {kind.in_words}")
     if e.model.defaults:
         lines.append(f"  taken by default: {', '.join(e.model.defaults)}")
     return "\n".join(lines)

@@ -10,11 +10,7 @@ from planner.dtypes import element_bytes
 from planner.errors import ConfigError
 from planner.kbit import check_frozen
 from planner.ledger import Component, Row, total_bytes
-from planner.lora import adapter_bytes, adapters
 from planner.model import Model
-from planner.optimizers import trainable
-from planner.prefix_adapters import METHODS as PREFIXES
-from planner.prefix_adapters import kept_rows, prefix_adapters
 from planner.runtimes.attnlab_training.step import training_phase as attnlab
 from planner.runtimes.base import Phase, Setting
 from planner.runtimes.litgpt_finetuning import as_kept
@@ -25,6 +21,10 @@ from planner.runtimes.torchtune_training import training_phase as torchtune
 from planner.runtimes.transformers_training import training_phase as transformers
 from planner.runtimes.writer import FLOAT32
 from planner.tensors import Parameter
+from planner.trained.lora import adapter_bytes, adapters
+from planner.trained.optimizers import trainable
+from planner.trained.prefix_adapters import METHODS as PREFIXES
+from planner.trained.prefix_adapters import kept_rows, prefix_adapters
 from planner.workload import Deployment, Training
 
 PLANNED: dict[str, Callable[[Model, Training, Setting], Phase]] = {

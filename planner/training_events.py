@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from planner.allocator import Alloc, Event, Free
-from planner.loss_scaling import HELD_BYTES
 from planner.model import Model
 from planner.module_order import module_order
-from planner.optimizer_parts import is_hidden
-from planner.optimizers import states, stepped_bytes, trainable, trained
 from planner.pass_events import PassScript, script, workspace_events
 from planner.program import Dims
 from planner.runtimes.base import Setting
 from planner.runtimes.writer import FLOAT32, INT64
+from planner.trained.loss_scaling import HELD_BYTES
+from planner.trained.optimizer_parts import is_hidden
+from planner.trained.optimizers import states, stepped_bytes, trainable, trained
 from planner.training import PLANNED
 from planner.workload import Training
 

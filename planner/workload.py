@@ -7,6 +7,7 @@ from typing import Literal
 
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import ConfigError, check_choice, check_flags, check_size, shown
+from planner.routing import UNIFORM, Routing
 
 CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
 CACHE_BACKENDS = ("quanto", "hqq")
@@ -89,6 +90,11 @@ def cache_spec(text: str) -> CacheSpec:
     return CacheSpec(kind=kind, **settings)  # type: ignore[arg-type]
 
 
+def _check_routing(routing: object) -> None:
+    if not isinstance(routing, Routing):
+        raise ConfigError(f"routing={shown(routing)} is not allowed: a Routing")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
     """One prefill that yields the first output token, then output_tokens − 1 decode steps.
@@ -97,6 +103,7 @@ class Inference:
     `encoder_tokens`: what a sequence-to-sequence model's encoder reads; None: as the prompt.
     `padded`: shorter sequences are padded, and an attention mask hides that (transformers).
     `float32_logits`: logits are cast, as transformers before 4.46 does to all of them.
+    `routing`: how a mixture's tokens are dealt out to its experts; times depend on it alone.
     """
 
     batch: int
@@ -106,8 +113,10 @@ class Inference:
     encoder_tokens: int | None = None
     padded: bool = False
     float32_logits: bool = False
+    routing: Routing = UNIFORM
 
     def __post_init__(self) -> None:
+        _check_routing(self.routing)
         for field in ("batch", "prompt_tokens", "output_tokens"):
             check_size(field, getattr(self, field))
         check_choice("logits", self.logits, ("all", "last"))
@@ -134,6 +143,8 @@ class Inference:
 
 
 MAX_GPUS = 65_536
+LEAST_W, MOST_W = 50, 5000
+"""Limits that a GPU's driver takes lie well inside."""
 
 OPTIMIZERS = (
     "adamw",
@@ -217,7 +228,8 @@ class Training:
     as of Inference. `accumulation_steps`: forwards and backwards, each of `batch` sequences and its
     loss dropped before the next, whose gradients are added up before the optimizer's step.
     `frozen`: FROZEN_PARTS that "full" does not train, `frozen_layers`: nor the first so many layers
-    (requires_grad_(False); planner/frozen.py: what each name stands for).
+    (requires_grad_(False); planner/trained/frozen.py: what each name stands for). `routing`: as of
+    Inference.
     """
 
     batch: int
@@ -236,8 +248,10 @@ class Training:
     keep_every: int = 1
     frozen: tuple[str, ...] = ()
     frozen_layers: int = 0
+    routing: Routing = UNIFORM
 
     def __post_init__(self) -> None:
+        _check_routing(self.routing)
         self._check_frozen()
         sizes = ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every", "keep_every")
         for field in sizes:
@@ -378,6 +392,7 @@ class Deployment:
     VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1 and by default since 0.21.
     `host_add_s`: how fast the host issues ops, as the seconds of `x + x` over 64 elements on the
     GPU, in a loop (profiles/meters.py); None: as fast as the one whose op times are known.
+    `power_limit_w`: watts that the GPU is held to (nvidia-smi -pl); None: its TDP.
     """
 
     gpu: str
@@ -401,6 +416,7 @@ class Deployment:
     block_tokens: int = 16
     cuda_graphs: Literal["outside", "inside"] = "outside"
     host_add_s: float | None = None
+    power_limit_w: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -415,6 +431,7 @@ class Deployment:
             raise ConfigError(
                 f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"
             )
+        self._check_power()
         check_choice("cuda_graphs", self.cuda_graphs, ("outside", "inside"))
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise ConfigError(f"cache={shown(self.cache)} is not allowed: a CacheSpec or None")
@@ -440,6 +457,14 @@ class Deployment:
     def world_size(self) -> int:
         """GPUs that one copy of the model is spread over."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel_shards
+
+    def _check_power(self) -> None:
+        watts = self.power_limit_w
+        known = isinstance(watts, int | float) and not isinstance(watts, bool)
+        if watts is not None and not (known and LEAST_W <= watts <= MOST_W):
+            raise ConfigError(
+                f"power_limit_w={shown(watts)} is not allowed: watts, {LEAST_W} to {MOST_W}"
+            )
 
     def _check_layout(self) -> None:
         for field in ("gpus", "tensor_parallel", "pipeline_parallel", "data_parallel_shards"):

@@ -19,16 +19,19 @@ import numpy as np
 
 import planner
 from planner import ConfigError
-from planner.calibration import SCHEMA, HostCost
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
-from planner.host_cost import Engine, unscaled_seconds
-from planner.op_families import STRIDED
-from planner.op_times import Fit, family_named
+from planner.timing.calibration import SCHEMA, HostCost
+from planner.timing.fresh_pages import MAPPED_FROM_BYTES
+from planner.timing.host_cost import Engine, unscaled_seconds
+from planner.timing.op_families import COMMUNICATION, STRIDED, WEIGHT_BYTES
+from planner.timing.op_kinds import kernel_count
+from planner.timing.op_times import Fit, family_named
 from profiles import composites
+from profiles.compare import passes_of_record
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
-from profiles.op_samples import joined, samples_of_records
+from profiles.op_samples import is_given_anew, joined, samples_of_records
 from profiles.op_tables import Tables
 from profiles.records import Record
 
@@ -45,6 +48,7 @@ OTHER_POINTS = 100
 LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
+PAGE_BYTES = 4096
 BOUND = 1.25
 """A pass that takes so much longer than its kernels waits for the host."""
 
@@ -78,7 +82,7 @@ def calibration(
     if records is not None:
         ops = _of_gpu(records, gpu_name)
         sources["records"] = {**RECORDS_SOURCE, "what": _where(records, ops)}
-        for name, samples in samples_of_records(ops).items():
+        for name, samples in samples_of_records(ops, cpu=gpu.is_cpu).items():
             found[name] = ("records", samples)
     if tables is not None:
         sources["tables"] = {
@@ -109,7 +113,13 @@ def calibration(
             tell(name, len(found[name][1]), fit)
     content: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu_name, "sources": sources, "fits": fits}
     if records is not None:
-        content |= {**_graph(ops), **_energy(ops), **_host(ops, gpu, list(end_to_end))}
+        content |= {
+            **_graph(ops, [r for r in end_to_end if r.environment.gpu == gpu_name]),
+            **_energy(ops),
+            **_host(ops, gpu, list(end_to_end)),
+        }
+        if gpu.is_cpu:
+            content |= {**_machine(records, ops), **_pages(records, ops)}
     return content
 
 
@@ -121,9 +131,11 @@ def _parts_of_composites(
     gpu: Gpu,
 ) -> None:
     """Kinds that were timed among others, one after the other: each takes those before as known."""
-    needed = ("elementwise", STRIDED)
+    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", STRIDED)
     if not all(name in made for name in needed):
         return
+    if gpu.is_cpu:
+        ops = [op for op in ops if not is_given_anew(op)]
 
     def more(name: str, rows: composites.Rows) -> None:
         before = found[name][1] if name in found else None
@@ -133,7 +145,8 @@ def _parts_of_composites(
 
     more("cast", composites.launches(ops))
     more("mean", composites.means(ops, made, gpu))
-    more(STRIDED, composites.products(ops, made, gpu))
+    if not gpu.is_cpu:  # which has no kernels of its own for them
+        more(STRIDED, composites.products(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 
 
@@ -167,8 +180,8 @@ def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
 
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
     family, *rest = name.split(":")
-    dtype = rest[0] if rest and rest[0] != "warm" else ""
-    if family == "all_reduce":
+    dtype = rest[0] if rest and rest[0] in WEIGHT_BYTES else ""
+    if family in COMMUNICATION:
         family, dtype = ":".join(name.split(":")[:2]), ""
     points = POINTS.get(":".join(name.split(":")[:2]), OTHER_POINTS)
     peak, bandwidth = gpu.flops_per_s(dtype or "bf16"), gpu.memory_bandwidth_bytes_per_s
@@ -204,18 +217,54 @@ def _short(x: float) -> float | int:
 
 
 def _of_gpu(records: OpRecords, gpu_name: str) -> list[OpRecord]:
-    """The ops that were measured on this GPU."""
-    theirs = {name for name, e in records.environments.items() if e.gpu == gpu_name}
+    """The ops that were measured on this GPU; of CPUs, those on the last one."""
+    theirs = {name: e for name, e in records.environments.items() if e.gpu == gpu_name}
     ops = [op for op in records.ops if op.environment in theirs]
     if not ops:
         raise ConfigError(f"gpu={shown(gpu_name)}: no op record is of it")
-    return ops
+    last = theirs[ops[-1].environment]
+    if last.device != "cpu":
+        return ops
+    same = {n for n, e in theirs.items() if (e.cpu, e.cpu_threads) == (last.cpu, last.cpu_threads)}
+    return [op for op in ops if op.environment in same]
 
 
 def _where(records: OpRecords, ops: list[OpRecord]) -> str:
     environment = records.environments[ops[0].environment]
     day = min(op.created_utc for op in ops)[:10]
-    return f"{len(ops)} ops on {environment.device_name}, torch {environment.torch}, {day}"
+    threads = f", {environment.cpu_threads} threads" if environment.device == "cpu" else ""
+    where = f"{environment.device_name}{threads}"
+    return f"{len(ops)} ops on {where}, torch {environment.torch}, {day}"
+
+
+def _machine(records: OpRecords, ops: list[OpRecord]) -> dict[str, Any]:
+    """Which CPU was timed, with how many threads."""
+    environment = records.environments[ops[-1].environment]
+    threads = environment.cpu_threads or 1
+    return {"machine": {"name": environment.cpu or environment.device_name, "threads": threads}}
+
+
+def _pages(records: OpRecords, ops: list[OpRecord]) -> dict[str, Any]:
+    """What a page costs that the system gives anew: a copy into mapped memory against the best rate
+    of copies into memory at hand. glibc alone is known to map and to keep as fresh_pages.py has it.
+    """
+    if "glibc" not in records.environments[ops[-1].environment].platform:
+        return {}
+    good = [r for r in ops if r.op == "copy" and r.status == "ok" and r.median_s]
+    mapped = [r for r in good if r.bytes / 2 > MAPPED_FROM_BYTES]
+    at_hand = [r for r in good if r.family == "bandwidth" and r.split == "calibration"]
+    if not mapped or not at_hand:
+        return {}
+    largest = max(at_hand, key=lambda r: r.bytes)
+    byte_s = largest.median_s / largest.bytes  # type: ignore[operator]
+    page_s = statistics.median(
+        (r.median_s - byte_s * r.bytes) / (r.bytes / 2 / PAGE_BYTES)  # type: ignore[operator]
+        for r in mapped
+    )
+    if page_s <= 0:
+        return {}
+    page = {"page_s": float(f"{page_s:.4g}"), "page_bytes": PAGE_BYTES, "source": "records"}
+    return {"pages": page}
 
 
 def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...], float]:
@@ -226,18 +275,32 @@ def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...],
     }
 
 
-def _graph(ops: list[OpRecord]) -> dict[str, Any]:
-    """A line through replays of graphs of 1 to 1 000 kernels."""
+def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
+    """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
+    one number, the mean over the calibration rows that a graph replayed.
+    """
     replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
     if len(replays) < 2:
         return {}
     least, most = min(replays), max(replays)
     kernel_s = (replays[most] - replays[least]) / (most - least)
+    replay_s = replays[least] - kernel_s * least
+    rows = [r for r in end_to_end if (r.split, r.mode, r.status) == ("calibration", "graph", "ok")]
+    gaps = [
+        (measured_s - gpu_s - replay_s) / kernel_count(program)
+        for record in rows
+        for measured_s, gpu_s, program in passes_of_record(record)
+    ]
+    between = dict[str, Any]()
+    if gaps:
+        between["between_s"] = float(f"{max(0.0, statistics.fmean(gaps)):.4g}")
+        between["scaled_on"] = sorted(str(record.point) for record in rows)
     return {
         "graph": {
-            "replay_s": float(f"{replays[least] - kernel_s * least:.4g}"),
+            "replay_s": float(f"{replay_s:.4g}"),
             "kernel_s": float(f"{kernel_s:.4g}"),
             "source": "records",
+            **between,
         }
     }
 
@@ -281,7 +344,8 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     }
     if "add" not in costs:
         return {}
-    mine = [r for r in end_to_end if r.environment.gpu == gpu.name and r.status == "ok"]
+    issued = [r for r in end_to_end if (r.mode, r.status) == ("eager", "ok")]
+    mine = [r for r in issued if r.environment.gpu == gpu.name]
     costs = _as_usual(costs, mine)
     bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
     scale, named, apart = dict[str, float](), list[str](), 0.0
@@ -342,8 +406,6 @@ def _disturbed(row: tuple[float, float, float], factor: float) -> float:
 
 def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
     """(measured, GPU's, host's) seconds of the passes of one inference record."""
-    from profiles.compare import passes_of_record
-
     engine = Engine(
         runtime=record.runtime,
         model_type=planner.read_config(record.config).text_type,

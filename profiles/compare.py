@@ -13,11 +13,13 @@ from typing import Any
 
 import planner
 from planner import ConfigError
-from planner.latency import passes_of
+from planner.catalog.here import as_on
 from planner.program import Dims, Program
-from planner.roofline import pass_cost
 from planner.runtimes import runtime_named
+from planner.timing.passes import passes_of
+from planner.timing.roofline import pass_cost
 from profiles.points import planned_dtype
+from profiles.record_cpu import processor_of
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame
 from profiles.summaries import Summary, summary
@@ -160,7 +162,8 @@ def estimate_of(record: Record) -> planner.Estimate:
         mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
     )
-    return planner.estimate(planner.read_config(record.config), work, deploy)
+    with as_on(processor_of(record)):
+        return planner.estimate(planner.read_config(record.config), work, deploy)
 
 
 def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
@@ -176,6 +179,7 @@ def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
     for quantity, make, tokens, context in (
         ("ttft_s", rules.prefill, work.prompt_tokens, work.prompt_tokens),
         ("tpot_s", rules.decode, 1, work.context_tokens),
+        ("replay_s", rules.decode, 1, work.context_tokens),
     ):
         if quantity in found:
             program = make(estimate.share.model, work, setting)

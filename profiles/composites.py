@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-from planner.calibration import Calibration
 from planner.catalog.gpus import Gpu
-from planner.op_families import ELEMENT_BYTES, STRIDED
-from planner.op_times import Fit
 from planner.program import Number
-from planner.roofline import Speed, byte_seconds
+from planner.timing.byte_times import byte_seconds
+from planner.timing.calibration import Calibration
+from planner.timing.clock import Speed
+from planner.timing.op_families import ELEMENT_BYTES, STRIDED
+from planner.timing.op_times import Fit
 from profiles.microbench.op_record import OpRecord, merged
 
 LEAST_S = 1e-7

@@ -13,6 +13,7 @@ import torch
 
 from planner import ConfigError
 from planner.catalog.gpus import gpu_of_torch_name
+from planner.catalog.here import processor_name
 from planner.errors import check_choice
 from profiles.nvml import NvmlDevice
 from profiles.records import Environment
@@ -41,7 +42,7 @@ def device_uuid(device: torch.device) -> str | None:
 def describe(device: torch.device, driver: NvmlDevice | None) -> Environment:
     """The environment of a measurement on `device`; clocks are read by the measurement itself."""
     cuda = device.type == "cuda"
-    cpu = _cpu_name()
+    cpu = processor_name()
     name = torch.cuda.get_device_name(device) if cuda else cpu or "cpu"
     return Environment(
         device="cuda" if cuda else "cpu",
@@ -109,17 +110,6 @@ def _cgroup_left_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
     if limit == "max":
         return 2**63
     return int(limit) - used + int(stat.get("inactive_file", 0))
-
-
-@cache
-def _cpu_name() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or None
 
 
 @cache

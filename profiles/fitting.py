@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.op_families import Family
-from planner.op_times import Errors, Fit, Roof, matern
+from planner.timing.op_families import Family
+from planner.timing.op_times import Errors, Fit, Roof, matern
 
 Array = NDArray[np.float64]
 NOISES = (0.01, 0.03, 0.1, 0.3)

@@ -15,6 +15,8 @@ from profiles.workloads import RUNTIMES
 
 SIZES = ("batch", "sequence_tokens")
 """Fields of a Training that a record has as its own."""
+FOUND = ("routing",)
+"""Those that a run finds and does not set: its routers pick as they do."""
 
 
 def record_of(
@@ -68,5 +70,5 @@ def _work(run: Point | TrainingPoint) -> dict[str, Any]:
         "prompt_tokens": work.sequence_tokens,
         "output_tokens": 1,
         "logits": "all",
-        "step": {k: v for k, v in step.items() if k not in SIZES} | {"dropout": 0.0},
+        "step": {k: v for k, v in step.items() if k not in SIZES + FOUND} | {"dropout": 0.0},
     }

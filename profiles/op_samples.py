@@ -9,13 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from planner.op_families import ELEMENT_BYTES, MASKED, STRIDED, gemm_family, triangle
+from planner.timing.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
+from planner.timing.op_families import (
+    ELEMENT_BYTES,
+    ELEMENTWISE_TANH,
+    FEW_ROWS,
+    GEMM_FEW,
+    MASKED,
+    NORM_RMS,
+    STRIDED,
+    STRIDED_CAST,
+    gemm_family,
+    triangle,
+)
 from profiles.fitting import Samples
 from profiles.microbench.op_record import OpRecord, merged
 
+Row: TypeAlias = tuple[str, list[float], int]
+"""The name of a fit, the sizes, how many kernels share the time."""
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 
@@ -43,29 +58,68 @@ BYTE_OPS: Mapping[str, Written] = {
     "upcast": Written(kind="cast", kernels=1, element_bytes=6),
     "rope": Written(kind=STRIDED, kernels=10, element_bytes=4.5 * ELEMENT_BYTES),
     "mul_row": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
+    "mul_mixed": Written(kind=STRIDED_CAST, kernels=1, element_bytes=ELEMENT_BYTES),
     "silu_half": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
     "cat": Written(kind="cat", kernels=1, element_bytes=4),
     "embedding": Written(kind="gather", kernels=1, element_bytes=4),
 }
 """A rotation, x · cos + turned(x) · sin of queries and keys: two products, a sum, the halves joined
-and one of them negated, 4½ times as many elements as x has, by ten kernels."""
+and one of them negated, 4½ times as many elements as x has, by ten kernels. `mul_mixed`, bf16 by a
+column of float32: offsets and a conversion for each element (CUDALoops.cuh: gpu_kernel_impl)."""
 
 
-def samples_of_records(records: Iterable[OpRecord]) -> dict[str, Samples]:
+CPU_KINDS: Mapping[str, str] = {
+    "gelu_tanh": ELEMENTWISE_TANH,
+    "rms_norm": NORM_RMS,
+    "rope": "elementwise",
+    "cat": "elementwise",
+}
+"""What a CPU runs as other kinds than a GPU does (timing/byte_times.py: CPU_PLAIN, TANH)."""
+SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2, "rope": 3}
+"""Tensors as large as the first that live at once in an op of several kernels."""
+
+
+def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dict[str, Samples]:
     """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
 
-    "…:warm": over what the op before has left in the cache.
+    "…:warm": over what the op before has left in the cache. Of a `cpu` those rows are left out
+    whose outputs malloc gives back to the system between the calls (planner/timing/fresh_pages.py).
     """
     rows: dict[str, list[tuple[list[float], float, bool]]] = {}
     good = [r for r in merged(records).values() if r.status == "ok" and r.samples_s]
     for record in good:
+        if cpu and is_given_anew(record):
+            continue
         found = _sample(record)
+        if cpu and found is not None:
+            found = _on_cpu(record, *found)
         if found is not None and record.median_s is not None:
             name, sizes, kernels = found
             name = f"{name}:warm" if record.cache == "warm" else name
             row = (sizes, record.median_s / kernels, record.split == "held-out")
             rows.setdefault(name, []).append(row)
     return {name: as_samples(found) for name, found in rows.items()}
+
+
+def is_given_anew(record: OpRecord) -> bool:
+    """Whether a CPU's outputs may go back to the system after each call: together with the rest
+    that malloc keeps at its end they are twice the largest of the sweep, 16 MiB.
+    """
+    if record.family != "bandwidth" or record.op not in SEVERAL_OUTPUTS:
+        return False
+    s = record.shape
+    elements = s["tokens"] * s["heads"] * s["head_dim"] if "tokens" in s else s["rows"] * s["width"]
+    return SEVERAL_OUTPUTS[record.op] * 4 * elements >= MAPPED_FROM_BYTES - SMALLEST_BYTES
+
+
+def _on_cpu(record: OpRecord, name: str, sizes: list[float], kernels: int) -> Row:
+    if record.family == "gemm" and sizes[0] < FEW_ROWS:
+        name = name.replace("gemm", GEMM_FEW.name)
+    if record.family == "bandwidth":
+        plain = name == STRIDED  # whose elements are counted as of two bytes
+        name = CPU_KINDS.get(record.op, name)
+        sizes = [2.0 * size for size in sizes] if plain and record.dtype == "fp32" else sizes
+    return name, sizes, kernels
 
 
 def as_samples(rows: list[tuple[list[float], float, bool]]) -> Samples:
@@ -91,7 +145,7 @@ def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]])
     )
 
 
-def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
+def _sample(record: OpRecord) -> Row | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm":
@@ -119,7 +173,7 @@ def _sample(record: OpRecord) -> tuple[str, list[float], int] | None:
     return None
 
 
-def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
+def _byte_sample(record: OpRecord) -> Row | None:
     written, s = BYTE_OPS[record.op], record.shape
     if record.op == "rope":
         elements = s["tokens"] * (s["heads"] + s["kv_heads"]) * s["head_dim"]
@@ -129,7 +183,8 @@ def _byte_sample(record: OpRecord) -> tuple[str, list[float], int] | None:
         elements = s["rows"] * s["width"]
         if s["rows"] < written.smallest_rows:
             return None
-    as_it_is = record.op in ("cross_entropy", "upcast") or written.kind == STRIDED
+    by_element = written.kind in (STRIDED, STRIDED_CAST)
+    as_it_is = record.op in ("cross_entropy", "upcast") or by_element
     wider = 2 if record.dtype == "fp32" and not as_it_is else 1
     moved = wider * written.element_bytes * elements / written.kernels
     return written.kind, [moved], written.kernels

@@ -5,8 +5,9 @@ is read where it is installed (the extra `silicon`) or unpacked; nothing of it i
 
 What is left out, and why: L40S products that fit its 96 MB L2, which the tables time warm; heads of
 512 (a flat 1.7 ms on an H200); windows; caches in fp8, but as a fit of their own. A mixture's
-layer is cut into its two grouped products by their FLOPs. Every fourth shape, by a checksum of its
-(n, k) or (heads, key-value heads, head dim), is held out.
+layer is cut into its two grouped products by their FLOPs; of its rows those dealt out in turn are
+fitted, those under a power law are a check (benchmarks/power_law_routing.py). Every fourth shape,
+by a checksum of its (n, k) or (heads, key-value heads, head dim), is held out.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def samples_of_tables(gpu: str, folder: Path) -> Tables:
         if newest is not None:
             versions.add(f"vllm {newest.name}")
             samples |= make(newest, gpu)
-    samples |= _all_reduce(data, versions)
+    samples |= {**_all_reduce(data, versions), **_sharded(data)}
     return Tables(
         samples=samples, version=_version(folder), measured_with=", ".join(sorted(versions))
     )
@@ -185,18 +186,22 @@ def _all_reduce(data: Path, versions: set[str]) -> dict[str, Samples]:
     own, nccl = _newest(data / "comm" / "vllm"), _newest(data / "comm" / "nccl")
     for gpus in (2, 4, 8):
         rows = [] if own is None else _own_reduce(own, gpus)
-        others = [] if nccl is None else _nccl_reduce(nccl, gpus)
+        others = [] if nccl is None else _nccl(nccl, gpus, "all_reduce")
         largest = max((size for size, _ in rows), default=0.0)
         rows += [row for row in others if row[0] > largest]
         for name, found in ((f"all_reduce:{gpus}", rows), (f"all_reduce:{gpus}:nccl", others)):
             if found:
-                made[name] = Samples(
-                    sizes=np.array([[size] for size, _ in found]),
-                    seconds=np.array([seconds for _, seconds in found]),
-                    held_out=np.zeros(len(found), dtype=bool),
-                )
+                made[name] = _by_size(found)
     versions |= {f"{p.parent.name} {p.name}" for p in (own, nccl) if p is not None}
     return made
+
+
+def _by_size(rows: list[tuple[float, float]]) -> Samples:
+    return Samples(
+        sizes=np.array([[size] for size, _ in rows]),
+        seconds=np.array([seconds for _, seconds in rows]),
+        held_out=np.zeros(len(rows), dtype=bool),
+    )
 
 
 def _own_reduce(folder: Path, gpus: int) -> list[tuple[float, float]]:
@@ -210,9 +215,21 @@ def _own_reduce(folder: Path, gpus: int) -> list[tuple[float, float]]:
     ]
 
 
-def _nccl_reduce(folder: Path, gpus: int) -> list[tuple[float, float]]:
+def _sharded(data: Path) -> dict[str, Samples]:
+    """NCCL's, by the bytes of all parts together."""
+    nccl = _newest(data / "comm" / "nccl")
+    made: dict[str, Samples] = {}
+    for kind in ("all_gather", "reduce_scatter"):
+        for gpus in (2, 4, 8):
+            rows = [] if nccl is None else _nccl(nccl, gpus, kind)
+            if rows:
+                made[f"{kind}:{gpus}"] = _by_size(rows)
+    return made
+
+
+def _nccl(folder: Path, gpus: int, kind: str) -> list[tuple[float, float]]:
     table = _read(folder / "nccl_perf.parquet")
-    half = (table.op_name == "all_reduce") & (table.nccl_dtype == "half")
+    half = (table.op_name == kind) & (table.nccl_dtype == "half")
     rows = table[half & (table.num_gpus == gpus)]
     return [
         (2.0 * size, ms * 1e-3) for size, ms in zip(rows.message_size, rows.latency, strict=True)

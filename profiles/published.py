@@ -14,10 +14,8 @@ that nothing here can express say why.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -28,9 +26,9 @@ from planner.errors import ConfigError
 from planner.estimate import kv_cache_bytes
 from planner.layers import RoPE
 from planner.reserved import AllocatorPlan, reserved
+from profiles.published_sources import address, read, repository
 from profiles.rows import relative_error
 
-TABLE = Path(__file__).parent / "data" / "published" / "memory.jsonl"
 EXPLAINED_FROM = 0.05
 """A larger error than this needs a sentence."""
 
@@ -39,7 +37,7 @@ GPUS = {
     "A100-80GB": "a100-80gb",
     "A100-SXM4-40GB": "a100-40gb",
     "NVIDIA L40S": "l40s",
-    "H100-96GB HBM2e 500W": "h100-80gb",
+    "H100-96GB HBM2e 500W": "h100-96gb-hbm2e",
     "H200-141GB": "h200",
 }
 QUANTITIES = {
@@ -99,16 +97,13 @@ class Plan:
     named: tuple[tuple[str, int], ...] = ()
     why: str = ""  # what else is known to differ
     settings: AllocatorSettings = DEFAULTS
-    memory_bytes: int | None = None  # of the card, where the catalogue has its kin
 
     def figures(self) -> dict[str, int | None]:
         """What is predicted, by quantity; torch's allocator as the run had set it."""
         memory = planner.estimate(self.model, self.work, self.deploy).memory
         seen = {name: getattr(memory, name) for name in QUANTITIES.values()}
-        torch, card = memory.torch, self.memory_bytes
-        if isinstance(torch, AllocatorPlan) and (card or self.settings != DEFAULTS):
-            if card is not None:
-                torch = replace(torch, capacity_bytes=card - memory.outside_torch_bytes)
+        torch = memory.torch
+        if isinstance(torch, AllocatorPlan) and self.settings != DEFAULTS:
             played = reserved(torch, settings=self.settings).stats
             seen["peak_allocated_bytes"] = played.peak_allocated_bytes
             seen["peak_reserved_bytes"] = played.peak_reserved_bytes
@@ -125,6 +120,8 @@ class PublishedRow:
 
     row: int
     source: str
+    url: str
+    licence: str
     model: str
     gpu: str
     run: str
@@ -176,8 +173,7 @@ def _summarise(source: str, quantity: str, group: list[PublishedRow]) -> Publish
 
 def load() -> list[dict[str, Any]]:
     """The published rows as they were collected, with source and licence."""
-    with TABLE.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read("memory.jsonl")
 
 
 def published_rows() -> list[PublishedRow]:
@@ -187,10 +183,12 @@ def published_rows() -> list[PublishedRow]:
 
 def rows_of(index: int, record: dict[str, Any]) -> Iterator[PublishedRow]:
     """The rows of one published run."""
-    source = str(record["source"]).partition("@")[0].rpartition("/")[2]
+    source = repository(record)
     about: dict[str, Any] = {
         "row": index,
         "source": source,
+        "url": address(record),
+        "licence": record["licence"],
         "model": record["model"],
         "gpu": record["gpu"] if record["gpus"] == 1 else f"{record['gpus']} × {record['gpu']}",
         "run": in_words(source, record),
@@ -411,7 +409,6 @@ def _torchtitan(record: dict[str, Any]) -> Plan:
         named=tuple(named),
         why=_titan_why(s),
         settings=AllocatorSettings(expandable_segments=record["gpus"] == 8),
-        memory_bytes=None if later else 96 * 10**9,
     )
 
 

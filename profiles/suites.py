@@ -18,6 +18,8 @@ CALIBRATION = frozenset(
         ("llama-3.1-8b", "prefill 1 × 1024"),
         ("llama-3.1-8b", "generation 8 × 1024 + 16"),
         ("gpt2", "training 8 × 512 adamw foreach, checkpointing none"),
+        ("llama-3.1-8b", "decode 1 × 128 + 5, a CUDA graph"),
+        ("llama-3.1-8b", "decode 8 × 1024 + 5, a CUDA graph"),
     )
 )
 """(model, sizes) of the points that constants may be fitted on, in every runtime and dtype."""

@@ -13,6 +13,8 @@ from hypothesis.internal.conjecture import providers
 # Tiny models gain nothing from more threads, and two workers would fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Times come from the catalogue alone, whatever a developer has calibrated here.
+os.environ["PLANNER_CALIBRATION"] = ""
 # Some virtual machines announce AMX and then refuse it: oneDNN's bf16 products die there of an
 # illegal instruction. Without it the same tensors are made.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

@@ -18,8 +18,8 @@ import tests.conftest  # noqa: F401  threads and the instruction set, before tor
 from planner import CacheSpec, ConfigError
 from planner.huggingface import READERS
 from profiles.trace import trace
-from tests.planner import test_readers_encoder_decoders as encoder_decoders
 from tests.planner.every_type import CASES
+from tests.planner.huggingface import test_readers_encoder_decoders as encoder_decoders
 from tests.planner.oracle import (
     assert_same_parameters,
     linear_weights,

@@ -1,12 +1,13 @@
-"""Writes README's accuracy tables from the committed records: `python -m tools.accuracy_table`.
+"""Writes docs/accuracy.md's tables from the committed records: `python -m tools.accuracy_table`.
 
-Run it after a prediction or a record has changed; a test holds README against what it gives.
-A device has a table: its held-out points beside those that constants may be fitted on, or one
-column of all where its records were measured outside the suites.
+README gets the held-out points in a few lines. Run it after a prediction or a record has
+changed; a test holds the pages against what it gives. A device has a table: its held-out points
+beside those that constants may be fitted on and those that were measured outside the suites.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,15 +23,29 @@ from profiles.rows import QUANTITIES, Row
 from profiles.summaries import Summary, summary
 from tools import markdown
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "accuracy.md"
 BEGIN = "<!-- accuracy: written by `python -m tools.accuracy_table` -->"
 END = "<!-- /accuracy -->"
+SHORT_BEGIN = "<!-- held out: written by `python -m tools.accuracy_table` -->"
+SHORT_END = "<!-- /held out -->"
+SHORT = (
+    "peak_live_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_used_bytes",
+    "ttft_s",
+    "step_s",
+    "replay_s",
+    "tpot_s",
+)
+"""What README shows of them."""
 
 
 def accuracy(found: Sequence[Record]) -> str:
-    """The part of README between the marks: GPUs first."""
+    """The part of the page between the marks: GPUs first."""
     rows = compare(found)
-    devices = sorted({row.device for row in rows}, key=lambda name: (name == "cpu", name))
+    devices = by_name({row.device for row in rows})
     return "\n\n".join(
         of_device(
             device,
@@ -41,20 +56,44 @@ def accuracy(found: Sequence[Record]) -> str:
     )
 
 
+def held_out(found: Sequence[Record]) -> str:
+    """README's table: of each device the points that nothing was fitted on, the CPU's last."""
+    rows = [row for row in compare(found) if row.split == "held-out"]
+    lines: list[Sequence[str]] = [
+        ("device", "quantity", "n", "mean \\|error\\|", "p90", "worst"),
+        ("---", "---", "--:", "--:", "--:", "--:"),
+    ]
+    for device in by_name({row.device for row in rows}):
+        of = {s.quantity: s for s in summary([row for row in rows if row.device == device])}
+        label = label_of(device)
+        lines += [(label, of_quantity(name), *errors(of[name])) for name in SHORT if name in of]
+    return markdown.table(lines)
+
+
+def by_name(devices: Iterable[str]) -> list[str]:
+    """GPUs first."""
+    return sorted(devices, key=lambda name: (name == "cpu", name))
+
+
+def label_of(device: str) -> str:
+    """A device in the tables."""
+    if device == "cpu":
+        return "CPU"
+    return gpus()[device].label if device in gpus() else device
+
+
 def of_device(device: str, found: Sequence[Record], rows: Sequence[Row]) -> str:
     """One device: what was run, how repeatable it was, how far off the predictions were."""
     compared = {row.record for row in rows if row.predicted is not None}
     ran = [record for record in found if record.id in compared]
-    split = any(row.split for row in rows)
     refused = len({row.record for row in rows if row.predicted is None})
     left_out = f" The planner refuses {refused} more." if refused else ""
-    label = "CPU" if device == "cpu" else gpus()[device].label if device in gpus() else device
     head = (
-        f"**{label}**, {days(ran)}: {len(ran)} records of "
+        f"**{label_of(device)}**, {days(ran)}: {len(ran)} records of "
         f"{len({record.model for record in ran})} models; {software(ran)}.{left_out}"
     )
     spreads = repeatability(repeats(found))
-    return "\n\n".join((head, again(spreads), table(summary(rows), split=split)))
+    return "\n\n".join((head, again(spreads), table(summary(rows))))
 
 
 def days(found: Iterable[Record]) -> str:
@@ -92,11 +131,20 @@ def again(spreads: Sequence[Repeatability]) -> str:
     return "Repeatability first. " + " ".join(sentences)
 
 
-def table(summaries: Sequence[Summary], *, split: bool) -> str:
-    """Quantity × n, mean, p90 and worst of the absolute error."""
-    sides = ("held-out", "calibration") if split else (None,)
+SIDES: dict[str | None, str] = {
+    "held-out": "held-out n",
+    "calibration": "calibration n",
+    None: "outside the suites n",
+}
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Quantity × n, mean, p90 and worst of the absolute error, of each split that there is."""
+    there = {one.split for one in summaries if one.n}
+    sides = [side for side in SIDES if side in there]
     figures = ("mean \\|error\\|", "p90", "worst")
-    head = [name for side in sides for name in (f"{side} n" if side else "n", *figures)]
+    counts = ["n"] if sides == [None] else [SIDES[side] for side in sides]
+    head = [name for count in counts for name in (count, *figures)]
     lines = [["quantity", *head], ["---", *["--:"] * len(head)]]
     of = {(s.quantity, s.split): s for s in summaries}
     for quantity in QUANTITIES:
@@ -121,8 +169,13 @@ def share(fraction: float | None) -> str:
 
 
 def written(text: str, part: str) -> str:
-    """`text` with `part` between its marks."""
+    """`text` of the page with `part` between its marks."""
     return markdown.between(BEGIN, END, text, part)
+
+
+def shortened(text: str, part: str) -> str:
+    """`text` of README with `part` between its marks."""
+    return markdown.between(SHORT_BEGIN, SHORT_END, text, part)
 
 
 def committed() -> list[Record]:
@@ -134,4 +187,7 @@ def committed() -> list[Record]:
 
 
 if __name__ == "__main__":
-    write_text(written(README.read_text(encoding="utf-8"), accuracy(committed())), README)
+    os.environ["PLANNER_CALIBRATION"] = ""  # the catalogue alone
+    here = committed()
+    write_text(written(PAGE.read_text(encoding="utf-8"), accuracy(here)), PAGE)
+    write_text(shortened(README.read_text(encoding="utf-8"), held_out(here)), README)

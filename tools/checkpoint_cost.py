@@ -1,4 +1,4 @@
-"""How long a call of checkpointing's takes beside one of identity's: planner/host_cost.py, HOOKED.
+"""How long a call of checkpointing takes beside one of identity (timing/host_cost.py, HOOKED).
 
     python -m tools.checkpoint_cost
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import planner
-from planner.host_calls import counted, trained
-from planner.host_cost import MODULE_CALLS
+from planner.timing.host_calls import counted, trained
+from planner.timing.host_cost import MODULE_CALLS
 from profiles.workloads import build
 from tools.host_calls import BATCH, DEPTHS, PROMPT, config
 

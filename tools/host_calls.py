@@ -30,11 +30,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import planner
-from planner.host_calls import FILE, USUAL, Calls
-from planner.lora import adapted
 from planner.runtimes import runtime_named
 from planner.runtimes.transformers import EAGER_ONLY
 from planner.runtimes.transformers_code.families import HELD
+from planner.timing.host_calls import FILE, USUAL, Calls
+from planner.trained.lora import adapted
 from profiles.workloads import Workload, build
 
 T = TypeVar("T")

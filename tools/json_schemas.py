@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from planner.cli import main
+from planner.cli.commands import main
 
 OUT = Path(__file__).parents[1] / "planner" / "catalog" / "schemas"
 DYNAMIC = ("values", "peers_s", "measured_s")
@@ -84,6 +84,8 @@ QUESTIONS: dict[str, list[list[str]]] = {
         ["llama-3.1-70b", "--gpu", "t4", "--runtime", "vllm", "--dtype", "fp16"],
         ["llama-3.1-8b", "--gpu", "h200", "--output", "9", "--logits", "last"],
         ["llama-3.1-8b", "--gpu", "h200", "--runtime", "llama.cpp"],
+        ["mixtral-8x7b", "--gpu", "h200", "--runtime", "vllm", "--output", "9"],
+        ["mixtral-8x7b", "--gpu", "h200", "--train", "--routing", "zipf:1"],
     ],
     "fit": [
         SMALL,

@@ -15,5 +15,5 @@ def between(begin: str, end: str, text: str, part: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise SystemExit(f"README.md has no {begin} … {end}")
+        raise SystemExit(f"no {begin} … {end} in the page")
     return f"{before}{begin}\n{part}\n{end}{after}"

@@ -1,6 +1,6 @@
 """Fingerprints of the transformers code that planner/runtimes/transformers_code was written beside.
 
-    python tools/modelling_code.py            # rewrites tests/planner/modelling_code.json
+    python tools/modelling_code.py  # rewrites tests/planner/huggingface/modelling_code.json
 
 A test compares them with the installed version and names the files that moved: their classes have
 to be read again, and the programs held against them, before the fingerprints are renewed.
@@ -19,7 +19,7 @@ from pathlib import Path
 from planner.runtimes.transformers import EXACT_PEAKS
 
 FOLDER = Path(__file__).parents[1]
-STORED = FOLDER / "tests" / "planner" / "modelling_code.json"
+STORED = FOLDER / "tests" / "planner" / "huggingface" / "modelling_code.json"
 SHARED = (
     "activations.py",
     "cache_utils.py",

@@ -13,9 +13,11 @@ from app import (
     measured_tables,
     measurements,
     one_run,
+    published_tables,
 )
 from profiles.rows import Row
 
+OURS, PUBLISHED = "Our runs", "Published by others"
 GROUPS = {"quantity": None, "model": "model", "phase": "phase", "suite": "suite"}
 
 
@@ -111,33 +113,53 @@ def unmeasured(found: measurements.Store) -> None:
             st.caption(f"{', '.join(missing)}.")
 
 
+def ours() -> None:
+    """Our own records: filters, errors, one run opened, every row."""
+    try:
+        stored = measurements.store()
+    except planner.ConfigError as error:
+        st.error(str(error))
+        st.stop()
+    device = measured_filters.device(stored)
+    of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
+    if not of_device:
+        nothing(None if device == measured_filters.ALL else device)
+    else:
+        shown = measured_filters.filtered(stored, of_device)
+        if shown:
+            if stored.hint and any(row.device == "cpu" for row in shown):
+                st.info(f"{stored.hint}.")
+            measured_headline.cards(shown)
+            by_link = st.query_params.get("show") == "run"  # from Plan: what was asked comes first
+            if by_link:
+                one_run.opened(stored, shown)
+            how_far_off(stored, shown)
+            against(shown)
+            if not by_link:
+                one_run.opened(stored, shown)
+            measured_tables.others(stored, shown)
+            measured_tables.beside_peers(stored, shown)
+            measured_tables.every_row(stored, shown)
+        else:
+            st.info("The filters leave no measurement.")
+    problems(stored)
+    unmeasured(stored)
+
+
 st.header("Measured")
 st.caption("What real runs held and took, beside what the planner predicts for them today.")
-try:
-    stored = measurements.store()
-except planner.ConfigError as error:
-    st.error(str(error))
-    st.stop()
-
-device = measured_filters.device(stored)
-of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
-if not of_device:
-    nothing(None if device == measured_filters.ALL else device)
+whose = st.segmented_control(
+    "Whose measurements",
+    [OURS, PUBLISHED],
+    default=OURS,
+    key="whose",
+    bind="query-params",
+    label_visibility="collapsed",
+)
+if whose == PUBLISHED:
+    try:
+        published_tables.shown()
+    except planner.ConfigError as error:
+        st.error(str(error))
 else:
-    shown = measured_filters.filtered(stored, of_device)
-    if shown:
-        measured_headline.cards(shown)
-        by_link = st.query_params.get("show") == "run"  # from Plan: what was asked for comes first
-        if by_link:
-            one_run.opened(stored, shown)
-        how_far_off(stored, shown)
-        against(shown)
-        if not by_link:
-            one_run.opened(stored, shown)
-        measured_tables.others(stored, shown)
-        measured_tables.beside_peers(stored, shown)
-        measured_tables.every_row(stored, shown)
-    else:
-        st.info("The filters leave no measurement.")
-problems(stored)
-unmeasured(stored)
+    ours()

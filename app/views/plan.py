@@ -108,7 +108,8 @@ def timed(
 ) -> None:
     """A time, and how far off it may be."""
     if time_s is None or interval is None:
-        card(label, seconds(time_s), f"{what}None with one output token")
+        why = "None with one output token" if time_s is None else "How far off is not known"
+        card(label, seconds(time_s), what + why)
         return
     low, high = (seconds(end) for end in interval)
     help = f"{what}Nine in ten within {low} and {high}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attnlab.linear import Linear
 from attnlab.transformer import Transformer
 from planner.errors import ConfigError
-from planner.lora import adapters as described
+from planner.trained.lora import adapters as described
 from planner.workload import LoRA
 
 ALPHA = 8.0

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from attnlab.encoder import EncoderModel
 from attnlab.transformer import Transformer
-from planner.checkpoint import read_checkpoint
-from planner.comparison import spelled
+from planner.checkpoints.checkpoint import read_checkpoint
+from planner.checkpoints.comparison import spelled
 from planner.errors import ConfigError
 
 BUFFERS = (

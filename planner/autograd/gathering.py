@@ -24,7 +24,7 @@ from math import prod
 
 from planner.autograd.tensors import Leaf
 from planner.program import Buffer, Tape
-from planner.sharding import Sharding, elements
+from planner.trained.sharding import Sharding, elements
 
 COPIES, REDUCTIONS = 1, 2
 """Streams besides the default one."""

@@ -19,8 +19,8 @@ from math import prod
 
 from planner.autograd.products import FLOAT32
 from planner.autograd.tensors import Leaf
-from planner.optimizer_parts import Part, once
 from planner.program import Buffer, Tape
+from planner.trained.optimizer_parts import Part, once
 
 
 class MasterCopies:

@@ -22,18 +22,18 @@ from planner.autograd.gathering import Gathering, Group
 from planner.autograd.layouts import contiguous
 from planner.autograd.master_weights import MasterCopies
 from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage, Tensor
-from planner.frozen import NOTHING, FrozenParts, unfrozen
 from planner.layers import Layer
-from planner.lora import adapted, adapter_bytes, adapters_beside
-from planner.loss_scaling import LossScaler
 from planner.model import Model
-from planner.optimizer_parts import Part as TrainedPart
-from planner.optimizers import OptimizerWriter
 from planner.parameters import layer_parameters
 from planner.program import B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
-from planner.sharding import Sharding, lying
 from planner.tensors import Parameter
+from planner.trained.frozen import NOTHING, FrozenParts, unfrozen
+from planner.trained.lora import adapted, adapter_bytes, adapters_beside
+from planner.trained.loss_scaling import LossScaler
+from planner.trained.optimizer_parts import Part as TrainedPart
+from planner.trained.optimizers import OptimizerWriter
+from planner.trained.sharding import Sharding, lying
 from planner.workload import LoRA
 
 Given = TypeVar("Given")

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from planner.catalog.here import device_here
+from planner.catalog.here import Processor, device_here, processor
 from planner.errors import ConfigError, shown
 
 
@@ -19,6 +19,7 @@ class Gpu:
     """One device. `memory_bytes` is what torch sees of it; FLOP/s are dense, by dtype.
 
     `process_bytes`: what a process holds on it besides tensors, by cause, where it was measured.
+    `processor`: which one a CPU is.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Gpu:
     dense_flops_per_s: tuple[tuple[str, float], ...]
     sources: tuple[tuple[str, str], ...]
     process_bytes: tuple[tuple[str, int], ...] = ()
+    processor: Processor | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -72,7 +74,8 @@ def gpu_named(name: str) -> Gpu:
     if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
         raise ConfigError(f"gpu={shown(name)} is not in the catalogue: {', '.join(near)}")
-    return known[name]
+    gpu = known[name]
+    return replace(gpu, processor=processor()) if gpu.is_cpu else gpu
 
 
 def _gpu_here() -> Gpu:

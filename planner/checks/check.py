@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.checks.edges import found
 from planner.checks.layout import check_layout
 from planner.checks.load import check_load
 from planner.checks.positions import check_positions
@@ -13,7 +14,6 @@ from planner.checks.scores import check_scores
 from planner.checks.source import check_source
 from planner.checks.subject import Load, Subject, text_part
 from planner.checks.tying import check_tying
-from planner.edges import found
 from planner.errors import ConfigError, shown
 from planner.findings import Finding, worst_first
 from planner.huggingface import READERS, read_config

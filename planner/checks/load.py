@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.catalog.gpus import Gpu, gpu_named
+from planner.checks.edges import found
 from planner.checks.subject import Load, Subject
-from planner.edges import found
 from planner.errors import ConfigError
 from planner.estimate import estimate, kv_cache_bytes
 from planner.findings import Finding

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from planner.checks.edges import found
 from planner.checks.subject import Subject
-from planner.edges import found
 from planner.findings import Finding
 from planner.layers import GQA, LearnedPositions, RoPE, Sinusoidal
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from planner.checks.edges import found
 from planner.checks.subject import Subject
-from planner.edges import found
 from planner.findings import Finding
 from planner.layers import GQA, MLA
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from planner.checks.edges import found
 from planner.checks.subject import Subject
-from planner.edges import found
 from planner.errors import ConfigError
 from planner.findings import Finding
 
@@ -35,7 +35,7 @@ def files(subject: Subject) -> Iterator[Finding]:
         return
     if not any(folder.glob("*.safetensors*")):
         return
-    from planner.checkpoint import read_checkpoint
+    from planner.checkpoints.checkpoint import read_checkpoint
 
     try:
         names = {tensor.name for tensor in read_checkpoint(folder).tensors}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from planner.edges import edges
+from planner.checks.edges import edges
 from planner.findings import SHARP, Finding
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from planner.catalog.gpus import gpu_named, gpu_of_torch_name, gpus
 from planner.engine_logs.models import model_of_log, short_name
 from planner.engine_logs.read import EngineLog
 from planner.errors import ConfigError
-from planner.hub import is_hub
+from planner.headers.hub import is_hub
 from planner.huggingface import read_config
 from planner.loading import load_model
 from planner.model import Model

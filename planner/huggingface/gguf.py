@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from planner.errors import MAX_LAYERS, ConfigError, check_size, shown
-from planner.gguf_files import GgufHeader
-from planner.stored import dtype_mix
+from planner.headers.gguf_files import GgufHeader
+from planner.headers.stored import dtype_mix
 
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FIELDS = {

@@ -1,8 +1,8 @@
 """Mixtures of experts of attnlab, op by op: mixture.py and routers.py there.
 
 Every pair of token and expert is a row, R = k · B · T of them, so that no size depends on what the
-router picks, by a loop over the experts either; only which experts' weights are read does. All that
-R rows can reach are taken to be, min(E, R): what a balanced router comes to, and the most there is.
+router picks, by a loop over the experts either; only which experts' weights are read does
+(planner/routing.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from planner.dtypes import element_bytes
 from planner.layers import Dense, MoE
 from planner.model import Model
-from planner.program import B, Buffer, Shape, Symbol, T, minimum
+from planner.program import B, Buffer, Reached, Shape, T
 from planner.runtimes.writer import BOOL, FLOAT32, INT64, Writer
 
 INT32 = 4
@@ -281,7 +281,7 @@ class MixtureWriter(Writer):
         *rows, into = x.shape
         assert isinstance(into, int)
         shape = (*rows, out)
-        reached = Symbol(f"min({E}, {k} · B · T)", lambda d: minimum(E, k * d.batch * d.tokens))
+        reached = Reached(E, k)
         if self.experts == "loop":
             self._sizes(E, ends)
         made = tape.new(

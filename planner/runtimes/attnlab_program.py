@@ -361,15 +361,15 @@ class _Forward(LatentWriter, MixtureWriter):
         """
         tape, b = self.tape, self.b
 
-        def step(*reads: Buffer) -> Buffer:
-            return tape.new(activation, shape, b, reads=reads)
+        def step(*reads: Buffer, kernel: str = "") -> Buffer:
+            return tape.new(activation, shape, b, reads=reads, kernel=kernel)
 
         match activation:
             case "gelu_new":  # 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), the inner sum is named
                 inner = step(x)
                 for _ in ("0.044715 ·", "x +", "√(2/π) ·"):
                     inner = self.replaced(step(inner), inner)
-                half, tanh = step(x), step(inner)
+                half, tanh = step(x), step(inner, kernel="tanh")
                 plus = self.replaced(step(tanh), tanh)
                 out = tape.new("activation", shape, b, reads=(half, plus))
                 tape.free(half, plus, inner)
@@ -380,8 +380,8 @@ class _Forward(LatentWriter, MixtureWriter):
                     cube = self.replaced(step(cube), cube)
                 inner = step(slope, cube)
                 tape.free(slope, cube)
-                for _ in ("tanh", "1 +"):
-                    inner = self.replaced(step(inner), inner)
+                for kernel in ("tanh", ""):  # and 1 +
+                    inner = self.replaced(step(inner, kernel=kernel), inner)
                 out = tape.new("activation", shape, b, reads=(half, inner))
                 tape.free(half, inner)
             case "quick_gelu":

@@ -15,7 +15,7 @@ from planner.mixers import Mixer
 from planner.model import Model
 from planner.parallel import Share
 from planner.program import Dims, Number, Program
-from planner.sharding import Sharding
+from planner.trained.sharding import Sharding
 from planner.workload import CacheSpec, Inference, Training
 
 
@@ -41,6 +41,7 @@ class Setting:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     host_add_s: float | None = None
+    power_limit_w: float | None = None
     sharding: Sharding | None = None
 
     def held_dtype(self, work: Training) -> str:

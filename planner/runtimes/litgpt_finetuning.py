@@ -7,12 +7,12 @@ from dataclasses import replace
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
 from planner.model import Model
-from planner.prefix_adapters import START_LAYER
 from planner.program import Dims
 from planner.quantization.bitsandbytes import FourBit
 from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.litgpt_training.regime import Regime, Step
 from planner.runtimes.litgpt_training.step import CHUNK_TOKENS, step_program
+from planner.trained.prefix_adapters import START_LAYER
 from planner.workload import Training
 
 METHODS = ("full", "lora", "adapter", "adapter-v2")

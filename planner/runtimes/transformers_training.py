@@ -6,10 +6,8 @@ from dataclasses import replace
 
 from planner.autograd.fused_attention import kernel_note
 from planner.errors import ConfigError
-from planner.frozen import check_frozen_parts, frozen_parts
 from planner.kbit import quantised_layers
 from planner.layers import GQA, Layer
-from planner.lora import module_of
 from planner.model import Model
 from planner.parameters import layer_parameters
 from planner.program import Dims
@@ -19,6 +17,8 @@ from planner.runtimes.base import Phase, Setting, check_step
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import WRITERS, is_held, pass_program
 from planner.runtimes.transformers_code.regime import FourBitWeights, Pass, Regime
+from planner.trained.frozen import check_frozen_parts, frozen_parts
+from planner.trained.lora import module_of
 from planner.workload import PRECISIONS, Training
 
 
@@ -65,7 +65,9 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     if model.is_seq2seq or work.encoder_tokens is not None:
         encoder = model.encoder_length(work.encoder_tokens, tokens)
     model, four_bit = _four_bit(model, setting, work.batch * tokens)
-    dims = Dims(batch=work.batch, tokens=tokens, context=tokens, encoder=encoder)
+    dims = Dims(
+        batch=work.batch, tokens=tokens, context=tokens, encoder=encoder, routing=work.routing
+    )
     what = Pass(
         kind="training",
         attention=setting.attention,  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from planner.program import (
     Buffer,
     Extent,
     Program,
+    Reached,
     S,
     Shape,
     Symbol,
@@ -154,10 +155,7 @@ class _Pass(Writer):
         k, i = moe.num_experts_per_tok, moe.moe_intermediate_size
         tape.free(self.linear("router", x, moe.num_experts))
         flat: Shape = (B, T, k)
-        reached = Symbol(
-            f"min({moe.num_experts}, {k} · B · T)",
-            lambda d: minimum(moe.num_experts, k * d.batch * d.tokens),
-        )
+        reached = Reached(moe.num_experts, k)
         # a profile run has them in the workspace
         own: Shape = (0,) if self.experts else ()
         both = tape.new(

@@ -9,6 +9,7 @@ What is cut is read only: an op that writes in place clones first.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,4 +92,8 @@ def l2_bytes(device: torch.device) -> int:
     """Size of the last cache before memory; 32 MiB where a CPU does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return 32 * 2**20
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) * 2**10
+    except (OSError, ValueError):
+        return 32 * 2**20

@@ -70,9 +70,13 @@ CPU_CALIBRATION = (
     (768, 768),
     (24576, 512),
     (40960, 768),
+    (256, 512),
+    (768, 3072),
+    (4864, 896),
+    (50304, 768),
 )
 CPU_HELD_OUT = ((384, 384), (1536, 384), (640, 640), (3072, 768), (28672, 640))
-CPU_M = (1, 2, 3, 4, 16, 64, 128, 256, 512)
+CPU_M = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024)
 """2 and 3: rows that a CPU's libraries multiply slower than 4, over a vocabulary's weights most."""
 LARGEST_CPU_FLOPS = 5e9
 

@@ -197,7 +197,7 @@ def _bandwidth(op: str, size: int, width: int, cache: str = "cold", dtype: str =
     itemsize = {"bf16": 2, "fp32": 4}[dtype]
     rows = _rows(size, width, itemsize)["rows"]
     shape = {"rows": rows, "width": width}
-    H, G, D = ROPE_HEADS
+    H, G, D = ROPE_HEADS if dtype == "bf16" else (width // 64, width // 64, 64)
     if op == "rope":  # the size is that of the queries
         shape = {"tokens": max(1, size // (H * D * itemsize)), "heads": H, "kv_heads": G}
         shape["head_dim"] = D

@@ -48,6 +48,9 @@ Progress = Callable[[int, int, str], None]
 
 STATE_EVERY_S = 10.0
 WARM_UP_S = 0.5
+COLD_ON_CPU = ("gemm", "decode")
+"""What reads weights or a cache, which the rest of a pass has driven out of a CPU's caches; what
+other ops read there was just written."""
 LONGEST_POINT_S = 2.0
 """No point begins with less than this left; the repeats at the end have their own reserve."""
 
@@ -220,11 +223,11 @@ class Bench:
             case "sustained":
                 return self._sustained(point, preparer)
         rotated = max(1, costs.rotated_bytes(point))
-        cold_copies = math.ceil(2 * self.l2_bytes / rotated)
+        cold = self.device.type == "cuda" or point.family in COLD_ON_CPU
         return time_on_device(
             lambda: preparer.prepare(point),
             self.device,
-            cold_copies=cold_copies if self.device.type == "cuda" else 1,
+            cold_copies=math.ceil(2 * self.l2_bytes / rotated) if cold else 1,
             warm=point.cache == "warm",
             capture=point.family != "optimizer",
         )

@@ -6,10 +6,10 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import explore_charts, explore_controls
-from planner.fleet import Fleet, OwnedGpus, Service
-from planner.fleet_report import best_rows
+from planner.capacity.fleet import Fleet, OwnedGpus, Service
+from planner.capacity.fleet_report import best_rows
+from planner.capacity.traffic import fixed
 from planner.format import gib
-from planner.traffic import fixed
 from profiles import records
 from tests.app.test_pages import ROOT, captions, made
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from app import measurements
-from profiles import records
+from profiles import published, published_latency, records
 from profiles.compare import compare, estimate_of
 from profiles.sampler import Mark, Series
 from tests.app.test_pages import captions, made, opened
@@ -73,6 +73,30 @@ def test_without_records_the_measured_page_says_how_to_make_one():
         "planner profile llama-50m --batch 1 --prompt 512 --output 32 --device cpu"
     )
     assert "NVIDIA H200 SXM" in captions(app)
+
+
+def test_what_others_published_is_a_view_of_its_own_with_sources_and_sentences(monkeypatch):
+    """One run of memory and one of times, with their links at a commit."""
+    memory = list(published.rows_of(0, published.load()[0]))
+    times = list(published_latency.rows_of(0, published_latency.load()[0]))
+    monkeypatch.setattr(measurements, "published", lambda: (memory, times))
+    app = opened("measured", whose="Published by others")
+    assert not app.exception
+    shown = [f.value for f in app.dataframe if "licence" in f.value]
+    assert [list(f["quantity"]) for f in shown] == [
+        ["TTFT", "TPOT"],
+        ["Peak, allocated", "Peak, reserved", "Device used"],
+    ]
+    for table in shown:
+        assert all(
+            url.startswith("https://github.com/huggingface/optimum-benchmark/blob/f75d9f93bb14")
+            for url in table["source"]
+        )
+    assert shown[0]["published"].tolist() == ["33.6 ms", "25.8 ms"]
+    assert "EPYC 7742" in shown[0]["why"][1]
+    points = [[t["name"] for t in f["data"]] for f in figures(app)]
+    assert points == [["TTFT", "TPOT"], ["Peak, allocated"] * 2 + ["Peak, reserved"] * 2
+                      + ["Device used"] * 2]  # fmt: skip
 
 
 def test_records_stand_beside_their_prediction_with_the_error(store):

@@ -10,8 +10,8 @@ from attnlab.encoder import EncoderModel
 from attnlab.weights import load_state_dict
 from planner.runtimes.attnlab import missing_parts
 from tests.attnlab.encoder_pairs import padding_mask
-from tests.planner import test_readers_encoders as words
-from tests.planner import test_readers_vision as images
+from tests.planner.huggingface import test_readers_encoders as words
+from tests.planner.huggingface import test_readers_vision as images
 from tests.planner.oracle import live_model
 from tests.properties import examples
 

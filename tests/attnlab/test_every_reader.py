@@ -9,11 +9,11 @@ from attnlab.weights import load_state_dict
 from planner.huggingface.fields import SAME_AS
 from planner.runtimes.attnlab import missing_parts
 from planner.runtimes.transformers import WINDOWED
-from tests.planner import test_readers_gpt_like as gpt_like
-from tests.planner import test_readers_later_decoders as later
-from tests.planner import test_readers_norms_and_mixtures as mixtures
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES as EVERY
+from tests.planner.huggingface import test_readers_gpt_like as gpt_like
+from tests.planner.huggingface import test_readers_later_decoders as later
+from tests.planner.huggingface import test_readers_norms_and_mixtures as mixtures
 
 
 def runs(config):

@@ -9,7 +9,7 @@ import torch
 import planner
 from attnlab.lora import adapters, add_adapters, merge, unmerge
 from planner import ConfigError
-from planner.lora import adapters as described
+from planner.trained.lora import adapters as described
 from tests.attnlab.encoder_decoders import inputs_of, padding_mask
 from tests.attnlab.trained import gradients, step, theirs_of, trainable
 

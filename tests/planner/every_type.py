@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.planner import test_readers_encoder_decoders as encoder_decoders
-from tests.planner import test_readers_encoders as encoders
-from tests.planner import test_readers_gemma_later as gemma_later
-from tests.planner import test_readers_gpt_like as gpt_like
-from tests.planner import test_readers_later_decoders as later
-from tests.planner import test_readers_linear_attention as linear_attention
-from tests.planner import test_readers_mamba_like as mamba_like
-from tests.planner import test_readers_multimodal as multimodal
-from tests.planner import test_readers_norms_and_mixtures as mixtures
-from tests.planner import test_readers_recurrent as recurrent
-from tests.planner import test_readers_sparse_latent as sparse_latent
-from tests.planner import test_readers_vision as vision
 from tests.planner.configs import TINY
+from tests.planner.huggingface import test_readers_encoder_decoders as encoder_decoders
+from tests.planner.huggingface import test_readers_encoders as encoders
+from tests.planner.huggingface import test_readers_gemma_later as gemma_later
+from tests.planner.huggingface import test_readers_gpt_like as gpt_like
+from tests.planner.huggingface import test_readers_later_decoders as later
+from tests.planner.huggingface import test_readers_linear_attention as linear_attention
+from tests.planner.huggingface import test_readers_mamba_like as mamba_like
+from tests.planner.huggingface import test_readers_multimodal as multimodal
+from tests.planner.huggingface import test_readers_norms_and_mixtures as mixtures
+from tests.planner.huggingface import test_readers_recurrent as recurrent
+from tests.planner.huggingface import test_readers_sparse_latent as sparse_latent
+from tests.planner.huggingface import test_readers_vision as vision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 
 import planner
 from planner import ConfigError
-from planner.cli import main
+from planner.cli.commands import main
 from planner.ledger import total_bytes
 from tests.planner.configs import TINY
 

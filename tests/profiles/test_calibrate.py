@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 import planner
-from planner import ConfigError, roofline
-from planner.calibration import from_dict
-from planner.cli import main
-from planner.op_families import DECODE, GEMM
-from planner.op_times import Roof
+from planner import ConfigError
+from planner.cli.commands import main
+from planner.timing import clock
+from planner.timing.byte_times import byte_seconds
+from planner.timing.calibration import from_dict
+from planner.timing.calibration import load as load_calibration
+from planner.timing.op_families import DECODE, GEMM
+from planner.timing.op_times import Roof
 from profiles import records as whole_records
 from profiles.calibrate import calibration, host_scale, write
+from profiles.compare import compare
 from profiles.fitting import Samples, errors, fit_family, levenberg_marquardt, spread
 from profiles.microbench import attention_points, gemm_points
 from profiles.microbench.op_record import load
@@ -24,6 +28,7 @@ from profiles.op_samples import samples_of_records
 from profiles.op_tables import held_out, package_folder
 
 RECORDS = Path(__file__).parents[2] / "profiles" / "data" / "microbench" / "h200.jsonl"
+CPU_RECORDS = RECORDS.with_name("cpu.jsonl")
 PEAK, BANDWIDTH = 1e15, 4e12
 TRUE = Roof(floor_s=3e-6, compute=0.7, bandwidth=0.8, extra_flops=1e8, extra_bytes=2e6, power=3.0)
 
@@ -113,6 +118,21 @@ def test_records_of_an_h200_are_fitted_as_committed():
     assert content["energy"]["clock"] == pytest.approx(1.374 / 1.6205, abs=0.001)
 
 
+def test_one_number_a_kernel_from_two_named_rows_times_the_steps_that_a_graph_replayed():
+    """Half a microsecond; ten steps that nothing was taken from are then 2.6 % off in the mean."""
+    graph = load_calibration("h200").graph
+    records, _ = whole_records.load([whole_records.DATA / "h200.jsonl"])
+    replayed = [r for r in records if r.mode == "graph" and r.status == "ok"]
+    named = [str(r.point) for r in replayed if r.split == "calibration"]
+    assert sorted(named) == list(graph.scaled_on)
+    assert len(named) == 2
+    rows = compare(r for r in replayed if r.split == "held-out")
+    off = [abs(row.relative_error) for row in rows if row.quantity == "replay_s"]
+    assert len(off) == 10
+    assert statistics.fmean(off) < 0.04
+    assert max(off) < 0.12
+
+
 def test_kinds_timed_among_others_are_what_the_others_leave():
     """A mean of 8 rows takes most of a norm's 16 µs; one that streams is no slower than a sum."""
     ops = load(RECORDS).ops
@@ -130,10 +150,35 @@ def test_kinds_timed_among_others_are_what_the_others_leave():
     assert 0.9 * eight / all_bytes < alone_s / softmax.median_s < 1.1 * eight / all_bytes + 0.05
 
 
+def test_products_of_mixed_dtypes_are_a_kind_of_their_own_once_they_are_timed():
+    """Until then they take what strides and conversions add to a plain product."""
+    measured = load(RECORDS)
+    like = next(r for r in measured.ops if (r.family, r.op) == ("bandwidth", "add"))
+    slow = {rows: 2e-6 + 1e-11 * rows * 2048 for rows in (64, 1024, 4096, 32768)}
+    timed = [
+        replace(like, op="mul_mixed", shape={"rows": rows, "width": 2048}, samples_s=(taken,))
+        for rows, taken in slow.items()
+    ]
+    h200 = planner.gpu_named("h200")
+    moved, count = 6.0 * 4096 * 2048, 4096.0 * 2048
+    seconds = []
+    for ops in (measured.ops, (*measured.ops, *timed)):
+        known = from_dict(calibration("h200", records=replace(measured, ops=ops)))
+        speed = clock.Speed(gpu=h200, dtype="bf16", calibration=known)
+        kinds = ("strided cast", "strided", "cast", "elementwise")
+        seconds.append([byte_seconds(kind, moved, count, speed) for kind in kinds])
+    before, after = seconds
+    assert before[0] == pytest.approx(before[1] + before[2] - before[3])
+    assert after[0] == pytest.approx(slow[4096], rel=0.05)
+    assert after[0] > 1.5 * before[0]
+    assert after[1:] == before[1:]
+
+
 def test_a_usual_host_is_the_median_of_what_calibration_rows_had():
     end_to_end, _ = whole_records.load([whole_records.DATA / "h200.jsonl"])
     content = calibration("h200", records=load(RECORDS), end_to_end=end_to_end)
-    beside = [r for r in end_to_end if r.split == "calibration" and r.host_add_s]
+    issued = [r for r in end_to_end if r.split == "calibration" and r.mode == "eager"]
+    beside = [r for r in issued if r.host_add_s]
     timed = next(r.median_s for r in load(RECORDS).ops if (r.family, r.op) == ("host", "add"))
     adds = sorted([timed, *(statistics.median(r.host_add_s) for r in beside)])
     assert len(adds) == 4
@@ -219,12 +264,37 @@ def test_this_cpu_is_calibrated_from_its_own_ops(this_cpu):
 
 
 def test_a_calibrated_cpu_times_a_model_by_what_was_measured(this_cpu, monkeypatch):
-    monkeypatch.setattr(roofline, "calibration_of", lambda gpu: this_cpu)
+    monkeypatch.setattr(clock, "calibration_of", lambda gpu: this_cpu)
     model = planner.load_model("llama-50m")
     work = planner.Inference(batch=1, prompt_tokens=61, output_tokens=5, logits="last")
     deploy = planner.Deployment(gpu="cpu", runtime="attnlab", dtype="fp32", mode="eager")
     latency = planner.estimate(model, work, deploy).latency
-    assert latency.basis == "ops measured on cpu"
+    assert latency.basis == f"ops measured on {this_cpu.measured_on.in_words}"
     assert 1e-4 < latency.tpot_s < latency.ttft_s < 60
     low, high = latency.tpot_interval_s
     assert low < latency.tpot_s < high
+
+
+def test_a_cpu_multiplies_three_rows_slower_than_four():
+    """Over weights that no fit saw, as they were measured."""
+    ops, sizes = load(CPU_RECORDS).ops, {"n": 28672, "k": 640}
+    fits = from_dict(calibration("cpu", records=load(CPU_RECORDS))).fits
+    seconds = []
+    for name, rows in (("gemm_few:fp32", 3), ("gemm:fp32", 4)):
+        held_out = next(r for r in ops if r.shape == {"m": rows, **sizes})
+        seconds.append(float(fits[name].seconds((rows, *sizes.values()))))
+        assert held_out.split == "held-out"
+        assert seconds[-1] == pytest.approx(held_out.median_s, rel=0.15)
+    assert seconds[0] > 1.5 * seconds[1]
+
+
+def test_the_committed_file_of_a_cpu_is_of_the_committed_ops():
+    """planner calibrate --gpu cpu --from records --out planner/catalog/calibration/cpu.json."""
+    made, committed = calibration("cpu", records=load(CPU_RECORDS)), load_calibration("cpu")
+    sizes = (3.0, 640.0, 640.0)
+    assert made["sources"]["records"]["what"] == committed.sources["records"].what
+    assert from_dict(made).fits.keys() == committed.fits.keys()
+    assert from_dict(made).pages == committed.pages
+    assert from_dict(made).measured_on == committed.measured_on
+    few = from_dict(made).fits["gemm_few:fp32"].seconds(sizes)
+    assert few == pytest.approx(committed.fits["gemm_few:fp32"].seconds(sizes), rel=1e-3)

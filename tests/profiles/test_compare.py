@@ -7,6 +7,8 @@ import pytest
 import planner
 from profiles import records
 from profiles.compare import QUANTITIES, Row, compare, estimate_of, summary, to_frame
+from profiles.measurement import record_of
+from profiles.points import TrainingPoint
 from tests.profiles.made import CONFIG, ENVIRONMENT, measured
 
 
@@ -29,6 +31,23 @@ def row(*, quantity="ttft_s", error=0.1, split=None, predicted=1.0, **more):
 def test_a_row_has_the_fields_of_the_contract():
     names = "device suite split model phase quantity predicted measured relative_error record"
     assert " ".join(f.name for f in dataclasses.fields(Row)) == f"{names} traced"
+
+
+def test_a_measured_step_is_predicted_by_the_usual_routing():
+    """What routers pick is not set, and no field of the record."""
+    work = planner.Training(batch=1, sequence_tokens=16, optimizer="sgd")
+    record = record_of(
+        planner.read_config(CONFIG),
+        TrainingPoint(work=work),
+        runtime="transformers",
+        attention="sdpa",
+        dtype="bf16",
+        status="ok",
+        seen={},
+        env=ENVIRONMENT,
+    )
+    assert "routing" not in record.step
+    assert estimate_of(record).work == work
 
 
 def test_the_error_is_signed_and_relative_to_the_measurement():

@@ -10,9 +10,9 @@ from torch import nn
 import planner
 from attnlab.training import next_token_loss, training_step
 from attnlab.transformer import Transformer
-from planner import cli
 from planner.allocator import AllocatorSettings, DeviceAllocator
 from planner.allocator.simulate import Replay
+from planner.cli import commands as cli
 from profiles.meters import LiveTensorMeter
 from profiles.module_trace import fake_ids, trace_module
 from profiles.recording import AllocationRecorder

@@ -1,4 +1,4 @@
-"""README's accuracy is what the committed records give today."""
+"""docs/accuracy.md is what the committed records give today."""
 
 import pytest
 
@@ -7,10 +7,13 @@ from tests.profiles.made import measured
 from tools import accuracy_table
 
 
-def test_readmes_tables_are_what_the_generator_gives():
+def test_the_tables_of_both_pages_are_what_the_generator_gives():
     """After a change: `python -m tools.accuracy_table`, and look at what became worse."""
-    text = accuracy_table.README.read_text(encoding="utf-8")
-    assert accuracy_table.written(text, accuracy_table.accuracy(accuracy_table.committed())) == text
+    page = accuracy_table.PAGE.read_text(encoding="utf-8")
+    readme = accuracy_table.README.read_text(encoding="utf-8")
+    found = accuracy_table.committed()
+    assert accuracy_table.written(page, accuracy_table.accuracy(found)) == page
+    assert accuracy_table.shortened(readme, accuracy_table.held_out(found)) == readme
 
 
 def test_splits_stand_side_by_side_with_n_mean_p90_and_worst():
@@ -61,5 +64,5 @@ def test_only_an_error_of_nothing_is_zero(fraction, text):
 def test_only_the_part_between_the_marks_is_written():
     text = f"before\n{accuracy_table.BEGIN}\nold\n{accuracy_table.END}\nafter\n"
     assert accuracy_table.written(text, "new") == text.replace("old", "new")
-    with pytest.raises(SystemExit, match="has no"):
+    with pytest.raises(SystemExit, match="no <!-- accuracy"):
         accuracy_table.written("nothing", "new")

@@ -5,8 +5,8 @@ from importlib import metadata
 
 import pytest
 
-from planner.host_calls import counted as known
-from planner.host_calls import trained as known_trained
+from planner.timing.host_calls import counted as known
+from planner.timing.host_calls import trained as known_trained
 from tools.host_calls import OUT, parts, python_calls, trained
 
 PYTHONS = 0.1

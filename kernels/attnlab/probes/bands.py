@@ -12,7 +12,7 @@ from attnlab import alibi
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, value, whole
 from attnlab.probes.watch import Attention, visible, watch
-from planner.edges import found
+from planner.checks.edges import found
 from planner.errors import ConfigError
 from planner.findings import Finding
 from planner.huggingface import read_config

@@ -13,7 +13,7 @@ from attnlab.probes.bands import stated_windows
 from attnlab.probes.localise import first_that, named, recorded
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import CACHE_NAMES, Probed, told, value
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 PREFILL, STEPS, LONGEST = 5, 9, 80

@@ -13,7 +13,7 @@ from attnlab.probes.localise import along_sequence, first_that, named, recorded
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed
 from attnlab.probes.watch import watch
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 TRIALS, TRIALS_IN_TRAINING = 4, 2

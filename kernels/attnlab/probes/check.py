@@ -21,7 +21,7 @@ from attnlab.probes.quiet import mode, undisturbed
 from attnlab.probes.scores import dead_heads, softmax_saturation
 from attnlab.probes.subject import Probed, examine, runs, told
 from attnlab.probes.watch import watch
-from planner.edges import found
+from planner.checks.edges import found
 from planner.errors import check_choice
 from planner.findings import SHARP, Finding
 

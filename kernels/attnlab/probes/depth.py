@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, output_of
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 LEAST_LAYERS = 4

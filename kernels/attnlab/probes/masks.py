@@ -11,7 +11,7 @@ from attnlab.probes.depth import stack_of
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, told
 from attnlab.probes.watch import watch
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 PADDED = 5

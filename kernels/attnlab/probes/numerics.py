@@ -11,7 +11,7 @@ from torch import nn
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed
 from attnlab.probes.watch import watch
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 FP16_MAX = 65_504.0

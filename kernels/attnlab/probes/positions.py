@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, told
-from planner.edges import found
+from planner.checks.edges import found
 from planner.errors import ConfigError
 from planner.findings import Finding, Severity
 

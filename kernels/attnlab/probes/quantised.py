@@ -12,7 +12,7 @@ from torch import Tensor
 from attnlab.probes.cache import last_of, probed_prefill
 from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed
-from planner.edges import found
+from planner.checks.edges import found
 from planner.findings import Finding
 
 GROUP = 64

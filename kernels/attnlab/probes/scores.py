@@ -12,8 +12,8 @@ from attnlab.probes.quiet import mode
 from attnlab.probes.subject import Probed, value
 from attnlab.probes.watch import Attention, watch
 from attnlab.probes.watch import heads as all_heads
+from planner.checks.edges import found
 from planner.checks.scores import ONE_OVER_D_BY_DESIGN, UNSCALED_BY_DESIGN
-from planner.edges import found
 from planner.findings import Finding
 
 SATURATED, LEAST_KEYS, SINK = 0.8, 8, 0.9

@@ -6,11 +6,11 @@ import ast
 import re
 from collections.abc import Iterator
 
+from planner.checks.edges import found
 from planner.checks.source.decoders import is_decoder
 from planner.checks.source.flow import TRIANGLES, Flow, Source, root_factor
 from planner.checks.source.syntax import MASK, called, dotted, keyword, number, text
 from planner.checks.source.values import Event
-from planner.edges import found
 from planner.findings import Finding
 
 QUERY_WEIGHT = re.compile(r"(^|[._])(q|query|q_proj|wq|query_proj)\.weight(\.data)?$", re.I)

@@ -6,10 +6,10 @@ import ast
 import re
 from collections.abc import Iterator
 
+from planner.checks.edges import found
 from planner.checks.source.decoders import DECODER, ENCODER, generates
 from planner.checks.source.flow import Source
 from planner.checks.source.syntax import FUNCTIONS, dotted, text
-from planner.edges import found
 from planner.findings import Finding
 
 NORM = re.compile(r"norm|(^|[._])ln(_?\d|_?[a-z]+)?$", re.I)

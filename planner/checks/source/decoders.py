@@ -6,9 +6,9 @@ import ast
 import re
 from collections.abc import Iterator
 
+from planner.checks.edges import found
 from planner.checks.source.flow import Source
 from planner.checks.source.syntax import FUNCTIONS, called, dotted, text
-from planner.edges import found
 from planner.findings import Finding
 
 DECODER = re.compile(r"Causal|Decoder|GPT|LanguageModel|LM(Head)?(Model)?$|Autoregress", re.I)

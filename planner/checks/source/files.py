@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from planner.checks.edges import found
 from planner.checks.source.attention import attention_rules
 from planner.checks.source.blocks import post_norm
 from planner.checks.source.decoders import unmasked_modules
 from planner.checks.source.flow import Source
 from planner.checks.source.loops import generation_loops, growing_caches
 from planner.checks.source.tables import position_tables
-from planner.edges import found
 from planner.errors import ConfigError, shown
 from planner.findings import Finding
 

@@ -7,7 +7,7 @@ from planner.autograd.tensors import Dims, Tensor
 from planner.errors import ConfigError
 from planner.layers import MLA, MoE
 from planner.model import Model
-from planner.program import B, Symbol, T, minimum
+from planner.program import B, Reached, T
 from planner.runtimes.attnlab_mixture import INT32, chosen_experts
 from planner.runtimes.attnlab_training.feed_forward import FeedForwardWriter
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
@@ -198,7 +198,7 @@ class MixtureWriter(FeedForwardWriter):
                 weight = self.weight(f"experts.{name}", E, out, into)
         if turned:
             weight = f.transpose(weight, 1, 2)
-        reached = Symbol(f"min({E}, {k} · B · T)", lambda d: minimum(E, k * d.batch * d.tokens))
+        reached = Reached(E, k)
         read = (reached, out * into * self.b)
         made = f.grouped_mm(x, weight, ends, f"experts {name}", read=read)
         if not moe.bias:

@@ -41,7 +41,7 @@ def training_phase(model: Model, work: Training, setting: Setting) -> Phase:
     if work.precision == "autocast" and setting.dtype != "bf16":
         raise ConfigError(f"precision='autocast' in dtype={setting.dtype!r} is not planned: bf16")
     tokens = work.sequence_tokens
-    dims = Dims(batch=work.batch, tokens=tokens, context=tokens)
+    dims = Dims(batch=work.batch, tokens=tokens, context=tokens, routing=work.routing)
     regime = Regime.of(model, dims)
     if setting.device == "cuda" and setting.attention == "sdpa":
         _check_flash(model, regime)

@@ -6,11 +6,11 @@ from planner.autograd.aten import ONE
 from planner.autograd.fused_attention import fused_kernel
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA
-from planner.prefix_adapters import PROMPT_TOKENS
 from planner.program import B, Symbol, T, visible_pairs
 from planner.runtimes.litgpt_training.linear import LinearWriter
 from planner.runtimes.litgpt_training.regime import Shared
 from planner.runtimes.writer import BOOL, FLOAT32
+from planner.trained.prefix_adapters import PROMPT_TOKENS
 
 
 class AttentionWriter(LinearWriter):

@@ -11,9 +11,9 @@ from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
-from planner.prefix_adapters import METHODS, START_LAYER, trained_beside
 from planner.program import Dims
 from planner.tensors import Parameter
+from planner.trained.prefix_adapters import METHODS, START_LAYER, trained_beside
 from planner.workload import LoRA
 
 NORMS = ("norm_1.", "norm_2.", "ln_f.")

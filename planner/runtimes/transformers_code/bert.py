@@ -8,13 +8,13 @@ from planner.autograd.aten import ONE
 from planner.autograd.passes import EMBEDDING, Part
 from planner.autograd.tensors import Tensor
 from planner.layers import GQA, Dense, Layer, Norm
-from planner.optimizer_parts import has_gradient
 from planner.program import B, T
 from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import Shared
 from planner.runtimes.writer import INT64
 from planner.tensors import Parameter
+from planner.trained.optimizer_parts import has_gradient
 
 HEAD_WEIGHT = "lm_head.weight"
 

@@ -12,7 +12,7 @@ from planner.autograd.aten import ONE
 from planner.autograd.sort_scratch import sort_scratch
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import MoE
-from planner.program import B, Shape, Symbol, T, minimum
+from planner.program import B, Reached, Shape, T
 from planner.runtimes.transformers_code.parts import PartWriter
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
 
@@ -164,7 +164,7 @@ class MixtureWriter(PartWriter):
         counts = aten.new("histc", "routing", ((E,),), FLOAT32)
         scratch = [] if on_cpu else [((SCAN_BYTES,), 1)]
         offsets = aten.new("cumsum", "routing", ((E,),), INT32, scratch=scratch)
-        reached = Symbol(f"min({E}, {k} · B · T)", lambda d: minimum(E, k * d.batch * d.tokens))
+        reached = Reached(E, k)
         out = self._grouped_linear(routed, "gate_up_proj", 2 * i, offsets, reached)
         gate, up = f.split(out, (i, i))
         out = f.mul(self.activate(moe.activation, gate), up, "experts gate · up")
@@ -183,7 +183,7 @@ class MixtureWriter(PartWriter):
         return rounded
 
     def _grouped_linear(
-        self, x: Tensor, module: str, out: int, offsets: Tensor, reached: Symbol
+        self, x: Tensor, module: str, out: int, offsets: Tensor, reached: Reached
     ) -> Tensor:
         """_grouped_linear: x [rows, in] · Wᵀ of each row's expert."""
         into, (experts,) = x.sizes[-1], offsets.sizes

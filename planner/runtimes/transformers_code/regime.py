@@ -13,7 +13,6 @@ from planner.autograd.autocast import widens
 from planner.autograd.passes import PassWriter
 from planner.autograd.tensors import Tensor
 from planner.dtypes import element_bytes
-from planner.frozen import NOTHING, FrozenParts
 from planner.layers import GQA, Layer
 from planner.mixers.mamba import Mamba2
 from planner.model import Model
@@ -21,8 +20,9 @@ from planner.module_order import block_order
 from planner.program import PAST, S_ENC, C, Dims, Extent, Number, S, Symbol, T, minimum
 from planner.runtimes.quantised_cache import QuantisedCache
 from planner.runtimes.transformers_code.families import code_of
-from planner.sharding import Sharding
 from planner.tensors import Parameter
+from planner.trained.frozen import NOTHING, FrozenParts
+from planner.trained.sharding import Sharding
 from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS, SOME_CONTEXT, SOME_ENCODER = 999_983, 1_000_003, 2_000_003, 3_000_017

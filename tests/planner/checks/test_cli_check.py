@@ -6,10 +6,10 @@ import jsonschema
 import pandas as pd
 import pytest
 
+from planner.checks.edges import found
 from planner.checks.written import markdown, sarif, table
-from planner.cli import main
-from planner.cli_schema import schema_text
-from planner.edges import found
+from planner.cli.commands import main
+from planner.cli.schema import schema_text
 
 FACTORY = """
 import torch

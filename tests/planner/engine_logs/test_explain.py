@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import planner
 from planner import ConfigError, Deployment, explain_log
-from planner.cli import main
+from planner.cli.commands import main
 from planner.engine_logs.wording import PHRASES
 from tests.planner.engine_logs import logs
 from tests.properties import examples

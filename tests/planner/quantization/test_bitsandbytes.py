@@ -20,8 +20,8 @@ from planner.prepared import as_loaded
 from planner.tensors import Parameter
 from tests.planner.configs import TINY, build
 from tests.planner.every_type import CASES as EVERY
+from tests.planner.huggingface.test_readers_gpt_like import CASES as GPT_LIKE
 from tests.planner.oracle import live_model
-from tests.planner.test_readers_gpt_like import CASES as GPT_LIKE
 
 DTYPES = {
     torch.uint8: "uint8",

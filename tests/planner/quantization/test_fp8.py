@@ -14,8 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 
 import planner
 from planner import ConfigError
-from tests.planner import test_readers_later_decoders as later
 from tests.planner.configs import TINY
+from tests.planner.huggingface import test_readers_later_decoders as later
 from tests.planner.oracle import live_model
 from tests.properties import examples
 

@@ -1,0 +1,1 @@
+"""Inverse questions: limits, traffic, requests at once, fleets."""

@@ -1,0 +1,1 @@
+"""The shell: `planner …`, a command a file; commands.py joins them."""

@@ -1,0 +1,1 @@
+"""The same rules over grids: cells, tables, views."""

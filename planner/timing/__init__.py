@@ -1,0 +1,1 @@
+"""Ops → seconds and joules: calibrated rooflines, the host, the power cap, latencies of passes."""

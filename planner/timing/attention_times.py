@@ -1,0 +1,90 @@
+"""Attention on the clock: by shape and kernel, in prefill, decode and on the way back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planner.program import Dims, Number, evaluate
+from planner.timing.clock import OpTime, Speed, _computing_s, by_default, by_fit
+from planner.timing.compiled import three_reductions
+from planner.timing.op_families import (
+    MASKED,
+    triangle,
+)
+from planner.timing.op_kinds import (
+    Attention,
+    Timed,
+)
+from planner.timing.op_times import Fit
+
+
+def attention_time(
+    timed: Timed, kind: Attention, dims: Dims, speed: Speed, flops: Number, moved: Number
+) -> OpTime:
+    """One query a sequence is decode, more are prefill over as many causal pairs.
+
+    A kernel that is given a mask takes longer for a pair than a causal one, and has its own fit.
+    """
+    calibration, B = speed.calibration, np.asarray(dims.batch, dtype=np.float64)
+    pairs = np.asarray(kind.pairs_of(dims), dtype=np.float64)
+    heads = (kind.heads, kind.kv_heads, kind.head_dim)
+    several = np.asarray(dims.tokens) > 1
+    family = "attention_backward" if kind.backward else "prefill"
+    backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
+    if kind.head_dim > WIDEST_HEAD and backends[:1] == ("cudnn",):
+        backends = (EFFICIENT, *backends)
+    if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
+        backends = (MASKED, *backends)
+    parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
+    if kind.backward or np.any(several):
+        fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
+        parts.append((several, fit, (B, triangle(pairs), *heads), family))
+    if not kind.backward and not np.all(several):
+        held = pairs if kind.held is None else np.maximum(pairs, evaluate((kind.held,), dims))
+        parts.append((~several, *_decode_fit(kind, backends, B, held, speed), "decode"))
+    if any(fit is None for _, fit, _, _ in parts):
+        return by_default(timed, parts[0][3], speed.dtype, flops, moved, speed)
+    hidden = pairs / np.maximum(np.asarray(kind.pairs.of(dims), dtype=np.float64), 1.0)
+    computed = flops * hidden
+    seconds: Number = 0.0
+    clocked: Number = 0.0
+    for where, fit, sizes, name in parts:
+        assert fit is not None
+        one, computing = fit.seconds(sizes), _computing_s(fit, computed)
+        if speed.fused and name == "decode":
+            one = np.minimum(one, three_reductions(moved, speed))
+        seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)
+        clocked = computing if len(parts) == 1 else clocked + np.where(where, computing, 0.0)
+    _, fit, sizes, family = parts[0]
+    assert fit is not None
+    made = by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
+    return replace(made, clocked_s=np.minimum(made.seconds, clocked), computed_flops=computed)
+
+
+EFFICIENT = "efficient"
+WIDEST_HEAD = 256
+"""Of flash and cuDNN's attention (sdp_utils.cpp: check_head_dim_size_flash)."""
+EFFICIENT_QUERIES = 64
+"""A block of the memory-efficient kernel has so many queries, be there one or all (fmha_cutlassF_…_
+aligned_64x64, 64x128; aten/src/ATen/native/transformers/cuda/mem_eff_attention)."""
+
+
+def _decode_fit(
+    kind: Attention, backends: tuple[str, ...], B: Number, pairs: Number, speed: Speed
+) -> tuple[Fit | None, tuple[Number, ...]]:
+    """The fit of one query's attention, and its sizes."""
+    calibration, heads = speed.calibration, (kind.heads, kind.kv_heads, kind.head_dim)
+    if calibration is None:
+        return None, (B, pairs, *heads)
+    if backends[:1] == (EFFICIENT,):
+        fit = calibration.fit("prefill", speed.dtype, *backends)
+        together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
+        blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
+        whole = speed.gpu.multiprocessors or 1
+        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+        each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
+        return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
+    fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
+    return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)

@@ -1,0 +1,1 @@
+"""What training puts beside a model: optimizers, adapters, frozen parts, loss scaling, shards."""

@@ -1,0 +1,174 @@
+"""What the host needs for a pass: no more kernels than the classes run, and what lies between."""
+
+from dataclasses import replace
+
+import pytest
+
+import planner
+from planner.runtimes import runtime_named
+from planner.timing import clock
+from planner.timing.calibration import load
+from planner.timing.host_calls import counted, trained
+from planner.timing.host_cost import HOOKED, Engine, between_seconds, forward_runs, host_seconds
+from planner.timing.latency import latency
+from planner.timing.op_kinds import timed_ops
+from planner.timing.passes import by_phase, layers_run_again
+from planner.training import training_phase
+from tools import checkpoint_cost
+from tools.host_calls import TYPES, config
+
+HOST = load("h200").host
+LLAMA = Engine(runtime="transformers", model_type="llama", attention="sdpa")
+LAYERS = 12
+ROUTED = ("deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+INEXACT = (*ROUTED, "bloom", "falcon", "gemma2")
+"""Types whose routing, bias or mask is written down in a few ops more or less."""
+
+
+def of(model, work, **deployment):
+    deploy = planner.Deployment(gpu="h200", mode="eager", dtype="bf16", **deployment)
+    return planner.estimate(model, work, deploy)
+
+
+def decode_program(kind, attention=None):
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    e = of(planner.read_config(config(kind, LAYERS)), work, attention=attention)
+    rules = runtime_named("transformers")
+    return e.setting.attention, rules.decode(e.share.model, work, e.setting)
+
+
+def trained_phases(**fields):
+    work = planner.Training(batch=1, sequence_tokens=64, **fields)
+    e = of(planner.read_config(config("llama", LAYERS)), work)
+    return by_phase(training_phase(e.share.model, work, e.deploy, e.setting).program)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in INEXACT])
+def test_a_decode_step_lists_every_kernel_that_the_class_runs_and_none_twice(kind):
+    """The class itself is the oracle: tools/host_calls.py counted what it dispatches."""
+    attention, program = decode_program(kind)
+    layer, whole = counted("transformers", kind, attention)
+    listed = sum(timed.count for timed in timed_ops(program))
+    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", INEXACT)
+def test_others_are_near(kind):
+    attention, program = decode_program(kind)
+    layer, whole = counted("transformers", kind, attention)
+    listed = sum(timed.count for timed in timed_ops(program))
+    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, rel=0.1)
+
+
+def test_what_a_pass_finds_is_not_run():
+    _, program = decode_program("llama")
+    names = [timed.op.name for timed in timed_ops(program)]
+    assert "cached keys" in names
+    kept = sum(t.count for t in timed_ops(program) if t.op.name == "cached keys")
+    assert kept == 2 * LAYERS  # the cat of keys, and its equal, that of values
+
+
+def test_statistics_of_a_norm_are_no_kernels_of_their_own():
+    _, program = decode_program("gpt_neox")
+    assert not [t for t in timed_ops(program) if "statistics" in t.op.name]
+
+
+def test_views_and_python_calls_are_part_of_the_time():
+    _, program = decode_program("llama")
+    layer, whole = counted("transformers", "llama", "sdpa")
+    between = between_seconds(program, HOST, LLAMA)
+    views = (LAYERS * layer.views + whole.views) * HOST.op_s["transpose_reshape"] / 2
+    calls = (LAYERS * layer.calls + whole.calls) * HOST.op_s["identity_module"] / 3
+    assert between == pytest.approx(views + calls)
+    assert host_seconds(program, HOST, LLAMA) > HOST.scale["transformers"] * between
+
+
+def test_an_engine_without_python_issues_its_kernels_alone():
+    _, program = decode_program("llama")
+    assert between_seconds(program, HOST, Engine(runtime="vllm")) == 0.0
+
+
+def test_a_type_that_nobody_counted_asks_for_as_much_as_llama():
+    assert counted("transformers", "unheard_of", "sdpa") == counted("transformers", "llama", "sdpa")
+    assert trained("unheard_of") == trained("llama")
+
+
+def test_checkpointed_layers_run_again_and_call_more():
+    plain, full = (trained_phases(checkpointing=name) for name in ("none", "full"))
+    assert layers_run_again(plain) == 0
+    assert layers_run_again(full) == LAYERS
+    more = trained("llama")
+    for phase, wanted in ((0, more.forward), (1, more.backward)):
+        bare, called = (
+            between_seconds(full[phase], HOST, LLAMA, checkpointed=n) for n in (0, LAYERS)
+        )
+        own = counted("transformers", "llama", "sdpa")[0].calls if phase else 0.0
+        gone = LAYERS * (wanted - own) * HOST.op_s["identity_module"] / 3
+        assert called - bare == pytest.approx(HOOKED * gone)
+
+
+def test_a_call_of_checkpointings_takes_longer_than_a_modules():
+    """On this CPU, in the live classes; who shares it makes the ratio larger, not smaller."""
+    assert min(checkpoint_cost.ratios("llama", steps=8)) > HOOKED / 2
+
+
+def test_adapted_layers_are_counted():
+    phases = trained_phases(method="lora", checkpointing="none")
+    runs = forward_runs(phases[0])
+    assert runs.layers == LAYERS
+    assert runs.adapted % LAYERS == 0
+    assert runs.adapted >= 2 * LAYERS
+
+
+def test_the_optimizer_runs_no_layer():
+    assert forward_runs(trained_phases(optimizer="adamw")[-1]).layers == 0
+
+
+def test_a_host_that_adds_in_half_the_time_issues_a_step_in_half_the_time():
+    model = planner.load_model("llama-3.1-8b")
+    work = planner.Inference(batch=1, prompt_tokens=128, output_tokens=8, logits="last")
+    known = HOST.op_s["add"]
+    slow, same, fast = (
+        of(model, work, host_add_s=add_s).latency.tpot_s for add_s in (2 * known, None, known / 2)
+    )
+    assert slow == pytest.approx(2 * same)
+    assert fast == pytest.approx(same / 2)
+
+
+@pytest.mark.parametrize("add_s", [0.0, -1e-6, 2.0])
+def test_an_addition_that_takes_no_time_is_refused(add_s):
+    with pytest.raises(planner.ConfigError, match="host_add_s="):
+        planner.Deployment(gpu="h200", host_add_s=add_s)
+
+
+def test_a_cpu_computes_nothing_while_python_runs(monkeypatch):
+    """Its op times hold what issuing them costs; what lies between them is added."""
+    model = planner.read_config(config("llama", LAYERS))
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    measured = load("h200")
+    times = []
+    for host in (None, HOST):
+        known = replace(measured, host=host)
+        monkeypatch.setattr(clock, "calibration_of", lambda gpu, known=known: known)
+        latency.cache_clear()
+        e = planner.estimate(model, work, planner.Deployment(gpu="cpu", dtype="bf16"))
+        times.append(e.latency.tpot_s)
+    latency.cache_clear()
+    program = runtime_named("transformers").decode(model, work, e.setting)
+    assert times[1] - times[0] == pytest.approx(between_seconds(program, HOST, LLAMA))
+
+
+def test_attention_in_fp32_over_grouped_heads_is_written_out():
+    """An H200 ran llama-50m's in torch's math kernel (profiles/data/h200.jsonl, smoke)."""
+    model = planner.read_config(config("llama", LAYERS))
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    seconds = []
+    for dtype in ("fp32", "bf16"):
+        deploy = planner.Deployment(gpu="h200", runtime="attnlab", mode="eager", dtype=dtype)
+        e = planner.estimate(model, work, deploy)
+        program = runtime_named("attnlab").decode(e.share.model, work, e.setting)
+        engine = replace(LLAMA, runtime="attnlab")
+        seconds.append(host_seconds(program, HOST, engine) / HOST.scale["transformers"])
+    ops = HOST.op_s
+    more = 2 * ops["linear"] + 5 * ops["add"] - ops["sdpa"]
+    assert seconds[0] - seconds[1] == pytest.approx(LAYERS * more)
