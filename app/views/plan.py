@@ -72,10 +72,12 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
     with st.container(horizontal=True):
         if e.kv_pool_bytes is not None and e.kv_pool_tokens is not None:
             pool = f"{gib(e.kv_pool_bytes)} hold so many tokens of this model"
-            card("KV pool", f"{e.kv_pool_tokens:,} tokens", pool)
+            card("KV pool tokens", f"{e.kv_pool_tokens:,}", pool)
             if e.max_concurrency is not None and e.pool is not None:
-                longest = f"Of {e.pool.longest_tokens:,} tokens each, that the pool holds at once"
-                card("Full-length requests", f"{e.max_concurrency:,.1f}", longest)
+                longest = (
+                    f"Requests of {e.pool.longest_tokens:,} tokens that the pool holds at once"
+                )
+                card("At full length", f"{e.max_concurrency:,.1f}", longest)
         times(e)
         reserved = st.empty()
         if e.memory.simulated:

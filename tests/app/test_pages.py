@@ -91,7 +91,7 @@ def test_a_link_opens_the_plan_that_the_planner_computes(model, runtime):
     assert ledger["bytes"].sum() == expected.memory.total_bytes
     verdicts = app.success if expected.fits else app.error
     assert len(verdicts) == 1
-    assert ("KV pool" in metrics(app)) == (runtime == "vllm")
+    assert ("KV pool tokens" in metrics(app)) == (runtime == "vllm")
     assert "ops measured on h200" in captions(app)
     assert "nothing was measured on NVIDIA H200 SXM yet" in captions(app)
 
@@ -369,7 +369,7 @@ def test_weights_are_quantised_as_the_runtime_can():
     )
     work = planner.Inference(batch=8, prompt_tokens=2048, output_tokens=256, logits="last")
     e = planner.estimate(planner.load_model("llama-3.1-70b"), work, deploy)
-    assert metrics(app)["Full-length requests"] == f"{e.max_concurrency:,.1f}"
+    assert metrics(app)["At full length"] == f"{e.max_concurrency:,.1f}"
     assert app.get_by_key("weights").options == ["as the model", "fp8"]
 
 
