@@ -9,19 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import streamlit as st
 
 import planner
 from app.training_controls import beside, sharded, training
-from app.widgets import AS_MODEL, CHOICES, LARGEST, NUMBERS, START, either, number, select
+from app.widgets import AS_MODEL, CHOICES, LARGEST, NUMBERS, START, USUAL, either, number, select
 from planner.experts import has_experts
 from planner.format import count, gib
 from planner.loading import read_json
+from planner.quantization.on_load import ON_LOAD
 from planner.routing import routing_spec
-from planner.runtimes import runtime_named
+from planner.runtimes import RUNTIMES, runtime_named
 from planner.runtimes.quantised_cache import backends_of
+from planner.runtimes.training_only import TrainingOnly
 from planner.training import PLANNED as TRAINED_RUNTIMES
+from planner.workload import MODES
+
+PASTED_CHARACTERS = 2_000_000
+
+WEIGHTS_HELP = (
+    "What plain weights are quantised to as they are loaded: fp8 as `vllm serve --quantization "
+    "fp8`, int8 and nf4 as bitsandbytes, int8 and int4 of attnlab as torchao."
+)
 
 KV_HELP = (
     "What keys and values are kept in. transformers quantises with a QuantizedCache, of full "
@@ -29,9 +40,13 @@ KV_HELP = (
 )
 
 MODE_HELP = (
-    "eager: one kernel at a time, as generate() does, which a busy host slows down. captured: the "
-    "same kernels in a CUDA graph. graph: as the runtime makes its graphs; attnlab's are compiled."
+    "Times alone depend on it. eager: one kernel at a time, as generate() does, which a busy host "
+    "slows down. graph: as the runtime makes its CUDA graphs; attnlab's are compiled. captured: "
+    "attnlab's kernels in a graph, not compiled."
 )
+
+LAUNCHED_ONE_BY_ONE = ("transformers", "litgpt", "torchtune")
+"""Runtimes that make no CUDA graphs unless they are told to."""
 
 ROUTING_HELP = (
     "How tokens pick experts, which times depend on. uniform: at random. balanced: dealt out in "
@@ -46,14 +61,11 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         problems = st.container()
         named = select("Model", "model")
         described = st.empty()
-        upload = st.file_uploader(
-            "or a config.json of your own",
-            type="json",
-            max_upload_size=8,
-            help="Read by the planner, kept nowhere. It takes the place of the model above.",
-        )
-        deploy = _deployment()
-        work = _workload(deploy)
+        own = own_config()
+        planned = ", ".join(TRAINED_RUNTIMES)
+        kind = either("Workload", "workload", f"Training is planned in {planned}.")
+        deploy = _deployment(kind)
+        work = training(deploy.runtime) if kind == "training" else _inference(deploy)
         routing = st.container()
         if isinstance(work, planner.Training):
             deploy = beside(work, deploy)
@@ -62,12 +74,30 @@ def sidebar() -> tuple[planner.Model, planner.Inference | planner.Training, plan
         for problem in link_problems(asked, taken=st.session_state):
             problems.warning(problem)
     # last: a file that is no model must not take the other widgets off the page
-    model = planner.load_model(named) if upload is None else uploaded(upload.name, upload.read())
-    described.caption(("" if upload is None else f"{upload.name}: ") + in_words(model))
+    model = planner.load_model(named) if own is None else uploaded(*own)
+    described.caption(("" if own is None else f"Instead, {own[0]}: ") + in_words(model))
     if has_experts(model):
         with routing:
             work = replace(work, routing=routing_spec(select("Routing", "routing", ROUTING_HELP)))
     return model, work, deploy
+
+
+def own_config() -> tuple[str, bytes] | None:
+    """Name and content of a config that is uploaded or pasted; None where there is none."""
+    help = "Read by the planner, kept nowhere. It takes the place of the model above."
+    with st.expander("or a config.json of your own"):
+        upload = st.file_uploader("A file", type="json", max_upload_size=8, help=help)
+        pasted = st.text_area(
+            "or its text",
+            key="pasted config",
+            height=120,
+            max_chars=PASTED_CHARACTERS,
+            placeholder='{"model_type": "llama", …}',
+            help=help,
+        )
+    if upload is not None:
+        return upload.name, upload.read()
+    return ("pasted.json", pasted.encode(errors="replace")) if pasted.strip() else None
 
 
 def link_problems(asked: Mapping[str, str], *, taken: Mapping[str, object]) -> list[str]:
@@ -93,9 +123,38 @@ def kv_dtypes(taken: Mapping[str, object]) -> tuple[str, ...]:
     return (AS_MODEL, *runtime_named(runtime).kv_dtypes)
 
 
+def weight_dtypes(taken: Mapping[str, object]) -> tuple[str, ...]:
+    """What the runtime that is taken quantises weights to as it loads them."""
+    return (AS_MODEL, *ON_LOAD.get(str(taken.get("runtime") or START["runtime"]), ()))
+
+
+def modes(taken: Mapping[str, object]) -> tuple[str, ...]:
+    """The ways to launch steps that differ in the runtime that is taken, its own first."""
+    runtime = str(taken.get("runtime") or START["runtime"])
+    return (USUAL, *(mode for mode in MODES if mode != "captured" or runtime == "attnlab"))
+
+
+def usual_mode(runtime: str) -> Literal["eager", "graph"]:
+    """How the runtime launches steps unless it is told otherwise."""
+    return "eager" if runtime in LAUNCHED_ONE_BY_ONE else "graph"
+
+
+def runtimes(workload: str) -> tuple[str, ...]:
+    """Those that plan the workload."""
+    if workload == "training":
+        return tuple(name for name in RUNTIMES if name in TRAINED_RUNTIMES)
+    return tuple(name for name, r in RUNTIMES.items() if not isinstance(r, TrainingOnly))
+
+
 def _offered(key: str, taken: Mapping[str, object]) -> tuple[str, ...]:
     """What a widget offers where that depends on the others; empty where it does not."""
     match key:
+        case "runtime":
+            return runtimes(str(taken.get("workload") or START["workload"]))
+        case "weights":
+            return weight_dtypes(taken)
+        case "mode":
+            return modes(taken)
         case "kv_dtype":
             return kv_dtypes(taken)
         case "kv_backend":
@@ -122,27 +181,24 @@ def uploaded(file_name: str, content: bytes) -> planner.Model:
     return model if stem == "config" else replace(model, name=stem)
 
 
-def _deployment() -> planner.Deployment:
+def _deployment(workload: str) -> planner.Deployment:
     gpu = planner.gpu_named(select("GPU", "gpu", help=memories()))
     st.caption(f"{gpu.label}: {gib(gpu.memory_bytes)}")
-    runtime = st.segmented_control(
+    named = select(
         "Runtime",
-        CHOICES["runtime"],
-        default=START["runtime"],
-        required=True,
-        width="stretch",
-        key="runtime",
-        bind="query-params",
+        "runtime",
+        options=runtimes(workload),
         help="What holds the memory: the same model has other numbers in each.",
     )
+    taken = {"runtime": named}
     left, right = st.columns(2)
     with left:
-        dtype = select("dtype", "dtype")
-    named = runtime or str(START["runtime"])
+        dtype = select("dtype", "dtype", help="What is computed in, and kept unless said below.")
     with right:
-        kept = kv_dtypes({"runtime": named})
-        kv_dtype = select("KV dtype", "kv_dtype", options=kept, help=KV_HELP)
-    mode = either("Steps launched", "mode", MODE_HELP)
+        mode = select("Steps launched", "mode", options=modes(taken), help=MODE_HELP)
+    if mode == USUAL:
+        mode = usual_mode(named)
+    weights, kv_dtype = _kept(taken) if workload == "inference" else (AS_MODEL, AS_MODEL)
     tensor_parallel, pipeline_parallel = layout() if named == "vllm" else (1, 1)
     return planner.Deployment(
         gpu=gpu.name,
@@ -151,9 +207,22 @@ def _deployment() -> planner.Deployment:
         runtime=named,
         mode=mode,  # type: ignore[arg-type]
         dtype=None if dtype == AS_MODEL else dtype,
+        weight_dtype=None if weights == AS_MODEL else weights,
         kv_dtype=None if kv_dtype == AS_MODEL else kv_dtype,
         cache=_cache(kv_dtype) if named == "transformers" else None,
     )
+
+
+def _kept(taken: Mapping[str, object]) -> tuple[str, str]:
+    """What weights and cache are kept in, where the runtime gives a choice."""
+    offered, weights = weight_dtypes(taken), AS_MODEL
+    left, right = st.columns(2)
+    with left:
+        if len(offered) > 1:
+            weights = select("Weights", "weights", options=offered, help=WEIGHTS_HELP)
+    with right if len(offered) > 1 else left:
+        kv_dtype = select("KV dtype", "kv_dtype", options=kv_dtypes(taken), help=KV_HELP)
+    return weights, kv_dtype
 
 
 def layout() -> tuple[int, int]:
@@ -186,10 +255,7 @@ def _cache(kv_dtype: str) -> planner.CacheSpec | None:
     )
 
 
-def _workload(deploy: planner.Deployment) -> planner.Inference | planner.Training:
-    planned = ", ".join(TRAINED_RUNTIMES)
-    if either("Workload", "workload", f"Training is planned in {planned}.") == "training":
-        return training(deploy.runtime)
+def _inference(deploy: planner.Deployment) -> planner.Inference:
     torch = runtime_named(deploy.runtime).on_torch and deploy.runtime != "vllm"
     batch = number("Batch", "batch", help="Sequences at once.")
     left, right = st.columns(2)

@@ -11,7 +11,11 @@ from app.charts import LINE, OVER
 from planner.format import gib
 
 FITS, NOT = "#1B9A82", OVER
-SCALE = [[0, NOT], [0.4999, "#F3C6CB"], [0.5, "#F6E3AE"], [0.6, "#BFE3DA"], [1, FITS]]
+SCALE = [[0, "#E58C98"], [0.4999, "#F7D9DD"], [0.5, "#F6E3AE"], [0.6, "#D3EDE7"], [1, "#6CC0AE"]]
+"""Fills of cells, light enough for INK in every one of them (contrast ≥ 7)."""
+INK = "#20242C"
+MEASURED = " ◆"
+"""What stands beside the number of a cell near which something was measured."""
 MARGIN = {"l": 8, "r": 8, "t": 8, "b": 8}
 KV_COLOURS = ("#3A66C9", "#CF7C00", "#1B9A82", "#A45AA8", "#7A6FD0", "#7F858F")
 
@@ -23,12 +27,24 @@ def fit_map(table: pd.DataFrame, *, measured: Sequence[tuple[int, int]] = ()) ->
     """
     batches, contexts = (sorted(table[n].unique().tolist()) for n in ("batch", "context_tokens"))
     cells = table.set_index(["batch", "context_tokens"])
+    marks = {(_nearest(batches, b), _nearest(contexts, c)) for b, c in measured}
     shares, texts, hovers = [], [], []
     for batch in batches:
         rows = [cells.loc[(batch, context)] for context in contexts]
         shares.append([_share(row) for row in rows])
-        texts.append(["" if row["refused"] else _short(row["headroom_bytes"]) for row in rows])
-        hovers.append([_cell(row) for row in rows])
+        near = [MEASURED if (batch, context) in marks else "" for context in contexts]
+        texts.append(
+            [
+                "" if row["refused"] else f"{_short(row['headroom_bytes'])}{mark}"
+                for row, mark in zip(rows, near, strict=True)
+            ]
+        )
+        hovers.append(
+            [
+                f"{_cell(row)}{'<br>measured near here' if mark else ''}"
+                for row, mark in zip(rows, near, strict=True)
+            ]
+        )
     figure = go.Figure(
         go.Heatmap(
             z=shares,
@@ -37,15 +53,9 @@ def fit_map(table: pd.DataFrame, *, measured: Sequence[tuple[int, int]] = ()) ->
             text=texts,
             hovertext=hovers,
             texttemplate="%{text}",
-            textfont_size=11,
+            textfont={"size": 11, "color": INK},
             hovertemplate="batch %{y}, context %{x}<br>%{hovertext}<extra></extra>",
-            colorscale=[
-                [0, NOT],
-                [0.4999, "#F3C6CB"],
-                [0.5, "#F6E3AE"],
-                [0.6, "#BFE3DA"],
-                [1, FITS],
-            ],
+            colorscale=SCALE,
             zmin=-1,
             zmax=1,
             showscale=False,
@@ -53,16 +63,6 @@ def fit_map(table: pd.DataFrame, *, measured: Sequence[tuple[int, int]] = ()) ->
             ygap=2,
         )
     )
-    marks = {(_nearest(batches, b), _nearest(contexts, c)) for b, c in measured}
-    if marks:
-        figure.add_scatter(
-            x=[_tokens(c) for _, c in sorted(marks)],
-            y=[f"{b:,}" for b, _ in sorted(marks)],
-            mode="markers",
-            name="measured",
-            marker={"symbol": "diamond-open", "size": 13, "color": "#20242C", "line": {"width": 2}},
-            hovertemplate="measured near here<extra></extra>",
-        )
     figure.update_layout(
         height=110 + 34 * len(batches), margin=MARGIN, showlegend=False, dragmode=False
     )
@@ -181,8 +181,10 @@ def _cell(row: pd.Series) -> str:  # type: ignore[type-arg]
 
 
 def _short(size: int) -> str:
-    """Whole GiB; tenths below ten."""
+    """Whole GiB, thousands of them with a k; tenths below ten."""
     number = size / 2**30
+    if abs(number) >= 1000:
+        return f"{number / 1000:.0f}k"
     return f"{number:.0f}" if abs(number) >= 10 else f"{number:.1f}"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import streamlit as st
 
 import planner
 from app import controls, widgets
+from planner.errors import shown
 from planner.format import gib
 
 BATCHES = tuple(2**i for i in range(11))
@@ -58,6 +60,7 @@ def sidebar() -> Exploration:
         runtime=runtime,
         kv_dtype=None if kv_dtype == widgets.AS_MODEL else kv_dtype,
         tensor_parallel=int(tp),
+        mode=controls.usual_mode(runtime),
     )
     return Exploration(
         model=model,
@@ -95,6 +98,31 @@ def other(explored: Exploration) -> planner.Deployment:
         tensor_parallel=a.tensor_parallel if tp == widgets.SAME else int(tp),
         gpus=1,
     )
+
+
+def prices() -> dict[str, float]:
+    """What GPUs cost an hour, as it is typed; ConfigError for what is not understood."""
+    typed = st.text_input(
+        "Prices an hour",
+        key="prices",
+        bind="query-params",
+        placeholder="h200=3.5, l40s=0.9",
+        max_chars=1000,
+        help="Yours, in any currency: GPU=PRICE, with commas between. Only these GPUs are shown "
+        "then, the cheapest first.",
+    )
+    return dict(_price(part) for part in typed.split(",") if part.strip())
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        price = float(value)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise planner.ConfigError(f"{shown(text.strip())} is no price: such as h200=3.5")
+    return planner.gpu_named(name.strip()).name, price
 
 
 def planner_kv_dtypes(runtime: str) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ FILLED = {"held-out": "", "calibration": "-open", None: "-open-dot"}
 LANES = {"held-out": 0.18, "calibration": -0.18, None: 0.0}
 """How far above the middle of its line a point stands."""
 
-TOO_LITTLE, TOO_MUCH = "#3A66C9", "#D1495B"
+TOO_LITTLE, TOO_MUCH, INK = "#8FA9E3", "#E58C98", "#20242C"
+"""Light enough for INK in every cell (contrast ≥ 5)."""
 SATURATED = 0.05
 """The error at which a cell of the heat map has its full colour: the promise's worst."""
 
@@ -157,7 +158,7 @@ def heat_map(rows: Iterable[Row]) -> go.Figure:
             customdata=[[errors.get((model, q), (None, 0))[1] for q in quantities]
                         for model in models],
             texttemplate="%{text}",
-            textfont_size=10,
+            textfont={"size": 10, "color": INK},
             hovertemplate="%{y}, %{x}<br>mean error %{z:+.3f} % of %{customdata}<extra></extra>",
             hoverongaps=False,
             colorscale=[[0, TOO_LITTLE], [0.5, "#F1F2F4"], [1, TOO_MUCH]],

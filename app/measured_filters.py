@@ -13,6 +13,8 @@ from profiles.rows import QUANTITIES, Row
 
 ALL = "all devices"
 UNSPLIT = "outside the suites"
+SUITES = "The named list of points that a run belongs to: `planner profile --suite`."
+SPLIT = "held-out: no constant was fitted on these runs. calibration: some may be."
 
 
 def device(found: measurements.Store) -> str:
@@ -35,8 +37,8 @@ def filtered(found: measurements.Store, rows: Sequence[Row]) -> list[Row]:
     present = {row.quantity for row in rows}
     splits = [name for name in SPLITS if any(row.split == name for row in rows)]
     splits += [UNSPLIT] * any(row.split is None for row in rows)
-    suites = _narrow("Suite", _names(row.suite or UNSPLIT for row in rows), "of_suite")
-    splits = _narrow("Split", splits, "of_split")
+    suites = _narrow("Suite", _names(row.suite or UNSPLIT for row in rows), "of_suite", SUITES)
+    splits = _narrow("Split", splits, "of_split", SPLIT)
     models = _narrow("Model", _names(row.model for row in rows), "of_model")
     quantities = _narrow(
         "Quantity", [charts.label(q) for q in QUANTITIES if q in present], "of_quantity"
@@ -59,9 +61,9 @@ def _names(values: Iterable[str]) -> list[str]:
     return sorted(set(values))
 
 
-def _narrow(name: str, options: Sequence[str], key: str) -> list[str]:
+def _narrow(name: str, options: Sequence[str], key: str, help: str | None = None) -> list[str]:
     """Those chosen of the options; all of them where nothing is chosen."""
     chosen = st.sidebar.multiselect(
-        name, options, key=key, bind="query-params", placeholder="all", select_all=False
+        name, options, key=key, bind="query-params", placeholder="all", select_all=False, help=help
     )
     return list(chosen) or list(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -19,6 +19,22 @@ from profiles.summaries import summary
 SHARE = st.column_config.NumberColumn(format="%.2f %%")
 SIGNED = st.column_config.NumberColumn(format="%+.2f %%")
 MILLISECONDS = st.column_config.NumberColumn(format="%.1f")
+ERRORS = {
+    "split": st.column_config.TextColumn(
+        help="held-out: no constant was fitted on these runs. calibration: some may be."
+    ),
+    "n": st.column_config.NumberColumn(help="Runs that were measured and are predicted."),
+    "mean error": st.column_config.NumberColumn(
+        format="%+.2f %%", help="predicted / measured − 1: above zero is predicted too much."
+    ),
+    "mean |error|": st.column_config.NumberColumn(format="%.2f %%", help="The sign left out."),
+    "p90": st.column_config.NumberColumn(format="%.2f %%", help="Nine in ten are within."),
+    "worst": SHARE,
+    "worst run": st.column_config.LinkColumn(display_text=r"run=(\w+)", help="Opens it."),
+    "not predicted": st.column_config.NumberColumn(
+        help="Measured, but of a configuration that the planner refuses today."
+    ),
+}
 RIGHT = st.column_config.TextColumn(alignment="right")
 
 
@@ -56,6 +72,7 @@ def repeatable(found: measurements.Store, rows: Sequence[Row]) -> None:
 
 def errors(rows: Sequence[Row], *, by: str | None) -> None:
     """Bias, mean, p90 and worst error of each quantity and split, of all rows or by group."""
+    of = {row.record: row.device for row in rows}
     table = pd.DataFrame(
         [
             (
@@ -67,30 +84,32 @@ def errors(rows: Sequence[Row], *, by: str | None) -> None:
                     None if e is None else 100 * e
                     for e in (s.mean_error, s.mean_abs_error, s.p90_abs_error, s.worst_abs_error)
                 ),
-                s.worst_record,
+                _link(s.worst_record, of),
                 s.unpredicted,
             )
             for s in summary(rows, by=by)
         ],
         columns=[
             by or "group", "quantity", "split", "n", "mean error", "mean |error|", "p90", "worst",
-            "worst record", "not predicted",
+            "worst run", "not predicted",
         ],
     )  # fmt: skip
     if by is None:
         table = table.drop(columns="group")
+    if not table["not predicted"].any():
+        table = table.drop(columns="not predicted")
     st.dataframe(
         table,
         hide_index=True,
         height="content" if len(table) <= 24 else "auto",
-        column_config={
-            "mean error": SIGNED,
-            "mean |error|": SHARE,
-            "p90": SHARE,
-            "worst": SHARE,
-        },
+        column_config=ERRORS,
         alt="Error of each quantity: how many, mean, 90th percentile and worst",
     )
+
+
+def _link(record: str | None, devices: Mapping[str, str]) -> str:
+    """Where a run is opened; nothing where none is worst."""
+    return f"measured?device={devices[record]}&run={record}&show=run" if record else ""
 
 
 def others(found: measurements.Store, rows: Sequence[Row]) -> None:

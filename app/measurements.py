@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import streamlit as st
 
@@ -17,6 +18,11 @@ from profiles.published import PublishedRow, published_rows
 from profiles.published_latency import LatencyRow, latency_rows
 from profiles.record_cpu import untimed
 from profiles.records import Record
+
+Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Path, time of change and size of each record file."""
+
+PREDICTING = "Predicting every measured run with today's planner …"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +40,41 @@ class Store:
 
 def store() -> Store:
     """What is stored now; ConfigError for a file that only a newer version can read."""
-    return _read(tuple(_stamp(path) for path in records.default_paths()), own_stamp("cpu"))
+    stamps = _stamps(), own_stamp("cpu")
+    by_id, problems = _loaded(stamps[0])
+    rows, problems = list[Row](), list(problems)
+    bar = st.progress(0.0, PREDICTING) if stamps not in _seen() else None
+    for done, record in enumerate(by_id.values(), start=1):
+        found, told = _compared(record.id, stamps, record)
+        rows += found
+        problems += told
+        if bar is not None:
+            bar.progress(done / len(by_id), PREDICTING)
+    if bar is not None:
+        bar.empty()
+        _seen().add(stamps)
+    return Store(
+        records=by_id,
+        rows=tuple(rows),
+        problems=tuple(problems),
+        hint=untimed(list(by_id.values())),
+    )
+
+
+def loaded() -> dict[str, Record]:
+    """The records alone, by their ids: nothing is compared."""
+    return _loaded(_stamps())[0]
+
+
+def rows_of(record: Record) -> tuple[Row, ...]:
+    """One record beside what the planner predicts for it."""
+    return _compared(record.id, (_stamps(), own_stamp("cpu")), record)[0]
 
 
 @st.cache_data(show_spinner="Running the modules on fake tensors …", max_entries=8)
 def traced(ids: tuple[str, ...]) -> tuple[dict[tuple[str, str], float], tuple[str, ...]]:
     """What each (record, quantity) is on fake tensors, and what could not be traced."""
-    known, problems = store().records, list[str]()
+    known, problems = loaded(), list[str]()
     rows = compare([known[name] for name in ids], traced=True, on_problem=problems.append)
     found = {(row.record, row.quantity): row.traced for row in rows}
     return {key: value for key, value in found.items() if value is not None}, tuple(problems)
@@ -53,7 +87,7 @@ def published() -> tuple[list[PublishedRow], list[LatencyRow]]:
 
 
 def nearest(
-    found: Store,
+    found: Mapping[str, Record],
     model: planner.Model,
     work: planner.Inference | planner.Training,
     deploy: planner.Deployment,
@@ -64,11 +98,10 @@ def nearest(
     sizes decide, compared as ratios.
     """
     trains = isinstance(work, planner.Training)
-    compared = {row.record for row in found.rows}
     candidates = [
         record
-        for record in found.records.values()
-        if record.id in compared
+        for record in found.values()
+        if record.status == "ok"
         and record.environment.gpu == deploy.gpu
         and record.runtime == deploy.runtime
         and (record.phase == "training") == trains
@@ -98,6 +131,10 @@ def workload(record: Record) -> str:
     return f"{record.batch:,} × ({record.prompt_tokens:,} + {record.output_tokens:,})"
 
 
+def _stamps() -> Stamps:
+    return tuple(_stamp(path) for path in records.default_paths())
+
+
 def _stamp(path: Path) -> tuple[str, int, int]:
     try:
         status = path.stat()
@@ -107,13 +144,20 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def _read(stamps: tuple[tuple[str, int, int], ...], calibration: Stamp) -> Store:
+def _loaded(stamps: Stamps) -> tuple[dict[str, Record], list[str]]:
     found, problems = records.load([path for path, _, _ in stamps])
-    tell: Callable[[str], None] = problems.append
-    rows = compare(found, on_problem=tell)
-    return Store(
-        records={r.id: r for r in found},
-        rows=tuple(rows),
-        problems=tuple(problems),
-        hint=untimed(found),
-    )
+    return {record.id: record for record in found}, problems
+
+
+@st.cache_resource(show_spinner=False)
+def _seen() -> set[tuple[Stamps, Stamp]]:
+    """The files whose records were all compared: what comes from the cache needs no bar."""
+    return set()
+
+
+@st.cache_data(show_spinner=False, max_entries=4096)
+def _compared(
+    id: str, stamps: tuple[Stamps, Stamp], _record: Record
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    problems: list[str] = []
+    return tuple(compare([_record], on_problem=problems.append)), tuple(problems)

@@ -9,6 +9,7 @@ import streamlit as st
 import planner
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from planner.errors import MAX_SIZE
+from planner.quantization.on_load import ON_LOAD
 from planner.runtimes import RUNTIMES
 from planner.runtimes.quantised_cache import DEFAULT_GROUP_SIZE, DEFAULT_RESIDUAL_TOKENS
 from planner.workload import (
@@ -26,6 +27,9 @@ from planner.workload import (
 AS_MODEL = "as the model"
 """The model's own dtype; for the cache, the dtype of the computation."""
 
+USUAL = "as usual"
+"""As the runtime launches steps unless it is told otherwise."""
+
 SAME = "the same"
 """What deployment B of a comparison has in common with A."""
 
@@ -39,7 +43,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": (AS_MODEL, *KV_DTYPES),
     "kv_backend": CACHE_BACKENDS,
     "logits": ("last", "all"),
-    "mode": MODES,
+    "mode": (USUAL, *MODES),
+    "weights": (AS_MODEL, *dict.fromkeys(kept for made in ON_LOAD.values() for kept in made)),
     "routing": ("uniform", "balanced", "zipf:0.5", "zipf:1", "zipf:1.5"),
     "workload": ("inference", "training"),
     "method": METHODS,
@@ -71,7 +76,8 @@ START = {
     "kv_group": DEFAULT_GROUP_SIZE,
     "kv_residual": DEFAULT_RESIDUAL_TOKENS,
     "logits": "last",
-    "mode": MODES[0],
+    "mode": USUAL,
+    "weights": AS_MODEL,
     "routing": "uniform",
     "workload": "inference",
     "method": METHODS[0],
@@ -94,6 +100,7 @@ START = {
     "output": 256,
     "sequence": 2048,
     "context": 8192,
+    "rate": 1,
     "b_gpu": SAME,
     "b_kv_dtype": "fp8",
     "b_tp": SAME,
@@ -105,6 +112,7 @@ NUMBERS = (
     "output",
     "sequence",
     "context",
+    "rate",
     "checkpoint_every",
     "rank",
     "kv_group",

@@ -15,6 +15,8 @@ from planner.capacity.limits import max_batch as max_batch
 from planner.capacity.limits import max_context_tokens as max_context_tokens
 from planner.capacity.limits import min_gpus as min_gpus
 from planner.capacity.traffic import Traffic as Traffic
+from planner.capacity.ways import Way as Way
+from planner.capacity.ways import ways_to_fit as ways_to_fit
 from planner.catalog.gpus import Gpu as Gpu
 from planner.catalog.gpus import gpu_named as gpu_named
 from planner.catalog.gpus import gpus as gpus

@@ -33,6 +33,26 @@ def check_size(field: str, value: Any, *, minimum: int = 1, maximum: int = MAX_S
     return value
 
 
+def check_kind(field: str, value: Any, *kinds: type) -> None:
+    """ConfigError for a value that is of none of the kinds: a name where a Model belongs."""
+    if not isinstance(value, kinds):
+        named = " or ".join(kind.__name__ for kind in kinds)
+        how = ", which planner.load_model returns" if field == "model" else ""
+        raise ConfigError(f"{field}={shown(value)} is not allowed: {_article(named)} {named}{how}")
+
+
+def check_flags(owner: object, *fields: str) -> None:
+    """ConfigError for a field that is neither True nor False."""
+    for field in fields:
+        if not isinstance(getattr(owner, field), bool):
+            value = shown(getattr(owner, field))
+            raise ConfigError(f"{field}={value} is not allowed: True or False")
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "AEIOU" else "a"
+
+
 def check_choice(field: str, value: Any, allowed: Iterable[str]) -> str:
     """One of the allowed words; ConfigError otherwise."""
     names = tuple(allowed)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from planner.activations import Peak, peak, peak_bytes
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
-from planner.errors import MAX_SIZE, check_choice, check_size
+from planner.errors import MAX_SIZE, check_choice, check_kind, check_size
 from planner.kbit import kbit_rows
 from planner.ledger import Row, total_bytes
 from planner.model import Model
@@ -19,6 +19,7 @@ from planner.prepared import (
     Prepared,
     as_loaded,
     check_accumulation,
+    check_asked,
     check_padded,
     check_unfrozen,
     prepare,
@@ -73,6 +74,9 @@ def kv_cache_bytes(
     `encoder_tokens`: what a sequence-to-sequence model's cross-attention sees; None: as many as
     `context_tokens`, or what the model fixes (whisper: 1 500). Encoders without a decoder: 0 bytes.
     """
+    check_kind("model", model, Model)
+    if cache is not None:
+        check_kind("cache", cache, CacheSpec)
     check_size("batch", batch)
     check_size("context_tokens", context_tokens, minimum=0)
     check_choice("dtype", dtype, KV_DTYPES)
@@ -100,6 +104,7 @@ def estimate(model: Model, work: Inference | Training, deploy: Deployment) -> Es
     Raises ConfigError for what cannot run: a context beyond the model's positions, an attention
     backend that the model's class refuses, a quantised checkpoint.
     """
+    check_asked(model, work, deploy)
     if isinstance(work, Training):
         return _of_training(as_loaded(model, deploy), work, deploy)
     prepared = prepare(model, deploy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planner.catalog.gpus import Gpu, gpu_named
-from planner.errors import MAX_SIZE, ConfigError
+from planner.errors import MAX_SIZE, ConfigError, check_kind
 from planner.ledger import Row
 from planner.model import Model
 from planner.overhead import overhead_rows, workspace_bytes
@@ -105,6 +105,13 @@ class Prepared:
         check_padded(work, self.runtime.name)
         if self.runtime.pooled:
             _check_served(work, self.deploy)
+
+
+def check_asked(model: Model, work: Inference | Training, deploy: Deployment) -> None:
+    """ConfigError for a question put with something else, such as a model's name."""
+    check_kind("model", model, Model)
+    check_kind("work", work, Inference, Training)
+    check_kind("deploy", deploy, Deployment)
 
 
 def prepare(model: Model, deploy: Deployment) -> Prepared:

@@ -396,7 +396,7 @@ def verdict(estimate: Estimate) -> str:
             f"Does not fit: {estimate.work.batch:,} sequences, and vllm runs "
             f"max_sequences={estimate.setting.max_sequences:,} at once."
         )
-    return f"Does not fit: {room} more than {where} has would be needed."
+    return f"Does not fit: {where} lacks {room}."
 
 
 def explain(estimate: Estimate) -> str:

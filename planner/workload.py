@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from planner.dtypes import COMPUTE_DTYPES, KV_DTYPES
-from planner.errors import ConfigError, check_choice, check_size, shown
+from planner.errors import ConfigError, check_choice, check_flags, check_size, shown
 from planner.routing import UNIFORM, Routing
 
 CACHE_KINDS = ("dynamic", "static", "ring", "paged", "quantised")
@@ -120,6 +120,7 @@ class Inference:
         for field in ("batch", "prompt_tokens", "output_tokens"):
             check_size(field, getattr(self, field))
         check_choice("logits", self.logits, ("all", "last"))
+        check_flags(self, "padded", "float32_logits")
         if self.encoder_tokens is not None:
             check_size("encoder_tokens", self.encoder_tokens)
 
@@ -255,6 +256,7 @@ class Training:
         sizes = ("batch", "sequence_tokens", "accumulation_steps", "checkpoint_every", "keep_every")
         for field in sizes:
             check_size(field, getattr(self, field))
+        check_flags(self, "padded")
         if self.keep_every != 1 and self.checkpointing != "selective":
             raise ConfigError(
                 f"keep_every={self.keep_every} is not allowed: 1 for checkpointing="
@@ -424,7 +426,8 @@ class Deployment:
         if self.weight_dtype is not None:
             check_choice("weight_dtype", self.weight_dtype, (*COMPUTE_DTYPES, *LOADED_DTYPES))
         check_choice("mode", self.mode, MODES)
-        if self.host_add_s is not None and not 0 < self.host_add_s < 1:
+        host = self.host_add_s
+        if host is not None and not (isinstance(host, int | float) and 0 < host < 1):
             raise ConfigError(
                 f"host_add_s={shown(self.host_add_s)} is not allowed: seconds, 0 to 1"
             )

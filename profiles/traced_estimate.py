@@ -77,7 +77,7 @@ class TracedEstimate:
         m, room = self.memory, gib(abs(self.headroom_bytes))
         verdict = f"Fits: {room} of {self.gpu.label} stay free."
         if not self.fits:
-            verdict = f"Does not fit: {room} more than {self.gpu.label} has would be needed."
+            verdict = f"Does not fit: {self.gpu.label} lacks {room}."
         lines = [
             f"{self.model.name}, traced from {self.model.class_name} of transformers "
             f"{self.model.transformers}, on {self.gpu.label}: batch {self.work.batch}, "

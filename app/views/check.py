@@ -41,14 +41,9 @@ def sidebar() -> Asked:
         problems = st.container()
         named = widgets.select("Model", "model")
         described = st.empty()
-        upload = st.file_uploader(
-            "or a config.json of your own",
-            type="json",
-            max_upload_size=8,
-            help="Read by the planner, kept nowhere. It takes the place of the model above.",
-        )
+        own = controls.own_config()
         gpu = planner.gpu_named(widgets.select("GPU", "gpu", help=controls.memories()))
-        runtime = widgets.either("Runtime", "runtime", "What holds the cache.")
+        runtime = widgets.select("Runtime", "runtime", "What holds the cache.")
         left, right = st.columns(2)
         with left:
             batch = widgets.number("Batch", "batch", help="Sequences at once.")
@@ -57,11 +52,7 @@ def sidebar() -> Asked:
         parallel = int(widgets.select("Tensor parallel", "tp", help="GPUs that share each layer."))
         for problem in controls.link_problems(asked, taken=st.session_state):
             problems.warning(problem)
-    model = (
-        planner.load_model(named)
-        if upload is None
-        else controls.uploaded(upload.name, upload.read())
-    )
+    model = planner.load_model(named) if own is None else controls.uploaded(*own)
     described.caption(controls.in_words(model))
     load = {
         "gpu": gpu.name,

@@ -8,10 +8,11 @@ import pandas as pd
 import streamlit as st
 
 import planner
-from app import explore_charts, explore_controls, measurements, widgets
+from app import explore_charts, explore_controls, explore_rate, measurements, widgets
 from app.explore_controls import Exploration
-from planner.format import gib
+from planner.format import gib, seconds
 from planner.report import csv_text
+from planner.result import off_by
 
 LINES_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LADDER = (
@@ -74,11 +75,15 @@ def lines(
 
 @st.cache_data(show_spinner=False, max_entries=32)
 def ladder(
-    _model: planner.Model, name: str, work: planner.Inference, deploy: planner.Deployment
+    _model: planner.Model,
+    name: str,
+    work: planner.Inference,
+    deploy: planner.Deployment,
+    prices: dict[str, float],
 ) -> pd.DataFrame:
-    """The fewest of each GPU."""
-    names = list(dict.fromkeys((*LADDER, deploy.gpu)))
-    return planner.gpu_ladder(_model, work, deploy, names=names)
+    """The fewest of each GPU, of those with a price where there are any."""
+    names = list(prices or dict.fromkeys((*LADDER, deploy.gpu)))
+    return planner.gpu_ladder(_model, work, deploy, names=names, price_per_hour=prices)
 
 
 def chart(figure: object, words: str) -> None:
@@ -118,7 +123,9 @@ def fit_map(explored: Exploration) -> None:
     if len(reasons) == 1 and (table["refused"] != "").all():
         raise planner.ConfigError(next(iter(reasons)))
     left = "of the KV pool" if explored.deploy.runtime == "vllm" else "of the memory"
-    st.caption(f"GiB {left} that stay free; red: what is missing. Diamonds: measured near there.")
+    st.caption(
+        f"GiB {left} that stay free; red, below zero: what is missing. ◆ measured near there."
+    )
     chart(
         explore_charts.fit_map(table, measured=measured(explored)),
         explore_charts.fit_map_in_words(table),
@@ -128,12 +135,12 @@ def fit_map(explored: Exploration) -> None:
 def measured(explored: Exploration) -> list[tuple[int, int]]:
     """(batch, context) of the records of this model, GPU and runtime."""
     try:
-        found = measurements.store()
+        found = measurements.loaded()
     except planner.ConfigError:
         return []
     return [
         (record.batch, record.prompt_tokens + record.output_tokens - 1)
-        for record in found.records.values()
+        for record in found.values()
         if record.model == explored.model.name
         and record.environment.gpu == explored.deploy.gpu
         and record.runtime == explored.deploy.runtime
@@ -177,16 +184,46 @@ def compared(explored: Exploration, work: planner.Inference) -> None:
         with column:
             st.metric(f"{name}: total on {e.gpu.label}", gib(e.memory.total_bytes), border=True)
             st.caption(e.verdict)
+    columns = {
+        f"{name}: {side(e)}": figures(e, explored.model, work, d)
+        for name, e, d in (("A", a, explored.deploy), ("B", b, second))
+    }
+    st.dataframe(
+        pd.DataFrame(columns).rename_axis("per GPU").reset_index(),
+        hide_index=True,
+        column_config=dict.fromkeys(columns, st.column_config.TextColumn(alignment="right")),
+        alt="Limits and times of both deployments",
+    )
     table = planner.what_if(a, b)
     chart(explore_charts.change(table), explore_charts.change_in_words(table))
 
 
-def rungs(explored: Exploration, work: planner.Inference) -> None:
+def side(e: planner.Estimate) -> str:
+    """What tells a deployment from the other."""
+    n = e.deploy.tensor_parallel
+    return f"{f'{n} × ' if n > 1 else ''}{e.gpu.name}, {e.setting.kv_dtype} KV"
+
+
+def figures(e: planner.Estimate, *asked: Any) -> dict[str, str]:
+    """What people compare deployments by."""
+    limits = {
+        "longest context, tokens": planner.max_context_tokens,
+        "largest batch": planner.max_batch,
+    }
+    return {
+        "KV cache": gib(e.memory.kv_cache_bytes),
+        **{name: f"{ask(*asked):,}" for name, ask in limits.items()},
+        "TTFT": f"{seconds(e.latency.ttft_s)}{off_by(e.latency.ttft_s, e.latency.ttft_interval_s)}",
+        "TPOT": f"{seconds(e.latency.tpot_s)}{off_by(e.latency.tpot_s, e.latency.tpot_interval_s)}",
+        "output tokens/s": f"{e.latency.output_tokens_per_s:,.0f}",
+    }
+
+
+def rungs(explored: Exploration, work: planner.Inference, prices: dict[str, float]) -> None:
     """How few GPUs of each kind hold the work."""
-    st.subheader("Fewest GPUs")
     if explored.deploy.runtime != "vllm":
         st.caption(f"{explored.deploy.runtime} is planned on one GPU; vllm on several.")
-    table = ladder(explored.model, explored.model.name, work, explored.deploy)
+    table = ladder(explored.model, explored.model.name, work, explored.deploy, prices)
     for name in ("bought_memory_bytes", "headroom_bytes"):
         table[name.removesuffix("_bytes").replace("_", " ")] = [
             "" if pd.isna(size) else gib(int(size)) for size in table[name]
@@ -195,8 +232,8 @@ def rungs(explored: Exploration, work: planner.Inference) -> None:
         table,
         hide_index=True,
         column_order=[
-            "gpu", "gpus", "tensor_parallel", "pipeline_parallel", "bought memory", "headroom",
-            "why_not",
+            "gpu", "gpus", *["price_per_hour"] * bool(prices), "tensor_parallel",
+            "pipeline_parallel", "bought memory", "headroom", "why_not",
         ],
         column_config={
             "gpus": st.column_config.ProgressColumn(
@@ -204,6 +241,7 @@ def rungs(explored: Exploration, work: planner.Inference) -> None:
             ),
             "tensor_parallel": "tensor parallel",
             "pipeline_parallel": "pipeline stages",
+            "price_per_hour": st.column_config.NumberColumn("price an hour", format="%.2f"),
             "why_not": "why not",
         },
         alt="The fewest GPUs of each kind that hold this work",
@@ -231,4 +269,12 @@ guarded(lambda: longest(explored))
 st.subheader("A against B")
 work = work_of(explored)
 guarded(lambda: compared(explored, work))
-guarded(lambda: rungs(explored, work))
+st.subheader("Fewest GPUs")
+try:
+    prices = explore_controls.prices()
+except planner.ConfigError as error:
+    st.error(str(error))
+    prices = {}
+guarded(lambda: rungs(explored, work, prices))
+if explored.deploy.runtime == "vllm":
+    guarded(lambda: explore_rate.served(explored.model, work, explored.deploy, prices))

@@ -9,6 +9,7 @@ import planner
 from app import (
     measured_charts,
     measured_filters,
+    measured_headline,
     measured_tables,
     measurements,
     one_run,
@@ -54,7 +55,7 @@ def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:
     st.subheader("How far off")
     measured_tables.repeatable(found, rows)
     asked = st.segmented_control(
-        "By", list(GROUPS), default="quantity", key="by", bind="query-params"
+        "Grouped by", list(GROUPS), default="quantity", key="by", bind="query-params"
     )
     measured_tables.errors(rows, by=GROUPS[asked or "quantity"])
     st.caption(
@@ -70,7 +71,7 @@ def how_far_off(found: measurements.Store, rows: Sequence[Row]) -> None:
                 measured_charts.residuals_in_words(members, title=title),
             )
     if len({row.model for row in rows}) > 1 and any(r.relative_error is not None for r in rows):
-        st.markdown("**Mean error in %** of each model: blue is predicted too little")
+        st.markdown("**Mean error in %** of each model: blue is predicted too little, red too much")
         chart(measured_charts.heat_map(rows), measured_charts.heat_map_in_words(rows))
 
 
@@ -108,7 +109,8 @@ def unmeasured(found: measurements.Store) -> None:
     seen = {record.environment.gpu for record in found.records.values()}
     missing = [gpu.label for name, gpu in planner.gpus().items() if name not in seen]
     if missing:
-        st.caption(f"No record of these devices yet: {', '.join(missing)}.")
+        with st.expander(f"{len(missing)} devices of the catalogue were not measured yet"):
+            st.caption(f"{', '.join(missing)}.")
 
 
 def ours() -> None:
@@ -118,7 +120,6 @@ def ours() -> None:
     except planner.ConfigError as error:
         st.error(str(error))
         st.stop()
-    problems(stored)
     device = measured_filters.device(stored)
     of_device = [row for row in stored.rows if device in (measured_filters.ALL, row.device)]
     if not of_device:
@@ -128,14 +129,20 @@ def ours() -> None:
         if shown:
             if stored.hint and any(row.device == "cpu" for row in shown):
                 st.info(f"{stored.hint}.")
+            measured_headline.cards(shown)
+            by_link = st.query_params.get("show") == "run"  # from Plan: what was asked comes first
+            if by_link:
+                one_run.opened(stored, shown)
             how_far_off(stored, shown)
             against(shown)
-            one_run.opened(stored, shown)
+            if not by_link:
+                one_run.opened(stored, shown)
             measured_tables.others(stored, shown)
             measured_tables.beside_peers(stored, shown)
             measured_tables.every_row(stored, shown)
         else:
             st.info("The filters leave no measurement.")
+    problems(stored)
     unmeasured(stored)
 
 

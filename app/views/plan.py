@@ -9,11 +9,11 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 import planner
-from app import charts, controls, measurements
+from app import charts, controls, remedies, trust
 from app.engine_log import pasted_log
-from planner.format import gib, percent, seconds
+from planner.format import gib, seconds
 from planner.report import csv_text
-from planner.result import binding
+from planner.result import binding, off_by
 from planner.runtimes import runtime_named
 
 # What was asked for; an estimate's own model is as the runtime builds it.
@@ -37,6 +37,7 @@ def head(e: planner.Estimate) -> None:
     runtime = runtime_named(e.deploy.runtime)
     st.caption(
         f"{runtime.name} {runtime.version} · {e.setting.attention} attention · {e.setting.dtype}"
+        f"{f', {e.deploy.weight_dtype} weights' if e.deploy.weight_dtype else ''}"
         f"{'' if is_training(e) else f', KV cache {e.setting.kv_dtype}'} · {e.work.in_words}"
     )
     if e.fits:
@@ -45,31 +46,6 @@ def head(e: planner.Estimate) -> None:
         st.error(e.verdict, icon=":material/cancel:")
     if n > 1:
         st.caption(f"All memory is that of one GPU, the fullest: {e.share.in_words}.")
-    st.caption(trust(e))
-
-
-def trust(e: planner.Estimate) -> str:
-    """The errors of the nearest measurement, or that there is none."""
-    try:
-        found = measurements.store()
-    except planner.ConfigError as error:
-        return f"Measurements cannot be read: {error}"
-    record = measurements.nearest(found, e.model, e.work, e.deploy)
-    if record is None:
-        elsewhere = any(r.environment.gpu == e.gpu.name for r in found.records.values())
-        where = f"in {e.deploy.runtime} on {e.gpu.label}" if elsewhere else f"on {e.gpu.label}"
-        what = "no training step" if isinstance(e.work, planner.Training) else "nothing"
-        return f"Predicted, not measured: {what} was measured {where} yet."
-    seen = ", ".join(
-        f"{charts.label(row.quantity)} {percent(row.relative_error)}"
-        for row in found.rows
-        if row.record == record.id and row.relative_error is not None
-    )
-    what = f"{record.model}, {record.dtype}, {measurements.workload(record)}, {record.phase}"
-    return (
-        f"Nearest measurement on {e.gpu.name} in {record.runtime} ({what}), error of the "
-        f"prediction: {seen or 'not predicted'}."
-    )
 
 
 def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
@@ -78,10 +54,11 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
     with st.container(horizontal=True):
         card("Total", gib(m.total_bytes), f"{m.total_bytes:,} bytes")
         of = "the GPU's memory" if e.kv_pool_bytes is None else "the KV pool"
+        room = abs(e.headroom_bytes)
         card(
-            "Headroom",
-            gib(e.headroom_bytes),
-            f"{e.headroom_bytes:,} bytes of {of}. Negative: what is missing",
+            "Missing" if e.headroom_bytes < 0 else "Headroom",
+            gib(room),
+            f"{room:,} bytes of {of}",
         )
         if is_training(e):
             states = m.weights_bytes + m.gradients_bytes + m.optimizer_bytes
@@ -94,18 +71,20 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
                 card(label, "…")
     with st.container(horizontal=True):
         if e.kv_pool_bytes is not None and e.kv_pool_tokens is not None:
-            card("KV pool", gib(e.kv_pool_bytes), f"{e.kv_pool_bytes:,} bytes")
-            card("KV pool, tokens", f"{e.kv_pool_tokens:,}", "What the pool holds of this model")
+            pool = f"{gib(e.kv_pool_bytes)} hold so many tokens of this model"
+            card("KV pool tokens", f"{e.kv_pool_tokens:,}", pool)
             if e.max_concurrency is not None and e.pool is not None:
-                longest = f"Sequences of {e.pool.longest_tokens:,} tokens that it holds"
-                card("At once", f"{e.max_concurrency:,.1f}", longest)
+                longest = (
+                    f"Requests of {e.pool.longest_tokens:,} tokens that the pool holds at once"
+                )
+                card("At full length", f"{e.max_concurrency:,.1f}", longest)
         times(e)
         reserved = st.empty()
         if e.memory.simulated:
             with reserved:
                 card("Reserved by torch", "…")
     st.caption(f"Times: {'; '.join((e.latency.basis, *binding(e.latency)))}.")
-    return (*places, reserved, st.empty())
+    return (*places, reserved, st.empty(), st.container())
 
 
 def longest_label(e: planner.Estimate) -> str:
@@ -118,20 +97,25 @@ def times(e: planner.Estimate) -> None:
     if is_training(e):
         if e.latency.step_s is None or e.latency.trained_tokens_per_s is None:
             return
-        card("Step", seconds(e.latency.step_s), within(e.latency.step_interval_s))
+        timed("Step", e.latency.step_s, e.latency.step_interval_s)
         card("Trained tokens/s", f"{e.latency.trained_tokens_per_s:,.0f}", "Of the whole batch")
         return
-    card("TTFT", seconds(e.latency.ttft_s), within(e.latency.ttft_interval_s))
-    card("TPOT", seconds(e.latency.tpot_s), within(e.latency.tpot_interval_s))
+    timed("TTFT", e.latency.ttft_s, e.latency.ttft_interval_s, "Time to the first token. ")
+    timed("TPOT", e.latency.tpot_s, e.latency.tpot_interval_s, "Time of each token after it. ")
     card("Output tokens/s", f"{e.latency.output_tokens_per_s:,.0f}", "Of the whole batch")
 
 
-def within(interval: tuple[float, float] | None) -> str:
-    """Where nine in ten of such times lie, in words."""
-    if interval is None:
-        return "None with one output token"
-    low, high = interval
-    return f"Nine in ten within {seconds(low)} and {seconds(high)}"
+def timed(
+    label: str, time_s: float | None, interval: tuple[float, float] | None, what: str = ""
+) -> None:
+    """A time, and how far off it may be."""
+    if time_s is None or interval is None:
+        why = "None with one output token" if time_s is None else "How far off is not known"
+        card(label, seconds(time_s), what + why)
+        return
+    low, high = (seconds(end) for end in interval)
+    help = f"{what}Nine in ten within {low} and {high}"
+    card(label, f"{seconds(time_s)}{off_by(time_s, interval)}", help)
 
 
 def torch_holds(e: planner.Estimate, place: DeltaGenerator, below: DeltaGenerator) -> None:
@@ -239,7 +223,8 @@ except planner.ConfigError as error:
     st.stop()
 
 head(estimate)
-longest, largest, reserved, below = numbers(estimate)
+ways = st.container()
+longest, largest, reserved, below, trusted = numbers(estimate)
 st.subheader("Where the memory goes")
 st.plotly_chart(
     charts.memory_breakdown(estimate),
@@ -261,4 +246,9 @@ with longest:  # dozens of estimates: the page stands before they are done
     )
 with largest:
     answer(asked, "Largest batch", planner.max_batch, "Sequences at once, at these lengths")
+if not estimate.fits:
+    with ways:
+        remedies.offered(*asked)
 torch_holds(estimate, reserved, below)  # plays the whole generation
+with trusted:  # may read and compare records
+    trust.line(*asked)

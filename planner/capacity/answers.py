@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from planner.capacity.concurrency import concurrent_requests
 from planner.capacity.limits import max_batch, max_context_tokens, smallest_layout
 from planner.capacity.traffic import Traffic
 from planner.catalog.gpus import gpu_named, gpus
-from planner.errors import ConfigError
+from planner.errors import ConfigError, check_kind
 from planner.estimate import estimate
 from planner.format import gib
 from planner.loading import catalogue, load_model
@@ -192,7 +192,7 @@ def changes(deploy: Deployment) -> Iterator[tuple[str, Deployment]]:
         if kv_dtype in runtime.kv_dtypes and kv_dtype != deploy.kv_dtype:
             yield f"{kv_dtype} KV", replace(deploy, kv_dtype=kv_dtype)
     for weight_dtype in ("fp8", "int8", "nf4"):
-        if weight_dtype != deploy.weight_dtype:
+        if weight_dtype != deploy.weight_dtype and deploy.data_parallel_shards == 1:
             yield f"{weight_dtype} weights", replace(deploy, weight_dtype=weight_dtype)
     if deploy.runtime == "vllm":
         doubled = 2 * deploy.tensor_parallel
@@ -241,6 +241,10 @@ def gpu_ladder(
     """
     import pandas as pd
 
+    if names is not None:
+        check_kind("names", names, Iterable)
+    if price_per_hour is not None:
+        check_kind("price_per_hour", price_per_hour, Mapping)
     prices = price_per_hour or {}
     rows = [_rung(model, work, deploy, name, prices.get(name)) for name in names or gpus()]
     table = pd.DataFrame(rows)
@@ -300,6 +304,8 @@ def largest_model(
     work: Work, deploy: Deployment, *, models: Sequence[str | Model] | None = None
 ) -> str | None:
     """The model with the most parameters that fits, of those given or of the catalogue."""
+    if models is not None:
+        check_kind("models", models, Iterable)
     found: list[tuple[int, str]] = []
     for source in models if models is not None else catalogue():
         model = source if isinstance(source, Model) else load_model(source)
@@ -319,6 +325,8 @@ def what_if(before: Estimate, after: Estimate) -> pd.DataFrame:
     """
     import pandas as pd
 
+    check_kind("before", before, Estimate)
+    check_kind("after", after, Estimate)
     sizes: list[dict[tuple[str, str], int]] = []
     for e in (before, after):
         items: dict[tuple[str, str], int] = {}

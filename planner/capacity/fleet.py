@@ -30,7 +30,7 @@ from typing import Any
 
 from planner.capacity.traffic import Traffic, fixed, lognormal, trace
 from planner.catalog.gpus import gpu_named
-from planner.errors import ConfigError, check_size, shown
+from planner.errors import ConfigError, check_kind, check_size, shown
 from planner.loading import catalogue, load_model
 from planner.model import Model
 from planner.runtimes import runtime_named
@@ -77,6 +77,7 @@ SERVICE_FIELDS = ("name", "model", "requests_per_s", *LENGTHS, *SETTINGS, "ttft_
 
 def load_fleet(path: str | Path) -> Fleet:
     """Read a fleet; ConfigError that names the entry and the field for what is not understood."""
+    check_kind("path", path, str, Path)
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

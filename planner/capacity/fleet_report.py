@@ -1,15 +1,18 @@
 """A capacity report: for every service on every kind of GPU that is owned, what it takes.
 
-Requests at once follow from Little's law: rate × time in the system, TTFT + (output − 1) · TPOT at
-the batch that results. A copy runs at most what its memory holds; as many copies as that takes, and
-so many GPUs. Times are estimates: so are copies that they decide.
+A copy that gets r requests a second spends r · P of each second on prompts, P what a prompt takes
+of a full pass, and the rest on decode steps: a token takes TPOT / (1 − r · P). Requests at once
+follow from Little's law: r × time in the system, TTFT + (output − 1) such times at the batch that
+results. A copy runs at most what its memory holds; of copies, and so of GPUs, as few as leave both
+possible. Times are estimates: so are copies that they decide. A pass that takes prompts and a
+decode step together reads the weights once: that gain is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from planner.capacity.answers import binding_of
@@ -17,7 +20,7 @@ from planner.capacity.concurrency import concurrent_requests
 from planner.capacity.fleet import Fleet, OwnedGpus, Service
 from planner.capacity.limits import layouts
 from planner.catalog.gpus import gpu_named
-from planner.errors import ConfigError
+from planner.errors import ConfigError, check_kind
 from planner.estimate import estimate
 from planner.format import gib, seconds
 from planner.result import Estimate
@@ -57,8 +60,19 @@ COLUMNS = {
 }
 """The report's columns in their order; bytes are those of one GPU, the fullest."""
 
-ROUNDS = 24
-"""Rounds in which batch and time find to one another."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """Copies that serve the rate, the requests in all of them, and the times of one at its batch.
+
+    `ttft_s`: of a prompt that comes alone; `tpot_s`: between others' prompts.
+    """
+
+    copies: int
+    requests: float
+    ttft_s: float
+    tpot_s: float
+    estimate: Estimate
 
 
 def capacity_report(fleet: Fleet) -> pd.DataFrame:
@@ -68,6 +82,7 @@ def capacity_report(fleet: Fleet) -> pd.DataFrame:
     """
     import pandas as pd
 
+    check_kind("fleet", fleet, Fleet)
     rows = [row for s in fleet.services for owned in fleet.gpus for row in _rows(s, owned)]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype(COLUMNS)
@@ -115,9 +130,10 @@ def _row(service: Service, owned: OwnedGpus, deploy: Deployment) -> dict[str, An
     }
     try:
         at_once = concurrent_requests(service.model, service.traffic, deploy)
-        needed, e, ttft_s = _settled(service, deploy, at_once.requests)
+        settled = _settled(service, deploy, max(1, at_once.requests))
     except ConfigError as error:
         return row | {"refused": str(error)}
+    e = settled.estimate
     row |= {
         "fits": at_once.requests > 0,
         "weights_bytes": e.memory.weights_bytes,
@@ -130,16 +146,16 @@ def _row(service: Service, owned: OwnedGpus, deploy: Deployment) -> dict[str, An
     }
     if not at_once.requests:
         return row
-    copies = max(1, math.ceil(needed / at_once.requests))
+    gpus = settled.copies * n
     return row | {
-        "requests_at_once_needed": needed,
-        "copies": copies,
-        "gpus_needed": copies * n,
-        "enough": copies * n <= owned.count,
-        "ttft_s": ttft_s,
-        "tpot_s": e.latency.tpot_s,
-        "meets_targets": _meets(service, ttft_s, e.latency.tpot_s),
-        "price_per_hour": owned.price_per_hour and copies * n * owned.price_per_hour,
+        "requests_at_once_needed": settled.requests,
+        "copies": settled.copies,
+        "gpus_needed": gpus,
+        "enough": gpus <= owned.count,
+        "ttft_s": settled.ttft_s,
+        "tpot_s": settled.tpot_s,
+        "meets_targets": _meets(service, settled.ttft_s, settled.tpot_s),
+        "price_per_hour": owned.price_per_hour and gpus * owned.price_per_hour,
     }
 
 
@@ -147,26 +163,50 @@ def _why_not(e: Estimate) -> str:
     return "the cache of one request" if e.fits else binding_of(e)
 
 
-def _settled(service: Service, deploy: Deployment, most: int) -> tuple[float, Estimate, float]:
-    """Requests in the system at this rate, the estimate of one copy's batch then, and the TTFT of
-    a prompt that comes alone.
-    """
+def _settled(service: Service, deploy: Deployment, most: int) -> Settled:
+    """The fewest copies, of `most` requests each, that serve the service's rate."""
     prompt, output = (max(1, round(n)) for n in service.traffic.mean)
 
     def of(batch: int) -> Estimate:
         work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits="last")
         return estimate(service.model, work, deploy)
 
-    needed, batch, e = 0.0, 1, of(1)
-    first = e.latency.ttft_s or 0.0
-    for _ in range(ROUNDS):
-        lives_s = first + (output - 1) * (e.latency.tpot_s or 0.0)
-        needed = service.requests_per_s * lives_s
-        wanted = min(max(1, most), max(1, math.ceil(needed)))
-        if wanted == batch:
-            break
-        batch, e = wanted, of(wanted)
-    return needed, e, first
+    alone = of(1)
+    in_a_pass = min(most, max(1, (alone.setting.max_batched_tokens or prompt) // prompt))
+    ttft_s = alone.latency.ttft_s or 0.0
+    prompt_s = (of(in_a_pass).latency.ttft_s or 0.0) / in_a_pass
+
+    def tpot(copies: int, batch: int) -> float:
+        """Of a token, prompts of others between; endless where they leave no time."""
+        free = 1 - service.requests_per_s / copies * prompt_s
+        return (of(batch).latency.tpot_s or 0.0) / free if free > 0 else math.inf
+
+    def requests(copies: int, batch: int) -> float:
+        """In one copy at such a batch."""
+        lives_s = ttft_s + (output - 1) * tpot(copies, batch) if output > 1 else ttft_s
+        return service.requests_per_s / copies * lives_s
+
+    copies = _first(lambda n: tpot(n, most) < math.inf and requests(n, most) <= most)
+    batch = _first(lambda n: n >= most or requests(copies, n) <= n)
+    return Settled(
+        copies=copies,
+        requests=copies * requests(copies, batch),
+        ttft_s=ttft_s,
+        tpot_s=tpot(copies, batch),
+        estimate=of(batch),
+    )
+
+
+def _first(holds: Callable[[int], bool]) -> int:
+    """The smallest number from 1 on that holds, where all larger ones do."""
+    high = 1
+    while not holds(high):
+        high *= 2
+    low = high // 2  # does not hold, or is 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def _meets(service: Service, ttft_s: float, tpot_s: float | None) -> bool | None:

@@ -15,7 +15,7 @@ import numpy as np
 from planner.errors import MAX_SIZE, ConfigError
 from planner.estimate import estimate
 from planner.model import Model
-from planner.prepared import Prepared, prepare
+from planner.prepared import Prepared, check_asked, prepare
 from planner.sweeps.grid import Cells, Workloads, memory_grid, takes_arrays
 from planner.workload import Deployment, Inference, Training
 
@@ -31,6 +31,7 @@ def max_context_tokens(model: Model, work: Inference | Training, deploy: Deploym
     The prompt grows, the output stays; it ends at the model's positions. In training, the longest
     sequence.
     """
+    check_asked(model, work, deploy)
     if isinstance(work, Training):
         step = work
 
@@ -54,6 +55,7 @@ def max_context_tokens(model: Model, work: Inference | Training, deploy: Deploym
 
 def max_batch(model: Model, work: Inference | Training, deploy: Deployment) -> int:
     """The largest batch at these lengths; 0 if not even one sequence fits."""
+    check_asked(model, work, deploy)
 
     def fits(batch: int) -> bool:
         return estimate(model, replace(work, batch=batch), deploy).fits
@@ -84,6 +86,7 @@ def smallest_layout(
     model: Model, work: Inference | Training, deploy: Deployment
 ) -> Deployment | None:
     """The deployment with the fewest GPUs that fits; None where none does."""
+    check_asked(model, work, deploy)
     if deploy.data_parallel_shards > 1:
         sharded = (replace(deploy, data_parallel_shards=n, gpus=1) for n in SHARDS)
         return next((tried for tried in sharded if estimate(model, work, tried).fits), None)

@@ -97,16 +97,31 @@ if TYPE_CHECKING:
 # typer carries its own copy of click since 0.26 and used the installed one before
 _WRONG_USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+PLAN, MEASURE, BESIDES = "Plan and check", "Measure and compare", "Besides"
+"""Headings of the list of commands."""
+
+EXAMPLES = """Examples
+
+planner estimate llama-3.1-8b --gpu h200 --batch 8 --prompt 8192 --output 512
+
+planner fit llama-3.1-70b --gpu h100-80gb --tp 2 --runtime vllm --weight-dtype fp8
+
+planner fit qwen2.5-7b --gpu rtx-4090 --train --method lora --checkpointing full
+
+planner gpus llama-3.1-70b --batch 16 --prompt 4096 --price h200=3.5 --price l40s=0.9
+"""
+
 app = typer.Typer(
     name="planner",
     help="Predict what a transformer holds and how fast it runs; measure it; compare.",
+    epilog=EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.command("estimate")
+@app.command("estimate", rich_help_panel=PLAN)
 def estimate_command(
     model: ModelName,
     gpu: GpuName,
@@ -228,7 +243,7 @@ def _lora(method: str, rank: int, targets: str, dtype: str | None, *, dora: bool
     return LoRA(rank=rank, targets=named, dtype=dtype, dora=dora)
 
 
-@app.command("params")
+@app.command("params", rich_help_panel=PLAN)
 def params_command(
     model: ModelName,
     traced: Traced = False,
@@ -272,23 +287,23 @@ def params_command(
     show_table(table, title=f"{described.name}: {described.parameter_count:,} parameters")
 
 
-app.command("check")(check_command)
-app.command("fit")(fit_command)
-app.command("gpus")(gpus_command)
-app.command("sweep")(sweep_command)
-app.command("diff")(diff_command)
-app.command("report")(report_command)
-app.command("schema")(schema_command)
-app.command("trace")(trace_command)
-app.command("profile")(profile_command)
-app.command("compare")(compare_command)
-app.command("calibrate")(calibrate_command)
-app.command("explain-log")(explain_log_command)
+app.command("check", rich_help_panel=PLAN)(check_command)
+app.command("fit", rich_help_panel=PLAN)(fit_command)
+app.command("gpus", rich_help_panel=PLAN)(gpus_command)
+app.command("sweep", rich_help_panel=PLAN)(sweep_command)
+app.command("diff", rich_help_panel=PLAN)(diff_command)
+app.command("report", rich_help_panel=PLAN)(report_command)
+app.command("schema", rich_help_panel=BESIDES)(schema_command)
+app.command("trace", rich_help_panel=MEASURE)(trace_command)
+app.command("profile", rich_help_panel=MEASURE)(profile_command)
+app.command("compare", rich_help_panel=MEASURE)(compare_command)
+app.command("calibrate", rich_help_panel=MEASURE)(calibrate_command)
+app.command("explain-log", rich_help_panel=MEASURE)(explain_log_command)
 
 
-@app.command("app")
+@app.command("app", rich_help_panel=BESIDES)
 def app_command(
-    port: Annotated[int, typer.Option("--port", help="Where to serve.")] = 8501,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Where to serve.")] = 8501,
 ) -> None:
     """Open the dashboard (from a checkout)."""
     import subprocess
@@ -319,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = refuse("interrupted; what was measured before is kept")
     except BrokenPipeError:
         code = 0
+    except OSError as error:  # a full disk, under what is printed
+        code = refuse(f"the answer cannot be written: {error.strerror or error}")
     raise SystemExit(code or 0)
 
 

@@ -35,18 +35,25 @@ from planner.cli.options import (
     Attention,
     Batch,
     Cache,
+    Checkpointing,
     CsvFile,
     Dtype,
     GpuName,
     HostAdd,
     KvDtype,
     Logits,
+    LoraRank,
+    Method,
     Mode,
     ModelName,
+    OptimizerName,
     Output,
     PowerLimit,
+    Precision,
     Prompt,
     RuntimeName,
+    SequenceTokens,
+    Train,
     WeightDtype,
 )
 from planner.cli.output import exit_unless, show, show_table
@@ -56,7 +63,7 @@ from planner.format import gib
 from planner.loading import load_model
 from planner.report import write_csv
 from planner.result import Estimate
-from planner.workload import Deployment, Inference, cache_spec
+from planner.workload import LOW_RANK, Deployment, Inference, LoRA, Training, cache_spec
 
 
 def fit_command(
@@ -92,13 +99,39 @@ def fit_command(
             "lognormal with these means and the standard deviations of their logarithms.",
         ),
     ] = None,
+    train: Train = False,
+    sequence: SequenceTokens = 1024,
+    method: Method = "full",
+    lora_rank: LoraRank = 8,
+    optimizer: OptimizerName = "adamw",
+    checkpointing: Checkpointing = "none",
+    precision: Precision = "pure",
     as_json: AsJson = False,
 ) -> None:
     """The longest context, the largest batch, requests at once, the fewest GPUs. Exit 1 for none.
 
     Each with what ends it and what would relax it.
     """
-    work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits=logits)  # type: ignore[arg-type]
+    work: Inference | Training
+    if train:
+        if traffic is not None:
+            raise ConfigError("--traffic is of requests, which training has none of: leave out one")
+        work = Training(
+            batch=batch,
+            sequence_tokens=sequence,
+            method=method,  # type: ignore[arg-type]
+            lora=LoRA(rank=lora_rank) if method in LOW_RANK else None,
+            optimizer=None if optimizer == "none" else optimizer,
+            checkpointing=checkpointing,  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
+        )
+    else:
+        work = Inference(
+            batch=batch,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            logits=logits,  # type: ignore[arg-type]
+        )
     deploy = Deployment(
         gpu=gpu,
         runtime=runtime,

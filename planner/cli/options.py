@@ -9,6 +9,9 @@ import typer
 
 from planner.workload import FROZEN_PARTS, METHODS, OPTIMIZERS
 
+TRAINING = "training"
+"""The heading of what --train goes by."""
+
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -69,33 +72,57 @@ Cache = Annotated[
     ),
 ]
 Attention = Annotated[str | None, typer.Option("--attention", help="Backend; else the default.")]
-Train = Annotated[bool, typer.Option("--train", help="A training step, not an inference.")]
+Train = Annotated[
+    bool,
+    typer.Option("--train", help="A training step, not an inference.", rich_help_panel=TRAINING),
+]
 SequenceTokens = Annotated[
-    int, typer.Option("--sequence", help="Tokens of a sequence in training.")
+    int, typer.Option("--sequence", help="Tokens of a sequence.", rich_help_panel=TRAINING)
 ]
 OptimizerName = Annotated[
     str,
-    typer.Option("--optimizer", help=f"In training: {', '.join(OPTIMIZERS)}, none (no step)."),
+    typer.Option(
+        "--optimizer", help=f"{', '.join(OPTIMIZERS)}, none (no step).", rich_help_panel=TRAINING
+    ),
 ]
-OptimizerImpl = Annotated[str, typer.Option("--optimizer-impl", help="foreach, fused or for-loop.")]
+OptimizerImpl = Annotated[
+    str,
+    typer.Option("--optimizer-impl", help="foreach, fused or for-loop.", rich_help_panel=TRAINING),
+]
 Checkpointing = Annotated[
-    str, typer.Option("--checkpointing", help="In training: none, full or selective.")
+    str, typer.Option("--checkpointing", help="none, full or selective.", rich_help_panel=TRAINING)
 ]
 CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", help="Full checkpointing of every so many-th layer.")
+    int,
+    typer.Option(
+        "--checkpoint-every",
+        help="Full checkpointing of every so many-th layer.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 KeepEvery = Annotated[
-    int, typer.Option("--keep-every", help="Selective checkpointing of every so many-th product.")
+    int,
+    typer.Option(
+        "--keep-every",
+        help="Selective checkpointing of every so many-th product.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 LossChunk = Annotated[
-    int | None, typer.Option("--loss-chunk", help="Tokens whose logits and loss come at a time.")
+    int | None,
+    typer.Option(
+        "--loss-chunk",
+        help="Tokens whose logits and loss come at a time.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Precision = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="In training: pure, autocast, or master (the optimizer steps fp32 copies); in fp16 "
+        help="pure, autocast, or master (the optimizer steps fp32 copies); in fp16 "
         "the last two with torch's GradScaler.",
+        rich_help_panel=TRAINING,
     ),
 ]
 Padded = Annotated[
@@ -105,30 +132,57 @@ Float32Logits = Annotated[
     bool, typer.Option("--float32-logits", help="All logits are cast: transformers before 4.46.")
 ]
 Accumulation = Annotated[
-    int, typer.Option("--accumulation", help="Batches whose gradients are added up in a step.")
+    int,
+    typer.Option(
+        "--accumulation",
+        help="Batches whose gradients are added up in a step.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Frozen = Annotated[
     str | None,
     typer.Option(
         "--frozen",
         metavar="PART[,PART]",
-        help=f"In training, of method full: parts that are not trained: {', '.join(FROZEN_PARTS)}.",
+        help=f"Of method full: parts that are not trained: {', '.join(FROZEN_PARTS)}.",
+        rich_help_panel=TRAINING,
     ),
 ]
 FrozenLayers = Annotated[
-    int, typer.Option("--frozen-layers", help="The same of the first so many layers.")
+    int,
+    typer.Option(
+        "--frozen-layers", help="The same of the first so many layers.", rich_help_panel=TRAINING
+    ),
 ]
-Method = Annotated[str, typer.Option("--method", help=f"In training: {', '.join(METHODS)}.")]
-LoraRank = Annotated[int, typer.Option("--lora-rank", help="Rank of the adapters.")]
+Method = Annotated[
+    str, typer.Option("--method", help=f"{', '.join(METHODS)}.", rich_help_panel=TRAINING)
+]
+LoraRank = Annotated[
+    int, typer.Option("--lora-rank", help="Rank of the adapters.", rich_help_panel=TRAINING)
+]
 LoraTargets = Annotated[
-    str, typer.Option("--lora-targets", help="all-linear, or names of modules: q_proj,v_proj")
+    str,
+    typer.Option(
+        "--lora-targets",
+        help="all-linear, or names of modules: q_proj,v_proj",
+        rich_help_panel=TRAINING,
+    ),
 ]
 LoraDtype = Annotated[
     str | None,
-    typer.Option("--lora-dtype", help="The adapters'; else fp32, as peft does, or the model's."),
+    typer.Option(
+        "--lora-dtype",
+        help="The adapters'; else fp32, as peft does, or the model's.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Dora = Annotated[
-    bool, typer.Option("--dora", help="Adapters have magnitudes, too: peft's use_dora=True.")
+    bool,
+    typer.Option(
+        "--dora",
+        help="Adapters have magnitudes, too: peft's use_dora=True.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 RoutingOf = Annotated[
     str,

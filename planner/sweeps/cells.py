@@ -85,7 +85,7 @@ class Block:
 
 def sizes(field: str, given: Iterable[int] | int) -> NDArray[np.int64]:
     """Whole numbers in the order given; ConfigError for one that is none, or for none at all."""
-    values = [given] if isinstance(given, int) else list(given)
+    values = [given] if not isinstance(given, Iterable) else list(given)
     if not values:
         raise ConfigError(f"{field} is empty: at least one number")
     plain = [int(v) if isinstance(v, np.integer) else v for v in values]
@@ -99,9 +99,8 @@ def sizes(field: str, given: Iterable[int] | int) -> NDArray[np.int64]:
 
 def listed(given: Any) -> list[Any]:
     """One value, or several."""
-    if given is None or isinstance(given, str | int | Model):
-        return [given]
-    return list(given)
+    one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    return [given] if one else list(given)
 
 
 def combinations(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.errors import check_size
+from planner.errors import check_kind, check_size
 from planner.model import Model
 from planner.routing import UNIFORM, Routing
 from planner.sweeps.cells import combinations, evaluated, listed, sizes
@@ -46,6 +46,8 @@ def sweep(
     written.
     """
     check_size("output_tokens", output_tokens)
+    if to is not None:
+        check_kind("to", to, str, Path)
     batches, contexts = sizes("batch", batch), sizes("context_tokens", context_tokens)
     every = combinations(
         models,

@@ -6,6 +6,9 @@ from streamlit.testing.v1 import AppTest
 
 import planner
 from app import explore_charts, explore_controls
+from planner.capacity.fleet import Fleet, OwnedGpus, Service
+from planner.capacity.fleet_report import best_rows
+from planner.capacity.traffic import fixed
 from planner.format import gib
 from profiles import records
 from tests.app.test_pages import ROOT, captions, made
@@ -45,17 +48,44 @@ def test_a_comparison_shows_both_totals_and_the_ladder_the_fewest():
     total = planner.estimate(model, work, deploy).memory.total_bytes
     shown = {card.label: card.value for card in app.metric}
     assert shown["A: total on NVIDIA GeForce RTX 4090"] == gib(total)
-    ladder = app.dataframe[0].value.set_index("gpu")
+    sides = app.dataframe[0].value.set_index("per GPU")
+    assert (
+        sides.loc["largest batch", "A: rtx-4090, bf16 KV"]
+        == f"{planner.max_batch(model, work, deploy):,}"
+    )
+    ladder = app.dataframe[1].value.set_index("gpu")
     for name in ("t4", "h200"):
         expected = planner.min_gpus(model, work, planner.Deployment(gpu=name, runtime="vllm"))
         assert ladder.loc[name, "gpus"] == expected
+
+
+def test_the_ladder_is_of_the_gpus_that_have_a_price_the_cheapest_first():
+    app = opened(model="llama-3.1-8b", runtime="vllm", prices="h200=3.5, l40s=0.9,t4=9")
+    table = app.dataframe[1].value
+    assert list(table["gpu"])[:2] == ["l40s", "h200"]
+    assert table["price_per_hour"][0] == pytest.approx(0.9 * table["gpus"][0])
+    app = opened(prices="h200=dear")
+    assert app.error[0].value == "'h200=dear' is no price: such as h200=3.5"
+
+
+def test_a_rate_takes_as_many_gpus_as_the_capacity_report_says():
+    app = opened(model="llama-3.1-8b", runtime="vllm", prices="h100-80gb=2")
+    app.get_by_key("rate").set_value(20).run()
+    work = {"prompt_tokens": 2048, "output_tokens": 256}
+    service = Service(
+        name="a", model=planner.load_model("llama-3.1-8b"), requests_per_s=20, traffic=fixed(**work)
+    )
+    gpus = OwnedGpus(name="h100-80gb", count=1024, price_per_hour=2.0)
+    best = best_rows(planner.capacity_report(Fleet(gpus=(gpus,), services=(service,)))).iloc[0]
+    (row,) = app.dataframe[2].value.to_dict("records")
+    assert (row["GPUs"], row["price an hour"]) == (best["gpus_needed"], best["price_per_hour"])
 
 
 def test_measured_cells_are_marked(store):
     records.append(store, made(model="llama-50m", prompt_tokens=250, batch=2))
     app = opened(model="llama-50m", gpu="cpu", runtime="attnlab", output=4)
     figure = app.get("plotly_chart")[0].proto.spec
-    assert '"measured"' in figure
+    assert "measured near here" in figure
 
 
 def table(**more):
@@ -65,12 +95,13 @@ def table(**more):
 def test_the_map_colours_what_fits_above_and_the_rest_below_zero():
     cells = table()
     figure = explore_charts.fit_map(cells, measured=[(1, 1000)])
-    heat, marks = figure.data
+    (heat,) = figure.data
     fits = cells.set_index(["batch", "context_tokens"])["fits"]
     for batch, row in zip((1, 64), heat.z, strict=True):
         for context, share in zip((1024, 65_536), row, strict=True):
             assert (share > 0) == bool(fits[batch, context])
-    assert (list(marks.x), list(marks.y)) == (["1k"], ["1"])
+    marked = [(b, c) for b in (0, 1) for c in (0, 1) if explore_charts.MEASURED in heat.text[b][c]]
+    assert marked == [(0, 0)]
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "category"
     assert explore_charts.fit_map_in_words(cells).startswith("Map of 4 cells")
 

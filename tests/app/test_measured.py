@@ -18,7 +18,7 @@ GIB = 2**30
 
 def tables(app):
     """The tables of the page by a column that only they have."""
-    columns = {"worst record": "errors", "component": "run", "method": "others", "record": "rows",
+    columns = {"worst run": "errors", "component": "run", "method": "others", "record": "rows",
                "worst spread": "repeatability"}  # fmt: skip
     found = {}
     for frame in app.dataframe:
@@ -256,6 +256,24 @@ def test_a_record_that_the_planner_refuses_is_listed_without_a_figure(store):
     assert not app.exception
 
 
+def test_the_page_begins_with_the_errors_of_what_was_held_out(store):
+    records.append(store, on_h200())
+    records.append(store, on_h200(split="calibration", ttft_s=(50.0,)))
+    app = opened("measured")
+    times = [row for row in measurements.store().rows if row.quantity == "ttft_s"]
+    (held_out,) = [row for row in times if row.split == "held-out"]
+    cards = {card.label: card.value for card in app.metric}
+    assert cards["TTFT"] == f"{100 * abs(held_out.relative_error):.1f} %"
+    assert cards["Peak, reserved"] == "0 %"
+
+
+def test_a_run_that_a_link_shows_comes_before_the_errors_of_all(store):
+    records.append(store, on_h200())
+    name = next(iter(measurements.loaded()))
+    order = [heading.value for heading in opened("measured", run=name, show="run").subheader]
+    assert order[:2] == ["One run", "How far off"]
+
+
 def test_other_methods_stand_beside_ours(store):
     records.append(store, on_h200())
     table = tables(opened("measured"))["others"].set_index(["quantity", "method"])
@@ -327,7 +345,8 @@ def test_many_problems_are_one_line_that_opens(store):
     records.append(store, made())
     app = opened("measured")
     assert not app.warning
-    assert app.expander[0].label == "3 records or lines are not compared"
+    labels = [expander.label for expander in app.expander]
+    assert "3 records or lines are not compared" in labels
     assert app.code[0].value.count("oom") == 3
 
 

@@ -91,7 +91,7 @@ def test_a_link_opens_the_plan_that_the_planner_computes(model, runtime):
     assert ledger["bytes"].sum() == expected.memory.total_bytes
     verdicts = app.success if expected.fits else app.error
     assert len(verdicts) == 1
-    assert ("KV pool" in metrics(app)) == (runtime == "vllm")
+    assert ("KV pool tokens" in metrics(app)) == (runtime == "vllm")
     assert "ops measured on h200" in captions(app)
     assert "nothing was measured on NVIDIA H200 SXM yet" in captions(app)
 
@@ -109,7 +109,7 @@ def test_a_mixture_s_link_says_how_tokens_pick_experts():
         ),
         planner.Deployment(gpu="h200", runtime="vllm"),
     )
-    assert metrics(app)["TPOT"] == seconds(expected.latency.tpot_s)
+    assert metrics(app)["TPOT"].split(" ±")[0] == seconds(expected.latency.tpot_s)
     dense = opened(model="gpt2")
     assert "routing" not in {widget.key for widget in dense.sidebar.selectbox}
 
@@ -336,7 +336,7 @@ def test_adapters_are_planned_beside_weights_of_any_kind(method, kept):
     assert metrics(app)["Largest batch"] == str(planner.max_batch(model, work, deploy))
 
 
-def test_sharded_training_is_planned_and_its_times_are_not():
+def test_sharded_training_is_planned():
     link = {"model": "smollm2-135m", "gpu": "h100-80gb", "workload": "training", "shards": "8"}
     app = opened(**link, shards_in="fp32", reduced_in="bf16", resharded="none")
     assert not app.exception
@@ -346,26 +346,60 @@ def test_sharded_training_is_planned_and_its_times_are_not():
         data_parallel_shards=8,
         reshard_after_forward="none",
         reduce_dtype="bf16",
+        mode="eager",
     )
     work = planner.Training(batch=8, sequence_tokens=2048)
     with_eight = planner.estimate(planner.load_model("smollm2-135m"), work, deploy)
     assert metrics(app)["Total"] == gib(with_eight.memory.total_bytes)
-    assert "Step" not in metrics(app)
-    assert any("not planned: how far gathering" in caption.value for caption in app.caption)
+    assert metrics(app)["Step"] == seconds(with_eight.latency.step_s)
 
 
-def test_training_where_it_is_not_planned_says_where_it_is():
+def test_runtimes_are_those_that_plan_the_workload():
     app = opened(runtime="vllm", workload="training")
-    assert not app.exception
-    planned = "attnlab, transformers, litgpt, torchtune"
-    assert app.error[0].value == f"runtime=vllm does not plan training yet: {planned}"
+    assert "runtime='vllm' in the link is not one of transformers" in app.warning[0].value
+    assert app.get_by_key("runtime").options == ["transformers", "attnlab", "litgpt", "torchtune"]
+    assert "vllm" in opened(runtime="vllm").get_by_key("runtime").options
+    assert "litgpt" not in opened().get_by_key("runtime").options
 
 
-def test_a_runtime_of_training_alone_refuses_inference_in_a_line():
-    app = opened(runtime="litgpt")
+def test_weights_are_quantised_as_the_runtime_can():
+    app = opened(model="llama-3.1-70b", gpu="h100-80gb", runtime="vllm", tp="2", weights="fp8")
+    deploy = planner.Deployment(
+        gpu="h100-80gb", runtime="vllm", tensor_parallel=2, weight_dtype="fp8"
+    )
+    work = planner.Inference(batch=8, prompt_tokens=2048, output_tokens=256, logits="last")
+    e = planner.estimate(planner.load_model("llama-3.1-70b"), work, deploy)
+    assert metrics(app)["At full length"] == f"{e.max_concurrency:,.1f}"
+    assert app.get_by_key("weights").options == ["as the model", "fp8"]
+
+
+def test_steps_are_launched_as_the_runtime_does_unless_it_is_said():
+    shown = {
+        mode: metrics(opened(model="gpt2", prompt="99", **({"mode": mode} if mode else {})))["TPOT"]
+        for mode in ("", "eager", "graph")
+    }
+    assert shown[""] == shown["eager"] != shown["graph"]
+
+
+def test_what_makes_a_plan_fit_is_taken_by_a_button():
+    link = {"model": "llama-3.1-70b", "gpu": "h100-80gb", "runtime": "vllm", "tp": "2"}
+    app = opened(**link, prompt="32768", batch="4")
+    assert "lacks" in app.error[0].value
+    (button,) = [b for b in app.button if b.label.startswith("fp8 weights")]
+    button.click().run()
     assert not app.exception
-    refused = "runtime=litgpt plans training alone: a Training, or --train"
-    assert app.error[0].value == refused
+    assert app.get_by_key("weights").value == "fp8"
+    assert app.success
+    assert app.success[0].value.split()[1] in button.label
+
+
+def test_a_pasted_config_takes_the_place_of_the_catalogue():
+    app = opened(runtime="vllm", prompt="100")
+    app.get_by_key("pasted config").set_value(json.dumps(CONFIG)).run()
+    assert not app.exception
+    assert app.header[0].value.startswith("pasted on")
+    app.get_by_key("pasted config").set_value('{"model_type": "llama", "hidden_size": NaN}').run()
+    assert "hidden_size" in app.error[0].value
 
 
 def test_limits_are_those_of_the_model_that_was_asked_for():
@@ -378,7 +412,7 @@ def test_limits_are_those_of_the_model_that_was_asked_for():
 def test_the_plan_names_its_nearest_measurement(store):
     records.append(store, made())
     app = opened(model="llama-50m", gpu="cpu", runtime="attnlab", prompt="64", output="8")
-    assert "Weights +0.00%, KV cache +0.00%, Peak, live -50.00%" in captions(app)
+    assert "Off by: Peak, live -50.00%, the other memory to the byte, TTFT" in captions(app)
     app = opened(model="llama-50m", gpu="cpu", runtime="vllm", prompt="64", output="8")
     assert "nothing was measured in vllm on CPU" in captions(app)
 
@@ -391,13 +425,13 @@ def test_the_nearest_record_is_of_the_same_model_then_of_the_closest_sizes(store
         {"model": "llama-50m", "prompt_tokens": 100, "runtime": "transformers"},
     ):
         records.append(store, made(attention="sdpa", **changes))
-    found = measurements.store()
+    found = measurements.loaded()
     work = planner.Inference(batch=2, prompt_tokens=100, output_tokens=4)
     model = planner.load_model("llama-50m")
     deploy = planner.Deployment(gpu="cpu", runtime="attnlab")
     near = measurements.nearest(found, model, work, deploy)
     assert near is not None
     assert (near.model, near.prompt_tokens) == ("llama-50m", 300)
-    assert len(found.records) == 4
+    assert len(found) == 4
     elsewhere = planner.Deployment(gpu="t4", runtime="attnlab")
     assert measurements.nearest(found, model, work, elsewhere) is None

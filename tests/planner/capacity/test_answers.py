@@ -181,3 +181,25 @@ def test_a_what_if_attributes_the_whole_change(after):
         mine = items[items["component"] == component]
         assert mine["change_bytes"].sum() == part["change_bytes"]
     assert isinstance(table, pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [planner.estimate, planner.max_batch, planner.max_context_tokens, planner.min_gpus],
+)
+@pytest.mark.parametrize("place", ["model", "work", "deploy"])
+def test_a_question_put_with_a_name_in_place_of_what_it_names_is_refused_in_one_line(ask, place):
+    asked = {
+        "model": planner.load_model("llama-50m"),
+        "work": planner.Inference(batch=1, prompt_tokens=8),
+        "deploy": planner.Deployment(gpu="h200"),
+    }
+    with pytest.raises(ConfigError, match=f"^{place}='a name' is not allowed: an? "):
+        ask(**asked | {place: "a name"})
+
+
+def test_flags_and_grids_of_another_kind_are_refused():
+    with pytest.raises(ConfigError, match=r"padded=\[\] is not allowed: True or False"):
+        planner.Inference(batch=1, prompt_tokens=8, padded=[])
+    with pytest.raises(ConfigError, match="context_tokens=None"):
+        planner.sweep("llama-50m", "h200", 1, None)

@@ -1,7 +1,7 @@
 """Fleets: what the file may say, and a report whose rows hold when they are tried."""
 
+import functools
 import json
-import math
 
 import pandas as pd
 import pytest
@@ -89,7 +89,7 @@ def test_every_row_is_what_the_api_says(table):
         assert row.requests_at_once_per_copy == most
         assert row.fits == (most > 0)
         if row.fits:
-            assert row.copies == max(1, math.ceil(row.requests_at_once_needed / most))
+            assert 0 < row.requests_at_once_needed <= row.copies * most
             assert row.gpus_needed == row.copies * row.gpus_per_copy
             assert row.enough == (row.gpus_needed <= row.gpus_owned)
             price = {"h100-80gb": 2.5, "rtx-4090": 0.4}[row.gpu]
@@ -100,6 +100,55 @@ def test_requests_in_the_system_obey_littles_law(table):
     row = table[table["service"] == "=big|one"].iloc[1]
     lives_s = row["ttft_s"] + 799 * row["tpot_s"]
     assert row["requests_at_once_needed"] == pytest.approx(2 * lives_s, rel=0.02)
+
+
+def in_the_system(rate, copies, *, seconds=50.0):
+    """Requests in one of so many H100s, mean and most, of a server that takes prompts first.
+
+    Prompts of 1 024 tokens come evenly, eight of them fill a pass; each then has 256 tokens.
+    """
+    model, deploy = (
+        planner.load_model("llama-3.1-8b"),
+        planner.Deployment(gpu="h100-80gb", runtime="vllm"),
+    )
+
+    @functools.cache
+    def times(batch):
+        work = planner.Inference(batch=batch, prompt_tokens=1024, output_tokens=256, logits="last")
+        return planner.estimate(model, work, deploy).latency
+
+    prompt_s = times(8).ttft_s / 8
+    now, came, area, most, left = 0.0, 0, 0.0, 0, []
+    while now < seconds:
+        before, waiting = now, int(now * rate / copies) - came
+        most = max(most, waiting + len(left))
+        if waiting > 0:
+            now, came = now + prompt_s, came + 1
+            left.append(255)
+        elif left:
+            now += times(len(left)).tpot_s
+            left = [tokens - 1 for tokens in left if tokens > 1]
+        else:
+            now = (came + 1) / (rate / copies) + 1e-9
+        if now > seconds / 2:
+            area += (waiting + len(left)) * (now - before)
+    return area / (seconds / 2), most
+
+
+@pytest.mark.parametrize("rate", [4.0, 40.0])
+def test_a_server_played_step_by_step_holds_as_many_requests_on_as_many_copies(written, rate):
+    path = written(
+        '[[gpus]]\nname = "h100-80gb"\ncount = 1\n[[services]]\nname = "a"\n'
+        f'model = "llama-3.1-8b"\nrequests_per_s = {rate}\n'
+        "prompt_tokens = 1024\noutput_tokens = 256\n"
+    )
+    (row,) = capacity_report(planner.load_fleet(path)).itertuples()
+    mean, most = in_the_system(rate, row.copies)
+    assert most <= row.requests_at_once_per_copy
+    assert row.requests_at_once_needed / row.copies == pytest.approx(mean, rel=0.03)
+    if row.copies > 1:  # one fewer cannot keep up: the queue outgrows what the memory holds
+        _, most = in_the_system(rate, row.copies - 1)
+        assert most > row.requests_at_once_per_copy
 
 
 def test_the_best_row_of_a_service_has_enough_gpus_and_the_lowest_price(table):

@@ -20,6 +20,15 @@ def run(capsys):
     return call
 
 
+def test_fit_says_how_long_a_sequence_can_be_trained(run):
+    training = ("--train", "--method", "lora", "--checkpointing", "full")
+    code, out, _ = run("fit", "qwen2.5-7b", "--gpu", "rtx-4090", *training, "--json")
+    work = planner.Training(batch=1, sequence_tokens=1024, method="lora", checkpointing="full")
+    model, deploy = planner.load_model("qwen2.5-7b"), planner.Deployment(gpu="rtx-4090")
+    longest = planner.max_context_tokens(model, work, deploy)
+    assert (code, json.loads(out)["max_context_tokens"]) == (0, longest)
+
+
 FIT = ("fit", "llama-3.1-8b", "--gpu", "rtx-4090", "--runtime", "vllm", "--batch", "4")
 
 
