@@ -493,4 +493,4 @@ def test_prompts_of_latents_take_what_their_opened_heads_do(batch, tokens, us):
         ),
     ).op_times("prefill")
     (attention,) = made[made.op == "attention"].itertuples()
-    assert 1e6 * attention.seconds == pytest.approx(us, rel=0.12)
+    assert 1e6 * attention.seconds == pytest.approx(us, rel=0.15)
