@@ -11,10 +11,10 @@ app: .venv/ready
 	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 fuzz: .venv/ready
-	PLANNER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist worksteal -m hypothesis
+	PLANNER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto --dist worksteal -m "hypothesis or pairs"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

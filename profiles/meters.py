@@ -52,7 +52,7 @@ class LiveTensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self._op = func.name().removeprefix("aten::")
         self.ops.add(self._op)
-        given = set() if self._op == "lift_fresh" else set(map(_key, _storages((args, kwargs))))
+        given = set() if self._op == "lift_fresh" else {_key(x) for x in _storages((args, kwargs))}
         result = func(*args, **kwargs)
         for storage in _storages(result):
             key = _key(storage)
@@ -191,16 +191,24 @@ def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+NO_TENSORS = (int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+
+
+def _storages(
+    tree: Any, found: list[torch.UntypedStorage] | None = None
+) -> list[torch.UntypedStorage]:
     """Of the tensors among an op's arguments or results, which lie in lists, tuples and dicts."""
+    found = [] if found is None else found
     if isinstance(tree, Tensor):
-        yield getattr(tree, "_local_tensor", tree).untyped_storage()
+        found.append(getattr(tree, "_local_tensor", tree).untyped_storage())
     elif isinstance(tree, list | tuple):
         for part in tree:
-            yield from _storages(part)
+            if not isinstance(part, NO_TENSORS):
+                _storages(part, found)
     elif isinstance(tree, dict):
         for part in tree.values():
-            yield from _storages(part)
+            _storages(part, found)
+    return found
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -52,7 +52,7 @@ def _read(model_type: str) -> tuple[str, ...]:
     case = CASES[model_type]
     model = planner.read_config(case.config)
     seq2seq = model_type in encoder_decoders.TYPES
-    device = "cpu" if seq2seq or model_type in NEED_VALUES else "meta"
+    device = "cpu" if seq2seq or model_type in NEED_VALUES else None
     live = live_model(case.config, auto=case.auto, device=device)
     frames = model.encoder_tokens or 9
 
@@ -132,7 +132,7 @@ def text() -> str:
         "tests/test_coverage.py makes every row again.\n\n"
         f"{read} types have a reader: *equal* says that names and shapes of all parameters, active "
         "parameters, the layers that quantisers replace, and the bytes of a real DynamicCache and "
-        "StaticCache equal those of the live class on the meta device. The readers' own tests "
+        "StaticCache equal those of the live class. The readers' own tests "
         "compare many more configs, drawn at random. *none*: encoders cache nothing. *own tests*: "
         "compared in the reader's tests alone, towers among them as parts of what holds them. "
         "*refused*: transformers cannot build the type without a package that is not here.\n\n"

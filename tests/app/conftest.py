@@ -1,9 +1,21 @@
 """A store of its own for every test: what the machine has measured is out of sight."""
 
+from functools import cache
+
 import pytest
+from streamlit.components.v2 import manifest_scanner
 
 import planner
 from profiles import records
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed_components():
+    """Streamlit looks through all that is installed once, not for every app that is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        scan = manifest_scanner.scan_component_manifests
+        patch.setattr(manifest_scanner, "scan_component_manifests", cache(scan))
+        yield
 
 
 @pytest.fixture

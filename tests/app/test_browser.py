@@ -125,13 +125,6 @@ def test_a_plan_survives_a_visit_to_the_measurements(server, page):
     settled(page)
 
 
-def test_a_link_with_nonsense_opens_the_start_values_and_says_so(server, page):
-    page.goto(f"{server}/?runtime=vllm&model=nonsense&batch=inf&prompt=-1")
-    settled(page)
-    assert page.get_by_role("heading", name="llama-3.1-8b on NVIDIA H200 SXM").count() == 1
-    assert page.get_by_test_id("stAlert").filter(has_text="in the link").count() == 3
-
-
 def test_on_a_phone_the_figure_is_drawn_and_described_and_nothing_is_wider(server, page):
     page.set_viewport_size({"width": 400, "height": 900})
     page.goto(f"{server}/?runtime=vllm")

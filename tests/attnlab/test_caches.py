@@ -12,6 +12,7 @@ from attnlab.ring import RingCache
 from planner import CacheSpec, ConfigError
 from tests.attnlab.families import V
 from tests.attnlab.test_families import twin
+from tests.pairs import every_pair
 
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 LENGTH = 23
@@ -41,8 +42,7 @@ RECURRENT = [
     "recurrent_gemma",
     "lfm2",
 ]
-OTHERS = [
-    *RECURRENT,
+PLAIN = [
     "qwen2_moe",
     "deepseek_v2",
     "deepseek_v3, yarn",
@@ -55,6 +55,8 @@ OTHERS = [
     "opt-350m",
     "falcon-rw",
 ]
+GROUPS = (WINDOWED, RECURRENT, PLAIN)
+OTHERS = [*RECURRENT, *PLAIN]
 
 
 def cache_of(kind, model, *, batch=2, tokens=LENGTH, dtype=torch.float32):
@@ -71,13 +73,11 @@ def long_ids():
     return torch.randint(V, (2, LENGTH), generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-@pytest.mark.parametrize("family", [*WINDOWED, *OTHERS])
-def test_any_chunking_over_any_cache_equals_one_pass(pairs, family, kind, chunks, long_ids):
+@every_pair(*(dict(family=group, chunks=CHUNKS, kind=KINDS) for group in GROUPS))
+def test_any_chunking_over_any_cache_equals_one_pass(pairs, family, chunks, kind, long_ids):
     ours = pairs(family)[1]
     cache = cache_of(kind, ours.model)
-    parts = [ours(part, cache=cache) for part in long_ids.split(chunks, dim=1)]
+    parts = [ours(part, cache=cache) for part in long_ids.split(CHUNKS[chunks], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), ours(long_ids), **CLOSE)
 
 
@@ -148,10 +148,17 @@ def test_a_narrow_cache_is_near_a_wide_one(llama_pair, ids, kind, dtype):
     assert not torch.equal(out, ours(ids))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tokens", [3, 5, 16, 23])
-@pytest.mark.parametrize("family", [*WINDOWED, *OTHERS])
-@pytest.mark.parametrize("kind", ["static", "dynamic", "ring", "paged"])
+@every_pair(
+    *(
+        dict(
+            family=group,
+            kind=("static", "dynamic", "ring", "paged"),
+            tokens=(3, 5, 16, 23),
+            dtype=("fp32", "bf16"),
+        )
+        for group in GROUPS
+    )
+)
 def test_nbytes_are_those_the_planner_counts(pairs, family, kind, tokens, dtype):
     ours = pairs(family)[1]
     spec = CacheSpec(kind=kind, block_tokens=7 if kind == "paged" else None)

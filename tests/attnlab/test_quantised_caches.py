@@ -15,6 +15,7 @@ from planner.runtimes.attnlab_formats import kv_format
 from tests.attnlab.encoder_decoders import inputs_of, pair_of
 from tests.attnlab.families import V
 from tests.attnlab.test_caches import CHUNKS, LENGTH
+from tests.pairs import every_pair
 
 KINDS = ("static", "dynamic", "ring", "paged")
 NEAR = {"int8": 0.03, "fp8": 0.12, "int4": 0.4}
@@ -44,11 +45,11 @@ def long_ids():
     return torch.randint(V, (2, LENGTH), generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-@pytest.mark.parametrize(
-    "family", ["llama", "mistral", "gemma3", "falcon-40b", "deepseek_v3, yarn"]
+@every_pair(
+    *(
+        dict(family=group, kind=KINDS, chunks=CHUNKS, dtype=NEAR)
+        for group in (("mistral", "gemma3"), ("llama", "falcon-40b", "deepseek_v3, yarn"))
+    )
 )
 def test_any_chunking_over_any_cache_equals_one_pass_over_the_static_one(
     pairs, family, kind, chunks, dtype, long_ids
@@ -60,7 +61,7 @@ def test_any_chunking_over_any_cache_equals_one_pass_over_the_static_one(
     """
     ours = pairs(family)[1]
     want = fed(ours, quantised(ours.model, "static", dtype), long_ids, [LENGTH])
-    got = fed(ours, quantised(ours.model, kind, dtype), long_ids, chunks)
+    got = fed(ours, quantised(ours.model, kind, dtype), long_ids, CHUNKS[chunks])
     worst, largest = (got - want).abs().max(), want.abs().max()
     assert worst < (1e-4 + NEAR[dtype] / 8) * largest
     assert ((got - want).abs() < 1e-4 * largest).float().mean() > 0.8
@@ -145,12 +146,19 @@ def test_fixed_shapes_hold_the_same_codes(llama_pair, dtype, ids):
     assert (got - want).abs().median() < 1e-4
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [3, 23])
-@pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("group", [None, 4])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "deepseek_v3, yarn"])
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair(
+    *(
+        dict(
+            family=group,
+            kind=KINDS,
+            dtype=NEAR,
+            group=(None, 4),
+            tokens=(3, 23),
+            compute=(torch.float32, torch.bfloat16),
+        )
+        for group in (("mistral", "gemma3"), ("llama", "deepseek_v3, yarn"))
+    )
+)
 def test_nbytes_are_those_the_planner_counts(pairs, family, kind, group, dtype, tokens, compute):
     model = pairs(family)[1].model
     spec = spec_of(kind, dtype, group)

@@ -8,6 +8,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import planner
+
+SMALL_PARAMETERS = 4_000_000
 transformers.logging.set_verbosity_error()
 
 BASE: dict[str, Any] = {
@@ -88,11 +91,17 @@ TINY: dict[str, dict[str, Any]] = {
 def build(
     config: dict[str, Any],
     *,
-    device: str = "meta",
+    device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
 ) -> Any:
-    """The transformers model of a config, in eval mode, with random weights."""
+    """The transformers model of a config, in eval mode, with random weights.
+
+    A small one is built on the CPU, where it runs faster: ops of the meta device are Python.
+    """
+    if device is None:
+        small = planner.read_config(config).parameter_count < SMALL_PARAMETERS
+        device = "cpu" if small else "meta"
     arguments = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}
     described = AutoConfig.for_model(**arguments)
     with torch.device(device):

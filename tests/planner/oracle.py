@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import planner
 from planner.huggingface.fields import SAME_AS
+from tests.planner.configs import SMALL_PARAMETERS
 
 transformers.logging.set_verbosity_error()
 FAMILIES = (
@@ -26,11 +27,19 @@ FAMILIES = (
 )
 
 
-def live_model(config: dict[str, Any], *, auto: str = "causal", device: str = "meta") -> Any:
+def device_of(config: dict[str, Any]) -> str:
+    """Where the class of this config is built."""
+    small = planner.read_config(config).parameter_count < SMALL_PARAMETERS
+    return "cpu" if small else "meta"
+
+
+def live_model(config: dict[str, Any], *, auto: str = "causal", device: str | None = None) -> Any:
     """The class of `architectures[0]`, else of the auto class, in bf16, eval mode.
 
-    `auto`: causal | image_text | seq2seq | speech | model.
+    `auto`: causal | image_text | seq2seq | speech | model. `device`: a small model's is the CPU,
+    where it runs faster: ops of the meta device are written in Python.
     """
+    device = device or device_of(config)
     given = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
     given["model_type"] = SAME_AS.get(given["model_type"], given["model_type"])
     described = AutoConfig.for_model(**deepcopy(given))  # some classes write into their parts
@@ -153,7 +162,7 @@ def assert_exact(
     config: dict[str, Any],
     *,
     auto: str = "causal",
-    device: str = "meta",
+    device: str | None = None,
     tokens: tuple[int, ...] = (2, 5, 12),
     static: bool = True,
 ) -> None:

@@ -30,9 +30,10 @@ def cache_bytes(cache) -> int:
 
 
 def prefill(model, batch: int, tokens: int, **options):
-    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    for module in model.modules():  # data-dependent routing has no meta kernels, nor any cache
-        if type(module).__name__.endswith("Experts"):
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
+    # data-dependent routing has no meta kernels, norms are slow there; neither has a cache
+    for module in model.modules():
+        if type(module).__name__.endswith(("Experts", "RMSNorm")):
             module.forward = lambda hidden, *_: hidden
     with torch.no_grad():
         return model(ids, use_cache=True, logits_to_keep=1, **options).past_key_values

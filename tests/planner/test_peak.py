@@ -15,11 +15,12 @@ from planner.runtimes import attnlab_program
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
 from profiles.meters import LiveTensorMeter
+from tests.pairs import every_pair
 from tests.planner.configs import TINY, build
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # few tokens: the feed-forward wins the peak; many: attention does
-SHAPES = [(1, 24), (2, 24), (1, 200), (2, 200)]
+SHAPES = {"batch": (1, 2), "tokens": (24, 200)}
 EAGER_ONLY = ("gemma2", "gemma2 without sliding layers")
 ATTNLAB = [name for name in TINY if name not in ("mixtral", "deepseek_v3")]
 
@@ -33,12 +34,9 @@ def cases(names, fast, slow):
     ]
 
 
-@pytest.mark.parametrize(("name", "attention"), cases(TINY, "sdpa", "eager"))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "tokens"), SHAPES)
-def test_transformers_peak_is_exact_at_prefill_and_over_decode_steps(
-    name, attention, dtype, batch, tokens
-):
+@every_pair(subject=cases(TINY, "sdpa", "eager"), dtype=DTYPES, **SHAPES)
+def test_transformers_peak_is_exact_at_prefill_and_over_decode_steps(subject, dtype, batch, tokens):
+    name, attention = subject
     live = build(TINY[name], device="cpu", dtype=DTYPES[dtype], attention=attention)
     ids = torch.randint(1, 99, (batch, tokens))
     seen = []
@@ -65,11 +63,9 @@ def test_transformers_peak_is_exact_at_prefill_and_over_decode_steps(
         assert peak(program, dims).live_bytes == measured, position
 
 
-@pytest.mark.parametrize(("name", "attention"), cases(ATTNLAB, "sdpa", "naive"))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "tokens"), SHAPES[1:])
-@pytest.mark.parametrize("logits", ["all", "last"])
-def test_attnlab_peak_is_exact_at_prefill_and_decode(name, attention, dtype, batch, tokens, logits):
+@every_pair(subject=cases(ATTNLAB, "sdpa", "naive"), dtype=DTYPES, logits=("all", "last"), **SHAPES)
+def test_attnlab_peak_is_exact_at_prefill_and_decode(subject, dtype, logits, batch, tokens):
+    name, attention = subject
     model = planner.read_config(TINY[name])
     live = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
     ids = torch.randint(1, 99, (batch, tokens))

@@ -448,7 +448,7 @@ def test_gemma3n_with_images_is_refused_where_transformers_cannot_build_it_eithe
         planner.read_config(config)
     if importlib.util.find_spec("timm") is None:
         with pytest.raises(ImportError, match="timm"):
-            live_model(config, auto="image_text")
+            live_model(config, auto="image_text", device="meta")
 
 
 def test_what_each_part_weighs_is_told_apart():

@@ -231,7 +231,8 @@ def test_the_state_of_rwkv_is_what_its_class_returns(tie, layers, hidden, inner,
         "intermediate_size": inner,
         "tie_word_embeddings": tie,
     }
-    assert_exact(config, tokens=(tokens,), static=False)
+    # of one layer its class cannot draw weights
+    assert_exact(config, device="meta", tokens=(tokens,), static=False)
 
 
 @pytest.mark.parametrize(

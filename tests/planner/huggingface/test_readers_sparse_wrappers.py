@@ -83,7 +83,7 @@ def live_wrapper(config: dict[str, Any]) -> Any:
     """On the CPU where a mask depends on data; the scan of linear attention is left out."""
     kind = config["model_type"]
     auto = "image_text" if kind in WRAPPERS else "model"
-    device = "cpu" if kind.startswith("glm5") else "meta"
+    device = "cpu" if kind.startswith("glm5") else None
     return live_model(copy.deepcopy(config), auto=auto, device=device)
 
 

@@ -20,6 +20,7 @@ from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.drawn import models
 from tests.attnlab.families import FAMILIES, PLANNED
+from tests.pairs import every_pair
 from tests.properties import examples
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -96,39 +97,24 @@ def attentions(family):
     return ("sdpa", "naive")
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("family", "attention"), [(f, a) for f in PLANNED for a in attentions(f)])
-def test_the_peak_of_every_family_is_exact(family, attention, dtype, passes):
-    assert_exact(family, attention, dtype, "static", batch=2, passes=passes)
+@every_pair(subject=[(f, a) for f in PLANNED for a in attentions(f)], dtype=DTYPES, passes=PASSES)
+def test_the_peak_of_every_family_is_exact(subject, dtype, passes):
+    assert_exact(*subject, dtype, "static", batch=2, passes=PASSES[passes])
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")]
+CACHED = ("llama", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "bloom", "falcon-40b")
+
+
+@every_pair(
+    subject=[(family, attention) for family in CACHED for attention in attentions(family)],
+    kind=KINDS[1:],
+    dtypes=[("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16")],
+    passes=PASSES,
 )
-@pytest.mark.parametrize("kind", KINDS[1:])
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [
-        (family, attention)
-        for family in (
-            "llama",
-            "mistral",
-            "gemma2",
-            "gemma3",
-            "phi3",
-            "gpt2",
-            "bloom",
-            "falcon-40b",
-        )
-        for attention in attentions(family)
-    ],
-)
-def test_the_peak_over_every_cache_is_exact(family, attention, kind, dtype, kv_dtype, passes):
-    assert_exact(
-        family, attention, dtype, kind, batch=2, passes=passes, logits="last", kv_dtype=kv_dtype
-    )
+def test_the_peak_over_every_cache_is_exact(subject, kind, dtypes, passes):
+    dtype, kv_dtype = dtypes
+    what = dict(batch=2, passes=PASSES[passes], logits="last", kv_dtype=kv_dtype)
+    assert_exact(*subject, dtype, kind, **what)
 
 
 @given(
@@ -140,7 +126,7 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, dtype, kv_d
     st.integers(1, 3),
     st.sampled_from(["all", "last"]),
 )
-@examples(60)
+@examples(30, fuzz=60)
 def test_the_peak_of_random_models_is_exact(model, passes, kind, naive, dtypes, batch, logits):
     attention = "naive" if naive else choose(None, model.layers)
     what = (model, attention, *dtypes, kind, batch)
@@ -192,14 +178,14 @@ LATENT = dict(
 
 
 @given(latents(), st.sampled_from([None, "expanded", "absorbed"]), st.fixed_dictionaries(LATENT))
-@examples(60)
+@examples(30, fuzz=60)
 def test_the_peak_of_random_latent_attention_is_exact(model, latent, how):
     assert_latent_exact(model, "naive", latent, **how)
 
 
 @pytest.mark.parametrize("latent", ["expanded", "absorbed"])
 @given(st.data(), st.fixed_dictionaries(LATENT))
-@examples(40)
+@examples(20, fuzz=40)
 def test_the_peak_of_fused_latent_attention_is_exact(latent, data, how):
     assert_latent_exact(data.draw(latents(fused=latent)), "sdpa", latent, **how)
 

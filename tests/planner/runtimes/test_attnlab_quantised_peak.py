@@ -18,6 +18,7 @@ from planner.runtimes.attnlab_formats import kv_format
 from planner.runtimes.attnlab_program import Pass, forward_program
 from profiles.meters import LiveTensorMeter
 from tests.attnlab.drawn import models
+from tests.pairs import every_pair
 from tests.planner.runtimes.test_attnlab_peak import DTYPES, PASSES, attentions, model_of
 from tests.properties import examples
 
@@ -70,17 +71,20 @@ def assert_exact(model, attention, dtype, spec, kv_dtype, *, batch, passes, logi
     assert ours == measured
 
 
-@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(f, a) for f in ("llama", "mistral", "gemma2", "bloom", "falcon-40b") for a in attentions(f)],
+FAMILIES = ("llama", "mistral", "gemma2", "bloom", "falcon-40b")
+
+
+@every_pair(
+    subject=[(family, attention) for family in FAMILIES for attention in attentions(family)],
+    kind=KINDS,
+    kv_dtype=KV_DTYPES,
+    dtype=DTYPES,
+    passes=PASSES,
 )
-def test_the_peak_over_every_cache_is_exact(family, attention, kind, kv_dtype, dtype, passes):
-    spec = spec_of(kind, kv_dtype)
-    assert_exact(model_of(family), attention, dtype, spec, kv_dtype, batch=2, passes=passes)
+def test_the_peak_over_every_cache_is_exact(subject, kind, kv_dtype, dtype, passes):
+    (family, attention), spec = subject, spec_of(kind, kv_dtype)
+    how = dict(batch=2, passes=PASSES[passes])
+    assert_exact(model_of(family), attention, dtype, spec, kv_dtype, **how)
 
 
 @given(
@@ -93,7 +97,7 @@ def test_the_peak_over_every_cache_is_exact(family, attention, kind, kv_dtype, d
     st.sampled_from(list(DTYPES)),
     st.integers(1, 3),
 )
-@examples(60)
+@examples(40, fuzz=60)
 def test_the_peak_of_random_models_is_exact(
     model, passes, kind, kv_dtype, grouped, naive, dtype, batch
 ):
@@ -103,20 +107,22 @@ def test_the_peak_of_random_models_is_exact(
     assert_exact(model, attention, dtype, spec, kv_dtype, batch=batch, passes=passes)
 
 
-@pytest.mark.parametrize(
-    "passes", [[29, 1, 1, 1, 1, 1], [7, 9, 4, 9, 1, 3], [3, 1, 1, 1, 1, 1, 1, 1, 1], [16, 16, 8]]
+@every_pair(
+    subject=[(f, a) for f in FAMILIES if f != "bloom" for a in attentions(f)],
+    grouped=[("int8", 8), ("int4", 8), ("int4", 4), ("int2", 4)],
+    passes=[
+        (29, 1, 1, 1, 1, 1),
+        (7, 9, 4, 9, 1, 3),
+        (3, 1, 1, 1, 1, 1, 1, 1, 1),
+        (16, 16, 8),
+    ],
+    dtype=DTYPES,
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("kv_dtype", "group"), [("int8", 8), ("int4", 8), ("int4", 4), ("int2", 4)]
-)
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(f, a) for f in ("llama", "mistral", "gemma2", "falcon-40b") for a in attentions(f)],
-)
-def test_the_peak_over_kivis_cache_is_exact(family, attention, kv_dtype, group, dtype, passes):
+def test_the_peak_over_kivis_cache_is_exact(subject, grouped, passes, dtype):
+    (family, attention), (kv_dtype, group) = subject, grouped
     spec = CacheSpec(kind="quantised", q_group_size=group, residual_tokens=8)
-    assert_exact(model_of(family), attention, dtype, spec, kv_dtype, batch=2, passes=passes)
+    how = dict(batch=2, passes=passes)
+    assert_exact(model_of(family), attention, dtype, spec, kv_dtype, **how)
 
 
 @given(
@@ -128,7 +134,7 @@ def test_the_peak_over_kivis_cache_is_exact(family, attention, kv_dtype, group, 
     st.sampled_from(list(DTYPES)),
     st.integers(1, 3),
 )
-@examples(60)
+@examples(40, fuzz=60)
 def test_kivis_peak_of_random_models_is_exact(
     model, passes, kv_dtype, residual, naive, dtype, batch
 ):

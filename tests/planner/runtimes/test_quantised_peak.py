@@ -16,6 +16,7 @@ from planner.program import Dims
 from planner.runtimes.quantised_cache import quantised_cache
 from planner.runtimes.transformers_code.forward import pass_program
 from planner.runtimes.transformers_code.regime import Pass, Regime
+from tests.pairs import every_pair
 from tests.planner.configs import TINY, build
 from tests.planner.quantised import (
     QuantisedMeter,
@@ -35,38 +36,28 @@ SETTINGS = {
     },
     "fp8": {},
 }
-CASES = [
-    ("llama", "sdpa", "int2, along channels"),
-    ("llama", "sdpa", "int4, no residual"),
-    ("deepseek_v3", "eager", "int2, along channels"),
-    ("gpt2", "sdpa", "int2, along channels"),
-] + [
-    (name, attention, setting)
-    for name, attention in (
-        ("llama", "sdpa"),
-        ("llama", "eager"),
-        ("gpt2", "sdpa"),
-        ("gpt2", "eager"),
-        ("mistral full, wide heads", "eager"),
-        ("deepseek_v3", "sdpa"),
-        ("deepseek_v3", "eager"),
-        ("gemma2 without sliding layers", "eager"),
-    )
-    for setting in ("int4", "fp8")
+SUBJECTS = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("gpt2", "sdpa"),
+    ("gpt2", "eager"),
+    ("mistral full, wide heads", "eager"),
+    ("deepseek_v3", "sdpa"),
+    ("deepseek_v3", "eager"),
+    ("gemma2 without sliding layers", "eager"),
 ]
-
-
-@pytest.mark.parametrize(("name", "attention", "setting"), CASES)
+ALONG_CHANNELS = [("llama", "sdpa"), ("deepseek_v3", "eager"), ("gpt2", "sdpa")]
 # few tokens: the feed-forward wins the peak; many: attention does
-@pytest.mark.parametrize(
-    ("computed", "batch", "tokens"), [("bf16", 2, 8), ("fp32", 1, 64), ("bf16", 2, 200)]
+SHAPES = [("bf16", 2, 8), ("fp32", 1, 64), ("bf16", 2, 200)]
+
+
+@every_pair(
+    dict(subject=SUBJECTS, setting=("int4", "fp8"), shape=SHAPES),
+    dict(subject=ALONG_CHANNELS, setting=("int2, along channels",), shape=SHAPES),
+    dict(subject=SUBJECTS[:1], setting=("int4, no residual",), shape=SHAPES),
 )
-def test_peak_is_exact_at_prefill_and_over_decode_steps(
-    unpack_in_python, name, attention, setting, computed, batch, tokens
-):
-    seen, ours = peaks(
-        name, attention, SETTINGS[setting], setting.split(",")[0], computed, batch, tokens
-    )
+def test_peak_is_exact_at_prefill_and_over_decode_steps(unpack_in_python, subject, setting, shape):
+    seen, ours = peaks(*subject, SETTINGS[setting], setting.split(",")[0], *shape)
     assert ours == seen
 
 

@@ -22,6 +22,7 @@ from planner.runtimes.attnlab_training.step import step_program
 from profiles.module_trace import fake_ids, trace_module
 from tests.attnlab.drawn import models
 from tests.attnlab.families import FAMILIES
+from tests.pairs import every_pair
 from tests.planner.configs import TINY
 from tests.planner.steps import DTYPES, curve, events, program_of, square, watched_step
 from tests.planner.test_training_reserved import WIDE, plan_of
@@ -70,18 +71,17 @@ CHUNKS = (1, 5, 17, 34, 99)
 """Of 34 tokens: each alone, a shorter last one, halves, all, more than there are."""
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize(
-    ("dtype", "how"),
-    [
-        ("bf16", {}),
-        ("fp32", {"checkpointing": "full"}),
-        ("fp32", {"precision": "autocast"}),
-        ("bf16", {"checkpointing": "selective"}),
-    ],
-)
-def test_every_head_is_exact(name, dtype, how, chunk):
+HOW = {
+    "bf16": ("bf16", {}),
+    "fp32, checkpointed": ("fp32", {"checkpointing": "full"}),
+    "autocast": ("fp32", {"precision": "autocast"}),
+    "bf16, selective": ("bf16", {"checkpointing": "selective"}),
+}
+
+
+@every_pair(name=HEADS, chunk=CHUNKS, how=HOW)
+def test_every_head_is_exact(name, chunk, how):
+    dtype, how = HOW[how]
     model = planner.read_config(FAMILIES[name]().to_dict())
     live = Transformer(model, dtype=DTYPES[dtype], device="cpu")
     check_exact(live, dtype, 2, 17, how | {"loss_chunk_tokens": chunk})
@@ -145,11 +145,13 @@ class WithLabels(torch.nn.Module):
         return loss_of(self.live, ids, labels, loss_chunk_tokens=self.chunk)
 
 
-@pytest.mark.parametrize("chunk", [64, 300])
-@pytest.mark.parametrize("tokens", [64, 700])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_reserved_of_two_steps_equals_the_trace(optimizer, tokens, chunk, tied, monkeypatch):
+@every_pair(
+    sizes=[(64, 64), (64, 300), (700, 64), (700, 300)],
+    optimizer=("adamw", "sgd"),
+    tied=(False, True),
+)
+def test_reserved_of_two_steps_equals_the_trace(sizes, optimizer, tied, monkeypatch):
+    tokens, chunk = sizes
     # a trace does not see what a kernel allocates inside itself
     monkeypatch.setattr(reductions, "softmax_scratch", lambda shape, itemsize: [])
     step_program.cache_clear()

@@ -13,15 +13,24 @@ from planner.activations import peak
 from planner.layers import MLA, MoE
 from planner.runtimes.attnlab_training.mixture import check_trained
 from tests.attnlab.families import FAMILIES, PLANNED
+from tests.pairs import every_pair
 from tests.planner.steps import DTYPES, curve, events, program_of, square, watched_step
 
 STRETCHED = ("dynamic", "yarn", "longrope")  # their tables have small temporaries of their own
 
 
+UNSTRETCHED = ", plain rope"
+"""Of a family whose tables are stretched: all that it allocates can be compared."""
+
+
 def described(name):
-    return planner.read_config(FAMILIES[name]().to_dict())
+    config = FAMILIES[name.removesuffix(UNSTRETCHED)]().to_dict()
+    if name.endswith(UNSTRETCHED):
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    return planner.read_config(config)
 
 
+FEW_TARGETS = ("o_proj",)  # a mixture's feed-forwards are no linear layers to peft
 UNTRAINED = {
     "phimoe": "whose router is sparsemixer is not planned",
     "ernie4_5_moe": "whose correction is a parameter without a gradient is not planned",
@@ -39,79 +48,47 @@ def test_what_is_not_planned_is_refused(name):
         check_trained(described(name), "bf16")
 
 
-@pytest.mark.parametrize("name", [name for name in PLANNED if name not in UNTRAINED])
-@pytest.mark.parametrize(
-    ("attention", "dtype", "batch", "tokens", "checkpointing"),
-    [
-        (None, "bf16", 2, 17, "none"),
-        ("naive", "fp32", 2, 17, "full"),
-        ("naive", "bf16", 1, 1, "none"),
-        (None, "fp32", 2, 17, "every second"),
-        (None, "bf16", 2, 17, "selective"),
-        ("naive", "bf16", 2, 9, "selective"),
-    ],
+METHODS = {
+    "whole, bf16": ("bf16", False, "pure"),
+    "whole, fp32": ("fp32", False, "pure"),
+    "whole, autocast": ("fp32", False, "autocast"),
+    "adapters, pure": ("bf16", True, "pure"),
+    "adapters, autocast": ("bf16", True, "autocast"),
+}
+"""Dtype of the weights, whether adapters are trained beside them, precision."""
+CHECKPOINTING = {
+    "none": {"checkpointing": "none"},
+    "full": {"checkpointing": "full"},
+    "every second": {"checkpointing": "full", "checkpoint_every": 2},
+    "selective": {"checkpointing": "selective"},
+}
+
+
+@every_pair(
+    name=[*(name for name in PLANNED if name not in UNTRAINED), f"gpt_oss{UNSTRETCHED}"],
+    method=METHODS,
+    checkpointing=CHECKPOINTING,
+    attention=(None, "naive"),
+    adapters=(None, "bf16"),
+    shape=[(2, 17), (1, 1)],
 )
-def test_a_step_is_exact_in_every_family(name, attention, dtype, batch, tokens, checkpointing):
-    model = described(name)
+def test_a_step_is_exact_in_every_family(name, method, checkpointing, attention, adapters, shape):
+    """Every allocation, the peak and the gradients that are left."""
+    (dtype, adapted, precision), how = METHODS[method], CHECKPOINTING[checkpointing]
+    model, lora = described(name), None
     live = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
-    how = {"checkpointing": checkpointing}
-    if checkpointing == "every second":
-        how = {"checkpointing": "full", "checkpoint_every": 2}
-    meter, dims = watched_step(live, batch, tokens, **how), square(batch, tokens)
-    program = program_of(model, dims, attention=live.attention, dtype=dtype, **how)
+    if adapted:
+        mixture = any(isinstance(layer.feed_forward, MoE) for layer in model.layers)
+        lora = planner.LoRA(
+            rank=3,
+            targets=FEW_TARGETS if mixture else "all-linear",
+            dtype=adapters if precision == "pure" else None,
+        )
+        add_adapters(live, lora)
+    meter, dims = watched_step(live, *shape, precision=precision, **how), square(*shape)
+    what = how | {"autocast": "bf16" if precision == "autocast" else None}
+    program = program_of(model, dims, attention=live.attention, dtype=dtype, lora=lora, **what)
     if getattr(model.positions, "rope_type", None) not in STRETCHED:
-        assert curve(events(program, dims)) == curve(meter.events)
-    highest = peak(program, dims)
-    assert (highest.live_bytes, highest.kernel) == (meter.peak_bytes, meter.peak_op)
-    gradients = sum(p.grad.nbytes for p in live.parameters())
-    assert sum(change for _, change in events(program, dims)) == meter.live_bytes == gradients
-
-
-FEW_TARGETS = ("o_proj",)  # a mixture's feed-forwards are no linear layers to peft
-
-
-@pytest.mark.parametrize("name", [name for name in PLANNED if name not in UNTRAINED])
-@pytest.mark.parametrize(
-    ("attention", "dtype", "adapters", "how"),
-    [
-        (None, "bf16", None, {}),
-        ("naive", "bf16", "bf16", {"checkpointing": "full", "checkpoint_every": 2}),
-        (None, "fp32", None, {"checkpointing": "selective"}),
-        (None, "bf16", None, {"precision": "autocast", "checkpointing": "full"}),
-    ],
-)
-def test_a_step_with_adapters_is_exact_in_every_family(name, attention, dtype, adapters, how):
-    model = described(name)
-    mixture = any(isinstance(layer.feed_forward, MoE) for layer in model.layers)
-    targets = FEW_TARGETS if mixture else "all-linear"
-    lora = planner.LoRA(rank=3, targets=targets, dtype=adapters)
-    live = Transformer(model, attention=attention, dtype=DTYPES[dtype], device="cpu")
-    add_adapters(live, lora)
-    check_exact(live, dtype, how, lora=lora)
-
-
-@pytest.mark.parametrize("name", [name for name in PLANNED if name not in UNTRAINED])
-@pytest.mark.parametrize(
-    ("attention", "how"),
-    [
-        (None, {}),
-        ("naive", {}),
-        (None, {"checkpointing": "selective"}),
-        ("naive", {"checkpointing": "full", "checkpoint_every": 2}),
-    ],
-)
-def test_a_step_under_autocast_is_exact_in_every_family(name, attention, how):
-    live = Transformer(described(name), attention=attention, dtype=torch.float32, device="cpu")
-    check_exact(live, "fp32", how | {"precision": "autocast"})
-
-
-def check_exact(live, dtype, how, **what):
-    """Every allocation of a step, its peak and the gradients that it leaves."""
-    meter, dims = watched_step(live, 2, 17, **how), square(2, 17)
-    what |= {name: value for name, value in how.items() if name != "precision"}
-    what["autocast"] = "bf16" if how.get("precision") == "autocast" else None
-    program = program_of(live.model, dims, attention=live.attention, dtype=dtype, **what)
-    if getattr(live.model.positions, "rope_type", None) not in STRETCHED:
         assert curve(events(program, dims)) == curve(meter.events)
     highest = peak(program, dims)
     assert (highest.live_bytes, highest.kernel) == (meter.peak_bytes, meter.peak_op)

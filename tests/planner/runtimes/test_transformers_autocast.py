@@ -66,7 +66,7 @@ def step_meter(live, batch, tokens, optimizer=None, *, padded=False):
     return meter
 
 
-@examples(100)
+@examples(50, fuzz=100)
 @given(
     config=decoders(),
     batch=st.integers(1, 3),
@@ -87,7 +87,7 @@ def test_the_peak_of_a_step_is_exact(config, batch, tokens, eager, how, padded):
     assert predicted(model, batch, tokens, **what, **written(how)).live_bytes == meter.peak_bytes
 
 
-@examples(60)
+@examples(30, fuzz=60)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 2),
@@ -269,7 +269,7 @@ class GpuList(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@examples(80)
+@examples(40, fuzz=80)
 @given(
     config=decoders(tuple(kind for kind in KINDS if kind != "nemotron")),
     batch=st.integers(1, 2),

@@ -40,7 +40,7 @@ def trained(config, dtype, attention, how):
     return live
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     config=berts(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -56,7 +56,7 @@ def test_a_forward_of_bert_is_exact(config, dtype, attention, batch, tokens, pad
     assert held(live, config, work, dtype, attention) == seen
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     config=berts(headed=True),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -80,7 +80,7 @@ def test_a_step_of_bert_is_exact(config, dtype, attention, batch, tokens, how, p
     assert held(live, config, work, dtype, attention) == meter.peak_bytes
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -99,7 +99,7 @@ def test_a_generation_of_t5_is_exact(config, dtype, attention, batch, encoded, t
     assert held(live, config, work, dtype, attention) == max(seen)
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     config=t5s(),
     dtype=st.sampled_from(tuple(DTYPES)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -16,6 +16,7 @@ from tests.planner.runtimes.test_transformers_encoders import BERT, T5
 from tests.planner.runtimes.test_transformers_scaled import warm_scaler
 from tests.planner.small_decoders import CHECKPOINTING, TORCH_DTYPES, checkpoint, described
 from tests.planner.small_encoders import berts, built, step_meter, t5s
+from tests.properties import examples
 
 SIZES = st.integers(1, 30)
 ATTENTIONS = st.sampled_from(("eager", "sdpa"))
@@ -44,7 +45,7 @@ def check_exact(config, attention, low, sizes, how, listed=None):
     assert memory.peak_live_bytes - held == meter.peak_bytes
 
 
-@settings(max_examples=30, deadline=None)
+@examples(15, fuzz=30, deadline=None)
 @given(
     config=berts(headed=True),
     attention=ATTENTIONS,
@@ -57,7 +58,7 @@ def test_a_step_of_bert_is_exact(config, attention, low, batch, tokens, how):
     check_exact(config, attention, low, (batch, tokens, tokens), how)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(20, fuzz=40, deadline=None)
 @given(
     config=t5s(),
     attention=ATTENTIONS,
@@ -71,7 +72,7 @@ def test_a_step_of_t5_is_exact(config, attention, low, batch, encoded, tokens, h
     check_exact(config, attention, low, (batch, encoded, tokens), how)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(15, fuzz=30, deadline=None)
 @given(
     config=berts(headed=True) | t5s(),
     attention=ATTENTIONS,

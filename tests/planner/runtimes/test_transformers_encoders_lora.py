@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import planner
@@ -16,6 +16,7 @@ from tests.planner.runtimes.test_transformers_encoders import BERT, T5
 from tests.planner.runtimes.test_transformers_lora import with_adapters
 from tests.planner.small_decoders import CHECKPOINTING, checkpoint, described, words
 from tests.planner.small_encoders import berts, built, t5s
+from tests.properties import examples
 
 NAMES = {"bert": ("query", "key", "value", "dense"), "t5": ("q", "k", "v", "o", "wo")}
 TASKS = {"bert": None, "t5": "SEQ_2_SEQ_LM"}
@@ -56,7 +57,7 @@ def memory_of(config, lora, dtype, attention, **what):
     return planner.estimate(planner.load_model(config), work, deploy).memory
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30, fuzz=60, deadline=None)
 @given(
     adapted=adapted(),
     dtype=st.sampled_from(("bf16", "fp32", "autocast")),

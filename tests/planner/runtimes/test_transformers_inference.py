@@ -37,7 +37,7 @@ def predicted(model, batch, tokens, step, **what):
     return peak(pass_program(model, done, Regime.of(model, dims)), dims).live_bytes
 
 
-@examples(150)
+@examples(100, fuzz=150)
 @given(
     config=decoders((*KINDS, *LATENT)),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -57,7 +57,7 @@ def test_prefill_and_decode_steps_are_exact(config, dtype, batch, tokens, eager,
     assert [predicted(model, batch, tokens, step, **what) for step in range(4)] == seen
 
 
-@examples(60)
+@examples(30, fuzz=60)
 @given(
     config=decoders(SCANNED),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -133,7 +133,7 @@ def test_what_is_not_planned_of_mamba2_is_refused(work, cache, said):
         planner.estimate(planner.load_model("bamba-9b"), work, deploy)
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     config=decoders(),
     dtype=st.sampled_from(tuple(DTYPES)),
@@ -165,7 +165,7 @@ def test_logits_that_nothing_casts_are_refused(kind, runtime):
         planner.estimate(planner.read_config({"model_type": kind}), work, deploy)
 
 
-@examples(100)
+@examples(50, fuzz=100)
 @given(
     config=decoders(tuple(kind for kind in KINDS if kind in STATIC)),
     dtype=st.sampled_from(tuple(DTYPES)),

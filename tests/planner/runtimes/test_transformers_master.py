@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import planner
@@ -29,6 +29,7 @@ from tests.planner.small_decoders import (
 from tests.planner.small_encoders import berts, t5s
 from tests.planner.small_encoders import built as built_encoder
 from tests.planner.trained.test_optimizers import EVERY_WAY, real
+from tests.properties import examples
 
 
 class Master:
@@ -91,7 +92,7 @@ def check_exact(live, model, work, dtype, attention):
     assert memory.peak_live_bytes - held == meter.peak_bytes - before
 
 
-@settings(max_examples=50, deadline=None)
+@examples(25, fuzz=50, deadline=None)
 @given(
     config=decoders(),
     dtype=st.sampled_from(("bf16", "fp16")),
@@ -129,7 +130,7 @@ def test_each_optimizer_steps_copies(name, optimizer, impl):
     check_exact(live, planner.read_config(live.config.to_dict()), work, "bf16", "sdpa")
 
 
-@settings(max_examples=25, deadline=None)
+@examples(12, fuzz=25, deadline=None)
 @given(
     config=berts(headed=True) | t5s(),
     batch=st.integers(1, 3),
@@ -153,7 +154,7 @@ def test_a_step_of_bert_and_t5_adds_up(config, batch, tokens, attention, how, wa
     check_exact(live, planner.load_model(config), work, "bf16", attention)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(12, fuzz=25, deadline=None)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 2),

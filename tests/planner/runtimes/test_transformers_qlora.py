@@ -185,7 +185,7 @@ def step(live, batch, tokens, meter, optimizer=None, *, autocast=False):
     return meter
 
 
-@examples(30)
+@examples(20, fuzz=30)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 3),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import planner
@@ -25,6 +25,7 @@ from tests.planner.small_decoders import (
     words,
 )
 from tests.planner.trained.test_optimizers import EVERY_WAY, Together, real
+from tests.properties import examples
 
 
 def warm_scaler():
@@ -55,7 +56,7 @@ def memory_of(live, work, attention):
     return planner.estimate(model, work, deploy).memory
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30, fuzz=60, deadline=None)
 @given(
     config=decoders(),
     batch=st.integers(1, 3),
@@ -88,7 +89,7 @@ def test_the_peak_of_a_step_is_exact(config, batch, tokens, eager, how, padded, 
     assert memory.peak_live_bytes - memory.weights_bytes == meter.peak_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@examples(20, fuzz=40, deadline=None)
 @given(
     adapted=adapted_decoders(),
     batch=st.integers(1, 2),

@@ -98,7 +98,7 @@ def check_exact(live, work, dtype, attention):
     assert memory.peak_live_bytes - held == meter.peak_bytes - before
 
 
-@examples(60, deadline=None)
+@examples(40, fuzz=60, deadline=None)
 @given(
     config=decoders(),
     parts=FROZEN,
@@ -139,7 +139,7 @@ def test_a_step_with_frozen_parts_is_exact(
     check_exact(live, work, "bf16" if autocast else dtype, attention)
 
 
-@examples(30, deadline=None)
+@examples(15, fuzz=30, deadline=None)
 @given(
     config=decoders(),
     parts=FROZEN,
@@ -175,7 +175,7 @@ def test_what_is_frozen_has_no_master_copy(config, parts, layers, dtype, tokens,
     check_master(live, planner.read_config(live.config.to_dict()), work, dtype, attention)
 
 
-@examples(30, deadline=None)
+@examples(15, fuzz=30, deadline=None)
 @given(
     config=berts(headed=True),
     parts=st.sampled_from(((), ("embeddings",))),

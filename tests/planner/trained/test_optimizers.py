@@ -15,6 +15,7 @@ from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.trained.optimizer_parts import is_hidden
 from profiles.meters import LiveTensorMeter, storage_bytes
 from tests.attnlab.families import FAMILIES
+from tests.pairs import every_pair
 from tests.planner.small_decoders import EAGER_ONLY, built, described, words
 from tests.planner.steps import curve
 
@@ -100,10 +101,13 @@ def optimizer_events(program, dims):
     return changes
 
 
-@pytest.mark.parametrize(("name", "impl"), WAYS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo", "mixtral", "stablelm"])
-def test_states_and_every_allocation_of_a_step_are_exact(family, dtype, name, impl):
+@every_pair(
+    way=WAYS,
+    dtype=("bf16", "fp32"),
+    family=("llama", "gpt2", "gemma2", "olmo", "mixtral", "stablelm"),
+)
+def test_states_and_every_allocation_of_a_step_are_exact(way, dtype, family):
+    name, impl = way
     config = hf.MixtralConfig(**MIXTRAL) if family == "mixtral" else FAMILIES[family]()
     attention = "eager" if family in EAGER_ONLY else "sdpa"
     live = built(described(config.to_dict()), dtype, attention).train()
