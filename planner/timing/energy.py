@@ -30,10 +30,12 @@ def pass_joules(
     dtype: str,
     calibration: Calibration | None,
     clock: Number = None,
+    most_w: float | None = None,
 ) -> Number | None:
     """Energy of one GPU over a pass; None where the catalogue has no TDP.
 
-    `clock`: the share of a burst's that it ran at (power.py).
+    `clock`: the share of a burst's that it ran at (power.py). `most_w`: what it is held to; None:
+    its TDP.
     """
     if gpu.tdp_w is None:
         return None
@@ -44,7 +46,7 @@ def pass_joules(
     else:
         computed = flop_joules(cost, dtype, clock) * flops
     spent = cost.idle_w * time_s + computed + cost.byte_j * moved_bytes
-    return np.minimum(spent, gpu.tdp_w * time_s)
+    return np.minimum(spent, (most_w or gpu.tdp_w) * time_s)
 
 
 def by_tdp(gpu: Gpu, dtype: str) -> EnergyCost:

@@ -114,8 +114,8 @@ class Passes:
         parts: list[Part] = []
         head_s = 0.0
         given_s: Number = 0.0
-        for stage in self.stages:
-            whole = program(stage)
+        programs = tuple(program(stage) for stage in self.stages)
+        for whole in programs:
             given_s = given_s + self._given(whole, dims)
             phases = by_phase(whole)
             again = layers_run_again(phases)
@@ -124,7 +124,7 @@ class Passes:
         pooled = runtime_named(self.runtime).pooled
         said = communication_cost(self.model, setting, dims, speed, gathers_logits=pooled)
         known, host = speed.calibration, sum(part.issuing_s for part in parts)
-        replay_s = self._replay(tuple(program(stage) for stage in self.stages))
+        replay_s = self._replay(programs)
 
         def seconds(clock: Number) -> Number:
             first, *others = parts
@@ -134,12 +134,13 @@ class Passes:
 
         costs = [part.cost for part in parts]
         computed, moved = _sum(costs, "computed_flops"), _sum(costs, "moved_bytes")
+        watts = setting.power_limit_w or speed.gpu.tdp_w
         clock = capped_clock(
             seconds,
             computed,
             moved,
             None if known is None else known.energy,
-            setting.power_limit_w or speed.gpu.tdp_w,
+            watts,
             speed.product_dtype,
         )
         time_s = seconds(clock)
@@ -168,6 +169,7 @@ class Passes:
                 dtype=speed.product_dtype,
                 calibration=known,
                 clock=clock,
+                most_w=watts,
             ),
             clock=clock,
         )

@@ -115,6 +115,14 @@ def test_logits_of_a_divided_vocabulary_are_gathered_by_vllm():
     assert taken[0] - taken[1] == pytest.approx(0.21e-3, rel=0.15)
 
 
+@pytest.mark.parametrize("gpu", ["h200", "a100-80gb"])  # with joules of its own, and without
+def test_a_gpu_draws_no_more_than_it_is_held_to(gpu):
+    work = planner.Inference(batch=8, prompt_tokens=8192, output_tokens=1)
+    limited = planner.Deployment(gpu=gpu, runtime="vllm", power_limit_w=200)
+    took = planner.estimate(MODEL, work, limited).latency
+    assert took.energy_j <= 200 * took.end_to_end_s * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("watts", [0, -1, 1e9, "500", True, np.nan])
 def test_a_power_limit_no_gpu_has_is_refused(watts):
     with pytest.raises(planner.ConfigError, match=r"power_limit_w=.* is not allowed: watts"):
