@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.program import LATENT, Dims, Number, evaluate
-from planner.timing.clock import OpTime, Speed, _computing_s, by_default, by_fit
+from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
     LATENT_ROPE,
@@ -55,7 +55,7 @@ def attention_time(
     clocked: Number = 0.0
     for where, fit, sizes, name in parts:
         assert fit is not None
-        one, computing = fit.seconds(sizes), _computing_s(fit, computed)
+        one, computing = fit.seconds(sizes), computing_s(fit, computed)
         if speed.fused and name == "decode":
             one = np.minimum(one, three_reductions(moved, speed))
         seconds = one if len(parts) == 1 else seconds + np.where(where, one, 0.0)

@@ -29,7 +29,7 @@ NO_KERNEL_BYTES = 512.0
 """An op that runs a kernel is timed as one that moves as many at least."""
 UNTIMED_ERROR = 0.8
 """The same of a whole pass on a device none of whose ops was timed, or by another CPU's: all its
-ops err alike. Only 13 of 32 published runs on MI300Xs lie within 0.4."""
+ops err alike (docs/published.md: on MI300Xs by up to 47 %)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,7 @@ def by_fit(
         timed=timed,
         family=family,
         seconds=seconds,
-        clocked_s=np.minimum(seconds, _computing_s(fit, flops)),
+        clocked_s=np.minimum(seconds, computing_s(fit, flops)),
         computed_flops=flops,
         flops=flops,
         moved_bytes=moved,
@@ -152,7 +152,7 @@ def by_fit(
     )
 
 
-def _computing_s(fit: Fit, flops: Number) -> Number:
+def computing_s(fit: Fit, flops: Number) -> Number:
     """What the FLOPs take at the rate that the fit's large ops reach."""
     return flops / (fit.peak_flops_per_s * fit.roof.compute)
 

@@ -16,7 +16,7 @@ kernels beside them (multiprocessors, bandwidth) was not measured and is not in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -107,24 +107,20 @@ def lanes_of(
     program: Program, dims: Dims, speed: Speed, shards: int, *, backward: bool
 ) -> Lanes | None:
     """A phase's collectives among so many GPUs beside its kernels; None: there are none."""
+    if not any(op.kernel in COLLECTIVES for segment in program.segments for op in segment.ops):
+        return None
     turns = tuple(
         (_turn(segment, dims, speed, shards), segment.count) for segment in program.segments
     )
-    if not any(turn.gather_s or turn.reduce_s for turn, _ in turns):
-        return None
     return Lanes(turns=turns, backward=backward)
 
 
 def _turn(segment: Segment, dims: Dims, speed: Speed, shards: int) -> Turn:
-    once = Program(name=segment.label, segments=(_once(segment),))
+    once = Program(name=segment.label, segments=(replace(segment, count=1),))
     sizes = dict.fromkeys(COLLECTIVES, 0.0)
     for kernel, size in collectives(segment, dims, shards):
         sizes[kernel] += float(collective_seconds(kernel, size, shards, speed)[0])
     return Turn(gather_s=sizes[GATHER], cost=pass_cost(once, dims, speed), reduce_s=sizes[REDUCE])
-
-
-def _once(segment: Segment) -> Segment:
-    return Segment(label=segment.label, ops=segment.ops, first_layer=segment.first_layer)
 
 
 def collectives(segment: Segment, dims: Dims, shards: int) -> Iterator[tuple[str, float]]:

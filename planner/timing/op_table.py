@@ -76,11 +76,12 @@ def op_table(passes: Passes, make: Callable[[Model], Program], dims: Dims) -> pd
     import pandas as pd
 
     clock = float(passes.timed(make, dims).clock)
-    rows = [row for s in passes.stages for row in op_rows(make(s), dims, passes.speed, clock)]
-    sharding = passes.setting.sharding
-    if sharding is not None:
-        made = (make(stage) for stage in passes.stages)
-        rows += [r for p in made for r in collective_rows(p, dims, passes.speed, sharding.shards)]
+    programs, speed, sharding = map(make, passes.stages), passes.speed, passes.setting.sharding
+    rows = []
+    for program in programs:
+        rows += op_rows(program, dims, speed, clock)
+        if sharding is not None:
+            rows += collective_rows(program, dims, speed, sharding.shards)
     columns = list(OpRow.__dataclass_fields__)
     table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     return table.sort_values("total_s", ascending=False, ignore_index=True)
