@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from planner.capacity.answers import binding_of
@@ -167,6 +168,7 @@ def _settled(service: Service, deploy: Deployment, most: int) -> Settled:
     """The fewest copies, of `most` requests each, that serve the service's rate."""
     prompt, output = (max(1, round(n)) for n in service.traffic.mean)
 
+    @cache
     def of(batch: int) -> Estimate:
         work = Inference(batch=batch, prompt_tokens=prompt, output_tokens=output, logits="last")
         return estimate(service.model, work, deploy)

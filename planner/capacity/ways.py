@@ -37,23 +37,19 @@ def ways_to_fit(
 
     The sizes of the work stay as they are. `only`: fields of work and deployment that may be set.
     """
-    single = [
-        (change, sets)
-        for change, sets in _changes(work, deploy)
-        if only is None or only.issuperset(sets)
-    ]
-    pairs = [
+    single = list(_changes(work, deploy))
+    pairs = (
         (f"{a} and {b}", first | second)
         for (a, first), (b, second) in combinations(single, 2)
         if not first.keys() & second.keys()
-    ]
-    layouts = [
-        (change, sets)
-        for change, sets in _layouts(model, work, deploy)
-        if only is None or only.issuperset(sets)
-    ]
-    for tried in (single, layouts, pairs):
-        found = [way for change, sets in tried if (way := _way(model, work, deploy, change, sets))]
+    )
+    for tried in (single, _layouts(model, work, deploy), pairs):  # none before it is needed
+        found = [
+            way
+            for change, sets in tried
+            if only is None or only.issuperset(sets)
+            if (way := _way(model, work, deploy, change, sets))
+        ]
         if found:
             return tuple(sorted(found, key=lambda way: -way.estimate.headroom_bytes))
     return ()
@@ -82,8 +78,8 @@ def _layouts(
 def _changes(
     work: Inference | Training, deploy: Deployment
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = [f.name for f in fields(Deployment) if f.name != "gpus"]
     for change, other in changes(deploy):
-        names = [f.name for f in fields(Deployment) if f.name != "gpus"]
         differing = {name: getattr(other, name) for name in names}
         yield change, {k: v for k, v in differing.items() if v != getattr(deploy, k)}
     if isinstance(work, Inference):
