@@ -1,0 +1,108 @@
+"""Writes docs/time.md's table of whole models: `python -m tools.time_table`.
+
+Held-out records of GPUs: all of a quantity, and those that kernels bind as planned. Then how near
+any one number a point could come to points that ran several times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from planner import ConfigError
+from planner.format import of_quantity
+from planner.report import write_text
+from planner.timing.latency import Latency
+from profiles.compare import compare, estimate_of
+from profiles.records import Record
+from profiles.repeatability import repeats
+from profiles.rows import Row
+from tools import markdown
+from tools.accuracy_table import committed, share
+
+PAGE = Path(__file__).parents[1] / "docs" / "time.md"
+BEGIN = "<!-- whole models: written by `python -m tools.time_table` -->"
+END = "<!-- /whole models -->"
+TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s")
+HOST = "host"
+
+
+def whole_models(found: Sequence[Record]) -> str:
+    """The part of the page between the marks."""
+    of_gpus = [record for record in found if record.environment.device == "cuda"]
+    rows = [row for row in compare(of_gpus) if row.relative_error is not None]
+    held_out = [row for row in rows if row.split == "held-out" and row.quantity in TIMES]
+    latencies = _latencies(of_gpus)
+    kernels = [row for row in held_out if _bound(row, latencies[row.record]) != HOST]
+    lines: list[Sequence[str]] = [
+        ("held-out", "n", "mean \\|error\\|", "p90"),
+        ("---", "--:", "--:", "--:"),
+    ]
+    for quantity in TIMES:
+        for members, name in ((held_out, "{}"), (kernels, "… {}, bound by kernels")):
+            own = [row for row in members if row.quantity == quantity]
+            if own:
+                lines.append((name.format(of_quantity(quantity)), *_figures(own)))
+    lines.append(("all that kernels bind", *_figures(kernels)))
+    return f"{markdown.table(lines)}\n\n{nearest(of_gpus, rows)}"
+
+
+def nearest(found: Sequence[Record], rows: Sequence[Row]) -> str:
+    """Of eager decoding: the error of the best number a point, chosen with all runs in sight."""
+    of = {row.record: row for row in rows if row.quantity == "tpot_s"}
+    best, ours = list[float](), list[float]()
+    points = 0
+    for repeat in repeats(found):
+        if (repeat.quantity, repeat.between) != ("tpot_s", "runs"):
+            continue
+        runs = [of[record] for record in repeat.records if record in of]
+        if len(runs) < 2:
+            continue
+        points += 1
+        seen = [row.measured for row in runs]
+        best += [best_error(seen)] * len(runs)
+        ours += [abs(row.relative_error or 0.0) for row in runs]
+    return (
+        f"On the {points} points whose TPOT was measured by several runs the best single number a "
+        f"point, chosen with all runs in sight, would miss by {share(fmean(best))} in the mean; "
+        f"ours miss by {share(fmean(ours))}."
+    )
+
+
+def best_error(seen: Sequence[float]) -> float:
+    """min over c of mean |c / m − 1|: convex, with its corners at what was measured."""
+    return min(fmean(abs(c / m - 1.0) for m in seen) for c in seen)
+
+
+def _latencies(found: Iterable[Record]) -> dict[str, Latency]:
+    made = {}
+    for record in found:
+        try:
+            made[record.id] = estimate_of(record).latency
+        except ConfigError:
+            continue
+    return made
+
+
+def _bound(row: Row, latency: Latency) -> str:
+    decodes = row.quantity in ("tpot_s", "replay_s")
+    return latency.decode_bound_by if decodes else latency.prefill_bound_by
+
+
+def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
+    off = [abs(row.relative_error or 0.0) for row in rows]
+    return f"{len(off)}", share(fmean(off)), share(float(np.quantile(off, 0.9)))
+
+
+def written(text: str, part: str) -> str:
+    """`text` of the page with `part` between its marks."""
+    return markdown.between(BEGIN, END, text, part)
+
+
+if __name__ == "__main__":
+    os.environ["PLANNER_CALIBRATION"] = ""  # the catalogue alone
+    write_text(written(PAGE.read_text(encoding="utf-8"), whole_models(committed())), PAGE)
