@@ -7,7 +7,7 @@ split: full is held-out, hollow is calibration, hollow with a dot is neither.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -62,9 +62,24 @@ def residuals(rows: Iterable[Row], *, by: str) -> go.Figure:
             y=[height(row) for row in members],
             **_looks(quantity, split, members, first=first),
         )
-    figure.update_layout(**LAYOUT, height=110 + (30 if by == "model" else 36) * max(1, len(lines)))
+    error_axes(
+        figure,
+        place,
+        [100 * (row.relative_error or 0.0) for row in known],
+        row_height=30 if by == "model" else 36,
+    )
+    figure.update_layout(showlegend=by == "model")
+    return figure
+
+
+def error_axes(
+    figure: go.Figure, place: Mapping[str, int], drawn: Sequence[float], *, row_height: int
+) -> None:
+    """Signed errors, in percent, along; the named lines, each at its height, above one another."""
+    lines = max(1, len(place))
+    figure.update_layout(**LAYOUT, height=110 + row_height * lines)
     figure.update_xaxes(
-        range=reach([100 * (row.relative_error or 0.0) for row in known]),
+        range=reach(drawn),
         ticksuffix=" %",
         nticks=7,
         zeroline=False,
@@ -74,13 +89,11 @@ def residuals(rows: Iterable[Row], *, by: str) -> go.Figure:
     figure.update_yaxes(
         tickvals=list(place.values()),
         ticktext=[escaped(name) for name in place],
-        range=[-0.6, max(1, len(lines)) - 0.4],
+        range=[-0.6, lines - 0.4],
         automargin=True,
         zeroline=False,
         fixedrange=True,
     )
-    figure.update_layout(showlegend=by == "model")
-    return figure
 
 
 def reach(errors: Sequence[float]) -> list[float]:

@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 import plotly.graph_objects as go
 
-from app.charts import LAYOUT, LINE, escaped, label, value
+from app.charts import LINE, escaped, label, value
 from app.measured_charts import LOOKS as MEASURED_LOOKS
-from app.measured_charts import reach
+from app.measured_charts import error_axes
 from planner.format import percent
 from profiles.published import PublishedRow
 from profiles.published_latency import LatencyRow
@@ -57,23 +57,7 @@ def errors(rows: Sequence[PublishedAny]) -> go.Figure:
                 text=[_hover(row, x, filled=filled) for row, x in points],
                 hovertemplate="%{text}<extra></extra>",
             )
-    figure.update_layout(**LAYOUT, height=110 + ROW_HEIGHT * max(1, len(lines)))
-    figure.update_xaxes(
-        range=reach(drawn),
-        ticksuffix=" %",
-        nticks=7,
-        zeroline=False,
-        title="predicted / measured − 1",
-        fixedrange=True,
-    )
-    figure.update_yaxes(
-        tickvals=list(place.values()),
-        ticktext=[escaped(name) for name in place],
-        range=[-0.6, max(1, len(lines)) - 0.4],
-        automargin=True,
-        zeroline=False,
-        fixedrange=True,
-    )
+    error_axes(figure, place, drawn, row_height=ROW_HEIGHT)
     return figure
 
 
