@@ -44,7 +44,8 @@ class Latency:
     """Times of a workload. TPOT is the mean over the decode steps.
 
     `tpot_s` is None where there is no decode step (output_tokens = 1). A training step has
-    `step_s` and `trained_tokens_per_s` and no TTFT; sharded among hosts it has no times. Each
+    `step_s` and `trained_tokens_per_s` and no TTFT; sharded, these are one GPU's, and among hosts
+    there are none. Each
     `…_interval_s` holds nine in ten, judged by the fits' errors on ops that they never saw. `basis`
     says what the times come from and `confidence` whether most of the time lies within what was
     measured ("interpolated"), beyond it or by another GPU's ("extrapolated"), or by stated defaults
