@@ -165,7 +165,11 @@ class TrainingBench(Bench):
                     run.step()
 
         values = self.powered(steps)
-        return values | {"step_s": tuple(watch.samples_s), "warmup_steps": point.warmup}
+        return values | {
+            "step_s": tuple(watch.samples_s),
+            "host_add_s": tuple(watch.host_add_s),
+            "warmup_steps": point.warmup,
+        }
 
 
 def _without_dropout(module: torch.nn.Module) -> None:
