@@ -62,10 +62,16 @@ class Bench:
         """As torch names it."""
         return torch.cuda.get_device_name(self.device) if self.on_cuda else self.device.type
 
-    def measure(self, workload: Workload, point: Point, values: dict[str, Any]) -> str:
+    def measure(
+        self, workload: Workload, point: Point, values: dict[str, Any], *, times_only: bool = False
+    ) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
-        steps = (self.cuda_memory, self.memory, self.time)
-        for measurement in steps if self.on_cuda else steps[1:]:
+        steps = [self.memory, self.time]
+        if times_only:
+            steps = [self.kernels, self.time]
+        elif self.on_cuda:
+            steps.insert(0, self.cuda_memory)
+        for measurement in steps:
             found, status = attempt(partial(measurement, workload, point))
             values |= found or {}
             workload.end()
@@ -113,6 +119,11 @@ class Bench:
             values["peak_live_bytes"] = workload.weights_bytes + meter.peak_bytes
             values["peak_op"] = meter.peak_op
         return values
+
+    def kernels(self, workload: Workload, point: Point) -> dict[str, Any]:
+        """Which attention and experts ran, of `memory` over two tokens."""
+        seen = self.memory(workload, replace(point, output_tokens=min(point.output_tokens, 2)))
+        return {name: seen[name] for name in ("attention", "experts")}
 
     def time(self, workload: Workload, point: Point) -> dict[str, Any]:
         """Every timed step, and the energy of them together."""

@@ -100,13 +100,24 @@ class TrainingRun:
 class TrainingBench(Bench):
     """A Bench for training points; `train` is what `measure` is to them."""
 
-    def train(self, workload: Workload, point: TrainingPoint, values: dict[str, Any]) -> str:
+    def train(
+        self,
+        workload: Workload,
+        point: TrainingPoint,
+        values: dict[str, Any],
+        *,
+        times_only: bool = False,
+    ) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
         run, status = attempt(lambda: TrainingRun(workload, point.work, self.ids(workload, point)))
         if run is None:
             return status
-        steps = (self.step_peaks, self.step_memory, self.step_time)
-        for measurement in steps if self.on_cuda else steps[1:]:
+        steps = [self.step_memory, self.step_time]
+        if times_only:
+            steps = [self.step_kernels, self.step_time]
+        elif self.on_cuda:
+            steps.insert(0, self.step_peaks)
+        for measurement in steps:
             found, status = attempt(partial(measurement, run, point))
             values |= found or {}
             run.module.zero_grad(set_to_none=True)
@@ -152,6 +163,11 @@ class TrainingBench(Bench):
             "peak_live_bytes": weights + states + meter.peak_bytes,
             "peak_op": meter.peak_op,
         }
+
+    def step_kernels(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
+        """Which attention and experts ran, of `step_memory`."""
+        seen = self.step_memory(run, point)
+        return {name: seen[name] for name in ("attention", "experts")}
 
     def step_time(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
         """Every timed step, and the energy of them together."""

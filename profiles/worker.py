@@ -103,8 +103,8 @@ def _measure(model: Model, point: SuitePoint, bench: TrainingBench, values: dict
     if workload is None:
         return status
     if isinstance(point.run, Point):
-        return bench.measure(workload, point.run, values)
-    return bench.train(workload, point.run, values)
+        return bench.measure(workload, point.run, values, times_only=point.times_only)
+    return bench.train(workload, point.run, values, times_only=point.times_only)
 
 
 def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
