@@ -55,8 +55,8 @@ def test_where_times_alone_are_wanted_memory_is_not_measured(number, tmp_path):
     timed = replace(suite_points("smoke")[number], times_only=True)
     (record,) = run_points("test", [timed], device="cpu", out=tmp_path / "r.jsonl").records
     assert record.status == "ok"
-    assert record.attention == "sdpa:flash_cpu"
-    assert record.step_s and record.host_add_s
+    assert record.attention.startswith("sdpa:flash_cpu")
+    assert len(record.step_s) + len(record.ttft_s) == len(record.host_add_s) > 0
     assert record.weights_bytes is record.peak_live_bytes is record.gradients_bytes is None
 
 
