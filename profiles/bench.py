@@ -21,6 +21,7 @@ import torch
 from planner import ConfigError
 from profiles import graph_step, meters, nvml
 from profiles.points import Point
+from profiles.records import WARMUP_STEPS
 from profiles.workloads import Workload, attention_name
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ T = TypeVar("T")
 ENERGY_WINDOW_S = 1.0
 """Shorter windows hold too few steps of the energy counter (20–100 ms each)."""
 
-WARMUP_TOKENS = 3
+WARMUP_TOKENS = WARMUP_STEPS + 1
 """A warm-up pass of a generation ends after this many tokens: a prefill and two decode steps."""
 
 TRACEBACKS = "PLANNER_TRACEBACKS"

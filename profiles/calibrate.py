@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,12 @@ def write(content: Mapping[str, Any], path: Path) -> int:
     return size
 
 
+HostRows = Sequence[tuple[float, float, float]]
+"""(measured, GPU's, host's unscaled) seconds of passes of one kind."""
+
+
 def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
-    """One factor from rows of (measured, GPU's, host's unscaled) seconds; None where none is bound.
+    """One factor from `HostRows`, the median; None where no pass waited for its host.
 
     Of a row that takes about what its kernels take the host may have been done long before.
     """
@@ -289,7 +293,7 @@ def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
     gaps = [
         (measured_s - gpu_s - replay_s) / kernel_count(program)
         for record in rows
-        for measured_s, gpu_s, program in passes_of_record(record)
+        for _, measured_s, gpu_s, program in passes_of_record(record)
     ]
     between = dict[str, Any]()
     if gaps:
@@ -352,15 +356,15 @@ def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, 
     if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
         mine = [r for r in mine if r.host_add_s]
     for engine in sorted({r.runtime for r in mine}):
-        rows = []
+        passes: list[HostRows] = []
         for record in mine:
             if record.runtime == engine and record.split == "calibration" and record.step is None:
-                rows += _host_rows(record, bare)
+                passes += _host_rows(record, bare)
                 named.append(str(record.point))
-        factor = host_scale(rows)
+        factor = host_scale(row for rows in passes for row in rows)
         if factor is not None:
             scale[engine] = round(factor, 3)
-            apart = max(apart, *(_disturbed(row, factor) for row in rows))
+            apart = max(apart, *(abs((host_scale(rows) or factor) / factor - 1) for rows in passes))
     return {
         "host": {
             "op_s": costs,
@@ -390,30 +394,27 @@ def _as_usual(costs: dict[str, float], records: list[Record]) -> dict[str, float
 def _spread(records: list[Record]) -> float:
     """90th percentile of |step / median − 1| over single decode steps: how far a host wanders."""
     off = [
-        abs(step / statistics.median(r.step_s) - 1.0)
-        for r in records
-        if r.phase == "generation" and r.step_s
-        for step in r.step_s
+        abs(step / statistics.median(s for s, _ in steps) - 1.0)
+        for record in records
+        if (steps := record.samples("tpot_s") if record.phase == "generation" else ())
+        for step, _ in steps
     ]
     return float(np.quantile(off, 0.9)) if off else 0.3
 
 
-def _disturbed(row: tuple[float, float, float], factor: float) -> float:
-    """How far a calibration row that waits for the host is from what the factor says."""
-    measured, gpu, host = row
-    return abs(measured / (factor * host) - 1.0) if measured > BOUND * gpu else 0.0
-
-
-def _host_rows(record: Record, host: HostCost) -> list[tuple[float, float, float]]:
-    """(measured, GPU's, host's) seconds of the passes of one inference record."""
+def _host_rows(record: Record, host: HostCost) -> list[HostRows]:
+    """Of each quantity of an inference record its passes, each at the speed that its host had
+    right before it.
+    """
     engine = Engine(
         runtime=record.runtime,
         model_type=planner.read_config(record.config).text_type,
         attention=str(record.attention).split(":")[0],
     )
-    if record.host_add_s:
-        host = host.as_fast_as(statistics.median(record.host_add_s))
     return [
-        (measured_s, gpu_s, unscaled_seconds(program, host, engine))
-        for measured_s, gpu_s, program in passes_of_record(record)
+        [
+            (measured_s, gpu_s, unscaled_seconds(program, host.as_fast_as(add_s), engine))
+            for measured_s, add_s in record.samples(quantity)
+        ]
+        for quantity, _, gpu_s, program in passes_of_record(record)
     ]

@@ -6,7 +6,6 @@ So an old record is always set against today's planner.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -118,7 +117,9 @@ def _stepped(record: Record) -> bool:
 def predicted(record: Record) -> dict[str, float | None]:
     """What the planner says of a record's work; None for what it does not predict."""
     estimate = estimate_of(record)
-    memory, latency = estimate.memory, estimate.latency
+    memory, latency, tpot_s = estimate.memory, estimate.latency, estimate.latency.tpot_s
+    if record.host_add_beside_s("tpot_s") != record.host_add_beside_s("ttft_s"):
+        tpot_s = estimate_of(record, quantity="tpot_s").latency.tpot_s
     return {
         "weights_bytes": memory.weights_bytes,
         "kv_cache_bytes": memory.kv_cache_bytes,
@@ -129,17 +130,17 @@ def predicted(record: Record) -> dict[str, float | None]:
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "device_used_bytes": memory.device_used_bytes,
         "ttft_s": latency.ttft_s,
-        "tpot_s": latency.tpot_s,
+        "tpot_s": tpot_s,
         "replay_s": latency.tpot_s,
         "step_s": latency.step_s if record.phase == "training" else latency.tpot_s,
     }
 
 
-def estimate_of(record: Record) -> planner.Estimate:
+def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate:
     """The estimate of a record's work on its device; ConfigError where the planner refuses it.
 
-    What a graph replayed were the eager pass's own kernels. How fast the host issued additions at
-    the time is told, where the record has it.
+    What a graph replayed were the eager pass's own kernels. How fast the host issued additions
+    beside `quantity` is told, where the record has it.
     """
     if record.environment.gpu is None:
         raise ConfigError(f"gpu={record.environment.device_name!r} is not in the catalogue")
@@ -160,14 +161,14 @@ def estimate_of(record: Record) -> planner.Estimate:
         dtype=planned_dtype(work, record.dtype),
         kv_dtype=None if record.step is not None else record.kv_dtype,
         mode="captured" if record.mode == "graph" else record.mode,
-        host_add_s=statistics.median(record.host_add_s) if record.host_add_s else None,
+        host_add_s=record.host_add_beside_s(quantity),
     )
     with as_on(processor_of(record)):
         return planner.estimate(planner.read_config(record.config), work, deploy)
 
 
-def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
-    """(measured seconds, the kernels' seconds, program) of an inference record's passes."""
+def passes_of_record(record: Record) -> list[tuple[str, float, float, Program]]:
+    """(quantity, measured seconds, kernels' seconds, program) of a record's inference passes."""
     estimate = estimate_of(record)
     if isinstance(estimate.work, planner.Training):
         return []
@@ -175,7 +176,7 @@ def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
     rules = runtime_named(record.runtime)
     passes = passes_of(estimate.share.model, setting, record.runtime, estimate.gpu)
     found = measured(record)
-    made: list[tuple[float, float, Program]] = []
+    made: list[tuple[str, float, float, Program]] = []
     for quantity, make, tokens, context in (
         ("ttft_s", rules.prefill, work.prompt_tokens, work.prompt_tokens),
         ("tpot_s", rules.decode, 1, work.context_tokens),
@@ -185,7 +186,7 @@ def passes_of_record(record: Record) -> list[tuple[float, float, Program]]:
             program = make(estimate.share.model, work, setting)
             dims = Dims(batch=work.batch, tokens=tokens, context=context)
             gpu_s = float(pass_cost(program, dims, passes.speed).time_s)
-            made.append((found[quantity], gpu_s, program))
+            made.append((quantity, found[quantity], gpu_s, program))
     return made
 
 

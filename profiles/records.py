@@ -12,16 +12,18 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from planner import ConfigError
 from planner.errors import check_choice, check_size, shown
+
+T = TypeVar("T")
 
 SCHEMA = 2
 KNOWN_SCHEMAS = (1, 2)
@@ -31,6 +33,9 @@ READS = " and ".join(map(str, KNOWN_SCHEMAS))
 
 PHASES = ("prefill", "decode", "generation", "training")
 SPLITS = ("calibration", "held-out")
+
+WARMUP_STEPS = 2
+"""Decode steps of the warm-up before a generation's timed passes: a prefill comes before."""
 
 DATA = Path(__file__).parent / "data"
 DEFAULT_OUT = Path("measurements") / "records.jsonl"
@@ -155,17 +160,62 @@ class Record:
 
     @property
     def repeat_tpot_s(self) -> tuple[float, ...]:
-        """The mean time of a token after the first, of each repeat (generation)."""
-        steps = self.output_tokens - 1
-        if self.phase != "generation" or not steps:
-            return ()
-        starts = range(0, len(self.step_s), steps)
-        return tuple(statistics.fmean(self.step_s[i : i + steps]) for i in starts)
+        """The mean time of a token after the first, of each repeat (generation).
+
+        Without a repeat that met its lengths for the first time, where others follow it.
+        """
+        return tuple(statistics.fmean(steps) for steps in self._repeats(self.step_s))
 
     @property
     def median_tpot_s(self) -> float | None:
         """Median of `repeat_tpot_s`."""
         return statistics.median(self.repeat_tpot_s) if self.repeat_tpot_s else None
+
+    @property
+    def new_lengths_tpot_s(self) -> float | None:
+        """Mean time of a token where no pass had met these lengths, of the steps after a warm-up's.
+
+        Whatever a backend prepares for each length is in it (`times_only` of a point: no passes for
+        memory came before).
+        """
+        later = self.step_s[WARMUP_STEPS : self.output_tokens - 1]
+        return statistics.fmean(later) if self._first_is_new and later else None
+
+    @property
+    def _first_is_new(self) -> bool:
+        """Whether no pass for memory came before a generation's timed ones (suite host)."""
+        timed_alone = self.peak_live_bytes is None and len(self.ttft_s) > 1
+        return timed_alone and len(self.host_add_s) == len(self.ttft_s) + len(self.step_s)
+
+    def _repeats(self, steps: tuple[T, ...]) -> Iterator[tuple[T, ...]]:
+        size = self.output_tokens - 1
+        if self.phase == "generation" and size:
+            for start in range(size if self._first_is_new else 0, len(steps), size):
+                yield steps[start : start + size]
+
+    def samples(self, quantity: str) -> tuple[tuple[float, float | None], ...]:
+        """Every timed pass of "ttft_s" or step of "tpot_s" (those of `repeat_tpot_s`), and what an
+        addition cost the host right before it.
+
+        Where the host was read only before and after them all (until 2026-11-27), the median of
+        that; None where it was not read.
+        """
+        firsts = len(self.ttft_s)
+        adds: tuple[float | None, ...] = self.host_add_s
+        if len(adds) != firsts + len(self.step_s):
+            usual = statistics.median(self.host_add_s) if adds else None
+            adds = (usual,) * (firsts + len(self.step_s))
+        pairs = tuple(zip((*self.ttft_s, *self.step_s), adds, strict=True))
+        if self.phase != "generation":
+            return pairs
+        if quantity == "ttft_s":
+            return pairs[:firsts]
+        return tuple(pair for repeat in self._repeats(pairs[firsts:]) for pair in repeat)
+
+    def host_add_beside_s(self, quantity: str) -> float | None:
+        """The median of what an addition cost beside a quantity's `samples`; None: unknown."""
+        adds = [add_s for _, add_s in self.samples(quantity) if add_s is not None]
+        return statistics.median(adds) if adds else None
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
