@@ -1,8 +1,10 @@
 """python -m profiles.kernel_times: which kernels a pass runs, how often, and how long they take.
 
-Under torch's profiler, whose readings disturb the host but not the kernels; a record's times are
-measured without it. One line of JSON a pass: rows of (op that launched it, shapes of its inputs,
-kernel, count, seconds), the longest first, to be laid beside `Estimate.latency.op_table()`.
+Under torch's profiler, which slows the host (each op by a microsecond or two) but not the kernels;
+a record's times are measured without it. One line of JSON a pass: rows of (op that launched it,
+shapes of its inputs, kernel, count, seconds), the longest first, to be laid beside
+`Estimate.op_times()`; and the calls that Python made of torch, with the host's seconds in them and
+between them.
 """
 
 from __future__ import annotations
@@ -44,11 +46,26 @@ class KernelTime:
     seconds: float
 
 
-def kernel_times(run: Callable[[], object]) -> list[KernelTime]:
-    """The kernels of one call of `run`, the longest in all first.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostTime:
+    """What the host spent in calls of one op, those that it makes in turn included."""
 
-    Without a GPU its ops, each with the time of those that it calls.
-    """
+    op: str
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTimes:
+    """The kernels of a pass; its calls of torch, and the host's time from the first to the last."""
+
+    kernels: list[KernelTime]
+    calls: list[HostTime]
+    host_s: float
+
+
+def pass_times(run: Callable[[], object]) -> PassTimes:
+    """Of one call of `run`. Without a GPU ops, with what they call in them, stand for kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
@@ -62,10 +79,34 @@ def kernel_times(run: Callable[[], object]) -> list[KernelTime]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text())
-    return read(trace["traceEvents"], kind="kernel" if torch.cuda.is_available() else "cpu_op")
+    events = trace["traceEvents"]
+    calls, host_s = calls_of(events)
+    kind = "kernel" if torch.cuda.is_available() else "cpu_op"
+    return PassTimes(kernels=kernels_of(events, kind=kind), calls=calls, host_s=host_s)
 
 
-def read(events: Sequence[Mapping[str, Any]], *, kind: str) -> list[KernelTime]:
+def calls_of(events: Sequence[Mapping[str, Any]]) -> tuple[list[HostTime], float]:
+    """The outermost ops of each thread, the longest in all first; from the first's begin to the
+    last's end, threads added up.
+    """
+    threads: dict[object, list[Mapping[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") == "cpu_op":
+            threads.setdefault(event.get("tid"), []).append(event)
+    counts, seconds, span_s = Counter[str](), Counter[str](), 0.0
+    for ops in threads.values():
+        end = begin = min(op["ts"] for op in ops)
+        for op in sorted(ops, key=lambda op: (op["ts"], -op["dur"])):
+            if op["ts"] >= end:
+                counts[op["name"]] += 1
+                seconds[op["name"]] += op["dur"] / 1e6
+                end = op["ts"] + op["dur"]
+        span_s += (end - begin) / 1e6
+    rows = [HostTime(op=op, count=counts[op], seconds=s) for op, s in seconds.items()]
+    return sorted(rows, key=lambda row: -row.seconds), span_s
+
+
+def kernels_of(events: Sequence[Mapping[str, Any]], *, kind: str) -> list[KernelTime]:
     """Rows of a trace of Chrome's; `kind` is the category of what took the time.
 
     A kernel names the op that launched it by its "External id"; one of a graph names none.
@@ -96,7 +137,7 @@ def _shapes(op: Mapping[str, Any]) -> str:
     return " ".join("×".join(map(str, dims)) for dims in inputs if dims)
 
 
-def passes(point: SuitePoint, device: torch.device) -> dict[str, list[KernelTime]]:
+def passes(point: SuitePoint, device: torch.device) -> dict[str, PassTimes]:
     """Of a point: its prefill and a decode step, or a training step, after warm-up."""
     model = planner.load_model(point.model)
     workload = build(
@@ -113,8 +154,8 @@ def passes(point: SuitePoint, device: torch.device) -> dict[str, list[KernelTime
         training = TrainingRun(workload, work, ids)
         for _ in range(WARMUP):
             training.step()
-        return {"training": kernel_times(training.step)}
-    found: dict[str, list[KernelTime]] = {}
+        return {"training": pass_times(training.step)}
+    found: dict[str, PassTimes] = {}
     ids = random_ids(workload.vocab_size, run.batch, run.prompt_tokens).to(device)
     workload.begin(batch=run.batch, capacity_tokens=run.prompt_tokens + WARMUP + 2)
     for _ in range(WARMUP):
@@ -124,15 +165,15 @@ def passes(point: SuitePoint, device: torch.device) -> dict[str, list[KernelTime
             pass
     workload.reset()
     tokens = workload.tokens(ids, output_tokens=3, logits=run.logits)
-    found["prefill"] = kernel_times(partial(next, tokens))
+    found["prefill"] = pass_times(partial(next, tokens))
     if run.output_tokens > 1:
         token = next(tokens)
         if run.mode == "graph":
             step = graph_step.capture(workload, token, run.logits)
             step.replay()
-            found["replay"] = kernel_times(step.replay)
+            found["replay"] = pass_times(step.replay)
         else:
-            found["decode"] = kernel_times(partial(next, tokens))
+            found["decode"] = pass_times(partial(next, tokens))
     return found
 
 
@@ -147,10 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
         device = environment.find_device(asked.device)
         records.check_writable(asked.out)
         for name in asked.point:
-            for phase, rows in passes(_point(name), device).items():
-                line = {"point": name, "phase": phase, "rows": [asdict(row) for row in rows]}
+            for phase, made in passes(_point(name), device).items():
+                line = {"point": name, "phase": phase, **asdict(made)}
                 records.append_lines(asked.out, [json.dumps(line)])
-                print(f"{sum(row.seconds for row in rows) * 1e3:9.3f} ms  {phase:8}  {name}")
+                kernels_s = sum(row.seconds for row in made.kernels)
+                print(f"{kernels_s * 1e3:9.3f} ms of kernels  {phase:8}  {name}")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

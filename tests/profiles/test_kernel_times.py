@@ -1,6 +1,6 @@
 import pytest
 
-from profiles.kernel_times import main, read
+from profiles.kernel_times import calls_of, kernels_of, main
 
 
 def kernel(name, dur, launched=None, cat="kernel"):
@@ -18,12 +18,23 @@ def test_kernels_are_counted_by_the_op_that_launched_them_and_its_shapes():
         kernel("replayed", 2.0),
         {"name": "no kernel", "dur": 100},
     ]
-    rows = [(r.op, r.shapes, r.kernel, r.count, r.seconds) for r in read(events, kind="kernel")]
+    rows = [
+        (r.op, r.shapes, r.kernel, r.count, r.seconds) for r in kernels_of(events, kind="kernel")
+    ]
     assert rows == [
         ("aten::mm", "4×8 8×2", "gemm", 2, pytest.approx(8e-6)),
         ("", "", "replayed", 1, pytest.approx(2e-6)),
         ("aten::mm", "4×8 8×2", "Memset", 1, pytest.approx(1e-6)),
     ]
+
+
+def test_a_call_holds_those_it_makes_and_what_lies_between_calls_is_pythons():
+    at = [("aten::linear", 0, 10), ("aten::mm", 2, 5), ("aten::add", 20, 4), ("aten::add", 30, 6)]
+    events = [{"cat": "cpu_op", "name": n, "tid": 1, "ts": t, "dur": d} for n, t, d in at]
+    rows, host_s = calls_of(events)
+    assert [(r.op, r.count) for r in rows] == [("aten::linear", 1), ("aten::add", 2)]
+    assert [r.seconds for r in rows] == pytest.approx([10e-6, 10e-6])
+    assert host_s == pytest.approx(36e-6)
 
 
 @pytest.mark.parametrize("name", ["nothing:x", "smoke:x"])
