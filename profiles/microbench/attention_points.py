@@ -75,6 +75,24 @@ def masked_points() -> Iterator[OpPoint]:
             )
 
 
+def masked_backward_points() -> Iterator[OpPoint]:
+    """The way back behind a mask, and the same kernel's way there."""
+    for heads in ((32, 32, 128), (16, 16, 64), HELD_OUT[1]):
+        for batch, tokens in ((1, 1024), (1, 4096), (4, 512), (4, 2048)):
+            for family, backend in (
+                ("backward", "efficient"),
+                ("backward", "default"),
+                ("prefill", "efficient"),
+            )[: 1 if tokens == 512 else 3]:
+                yield OpPoint(
+                    family=family,
+                    op="sdpa_masked",
+                    shape=shape_of(heads, batch, tokens, tokens),
+                    backend=backend,
+                    split=split_of(heads),
+                )
+
+
 def decode_points() -> Iterator[OpPoint]:
     """One query a sequence over its cache: a chequerboard of batch and context, denser for two."""
     for heads in (*CALIBRATION, *HELD_OUT):

@@ -16,7 +16,7 @@ HEADS = ("heads", "kv_heads", "head_dim")
 def shapes_by_split(device, families, names):
     found = defaultdict(set)
     for point in points(device, families):
-        if set(names) <= point.shape.keys():
+        if set(names) <= point.shape.keys() and not point.op.startswith("bmm"):
             found[point.split].add(tuple(point.shape[name] for name in names))
     return found
 
