@@ -34,8 +34,8 @@ Row: TypeAlias = tuple[str, list[float], int]
 PRODUCTS = ("linear", "scaled_mm")
 COMPUTING = ("gemm", "prefill", "decode", "backward", "moe")
 UNFITTED = ("fp16", "fp32")
-"""Dtypes of a GPU's products and attention that were timed beside bf16 and have no fit of their own:
-fp16 is taken to be as fast, float32 by shares of its ceiling."""
+"""Dtypes in which a GPU's products and attention were timed beside bf16 and that have no fit of
+their own: fp16 is taken to be as fast, float32 to reach a share of its ceiling."""
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 

@@ -24,6 +24,7 @@ HELD_OUT: tuple[Heads, ...] = (
     (40, 8, 128),  # Qwen2.5-14B
     (8, 4, 256),  # Gemma-2-2B
 )
+PHI_2: Heads = (32, 32, 80)
 CPU_CALIBRATION: tuple[Heads, ...] = (
     (8, 8, 64),
     (8, 2, 64),
@@ -43,7 +44,7 @@ LARGEST_PREFILL_FLOPS = 3e12
 
 def split_of(heads: Heads) -> Split:
     """Whether a fit may see attention of these heads."""
-    return "held-out" if heads in (*HELD_OUT, *CPU_HELD_OUT) else "calibration"
+    return "held-out" if heads in (*HELD_OUT, PHI_2, *CPU_HELD_OUT) else "calibration"
 
 
 def prefill_points() -> Iterator[OpPoint]:

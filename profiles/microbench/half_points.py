@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from profiles.microbench import attention_points, gemm_points
-from profiles.microbench.attention_points import Heads
+from profiles.microbench.attention_points import PHI_2, Heads
 from profiles.microbench.point import OpPoint, Split
 
 HALF_PAIRS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (3584, 3584))
@@ -16,7 +16,6 @@ FP32_PAIRS = ((4096, 4096), (2048, 2048), (3072, 768), (768, 3072), (2304, 768))
 FP32_M = (1, 64, 1024, 4096)
 
 HEADS_OF_80: tuple[Heads, ...] = ((16, 16, 80), (40, 40, 80))
-PHI_2: Heads = (32, 32, 80)
 PREFILL_OF_80 = ((1, 512), (1, 2048), (4, 1024))
 ROTARY = ((16, 128, 32), (16, 64, 16), (40, 80, 32))
 HELD_OUT_ROTARY = ((32, 80, 32), (32, 128, 32))  # phi-2, Pythia-6.9B
@@ -103,7 +102,7 @@ def _gemm(op: str, m: int, n: int, k: int, dtype: str) -> OpPoint:
 
 def _prefill(heads: Heads, batch: int, tokens: int, backend: str) -> OpPoint:
     shape = attention_points.shape_of(heads, batch, tokens, tokens)
-    split: Split = "held-out" if heads == PHI_2 else attention_points.split_of(heads)
+    split = attention_points.split_of(heads)
     return OpPoint(
         family="prefill", op="sdpa", shape=shape, dtype="fp16", backend=backend, split=split
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from profiles.microbench.gemm_points import split_of
+from profiles.microbench.gemm_points import HELD_OUT_ROUTERS, split_of
 from profiles.microbench.point import OpPoint, Split
 
 Mixture = tuple[int, int, int, int]
@@ -26,7 +26,6 @@ HELD_OUT: tuple[Mixture, ...] = (
 TOKENS = (1, 2, 4, 8, 16, 32)
 ROUTED_TOKENS = (4, 16, 64)
 ROUTERS = ((128, 2048), (64, 1536), (60, 1536), (1, 1536))
-HELD_OUT_ROUTERS = ((64, 2048), (60, 2048), (1, 2048))
 
 LATENTS = (
     (1, 32, 1024),
@@ -82,10 +81,9 @@ def dealing_points() -> Iterator[OpPoint]:
 def router_points() -> Iterator[OpPoint]:
     """Products with one column for each expert, or one in all."""
     for n, k in (*ROUTERS, *HELD_OUT_ROUTERS):
-        split: Split = "held-out" if (n, k) in HELD_OUT_ROUTERS else split_of(n, k)
         for m in (4, 16, 64):
             shape = {"m": m, "n": n, "k": k}
-            yield OpPoint(family="gemm", op="linear", shape=shape, split=split)
+            yield OpPoint(family="gemm", op="linear", shape=shape, split=split_of(n, k))
 
 
 def latent_points() -> Iterator[OpPoint]:

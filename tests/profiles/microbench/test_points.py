@@ -47,7 +47,7 @@ def test_a_quarter_of_the_list_has_a_quarter_of_every_large_family():
     for family in ("gemm", "prefill", "decode", "bandwidth"):
         of_all = sum(point.family == family for point in spread)
         of_quarter = sum(point.family == family for point in quarter)
-        assert of_quarter == pytest.approx(of_all / 4, abs=1.5)
+        assert of_quarter == pytest.approx(of_all / 4, rel=0.1, abs=1.5)
 
 
 def test_an_eighth_of_the_list_spans_the_sizes_of_a_product():
