@@ -49,10 +49,14 @@ def flops(point: OpPoint) -> int:
     s = point.shape
     if point.op in PRODUCTS and "m" in s:
         forward = 2 * s["m"] * s["n"] * s["k"]
-    elif point.op in BATCHED:
+    elif point.op in BATCHED and s:
         forward = 2 * s["batch"] * s["m"] * s["n"] * s["k"]
     elif point.op == "sdpa_latent":
         forward = 2 * s["batch"] * s["heads"] * s["context"] * (s["width"] + s["values"])
+    elif point.op == "chunk_scan":
+        forward = _scan_flops(s)
+    elif point.op == "experts":
+        forward = 2 * s["rows"] * s["top_k"] * 3 * s["width"] * s["hidden"]
     elif point.op in ("sdpa", "sdpa_masked") and s:
         forward = 4 * s["batch"] * s["heads"] * s["head_dim"] * _pairs(s["tokens"], s["context"])
     else:
@@ -91,6 +95,15 @@ def rotated_bytes(point: OpPoint) -> int:
 def _pairs(tokens: int, context: int) -> int:
     """Query–key pairs of a causal mask whose last query sees the whole context."""
     return tokens * (context - tokens) + tokens * (tokens + 1) // 2
+
+
+def _scan_flops(s: Shape) -> int:
+    """Scores and their values within chunks, states of chunks, what comes of them, and states
+    that follow one another."""
+    L, H, P, N = s["chunk"], s["heads"], s["head_dim"], s["state"]
+    within = 2 * L * (L * N + L * P + 2 * P * N)
+    between = 2 * (s["chunks"] + 1) ** 2 * P * N
+    return s["batch"] * H * (s["chunks"] * within + between)
 
 
 def _gemm(s: Shape, size: int) -> int:
@@ -224,6 +237,21 @@ def _rope_partial(s: Shape, size: int) -> int:
     return size * 2 * (whole + s["tokens"] * s["rotary"])
 
 
+def _chunk_scan(s: Shape, size: int) -> int:
+    """x, dt, the heads' decays, B and C in; y and the last state out."""
+    H, P, N = s["heads"], s["head_dim"], s["state"]
+    tokens = s["batch"] * s["chunks"] * s["chunk"]
+    inputs = size * (tokens * (H * P + H + 2 * N) + 2 * H) + 4 * H
+    return inputs + 4 * (tokens * H * P + s["batch"] * H * P * N)
+
+
+def _experts(s: Shape, size: int) -> int:
+    """Scores of four bytes, tokens in and out, the weights of experts that are reached."""
+    weights = s["reached"] * 3 * s["width"] * s["hidden"]
+    tokens = s["rows"] * (2 * size * s["hidden"] + 4 * s["experts"])
+    return size * weights + tokens
+
+
 def _gather_picks(s: Shape, size: int) -> int:
     """Of each pick its number and its score in, the score out."""
     return s["rows"] * s["top_k"] * (INDEX_BYTES + 2 * size)
@@ -322,6 +350,8 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "mul_decays": _mul_decays,
     "mul_column": _mul_column,
     "conv1d": _conv1d,
+    "chunk_scan": _chunk_scan,
+    "experts": _experts,
     "gather_picks": _gather_picks,
     "floor_divide": _floor_divide,
     "index_rows": _index_rows,

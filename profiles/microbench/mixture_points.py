@@ -78,6 +78,16 @@ def dealing_points() -> Iterator[OpPoint]:
         yield _bytes("cumsum_counts", {"width": E}, split, "fp32")
 
 
+def whole_mixture_points() -> Iterator[OpPoint]:
+    """All kernels of a layer's experts, from scores to the sum."""
+    for E, k, hidden, width in (*CALIBRATION, *HELD_OUT):
+        split: Split = "held-out" if (E, k, hidden, width) in HELD_OUT else "calibration"
+        for tokens in (1, 4, 8, 32):
+            shape = {"experts": E, "rows": tokens, "top_k": k, "hidden": hidden, "width": width}
+            shape["reached"] = reached(E, k, tokens)
+            yield OpPoint(family="composite", op="experts", shape=shape, split=split)
+
+
 def router_points() -> Iterator[OpPoint]:
     """Products with one column for each expert, or one in all."""
     for n, k in (*ROUTERS, *HELD_OUT_ROUTERS):

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from profiles.microbench.buffers import Buffers
 from profiles.microbench.byte_ops import BYTE_OPS
+from profiles.microbench.composite_ops import COMPOSITE_OPS
 from profiles.microbench.mixture_ops import MIXTURE_OPS
 from profiles.microbench.point import OpPoint
 from profiles.microbench.scan_ops import SCAN_OPS
 
 Call = Callable[[], object]
 
-MAKERS = {**BYTE_OPS, **SCAN_OPS, **MIXTURE_OPS}
+MAKERS = {**BYTE_OPS, **SCAN_OPS, **MIXTURE_OPS, **COMPOSITE_OPS}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from profiles.microbench.point import OpPoint, Split
 
 Scan = tuple[int, int, int, int, int, int]
+NAMES = ("batch", "chunks", "chunk", "heads", "head_dim", "state")
 CALIBRATION: tuple[Scan, ...] = (
     (2, 1, 256, 32, 64, 128),
     (1, 4, 256, 64, 64, 64),
@@ -21,7 +22,6 @@ HELD_OUT: tuple[Scan, ...] = ((4, 2, 256, 128, 64, 128), (1, 3, 256, 128, 64, 12
 CONVOLUTIONS = ((1, 1024, 4352), (3, 512, 5376), (2, 1536, 6400), (8, 256, 2304))
 HELD_OUT_CONVOLUTIONS = ((4, 512, 8448), (1, 2048, 8448))  # Bamba-9B
 CONVOLUTION_KERNEL = 4
-CPU_SCAN: Scan = (1, 2, 64, 8, 32, 32)
 
 
 def scan_points() -> Iterator[OpPoint]:
@@ -34,6 +34,14 @@ def scan_points() -> Iterator[OpPoint]:
         shape["kernel"] = CONVOLUTION_KERNEL
         split: Split = "held-out" if held_out else "calibration"
         yield OpPoint(family="bandwidth", op="conv1d", shape=shape, split=split)
+
+
+def whole_scan_points() -> Iterator[OpPoint]:
+    """Each scan from its first kernel to its last."""
+    for scan in (*CALIBRATION, *HELD_OUT):
+        shape = dict(zip(NAMES, scan, strict=True))
+        split: Split = "held-out" if scan in HELD_OUT else "calibration"
+        yield OpPoint(family="composite", op="chunk_scan", shape=shape, split=split)
 
 
 def _kernels(scan: Scan, split: Split) -> Iterator[OpPoint]:

@@ -13,7 +13,7 @@ from profiles.microbench.buffers import Buffers
 from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
 
-MATRIX = ("linear", "linear_bias", "bmm", "bmm_t", "sdpa")
+MATRIX = ("linear", "linear_bias", "bmm", "bmm_t", "sdpa", "chunk_scan")
 GATHERED = (
     "embedding",
     "grouped_mm",
@@ -23,6 +23,7 @@ GATHERED = (
     "gather_picks",
     "scatter_places",
     "put_places",
+    "experts",
 )
 """They read or write parts of their tensors, write in place, or read what was made of them."""
 
@@ -107,3 +108,11 @@ def test_cuda_points_can_be_prepared_and_run_on_fake_tensors():
         pools = Buffers(device=torch.device("cpu"), pool_bytes=12 * 2**30)
         for point in distinct(DEVICE_POINTS, per_op=25):
             Preparer(pools).prepare(point)()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_point_has_its_costs(device):
+    for point in points(device):
+        assert costs.flops(point) >= 0
+        assert costs.floor_bytes(point) >= 0
+        assert (costs.flops(point) > 0) <= (costs.floor_bytes(point) > 0)
