@@ -82,9 +82,10 @@ def _chunk_scan(point: OpPoint, buffers: Buffers) -> Call:
     s, dtype = point.shape, point.dtype
     batch, L, H, P, N = s["batch"], s["chunk"], s["heads"], s["head_dim"], s["state"]
     T = s["chunks"] * L
-    x = buffers.take(dtype, batch, T, H, P)
+    left = buffers.take(dtype, batch, H * P + 2 * N, T).transpose(1, 2)  # by a convolution
+    x, B, C = torch.split(left, [H * P, N, N], dim=-1)
+    x, B, C = x.unflatten(-1, (H, P)), B[:, :, None], C[:, :, None]
     dt = buffers.take(dtype, batch, T, H)
-    B, C = (buffers.take(dtype, batch, T, 1, N) for _ in range(2))
     D, bias = (buffers.take(dtype, H) for _ in range(2))
     A = -buffers.take("fp32", H).exp()
     return lambda: chunk_scan(x, dt, A, B, C, D, bias, L)

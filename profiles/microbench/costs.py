@@ -22,7 +22,6 @@ BACKWARD_PRODUCTS = {"linear": (2, 1), "sdpa": (5, 2), "sdpa_masked": (5, 2)}
 its scores)."""
 
 PRODUCTS = ("linear", "linear_bias", "scaled_mm", "grouped_mm")
-BATCHED = ("bmm", "bmm_t")
 
 TENSORS = {
     "copy": (1, 1),
@@ -49,7 +48,7 @@ def flops(point: OpPoint) -> int:
     s = point.shape
     if point.op in PRODUCTS and "m" in s:
         forward = 2 * s["m"] * s["n"] * s["k"]
-    elif point.op in BATCHED and s:
+    elif point.op == "bmm" and s:
         forward = 2 * s["batch"] * s["m"] * s["n"] * s["k"]
     elif point.op == "sdpa_latent":
         forward = 2 * s["batch"] * s["heads"] * s["context"] * (s["width"] + s["values"])
@@ -192,6 +191,23 @@ def _clone_heads(s: Shape, size: int) -> int:
     return 2 * size * _heads(s)
 
 
+def _clone_t(s: Shape, size: int) -> int:
+    return 2 * size * s["batch"] * s["rows"] * s["width"]
+
+
+def _add_turned(s: Shape, size: int) -> int:
+    return 3 * size * _heads(s)
+
+
+def _mul_heads(s: Shape, size: int) -> int:
+    """And two bytes a head."""
+    return 2 * size * _heads(s) + 2 * s["heads"]
+
+
+def _silu_cut(s: Shape, size: int) -> int:
+    return 2 * size * s["batch"] * s["channels"] * s["tokens"]
+
+
 def _repeat_heads(s: Shape, size: int) -> int:
     return size * (_heads(s) // s["heads"] + _heads(s))
 
@@ -318,7 +334,6 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "linear": _gemm,
     "linear_bias": _gemm_bias,
     "bmm": _bmm,
-    "bmm_t": _bmm,
     "scaled_mm": _scaled_mm,
     "grouped_mm": _grouped_mm,
     "sdpa": _sdpa,
@@ -340,6 +355,13 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "sdpa_latent": _sdpa_latent,
     "rope_partial": _rope_partial,
     "clone_heads": _clone_heads,
+    "clone_turned": _clone_heads,
+    "clone_across": _clone_heads,
+    "clone_t": _clone_t,
+    "add_turned": _add_turned,
+    "mul_steps": _mul_decays,
+    "mul_heads": _mul_heads,
+    "silu_cut": _silu_cut,
     "repeat_heads": _repeat_heads,
     "pad_tokens": _pad_tokens,
     "mask_expanded": _mask_expanded,

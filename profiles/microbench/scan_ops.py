@@ -1,7 +1,9 @@
 """Ops of a state-space scan as torch runs it: what permutes, repeats, masks and sums in float32.
 
 transformers' Mamba-2 (modeling_bamba.py: mamba2_chunk_scan) cuts a prompt into chunks of L tokens
-and multiplies small matrices of every head; between the products lie copies of permuted views.
+and multiplies small matrices of every head; between the products lie copies of permuted views. What
+a convolution leaves has its tokens innermost, what the others make has them outside its heads: many
+a copy reads across the rows that it writes.
 
 Shapes.  B batch · C chunks · L tokens of a chunk · H heads · D numbers of a head or of its state
 """
@@ -22,6 +24,20 @@ def _heads(point: OpPoint, buffers: Buffers) -> Tensor:
     """[B, C, L, H, D], as a projection leaves it."""
     s = point.shape
     return buffers.take(point.dtype, s["batch"], s["chunks"], s["chunk"], s["heads"], s["head_dim"])
+
+
+def _turned(point: OpPoint, buffers: Buffers) -> Tensor:
+    """[B, C, L, H, D] as a convolution leaves it: tokens innermost."""
+    s = point.shape
+    B, C, L, H, D = s["batch"], s["chunks"], s["chunk"], s["heads"], s["head_dim"]
+    x = buffers.take(point.dtype, B, H * D, C * L).transpose(1, 2)
+    return x.view(B, C, L, H, D)
+
+
+def _steps(point: OpPoint, buffers: Buffers) -> Tensor:
+    """[B, C, L, H]: a number of each token and head."""
+    s = point.shape
+    return buffers.take(point.dtype, s["batch"], s["chunks"], s["chunk"], s["heads"])
 
 
 def _decays(point: OpPoint, buffers: Buffers) -> Tensor:
@@ -49,11 +65,56 @@ def _clone_heads(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: x.contiguous()
 
 
-def _repeat_heads(point: OpPoint, buffers: Buffers) -> Call:
-    """What one group has, for every head."""
+def _clone_turned(point: OpPoint, buffers: Buffers) -> Call:
+    """The same of what a convolution left."""
+    x = _turned(point, buffers).transpose(2, 3)
+    return lambda: x.contiguous()
+
+
+def _clone_across(point: OpPoint, buffers: Buffers) -> Call:
+    """Heads first, tokens innermost: the other operand."""
+    x = _heads(point, buffers).permute(0, 1, 3, 4, 2)
+    return lambda: x.contiguous()
+
+
+def _clone_t(point: OpPoint, buffers: Buffers) -> Call:
+    """Small matrices, each transposed."""
     s = point.shape
-    H = s["heads"]
-    x = buffers.take(point.dtype, s["batch"], s["chunks"] * s["chunk"], 1, s["head_dim"])
+    x = buffers.take(point.dtype, s["batch"], s["rows"], s["width"]).transpose(1, 2)
+    return lambda: x.contiguous()
+
+
+def _add_turned(point: OpPoint, buffers: Buffers) -> Call:
+    """What a scan made and what a convolution left."""
+    x, y = _heads(point, buffers), _turned(point, buffers)
+    return lambda: x + y
+
+
+def _mul_steps(point: OpPoint, buffers: Buffers) -> Call:
+    """What a convolution left by a number of each token and head."""
+    x, steps = _turned(point, buffers), _steps(point, buffers)[..., None]
+    return lambda: x * steps
+
+
+def _mul_heads(point: OpPoint, buffers: Buffers) -> Call:
+    """What a convolution left by a number of each head, of two bytes."""
+    x, weight = _turned(point, buffers), buffers.take("bf16", point.shape["heads"], 1)
+    return lambda: weight * x
+
+
+def _silu_cut(point: OpPoint, buffers: Buffers) -> Call:
+    """All but the last tokens of each channel, which a causal convolution made too many."""
+    s = point.shape
+    more = s["tokens"] + s["kernel"] - 1
+    x = buffers.take(point.dtype, s["batch"], s["channels"], more)[..., : s["tokens"]]
+    return lambda: nn.functional.silu(x)
+
+
+def _repeat_heads(point: OpPoint, buffers: Buffers) -> Call:
+    """What one group has, for every head; its tokens are innermost."""
+    s = point.shape
+    H, T = s["heads"], s["chunks"] * s["chunk"]
+    x = buffers.take(point.dtype, s["batch"], s["head_dim"], T).transpose(1, 2)[:, :, None]
     return lambda: x.repeat_interleave(H, dim=2, output_size=H)
 
 
@@ -67,7 +128,7 @@ def _pad_tokens(point: OpPoint, buffers: Buffers) -> Call:
 
 def _mask_expanded(point: OpPoint, buffers: Buffers) -> Call:
     """A row for each token, cut out below the diagonal: a copy and a kernel in place."""
-    x, hidden = _decays(point, buffers), _hidden(point, buffers)
+    x, hidden = _steps(point, buffers).permute(0, 3, 1, 2), _hidden(point, buffers)
     L = point.shape["chunk"]
     return lambda: x[..., None].expand(*x.shape, L).masked_fill(hidden, 0)
 
@@ -86,9 +147,7 @@ def _cumsum_pairs(point: OpPoint, buffers: Buffers) -> Call:
 
 def _cumsum_tokens(point: OpPoint, buffers: Buffers) -> Call:
     """[B, C, L, H] seen as [B, H, C, L], summed along the tokens."""
-    s = point.shape
-    x = buffers.take(point.dtype, s["batch"], s["chunks"], s["chunk"], s["heads"])
-    x = x.permute(0, 3, 1, 2)
+    x = _steps(point, buffers).permute(0, 3, 1, 2)
     return lambda: x.cumsum(dim=-1)
 
 
@@ -143,16 +202,15 @@ def _bmm(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: torch.bmm(x, w)
 
 
-def _bmm_t(point: OpPoint, buffers: Buffers) -> Call:
-    """The same, where w lies [n, k]."""
-    s = point.shape
-    x = buffers.take(point.dtype, s["batch"], s["m"], s["k"])
-    w = buffers.take(point.dtype, s["batch"], s["n"], s["k"]).transpose(1, 2)
-    return lambda: torch.bmm(x, w)
-
-
 SCAN_OPS: dict[str, Maker] = {
     "clone_heads": _clone_heads,
+    "clone_turned": _clone_turned,
+    "clone_across": _clone_across,
+    "clone_t": _clone_t,
+    "add_turned": _add_turned,
+    "mul_steps": _mul_steps,
+    "mul_heads": _mul_heads,
+    "silu_cut": _silu_cut,
     "repeat_heads": _repeat_heads,
     "pad_tokens": _pad_tokens,
     "mask_expanded": _mask_expanded,
@@ -165,5 +223,4 @@ SCAN_OPS: dict[str, Maker] = {
     "mul_column": _mul_column,
     "conv1d": _conv1d,
     "bmm": _bmm,
-    "bmm_t": _bmm_t,
 }

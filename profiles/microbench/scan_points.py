@@ -33,7 +33,8 @@ def scan_points() -> Iterator[OpPoint]:
         shape = {"batch": batch, "tokens": tokens, "channels": channels}
         shape["kernel"] = CONVOLUTION_KERNEL
         split: Split = "held-out" if held_out else "calibration"
-        yield OpPoint(family="bandwidth", op="conv1d", shape=shape, split=split)
+        for op in ("conv1d", "silu_cut"):
+            yield OpPoint(family="bandwidth", op=op, shape=shape, split=split)
 
 
 def whole_scan_points() -> Iterator[OpPoint]:
@@ -49,23 +50,25 @@ def _kernels(scan: Scan, split: Split) -> Iterator[OpPoint]:
     heads = {"batch": B, "chunks": C, "chunk": L, "heads": H}
     for op in ("mask_expanded", "mask_pairs", "cumsum_pairs", "cumsum_tokens", "mul_pairs"):
         yield _bytes(op, heads, split)
-    for op in ("clone_heads", "mul_decays"):
+    for op in ("clone_heads", "clone_across", "mul_decays"):
         yield _bytes(op, {**heads, "head_dim": N}, split)
-    yield _bytes("clone_heads", {**heads, "head_dim": D}, split)
+    for op in ("clone_heads", "clone_turned", "add_turned", "mul_steps", "mul_heads"):
+        yield _bytes(op, {**heads, "head_dim": D}, split)
+    yield _bytes("clone_t", {"batch": B * C * H, "rows": D, "width": N}, split)
     yield _bytes("repeat_heads", {**heads, "head_dim": N}, split)
     for pad in (0, L // 2):
         shape = {"batch": B, "tokens": C * L - pad, "heads": H, "head_dim": N, "pad": pad}
         yield _bytes("pad_tokens", shape, split)
     yield _bytes("exp", {"rows": B * H * C * L, "width": L}, split)
     yield _bytes("mul_column", {"rows": B * C * L * H, "width": D}, split)
-    for op, m, n, k in (
-        ("bmm_t", L, L, N),  # C · Bᵀ
-        ("bmm", L, D, L),  # scores · x
-        ("bmm", N, D, L),  # Bᵀ · x
-        ("bmm_t", L, D, N),  # C · states
+    for m, n, k in (
+        (L, L, N),  # C · Bᵀ
+        (L, D, L),  # scores · x
+        (D, N, L),  # xᵀ · B
+        (L, D, N),  # C · states
     ):
         shape = {"batch": B * C * H, "m": m, "n": n, "k": k}
-        yield OpPoint(family="gemm", op=op, shape=shape, dtype="fp32", split=split)
+        yield OpPoint(family="gemm", op="bmm", shape=shape, dtype="fp32", split=split)
     between = {"batch": B * H, "m": C + 1, "n": D * N, "k": C + 1}
     yield OpPoint(family="gemm", op="bmm", shape=between, dtype="fp32", split=split)
 

@@ -13,13 +13,14 @@ from profiles.microbench.buffers import Buffers
 from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
 
-MATRIX = ("linear", "linear_bias", "bmm", "bmm_t", "sdpa", "chunk_scan")
+MATRIX = ("linear", "linear_bias", "bmm", "sdpa", "chunk_scan")
 GATHERED = (
     "embedding",
     "grouped_mm",
     "adamw",
     "histc",
     "silu_half",
+    "silu_cut",
     "gather_picks",
     "scatter_places",
     "put_places",

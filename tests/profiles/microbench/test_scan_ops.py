@@ -1,6 +1,5 @@
 """The kernels of a state-space scan: run for real, and put together as transformers does."""
 
-import pytest
 import torch
 
 from profiles.microbench import costs
@@ -32,8 +31,9 @@ def ran(op, shape, *tensors, family="bandwidth", dtype="fp32"):
 
 def test_decays_masked_summed_and_masked_again_are_sums_of_segments():
     """segment_sum[l, s] = x[s + 1] + … + x[l], −∞ above the diagonal."""
-    x = torch.randn(2, 4, 3, 8)
-    sums = ran("cumsum_pairs", HEADS, ran("mask_expanded", HEADS, x))
+    steps = torch.randn(2, 3, 8, 4)
+    x = steps.permute(0, 3, 1, 2)
+    sums = ran("cumsum_pairs", HEADS, ran("mask_expanded", HEADS, steps))
     for to in range(8):
         for since in range(to):
             expected = x[..., since + 1 : to + 1].sum(-1)
@@ -53,6 +53,28 @@ def test_heads_come_before_tokens_and_lie_so():
     out = ran("clone_heads", {**HEADS, "head_dim": 16}, x)
     assert out.is_contiguous()
     assert torch.equal(out, torch.einsum("bclhd->bchld", x))
+
+
+def test_what_a_convolution_left_is_turned_to_heads_before_tokens():
+    left = torch.randn(2, 4 * 16, 3 * 8)
+    x = left.unflatten(1, (4, 16)).unflatten(-1, (3, 8))  # [B, H, D, C, L]
+    out = ran("clone_turned", {**HEADS, "head_dim": 16}, left)
+    assert out.is_contiguous()
+    assert torch.equal(out, torch.einsum("bhdcl->bchld", x))
+
+
+def test_the_other_operand_has_its_tokens_innermost():
+    x = torch.randn(2, 3, 8, 4, 16)
+    out = ran("clone_across", {**HEADS, "head_dim": 16}, x)
+    assert out.is_contiguous()
+    assert torch.equal(out, torch.einsum("bclhd->bchdl", x))
+
+
+def test_a_scan_and_a_convolution_are_added_token_by_token():
+    x, left = torch.randn(2, 3, 8, 4, 16), torch.randn(2, 4 * 16, 3 * 8)
+    out = ran("add_turned", {**HEADS, "head_dim": 16}, x, left)
+    turned = left.unflatten(1, (4, 16)).unflatten(-1, (3, 8))
+    assert torch.equal(out, x + torch.einsum("bhdcl->bclhd", turned))
 
 
 def test_tokens_are_summed_one_head_at_a_time():
@@ -78,10 +100,9 @@ def test_a_convolution_sees_no_later_token():
     assert not torch.equal(before[..., -1], after[..., -1])
 
 
-@pytest.mark.parametrize("op", ["bmm", "bmm_t"])
-def test_a_batched_product_counts_every_matrix(op):
+def test_a_batched_product_counts_every_matrix():
     shape = {"batch": 3, "m": 2, "n": 5, "k": 4}
-    point = OpPoint(family="gemm", op=op, shape=shape, dtype="fp32")
+    point = OpPoint(family="gemm", op="bmm", shape=shape, dtype="fp32")
     assert costs.flops(point) == 3 * 2 * 2 * 5 * 4
     assert costs.floor_bytes(point) == 3 * 4 * (2 * 4 + 5 * 4 + 2 * 5)
 
