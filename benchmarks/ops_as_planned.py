@@ -21,6 +21,7 @@ from planner.timing.clock import DEFAULT, Speed
 from planner.timing.op_families import STRIDED, STRIDED_CAST
 from profiles.microbench.graph_ops import UNLIKE, UNLIKE_PRODUCTS
 from profiles.microbench.op_record import OpRecord, load, merged
+from profiles.microbench.scan_points import CALIBRATION, HELD_OUT, kernel_points, whole_scan_points
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "clone_heads": (STRIDED,),
@@ -64,6 +65,15 @@ WRITTEN: Mapping[str, float] = {
     "add_turned": 1 / 3,
 }
 """The part of an op's bytes that it writes, where that is not half of them."""
+TWICE: Mapping[tuple[str, bool], float] = {
+    ("repeat_heads", True): 2,
+    ("pad_tokens", True): 3,
+    ("clone_heads", True): 3,
+    ("clone_heads", False): 2,
+    ("mul_decays", True): 1.5,
+}
+"""Of a scan, what runs more than once, over the state's width (or, false, over a head's); two plain
+sums and two casts are left out."""
 MICRO = 1e6
 
 
@@ -88,7 +98,7 @@ def main() -> None:
         longest_s = max(taken for taken, _ in rows)
         told = f"{statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"{op:<22}{dtype:<7}{split:<13}{len(rows):>3}{longest_s * MICRO:>8.1f} µs  {told}")
-    print(*_between(good), *_half(good), sep="\n")
+    print(*_between(good), *_scans(good), *_half(good), sep="\n")
 
 
 def _planned_s(record: OpRecord, speed: Speed) -> float | None:
@@ -104,6 +114,24 @@ def _planned_s(record: OpRecord, speed: Speed) -> float | None:
     count = record.bytes * WRITTEN.get(record.op, 0.5) / size
     times = (byte_seconds(kind, float(moved), count, speed) for kind in kinds)
     return float(sum(times))
+
+
+def _scans(good: Mapping[str, OpRecord]) -> Iterator[str]:
+    """A whole scan over the sum of its kernels, each as often as it runs."""
+    for scan, whole in zip((*CALIBRATION, *HELD_OUT), whole_scan_points(), strict=True):
+        sum_s = 0.0
+        for point in kernel_points(scan, whole.split):
+            width = point.shape.get("head_dim")
+            times = TWICE.get((point.op, width == whole.shape["state"]), 1)
+            record = good.get(point.key)
+            if record is None or point.shape.get("pad"):
+                sum_s += 0.0 if point.shape.get("pad") else float("nan")
+                continue
+            sum_s += times * (record.median_s or float("nan"))
+        taken = good.get(whole.key)
+        if taken is not None and taken.median_s is not None:
+            told = f"{taken.median_s * MICRO:.0f} µs, its kernels {sum_s * MICRO:.0f}"
+            yield f"scan {scan} ({whole.split}): {told}"
 
 
 def _between(good: Mapping[str, OpRecord]) -> Iterator[str]:

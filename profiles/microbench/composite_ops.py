@@ -84,7 +84,7 @@ def _chunk_scan(point: OpPoint, buffers: Buffers) -> Call:
     T = s["chunks"] * L
     left = buffers.take(dtype, batch, H * P + 2 * N, T).transpose(1, 2)  # by a convolution
     x, B, C = torch.split(left, [H * P, N, N], dim=-1)
-    x, B, C = x.unflatten(-1, (H, P)), B[:, :, None], C[:, :, None]
+    x, B, C = x.view(batch, T, H, P), B[:, :, None], C[:, :, None]
     dt = buffers.take(dtype, batch, T, H)
     D, bias = (buffers.take(dtype, H) for _ in range(2))
     A = -buffers.take("fp32", H).exp()

@@ -27,7 +27,7 @@ CONVOLUTION_KERNEL = 4
 def scan_points() -> Iterator[OpPoint]:
     """All kernels of each scan, then its convolutions."""
     for scan in (*CALIBRATION, *HELD_OUT):
-        yield from _kernels(scan, "held-out" if scan in HELD_OUT else "calibration")
+        yield from kernel_points(scan, "held-out" if scan in HELD_OUT else "calibration")
     for batch, tokens, channels in (*CONVOLUTIONS, *HELD_OUT_CONVOLUTIONS):
         held_out = (batch, tokens, channels) in HELD_OUT_CONVOLUTIONS
         shape = {"batch": batch, "tokens": tokens, "channels": channels}
@@ -45,7 +45,8 @@ def whole_scan_points() -> Iterator[OpPoint]:
         yield OpPoint(family="composite", op="chunk_scan", shape=shape, split=split)
 
 
-def _kernels(scan: Scan, split: Split) -> Iterator[OpPoint]:
+def kernel_points(scan: Scan, split: Split) -> Iterator[OpPoint]:
+    """Each kind of kernel of a scan, once."""
     B, C, L, H, D, N = scan
     heads = {"batch": B, "chunks": C, "chunk": L, "heads": H}
     for op in ("mask_expanded", "mask_pairs", "cumsum_pairs", "cumsum_tokens", "mul_pairs"):
