@@ -314,7 +314,7 @@ def _energy(ops: list[OpRecord]) -> dict[str, Any]:
     known = {
         (r.op, r.shape.get("m", 0)): r
         for r in ops
-        if r.family == "sustained" and r.energy_j is not None and r.median_s is not None
+        if (r.family, r.dtype) == ("sustained", "bf16") and r.energy_j and r.median_s
     }
     idle, copy, product = (
         known.get(("idle", 0)),
@@ -325,7 +325,7 @@ def _energy(ops: list[OpRecord]) -> dict[str, Any]:
         return {}
     watts = idle.energy_j / idle.median_s  # type: ignore[operator]
     byte_j = (copy.energy_j - watts * copy.median_s) / copy.bytes  # type: ignore[operator]
-    bursts = _medians(ops, "ceiling", "linear")
+    bursts = _medians([r for r in ops if r.dtype == "bf16"], "ceiling", "linear")
     burst_s = bursts.get(tuple(product.shape.values()), product.median_s)
     rest = product.energy_j - watts * product.median_s - byte_j * product.bytes  # type: ignore[operator]
     return {

@@ -31,6 +31,11 @@ from profiles.microbench.op_record import OpRecord, merged
 
 Row: TypeAlias = tuple[str, list[float], int]
 """The name of a fit, the sizes, how many kernels share the time."""
+PRODUCTS = ("linear", "scaled_mm")
+COMPUTING = ("gemm", "prefill", "decode", "backward", "moe")
+UNFITTED = ("fp16", "fp32")
+"""Dtypes in which a GPU's products and attention were timed beside bf16 and that have no fit of
+their own: fp16 is taken to be as fast, float32 to reach a share of its ceiling."""
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 
@@ -90,6 +95,8 @@ def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dic
     for record in good:
         if cpu and is_given_anew(record):
             continue
+        if not cpu and record.dtype in UNFITTED and record.family in COMPUTING:
+            continue
         found = _sample(record)
         if cpu and found is not None:
             found = _on_cpu(record, *found)
@@ -148,11 +155,11 @@ def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]])
 def _sample(record: OpRecord) -> Row | None:
     s, dtype = record.shape, record.dtype
     match record.family:
-        case "gemm":
+        case "gemm" if record.op in PRODUCTS:
             kind = gemm_family(dtype, s["n"], s["k"])
             return f"{kind}:{dtype}", [s["m"], s["n"], s["k"]], 1
         case "moe":
-            reached = min(s["experts"], s["m"])
+            reached = s.get("reached", min(s["experts"], s["m"]))
             return f"grouped:{dtype}", [s["m"], reached, s["n"], s["k"]], 1
         case "decode" | "prefill" | "backward" if record.op == "sdpa":
             tokens = s["context"] if record.family == "decode" else s["tokens"]
@@ -160,7 +167,7 @@ def _sample(record: OpRecord) -> Row | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
-        case "prefill" if record.op == "sdpa_masked":
+        case "prefill" if record.op == "sdpa_masked" and record.backend == "default":
             heads = [s["heads"], s["kv_heads"], s["head_dim"]]
             side = triangle(s["tokens"] * s["context"])
             return f"prefill:{dtype}:{MASKED}", [s["batch"], side, *heads], 1

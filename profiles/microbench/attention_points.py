@@ -24,6 +24,7 @@ HELD_OUT: tuple[Heads, ...] = (
     (40, 8, 128),  # Qwen2.5-14B
     (8, 4, 256),  # Gemma-2-2B
 )
+PHI_2: Heads = (32, 32, 80)
 CPU_CALIBRATION: tuple[Heads, ...] = (
     (8, 8, 64),
     (8, 2, 64),
@@ -43,7 +44,7 @@ LARGEST_PREFILL_FLOPS = 3e12
 
 def split_of(heads: Heads) -> Split:
     """Whether a fit may see attention of these heads."""
-    return "held-out" if heads in (*HELD_OUT, *CPU_HELD_OUT) else "calibration"
+    return "held-out" if heads in (*HELD_OUT, PHI_2, *CPU_HELD_OUT) else "calibration"
 
 
 def prefill_points() -> Iterator[OpPoint]:
@@ -73,6 +74,24 @@ def masked_points() -> Iterator[OpPoint]:
                 shape=shape_of(heads, batch, tokens, tokens),
                 split=split_of(heads),
             )
+
+
+def masked_backward_points() -> Iterator[OpPoint]:
+    """The way back behind a mask, and the same kernel's way there."""
+    for heads in ((32, 32, 128), (16, 16, 64), HELD_OUT[1]):
+        for batch, tokens in ((1, 1024), (1, 4096), (4, 512), (4, 2048)):
+            for family, backend in (
+                ("backward", "efficient"),
+                ("backward", "default"),
+                ("prefill", "efficient"),
+            )[: 1 if tokens == 512 else 3]:
+                yield OpPoint(
+                    family=family,
+                    op="sdpa_masked",
+                    shape=shape_of(heads, batch, tokens, tokens),
+                    backend=backend,
+                    split=split_of(heads),
+                )
 
 
 def decode_points() -> Iterator[OpPoint]:

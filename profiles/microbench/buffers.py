@@ -14,12 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 
 ALIGNMENT_BYTES = 256
 """As cudaMalloc aligns: no kernel falls back to narrow loads."""
 
-SHARE = {"bf16": 1.0, "fp32": 0.3, "fp8": 0.25}
+SHARE = {"bf16": 1.0, "fp16": 0.3, "fp32": 0.3, "fp8": 0.25}
 """Sizes of the pools of each dtype, as parts of `pool_bytes`."""
 
 DRAWN_AT_ONCE = 2**26

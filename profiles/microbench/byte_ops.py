@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -70,6 +71,17 @@ def _gelu_tanh(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: nn.functional.gelu(x, approximate="tanh")
 
 
+def _gelu(point: OpPoint, buffers: Buffers) -> Call:
+    x = _rows(point, buffers)
+    return lambda: nn.functional.gelu(x)
+
+
+def _gelu_new(point: OpPoint, buffers: Buffers) -> Call:
+    """NewGELUActivation of transformers, kernel by kernel."""
+    x, root = _rows(point, buffers), math.sqrt(2.0 / math.pi)
+    return lambda: 0.5 * x * (1.0 + torch.tanh(root * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
 def _rmsnorm(point: OpPoint, buffers: Buffers) -> Call:
     x, weight = _rows(point, buffers), _width(point, buffers)
     return lambda: llama_rms_norm(x, weight)
@@ -98,6 +110,24 @@ def _rope(point: OpPoint, buffers: Buffers) -> Call:
     k = buffers.take(point.dtype, 1, T, s["kv_heads"], D).transpose(1, 2)
     cos, sin = (buffers.take(point.dtype, 1, T, D) for _ in range(2))
     return lambda: apply_rope(q, k, cos, sin)
+
+
+def _rope_partial(point: OpPoint, buffers: Buffers) -> Call:
+    """The first `rotary` numbers of each head are rotated, the others joined to them again."""
+    s = point.shape
+    B, T, D, rotary = s["batch"], s["tokens"], s["head_dim"], s["rotary"]
+    q = buffers.take(point.dtype, B, T, s["heads"], D).transpose(1, 2)
+    k = buffers.take(point.dtype, B, T, s["kv_heads"], D).transpose(1, 2)
+    cos, sin = (buffers.take(point.dtype, 1, T, rotary) for _ in range(2))
+
+    def rotate() -> tuple[Tensor, Tensor]:
+        turned = apply_rope(q[..., :rotary], k[..., :rotary], cos, sin)
+        return (
+            torch.cat((turned[0], q[..., rotary:]), dim=-1),
+            torch.cat((turned[1], k[..., rotary:]), dim=-1),
+        )
+
+    return rotate
 
 
 def _cat(point: OpPoint, buffers: Buffers) -> Call:
@@ -185,11 +215,14 @@ BYTE_OPS: dict[str, Maker] = {
     "add": _add,
     "silu_mul": _silu_mul,
     "gelu_tanh": _gelu_tanh,
+    "gelu": _gelu,
+    "gelu_new": _gelu_new,
     "rmsnorm": _rmsnorm,
     "rms_norm": _fused_rms_norm,
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "rope": _rope,
+    "rope_partial": _rope_partial,
     "cat": _cat,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,

@@ -47,6 +47,11 @@ HELD_OUT = (
     (2816, 2048),  # a DeepSeek-V2-Lite expert: gate and up
     (1024, 1024),
 )
+HELD_OUT_ROUTERS = (
+    (60, 2048),  # Qwen1.5-MoE-A2.7B
+    (1, 2048),  # its shared expert's gate
+    (64, 2048),  # DeepSeek-V2-Lite
+)
 UNALIGNED = (
     (32001, 4096),  # a vocabulary with one token added
     (50259, 1024),
@@ -86,7 +91,7 @@ LARGEST_FLOPS = 5e12
 
 def split_of(n: int, k: int) -> Split:
     """Whether a fit may see products with these weights."""
-    return "held-out" if (n, k) in (*HELD_OUT, *CPU_HELD_OUT) else "calibration"
+    return "held-out" if (n, k) in (*HELD_OUT, *HELD_OUT_ROUTERS, *CPU_HELD_OUT) else "calibration"
 
 
 def gemm_points() -> Iterator[OpPoint]:

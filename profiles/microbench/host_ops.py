@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from profiles.microbench.buffers import DTYPES
 from profiles.microbench.byte_ops import apply_rope, llama_rms_norm
+from profiles.microbench.graph_ops import unlike_calls
 from profiles.microbench.ops import Call
 from profiles.microbench.point import OpPoint
 from profiles.microbench.timing import (
@@ -75,6 +76,18 @@ class _Tiny:
             "index": self._index,
             "softmax": self._softmax,
             "cast": self._cast,
+            "gather": self._gather,
+            "scatter": self._scatter,
+            "index_put": self._index_put,
+            "arange": lambda: lambda: torch.arange(8, device=self.device),
+            "searchsorted": self._searchsorted,
+            "floor_divide": lambda: self._of_picks(lambda x: x // 2),
+            "sum": self._sum,
+            "masked_fill": self._masked_fill,
+            "bmm": self._bmm,
+            "conv1d": self._conv1d,
+            "linear_bias": self._linear_bias,
+            "half_silu_mul": self._half_silu_mul,
         }
         return calls[op]()
 
@@ -167,6 +180,59 @@ class _Tiny:
         x = self.randn(1, WIDTH)
         return lambda: x.float()
 
+    def _gather(self) -> Call:
+        scores, picks = (
+            self.randn(1, WIDTH),
+            torch.zeros(1, 8, dtype=torch.long, device=self.device),
+        )
+        return lambda: scores.gather(-1, picks)
+
+    def _scatter(self) -> Call:
+        order = torch.arange(8, device=self.device)
+        return lambda: torch.empty_like(order).scatter_(0, order, order)
+
+    def _index_put(self) -> Call:
+        order = torch.arange(8, device=self.device)
+
+        def call() -> None:
+            torch.empty_like(order)[order] = order
+
+        return call
+
+    def _searchsorted(self) -> Call:
+        order = torch.arange(8, device=self.device)
+        return lambda: torch.searchsorted(order, order, right=True, out_int32=True)
+
+    def _sum(self) -> Call:
+        x = self.randn(1, 8, WIDTH)
+        return lambda: x.sum(dim=1)
+
+    def _masked_fill(self) -> Call:
+        x, hidden = self.randn(1, WIDTH), torch.ones(WIDTH, dtype=torch.bool, device=self.device)
+        return lambda: x.masked_fill(hidden, 0.0)
+
+    def _bmm(self) -> Call:
+        x, w = self.randn(2, 1, WIDTH), self.randn(2, WIDTH, WIDTH)
+        return lambda: torch.bmm(x, w)
+
+    def _conv1d(self) -> Call:
+        x, weight = self.randn(1, WIDTH, 8), self.randn(WIDTH, 1, 4)
+        return lambda: nn.functional.conv1d(x, weight, padding=3, groups=WIDTH)
+
+    def _linear_bias(self) -> Call:
+        x, w, bias = self.randn(1, WIDTH), self.randn(WIDTH, WIDTH), self.randn(WIDTH)
+        return lambda: nn.functional.linear(x, w, bias)
+
+    def _half_silu_mul(self) -> Call:
+        """An expert's gate: two views, two kernels."""
+        both = self.randn(1, 2 * WIDTH)
+
+        def call() -> Tensor:
+            gate, up = both.chunk(2, dim=-1)
+            return nn.functional.silu(gate) * up
+
+        return call
+
     def _launch_and_wait(self) -> Call:
         x, y = self.randn(1, WIDTH), self.randn(1, WIDTH)
 
@@ -179,14 +245,11 @@ class _Tiny:
 
 def graph_time(point: OpPoint, device: torch.device) -> Timing:
     """One replay of a graph of tiny kernels: its time on the device, or the host's to launch it."""
-    x, y = torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
-
-    def call() -> Tensor:
-        return x.add_(y, alpha=1e-3)
-
-    call()
+    calls = _graph_calls(point, device)
+    for call in calls[:20]:
+        call()
     synchronize(device)
-    graph, _ = capture_graph([call] * point.shape["kernels"])
+    graph, kept = capture_graph(calls)
     graph.replay()
     synchronize(device)
     if point.op == "launch":
@@ -200,7 +263,15 @@ def graph_time(point: OpPoint, device: torch.device) -> Timing:
         end.record()
         synchronize(device)
         samples.append(start.elapsed_time(end) / 1e3 / REPLAYS_AT_ONCE)
+    del kept
     return Timing(method="replay", samples_s=tuple(samples), copies=REPLAYS_AT_ONCE)
+
+
+def _graph_calls(point: OpPoint, device: torch.device) -> list[Call]:
+    if "width" in point.shape:
+        return unlike_calls(point, device)
+    x, y = torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
+    return [lambda: x.add_(y, alpha=1e-3)] * point.shape["kernels"]
 
 
 def allocator_time(point: OpPoint, device: torch.device) -> Timing:

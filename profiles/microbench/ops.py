@@ -7,6 +7,7 @@ op over other inputs, which is how a timed sequence finds its data outside the c
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from profiles.microbench.buffers import Buffers
 from profiles.microbench.byte_ops import BYTE_OPS
+from profiles.microbench.composite_ops import COMPOSITE_OPS
+from profiles.microbench.mixture_ops import MIXTURE_OPS
 from profiles.microbench.point import OpPoint
+from profiles.microbench.scan_ops import SCAN_OPS
 
 Call = Callable[[], object]
 
+MAKERS = {**BYTE_OPS, **SCAN_OPS, **MIXTURE_OPS, **COMPOSITE_OPS}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -41,6 +46,8 @@ class Preparer:
         match point.op:
             case "linear":
                 return self._linear(point)
+            case "linear_bias":
+                return self._linear_bias(point)
             case "scaled_mm":
                 return self._scaled_mm(point)
             case "grouped_mm":
@@ -49,9 +56,11 @@ class Preparer:
                 return self._sdpa(point)
             case "sdpa_masked":
                 return self._sdpa_masked(point)
+            case "sdpa_latent":
+                return self._sdpa_latent(point)
             case "adamw":
                 return self._adamw(point)
-        return BYTE_OPS[point.op](point, self.buffers)
+        return MAKERS[point.op](point, self.buffers)
 
     def _activation(self, point: OpPoint) -> Tensor:
         """x of a product: one for all calls, as the op before leaves it in the cache."""
@@ -65,6 +74,12 @@ class Preparer:
         w = self.buffers.take(point.dtype, point.shape["n"], point.shape["k"])
         return lambda: nn.functional.linear(x, w)
 
+    def _linear_bias(self, point: OpPoint) -> Call:
+        x = self._activation(point)
+        w = self.buffers.take(point.dtype, point.shape["n"], point.shape["k"])
+        bias = self.buffers.take(point.dtype, point.shape["n"])
+        return lambda: nn.functional.linear(x, w, bias)
+
     def _scaled_mm(self, point: OpPoint) -> Call:
         """fp8 with one scale a tensor; W is [n, k], seen as the column-major [k, n] it must be."""
         x = self._activation(point)
@@ -75,12 +90,18 @@ class Preparer:
         )
 
     def _grouped_mm(self, point: OpPoint) -> Call:
-        """Rows sorted by expert, as even as they go; weights [experts, n, k] seen transposed."""
+        """Rows sorted by expert, as even as they go; weights [experts, n, k] seen transposed.
+
+        Of `reached` experts, which lie as far apart as they go, each has a row at least.
+        """
         s = point.shape
         x = self._activation(point)
         w = self.buffers.take(point.dtype, s["experts"], s["n"], s["k"]).transpose(-2, -1)
         ends = [(i + 1) * s["m"] // s["experts"] for i in range(s["experts"])]
-        if s["m"] < s["experts"]:  # the first m experts have one row each
+        if "reached" in s:
+            before = [-(-(i + 1) * s["reached"] // s["experts"]) for i in range(s["experts"])]
+            ends = [reached * s["m"] // s["reached"] for reached in before]
+        elif s["m"] < s["experts"]:  # the first m experts have one row each
             ends = [min(i + 1, s["m"]) for i in range(s["experts"])]
         offsets = torch.tensor(ends, dtype=torch.int32, device=self.buffers.device)
         return lambda: torch._grouped_mm(x, w, offs=offsets)
@@ -107,11 +128,33 @@ class Preparer:
         return attend_by_backend
 
     def _sdpa_masked(self, point: OpPoint) -> Call:
-        """A bool mask [1, 1, T, S] as transformers makes one; torch picks what takes a mask."""
+        """Behind a mask; without a backend's name torch picks what takes one."""
         q, k, v = self._qkv(point)
+        mask = self._mask(point)
+
+        def attend() -> Tensor:
+            with _pinned(point.backend):
+                return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return attend
+
+    def _sdpa_latent(self, point: OpPoint) -> Call:
+        """A query of every head over latents that all share: heads are queries of one head."""
+        s = point.shape
+        q = self.buffers.take(point.dtype, s["batch"], 1, s["heads"], s["width"])
+        k = self.buffers.take(point.dtype, s["batch"], 1, s["context"], s["width"])
+        v = k[..., : s["values"]]
+
+        def attend() -> Tensor:
+            with _pinned(point.backend):
+                return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return attend
+
+    def _mask(self, point: OpPoint) -> Tensor:
+        """Bools [1, 1, T, S], as transformers makes them."""
         size = (point.shape["tokens"], point.shape["context"])
-        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None, None]
-        return lambda: nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return torch.ones(size, dtype=torch.bool, device=self.buffers.device).tril()[None, None]
 
     def _qkv(self, point: OpPoint) -> tuple[Tensor, Tensor, Tensor]:
         """q as a projection leaves it, [B, T, H, D] seen as [B, H, T, D]; k and v as a cache is."""
@@ -139,6 +182,11 @@ class Preparer:
         if point.op == "linear":
             return nn.functional.linear(leaves[0], leaves[1])
         q, k, v = leaves
+        if point.op == "sdpa_masked":
+            with _pinned(point.backend):
+                return nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=self._mask(point)
+                )
         grouped = point.shape["heads"] != point.shape["kv_heads"]
         if point.backend == "default":
             self.ran = _choice(q, k, v, True, grouped)
@@ -161,6 +209,11 @@ class Preparer:
         fused = point.backend == "fused"
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=not fused)
         return optimizer.step
+
+
+def _pinned(backend: str) -> AbstractContextManager[object]:
+    """Only this kernel; "default": whichever torch picks."""
+    return nullcontext() if backend == "default" else sdpa_kernel(BACKENDS[backend])
 
 
 def _choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, grouped: bool) -> str | None:

@@ -48,8 +48,25 @@ HOST_OPS = (
     "softmax",
     "cast",
 )
+MORE_HOST_OPS = (
+    "gather",
+    "scatter",
+    "index_put",
+    "arange",
+    "searchsorted",
+    "floor_divide",
+    "sum",
+    "masked_fill",
+    "bmm",
+    "conv1d",
+    "linear_bias",
+    "half_silu_mul",
+)
+"""What mixtures and scans call beside them."""
 CPU_HOST_OPS = HOST_OPS[: HOST_OPS.index("adamw_foreach")]
 GRAPH_KERNELS = (1, 10, 100, 1000)
+GRAPH_WIDTHS = (64, 4096)
+GRAPH_KINDS = ("add", "mean", "cat", "silu", "mul", "linear")
 SEGMENT_BYTES = (2 * MIB, 20 * MIB, 256 * MIB, 1024 * MIB)
 
 
@@ -173,7 +190,9 @@ def optimizer_points(largest: int = 2**28, dtype: str = "bf16") -> Iterator[OpPo
                 )
 
 
-def host_points(ops: tuple[str, ...] = HOST_OPS, dtype: str = "bf16") -> Iterator[OpPoint]:
+def host_points(
+    ops: tuple[str, ...] = (*HOST_OPS, *MORE_HOST_OPS), dtype: str = "bf16"
+) -> Iterator[OpPoint]:
     """What the host pays to issue an op whose work is nothing."""
     for op in ops:
         yield OpPoint(family="host", op=op, shape={}, dtype=dtype)
@@ -184,6 +203,17 @@ def graph_points() -> Iterator[OpPoint]:
     for kernels in GRAPH_KERNELS:
         yield OpPoint(family="graph", op="replay", shape={"kernels": kernels})
         yield OpPoint(family="graph", op="launch", shape={"kernels": kernels})
+
+
+def unlike_graph_points() -> Iterator[OpPoint]:
+    """Graphs of kernels of several kinds in turn, and of each kind alone."""
+    for width in GRAPH_WIDTHS:
+        for op in ("unlike", "unlike_products"):
+            for kernels in GRAPH_KERNELS[1:] if width == GRAPH_WIDTHS[0] else GRAPH_KERNELS[-1:]:
+                yield OpPoint(family="graph", op=op, shape={"kernels": kernels, "width": width})
+        for kind in GRAPH_KINDS:
+            shape = {"kernels": GRAPH_KERNELS[-1], "width": width}
+            yield OpPoint(family="graph", op=f"alike_{kind}", shape=shape)
 
 
 def allocator_points() -> Iterator[OpPoint]:

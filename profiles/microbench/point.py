@@ -16,6 +16,7 @@ FAMILIES = (
     "decode",
     "backward",
     "bandwidth",
+    "composite",
     "optimizer",
     "host",
     "graph",

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from planner import ConfigError
 from planner.errors import check_choice
 from profiles.microbench import attention_points as attention
 from profiles.microbench import gemm_points as gemm
+from profiles.microbench import half_points as half
+from profiles.microbench import mixture_points as mixture
 from profiles.microbench import other_points as other
+from profiles.microbench import scan_points as scan
 from profiles.microbench.point import FAMILIES, OpPoint
 
 REPEATED = 12
@@ -40,8 +44,14 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             other.optimizer_points(largest=2**20, dtype="fp32"),
         ]
     else:
-        last = other.sustained_points()
-        first = [other.ceiling_points(), other.graph_points(), other.host_points()]
+        last = chain(other.sustained_points(), half.half_sustained_points())
+        first = [
+            other.ceiling_points(),
+            half.half_ceiling_points(),
+            other.graph_points(),
+            other.unlike_graph_points(),
+            other.host_points(),
+        ]
         rest = [
             gemm.gemm_points(),
             attention.prefill_points(),
@@ -52,6 +62,19 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             other.strided_points(),
             other.backward_points(),
             gemm.moe_points(),
+            attention.masked_backward_points(),
+            half.half_gemm_points(),
+            half.bias_points(),
+            half.fp32_gemm_points(),
+            half.half_attention_points(),
+            half.half_byte_points(),
+            scan.scan_points(),
+            scan.whole_scan_points(),
+            mixture.few_rows_points(),
+            mixture.dealing_points(),
+            mixture.whole_mixture_points(),
+            mixture.router_points(),
+            mixture.latent_points(),
             other.optimizer_points(),
             other.allocator_points(),
         ]

@@ -13,8 +13,19 @@ from profiles.microbench.buffers import Buffers
 from profiles.microbench.ops import Preparer
 from profiles.microbench.points import points
 
-MATRIX = ("linear", "sdpa")
-GATHERED = ("embedding", "grouped_mm", "adamw", "histc", "silu_half")
+MATRIX = ("linear", "linear_bias", "bmm", "sdpa", "chunk_scan")
+GATHERED = (
+    "embedding",
+    "grouped_mm",
+    "adamw",
+    "histc",
+    "silu_half",
+    "silu_cut",
+    "gather_picks",
+    "scatter_places",
+    "put_places",
+    "experts",
+)
 """They read or write parts of their tensors, write in place, or read what was made of them."""
 
 
@@ -45,7 +56,8 @@ def distinct(chosen, per_op=6):
         by_op.setdefault((point.family, point.op), []).append(point)
     picked = [p for group in by_op.values() for p in group[:: max(1, len(group) // per_op)]]
     return [
-        dataclasses.replace(p, backend="default", repeat=0) if p.op == "sdpa" else p for p in picked
+        dataclasses.replace(p, backend="default", repeat=0) if p.op.startswith("sdpa") else p
+        for p in picked
     ]
 
 
@@ -85,6 +97,8 @@ def test_bytes_are_those_of_the_tensors_that_go_in_and_come_out(point):
         results = tree_leaves(Preparer(watched).prepare(point)())
     s = point.shape
     beside = {"scaled_mm": 8, "sdpa_masked": s.get("tokens", 0) * s.get("context", 0)}
+    beside |= {op: s.get("chunk", 0) ** 2 for op in ("mask_expanded", "mask_pairs")}
+    beside |= {"searchsorted": 8 * s.get("width", 0)}
     tensors = [*watched.taken, *(leaf for leaf in results if isinstance(leaf, torch.Tensor))]
     seen_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     assert costs.floor_bytes(point) == seen_bytes + beside.get(point.op, 0)
@@ -95,3 +109,11 @@ def test_cuda_points_can_be_prepared_and_run_on_fake_tensors():
         pools = Buffers(device=torch.device("cpu"), pool_bytes=12 * 2**30)
         for point in distinct(DEVICE_POINTS, per_op=25):
             Preparer(pools).prepare(point)()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_point_has_its_costs(device):
+    for point in points(device):
+        assert costs.flops(point) >= 0
+        assert costs.floor_bytes(point) >= 0
+        assert (costs.flops(point) > 0) <= (costs.floor_bytes(point) > 0)

@@ -16,7 +16,7 @@ HEADS = ("heads", "kv_heads", "head_dim")
 def shapes_by_split(device, families, names):
     found = defaultdict(set)
     for point in points(device, families):
-        if set(names) <= point.shape.keys():
+        if set(names) <= point.shape.keys() and not point.op.startswith("bmm"):
             found[point.split].add(tuple(point.shape[name] for name in names))
     return found
 
@@ -47,7 +47,7 @@ def test_a_quarter_of_the_list_has_a_quarter_of_every_large_family():
     for family in ("gemm", "prefill", "decode", "bandwidth"):
         of_all = sum(point.family == family for point in spread)
         of_quarter = sum(point.family == family for point in quarter)
-        assert of_quarter == pytest.approx(of_all / 4, abs=1.5)
+        assert of_quarter == pytest.approx(of_all / 4, rel=0.1, abs=1.5)
 
 
 def test_an_eighth_of_the_list_spans_the_sizes_of_a_product():
