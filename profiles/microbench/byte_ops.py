@@ -137,6 +137,21 @@ def _cat(point: OpPoint, buffers: Buffers) -> Call:
     return lambda: torch.cat((old, new), dim=-2)
 
 
+def _cat_heads(point: OpPoint, buffers: Buffers) -> Call:
+    """[B, H, T, D] as heads are turned, T × H in memory: what a cache keeps first, alone behind an
+    empty tensor; or two parts of each head, the second cut from a wider one.
+    """
+    s = point.shape
+    B, T, H, first = s["batch"], s["tokens"], s["heads"], s["first"]
+    whole = buffers.take(point.dtype, B, T, H, first + s["second"]).transpose(1, 2)
+    if not first:
+        empty = whole.new_empty(0)
+        return lambda: torch.cat((empty, whole), dim=-2)
+    left = buffers.take(point.dtype, B, T, H, first).transpose(1, 2)
+    right = whole[..., : s["second"]]
+    return lambda: torch.cat((left, right), dim=-1)
+
+
 def _embedding(point: OpPoint, buffers: Buffers) -> Call:
     """Rows of a table that is far larger than the cache on a GPU."""
     rows = TABLE_ROWS if buffers.device.type == "cuda" else TABLE_ROWS // 16
@@ -224,6 +239,7 @@ BYTE_OPS: dict[str, Maker] = {
     "rope": _rope,
     "rope_partial": _rope_partial,
     "cat": _cat,
+    "cat_heads": _cat_heads,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "upcast": _upcast,

@@ -309,6 +309,10 @@ def _cat(s: Shape, size: int) -> int:
     return size * 2 * token * (s["context"] + 1)
 
 
+def _cat_heads(s: Shape, size: int) -> int:
+    return size * 2 * s["batch"] * s["tokens"] * s["heads"] * (s["first"] + s["second"])
+
+
 def _embedding(s: Shape, size: int) -> int:
     return s["rows"] * (INDEX_BYTES + 2 * size * s["width"])
 
@@ -339,6 +343,7 @@ _BYTES: Mapping[str, Callable[[Shape, int], int]] = {
     "sdpa": _sdpa,
     "rope": _rope,
     "cat": _cat,
+    "cat_heads": _cat_heads,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "upcast": _upcast,

@@ -6,6 +6,7 @@ finishes each before the next arrives, so that nothing waits for it.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from profiles.microbench.graph_ops import unlike_calls
 from profiles.microbench.ops import Call
 from profiles.microbench.point import OpPoint
 from profiles.microbench.timing import (
+    HOST_CALLS,
     REPLAYS,
     Timing,
     capture_graph,
@@ -29,6 +31,8 @@ from profiles.microbench.timing import (
 WIDTH = 64
 PARAMETERS = 8
 REPLAYS_AT_ONCE = 20
+NEW_EVERY_TIME, NEW_CALLS = ("sdpa_new_length", "sdpa_new_prompt"), 3
+"""No call has the sizes of one before; cuDNN takes tens of milliseconds to plan for each."""
 
 
 def host_time(point: OpPoint, device: torch.device) -> Timing:
@@ -37,7 +41,9 @@ def host_time(point: OpPoint, device: torch.device) -> Timing:
     grad = point.op == "linear_backward"
     with torch.enable_grad() if grad else torch.no_grad():
         call = tiny.call(point.op)
-        return time_on_host(call, device, calls=50 if point.op.startswith("adamw") else 200)
+        if point.op in NEW_EVERY_TIME:
+            return time_on_host(call, device, calls=NEW_CALLS, warmup=1)
+        return time_on_host(call, device, calls=50 if point.op.startswith("adamw") else HOST_CALLS)
 
 
 class _Tiny:
@@ -56,6 +62,8 @@ class _Tiny:
             "linear_module": lambda: self._module(nn.Linear(WIDTH, WIDTH, bias=False)),
             "identity_module": lambda: self._module(nn.Identity()),
             "sdpa": self._sdpa,
+            "sdpa_new_length": lambda: self._sdpa_of_new_lengths(prompt=False),
+            "sdpa_new_prompt": lambda: self._sdpa_of_new_lengths(prompt=True),
             "rmsnorm": self._rmsnorm,
             "rms_norm": self._fused_rms_norm,
             "silu": self._silu,
@@ -107,6 +115,18 @@ class _Tiny:
     def _sdpa(self) -> Call:
         q, k, v = (self.randn(1, 1, 8, WIDTH) for _ in range(3))
         return lambda: nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def _sdpa_of_new_lengths(self, *, prompt: bool) -> Call:
+        """One query over a cache that grows by a token a call, or a prompt that does."""
+        lengths = itertools.count(64)
+
+        def call() -> Tensor:
+            T = next(lengths)
+            q = self.randn(1, 8, T if prompt else 1, WIDTH)
+            k, v = self.randn(1, 8, T, WIDTH), self.randn(1, 8, T, WIDTH)
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=prompt)
+
+        return call
 
     def _rmsnorm(self) -> Call:
         x, weight = self.randn(1, WIDTH), self.randn(WIDTH)

@@ -61,9 +61,15 @@ MORE_HOST_OPS = (
     "conv1d",
     "linear_bias",
     "half_silu_mul",
+    "sdpa_new_length",
+    "sdpa_new_prompt",
 )
 """What mixtures and scans call beside them."""
 CPU_HOST_OPS = HOST_OPS[: HOST_OPS.index("adamw_foreach")]
+JOINED_HEADS = ((8, 0, 128), (32, 0, 64), (16, 64, 64), (8, 32, 32), (40, 16, 64))
+HELD_OUT_JOINED_HEADS = ((32, 0, 80), (32, 16, 16), (32, 32, 48), (16, 0, 256))
+"""(heads, first part, second): phi-2's caches and rotations, and gemma-2-9b's caches."""
+JOINED_TOKENS = ((4, 1), (64, 1), (1, 512), (2, 2048), (8, 1024))
 GRAPH_KERNELS = (1, 10, 100, 1000)
 GRAPH_WIDTHS = (64, 4096)
 GRAPH_KINDS = ("add", "mean", "cat", "silu", "mul", "linear")
@@ -177,6 +183,17 @@ def cpu_backward_points() -> Iterator[OpPoint]:
         yield OpPoint(family="backward", op="linear", shape=shape, dtype="fp32", split=split)
     shape = {**attention_points.shape_of((8, 8, 64), 1, 128, 128)}
     yield OpPoint(family="backward", op="sdpa", shape=shape, dtype="fp32")
+
+
+def cat_points() -> Iterator[OpPoint]:
+    """Heads as a rotation joins them, and as a cache that is still empty takes them."""
+    for heads, first, second in (*JOINED_HEADS, *HELD_OUT_JOINED_HEADS):
+        held_out = (heads, first, second) in HELD_OUT_JOINED_HEADS
+        for batch, tokens in JOINED_TOKENS:
+            shape = {"batch": batch, "tokens": tokens, "heads": heads}
+            shape |= {"first": first, "second": second}
+            split: Split = "held-out" if held_out else "calibration"
+            yield OpPoint(family="bandwidth", op="cat_heads", shape=shape, split=split)
 
 
 def optimizer_points(largest: int = 2**28, dtype: str = "bf16") -> Iterator[OpPoint]:

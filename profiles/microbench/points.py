@@ -60,6 +60,7 @@ def points(device: str, families: Iterable[str] = ()) -> list[OpPoint]:
             other.bandwidth_points(),
             other.routing_points(),
             other.strided_points(),
+            other.cat_points(),
             other.backward_points(),
             gemm.moe_points(),
             attention.masked_backward_points(),

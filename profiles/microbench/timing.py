@@ -125,9 +125,11 @@ def time_idle(energy_j: Callable[[], float | None], *, seconds: float = SUSTAINE
     return Timing(method="sustained", samples_s=(elapsed_s,), copies=1, energy_j=spent_j)
 
 
-def time_on_host(call: Call, device: torch.device, *, calls: int = HOST_CALLS) -> Timing:
+def time_on_host(
+    call: Call, device: torch.device, *, calls: int = HOST_CALLS, warmup: int = 20
+) -> Timing:
     """What one call costs the thread that issues it, while the device keeps up."""
-    for _ in range(20):
+    for _ in range(warmup):
         call()
     samples = []
     for _ in range(REPLAYS):
