@@ -144,6 +144,8 @@ def _play(
         batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
     )
     replay.feed(writer.opening)
+    if work.padded:
+        replay.feed([Alloc("mask of padding", INT64 * work.batch * work.context_tokens)])
     if plan.model.is_seq2seq:
         encoded = plan.model.encoder_length(work.encoder_tokens, work.prompt_tokens)
         replay.feed([Alloc("encoder ids", INT64 * work.batch * encoded)])
