@@ -195,9 +195,10 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for row in kept_rows(model, b):
             for index in range(row.count):
                 yield Alloc((row.item, index), row.size_bytes // row.count)
-    for row in runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype):
+    rows = runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype)
+    for place, row in enumerate(rows):  # gemma-3 has two of one name
         for index in range(row.count):
-            yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
+            yield Alloc(("buffer", place, index), row.size_bytes // row.count)
 
 
 class _Decode:
