@@ -102,7 +102,7 @@ class Record:
     step: Mapping[str, Any] | None = (
         None  # training: planner.Training's fields beside the sizes, dropout
     )
-    cache: Mapping[str, Any] | None = None  # planner.CacheSpec's fields; None: the runtime's own
+    cache: Mapping[str, Any] | None = None  # of planner.CacheSpec; None: the runtime's own
     padded: bool = False  # prompts of several lengths, padded on the left
     experts: str | None = None  # what multiplied a mixture's experts, as far as the runtime says it
     context_tokens: int | None = None  # KV length at the last decode step; None for prefill
