@@ -142,7 +142,8 @@ class TrainingPoint:
 class SuitePoint:
     """A point of a suite: the model it is run on, in what, and on which side of the split.
 
-    `kv_dtype` and `cache` as of a Deployment. ConfigError for padding outside transformers.
+    `kv_dtype` and `cache` as of a Deployment. ConfigError for padding outside transformers, and for
+    a static cache there whose room replayed steps would outgrow.
     """
 
     model: str
@@ -160,6 +161,19 @@ class SuitePoint:
         if isinstance(self.run, Point) and self.run.padded and self.runtime != "transformers":
             raise ConfigError(
                 f"padded=True is not measured in runtime={self.runtime}: transformers"
+            )
+        if isinstance(self.run, Point) and self.run.mode == "graph":
+            self._check_room(self.run)
+
+    def _check_room(self, run: Point) -> None:
+        """A StaticCache counts on the device: each step is replayed twice and counted as two."""
+        if self.runtime != "transformers" or self.cache is None or self.cache.kind != "static":
+            return
+        needed = run.prompt_tokens + 2 * (run.output_tokens - 1)
+        if (self.cache.capacity_tokens or 0) < needed:
+            raise ConfigError(
+                f"cache.capacity_tokens={self.cache.capacity_tokens} is not allowed with "
+                f"mode=graph: {needed} or more"
             )
 
     @property

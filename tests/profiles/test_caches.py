@@ -141,6 +141,17 @@ def test_what_is_not_measured_is_refused_before_anything_is_built(runtime, kv_dt
         build(planner.read_config(LLAMA), kv_dtype=kv_dtype, cache=cache, **how)
 
 
+def test_steps_that_are_replayed_twice_need_room_in_a_static_cache():
+    run = replace(RUN, phase="decode", mode="graph")
+    with pytest.raises(ConfigError, match=r"cache\.capacity_tokens=26 is not allowed .* 31 or"):
+        SuitePoint(
+            model="gpt2",
+            run=run,
+            split="held-out",
+            cache=CacheSpec(kind="static", capacity_tokens=26),
+        )
+
+
 def test_a_static_cache_keeps_its_room_from_pass_to_pass():
     how = dict(runtime="transformers", attention=None, dtype="bf16", device=torch.device("cpu"))
     workload = build(planner.read_config(LLAMA), cache=of_kind("static"), **how)
