@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -96,6 +96,13 @@ def cache_fields(cache: CacheSpec | None) -> dict[str, str | int] | None:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def kept_words(record: Record) -> str:
+    """For people, how a record kept its tokens: "int8 KV, ring cache"; nothing where plain."""
+    kept = f"{record.kv_dtype} KV" if record.kv_dtype != record.dtype else ""
+    padded = "padded" if record.padded else ""
+    return ", ".join(filter(None, (kept, cache_words(record.cache), padded)))
+
+
 def cache_of(record: Record) -> CacheSpec | None:
     """The cache that a record's run was given; None: the runtime's own."""
     if record.cache is None:
@@ -106,13 +113,12 @@ def cache_of(record: Record) -> CacheSpec | None:
     return CacheSpec(**record.cache)
 
 
-def cache_words(cache: CacheSpec | None) -> str:
+def cache_words(cache: Mapping[str, object] | None) -> str:
     """For people: "ring cache", "quantised cache residual_tokens=64"; nothing without one."""
-    settings = cache_fields(cache)
-    if settings is None:
+    if cache is None:
         return ""
-    kind = settings.pop("kind")
-    return " ".join([f"{kind} cache", *(f"{name}={value}" for name, value in settings.items())])
+    settings = (f"{name}={value}" for name, value in cache.items() if name != "kind")
+    return " ".join((f"{cache.get('kind')} cache", *settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +186,13 @@ class SuitePoint:
     def name(self) -> str:
         """Unique in its suite, the same in every run of it."""
         kept = f"{self.kv_dtype} KV" if self.kv_dtype else ""
-        parts = (self.runtime, self.attention, self.dtype, kept, cache_words(self.cache))
+        parts = (
+            self.runtime,
+            self.attention,
+            self.dtype,
+            kept,
+            cache_words(cache_fields(self.cache)),
+        )
         how = " ".join(part for part in parts if part)
         return f"{self.model} {how} {self.run.sizes}"
 

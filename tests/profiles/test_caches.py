@@ -12,7 +12,7 @@ from planner import CacheSpec, ConfigError
 from profiles import records
 from profiles.bench import left_padding
 from profiles.compare import compare, estimate_of
-from profiles.points import Point, SuitePoint, cache_words
+from profiles.points import Point, SuitePoint, cache_fields, cache_words, kept_words
 from profiles.suite_run import needed
 from profiles.suites import suite_points
 from profiles.traced_record import traced
@@ -183,8 +183,11 @@ def test_every_point_of_the_suite_is_planned_on_a_gpu(point):
 
 def test_a_cache_is_named_by_all_that_is_set():
     assert cache_words(None) == ""
-    assert cache_words(ROOMY) == "static cache capacity_tokens=40"
-    assert cache_words(CacheSpec(kind="ring")) == "ring cache"
+    assert cache_words(cache_fields(ROOMY)) == "static cache capacity_tokens=40"
+    assert cache_words({"kind": "ring"}) == "ring cache"
+    assert kept_words(measured()) == ""
+    odd = measured(kv_dtype="int8", cache={"kind": "ring"}, padded=True)
+    assert kept_words(odd) == "int8 KV, ring cache, padded"
 
 
 def test_a_record_of_an_older_schema_has_the_runtimes_own_cache():
