@@ -14,6 +14,7 @@ import planner
 from planner.timing.calibration_files import Stamp, own_stamp
 from profiles import records
 from profiles.compare import Row, compare
+from profiles.points import kept_dtype
 from profiles.published import PublishedRow, published_rows
 from profiles.published_latency import LatencyRow, latency_rows
 from profiles.record_cpu import untimed
@@ -94,8 +95,8 @@ def nearest(
 ) -> Record | None:
     """The record of this device and runtime that is most like the plan; None if there is none.
 
-    The same model comes before others, of training steps then those made in the same way; then the
-    sizes decide, compared as ratios.
+    The same model comes before others, then those made in the same way, over the same cache; then
+    the sizes decide, compared as ratios.
     """
     trains = isinstance(work, planner.Training)
     candidates = [
@@ -109,13 +110,21 @@ def nearest(
 
     def distance(record: Record) -> tuple[bool, bool, float, bool]:
         sizes = [(record.batch, work.batch)]
-        other_way = False
         if isinstance(work, planner.Training):
             sizes.append((record.prompt_tokens, work.sequence_tokens))
             step = record.step or {}
             asked = (work.method, work.checkpointing, work.optimizer)
             other_way = asked != tuple(map(step.get, ("method", "checkpointing", "optimizer")))
         else:
+            dtype = deploy.dtype or model.dtype
+            kv_dtype = kept_dtype(dtype, deploy.kv_dtype, deploy.cache)
+            kind = None if deploy.cache is None else deploy.cache.kind
+            theirs = (record.cache or {}).get("kind")
+            other_way = (kv_dtype != dtype and kv_dtype, kind, work.padded) != (
+                record.kv_dtype != record.dtype and record.kv_dtype,
+                theirs,
+                record.padded,
+            )
             sizes.append((record.prompt_tokens, work.prompt_tokens))
             sizes.append((record.output_tokens, work.output_tokens))
         apart = sum(abs(math.log(ours / plan)) for ours, plan in sizes)

@@ -11,6 +11,7 @@ import planner
 from app import charts, measurements, run_charts
 from planner.format import gib
 from profiles.compare import estimate_of
+from profiles.points import kept_words
 from profiles.records import Record
 from profiles.rows import Row
 from profiles.sampler import Series, cost_line
@@ -51,8 +52,9 @@ def opened(found: measurements.Store, rows: Sequence[Row]) -> None:
 def title(record: Record) -> str:
     """A run's name in the list."""
     series = " · with a time series" if record.series is not None else ""
-    work = measurements.workload(record)
-    return f"{record.model} · {record.phase} {work} · {record.runtime}{series} · {record.id}"
+    kept = f" · {words}" if (words := kept_words(record)) else ""
+    work = f"{record.phase} {measurements.workload(record)}"
+    return f"{record.model} · {work} · {record.runtime}{kept}{series} · {record.id}"
 
 
 def about(record: Record) -> str:
@@ -64,6 +66,7 @@ def about(record: Record) -> str:
         f"{record.runtime} {record.runtime_version or ''}".strip(),
         f"{record.attention or 'default'} attention",
         record.dtype,
+        *([kept] if (kept := kept_words(record)) else []),
         environment.device_name,
         f"torch {environment.torch}",
         f"measured on {record.created_utc[:10]}",

@@ -7,6 +7,7 @@ import streamlit as st
 import planner
 from app import charts, measurements
 from planner.format import percent
+from profiles.points import kept_words
 from profiles.records import Record
 from profiles.rows import Row
 
@@ -67,4 +68,5 @@ def errors(rows: tuple[Row, ...]) -> list[str]:
 def in_words(record: Record) -> str:
     """Which run it is."""
     work = measurements.workload(record)
-    return f"{record.model}, {record.dtype}, {work}, {record.phase}, {record.runtime} {record.mode}"
+    words = (record.model, record.dtype, kept_words(record), work, record.phase)
+    return f"{', '.join(filter(None, words))}, {record.runtime} {record.mode}"

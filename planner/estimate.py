@@ -272,14 +272,13 @@ def _torch_peaks(
 ) -> TorchPeaks:
     """The workload to be played through torch's allocator; where it is not, the sum of tensors.
 
-    Not played: CPUs, pools, and the decode steps of quantised caches, which are not alike.
+    Not played: CPUs, pools, and the decode steps over quanto's and hqq's caches: most of them keep
+    a token as it is, the others quantise all anew.
     """
     apart = runtime.pooled or not runtime.on_torch
     workspace = workspace_bytes(gpu) if runtime.on_torch else 0
-    kivi = setting.cache is not None and setting.cache.kind == "quantised"
-    steps_differ = work.output_tokens > 1 and (
-        kivi or (runtime.name == "transformers" and is_quantised(setting))
-    )
+    in_groups = runtime.name == "transformers" and is_quantised(setting)
+    steps_differ = work.output_tokens > 1 and in_groups and setting.kv_dtype != "fp8"
     if apart or gpu.vendor not in WITH_CONTEXT or steps_differ:
         pool = total_bytes(rows, "kv_cache") if apart else 0
         inputs = _inputs_bytes(model, work) if runtime.on_torch else 0

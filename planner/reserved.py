@@ -144,6 +144,8 @@ def _play(
         batch=work.batch, prompt_tokens=work.prompt_tokens, workspace_bytes=plan.workspace_bytes
     )
     replay.feed(writer.opening)
+    if work.padded:
+        replay.feed([Alloc("mask of padding", INT64 * work.batch * work.context_tokens)])
     if plan.model.is_seq2seq:
         encoded = plan.model.encoder_length(work.encoder_tokens, work.prompt_tokens)
         replay.feed([Alloc("encoder ids", INT64 * work.batch * encoded)])
@@ -193,9 +195,10 @@ def weight_events(plan: AllocatorPlan) -> Iterator[Event]:
         for row in kept_rows(model, b):
             for index in range(row.count):
                 yield Alloc((row.item, index), row.size_bytes // row.count)
-    for row in runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype):
+    rows = runtime_named(plan.runtime).buffer_rows(model, dtype=buffers_dtype)
+    for place, row in enumerate(rows):  # gemma-3 has two of one name
         for index in range(row.count):
-            yield Alloc(("buffer", row.item, index), row.size_bytes // row.count)
+            yield Alloc(("buffer", place, index), row.size_bytes // row.count)
 
 
 class _Decode:

@@ -47,7 +47,7 @@ class TorchPeaks(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unsegmented:
-    """Peaks where no allocator with segments is simulated: a CPU, vllm's pool."""
+    """Peaks where no allocator with segments is simulated: a CPU, vllm's pool, some caches."""
 
     peak_allocated_bytes: int
     peak_reserved_bytes: None = None

@@ -131,8 +131,9 @@ class Inference:
 
     @property
     def inputs_bytes(self) -> int:
-        """The token ids of the prompts, int64."""
-        return 8 * self.batch * self.prompt_tokens
+        """The token ids of the prompts, int64; a mask of padding, as long as it gets."""
+        mask_tokens = self.context_tokens if self.padded else 0
+        return 8 * self.batch * (self.prompt_tokens + mask_tokens)
 
     @property
     def in_words(self) -> str:

@@ -25,6 +25,7 @@ import planner
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.dtypes import element_bytes
 from profiles import peers
+from profiles.points import cache_of
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error
 from profiles.summaries import percentile
@@ -100,7 +101,7 @@ def _answers(record: Record, row: Row) -> Mapping[str, float]:
     if row.quantity in ("ttft_s", "tpot_s", "replay_s", "step_s"):
         answers[NAIVE_ROOFLINE] = _roofline_s(record, row.quantity)
     ran = (record.model, record.environment.gpu, record.dtype)
-    if ran == (peers.MODEL, peers.GPU, peers.DTYPE):
+    if record.is_plain and ran == (peers.MODEL, peers.GPU, peers.DTYPE):
         told = "tpot_s" if row.quantity == "replay_s" else row.quantity
         sizes = (record.batch, record.prompt_tokens, told)
         answers |= peers.figures_s().get(sizes, {})
@@ -122,6 +123,8 @@ def _roofline_s(record: Record, quantity: str) -> float:
         context_tokens=record.prompt_tokens + record.output_tokens - 1,
         dtype=record.kv_dtype,
         runtime=record.runtime,
+        cache=cache_of(record),
+        compute_dtype=record.dtype,
     )
     return _slower_s(gpu, record.dtype, 2 * active * record.batch, weights + cache)
 

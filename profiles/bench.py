@@ -169,7 +169,11 @@ class Bench:
         return values
 
     def _prompt(self, workload: Workload, point: Point) -> torch.Tensor:
-        return random_ids(workload.vocab_size, point.batch, point.prompt_tokens).to(self.device)
+        ids = random_ids(workload.vocab_size, point.batch, point.prompt_tokens).to(self.device)
+        if point.padded:
+            mask = left_padding(point.batch, point.prompt_tokens, point.context_tokens)
+            workload.hide(mask.to(self.device))
+        return ids
 
     def _tokens(
         self, workload: Workload, point: Point, ids: torch.Tensor
@@ -254,6 +258,17 @@ def random_ids(vocab_size: int, batch: int, tokens: int) -> torch.Tensor:
     """Token ids [batch, tokens], the same in every run."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (batch, tokens), generator=generator)
+
+
+def left_padding(batch: int, prompt_tokens: int, context_tokens: int) -> torch.Tensor:
+    """A mask [batch, context], int64: 0 on padding, before ever more of ever longer prompts.
+
+    The first prompt has half of the tokens, the last all but 1 / 2 · batch of them: none is whole,
+    for a mask without padding is none to transformers.
+    """
+    padding = prompt_tokens * torch.arange(batch, 0, -1) // (2 * batch)
+    places = torch.arange(context_tokens)
+    return (places >= padding.clamp(min=1)[:, None]).long()
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, str]:

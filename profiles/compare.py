@@ -17,7 +17,7 @@ from planner.program import Dims, Program
 from planner.runtimes import runtime_named
 from planner.timing.passes import passes_of
 from planner.timing.roofline import pass_cost
-from profiles.points import planned_dtype
+from profiles.points import cache_of, planned_dtype
 from profiles.record_cpu import processor_of
 from profiles.records import Record
 from profiles.rows import QUANTITIES, Row, relative_error, to_frame
@@ -153,6 +153,7 @@ def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate
             prompt_tokens=record.prompt_tokens,
             output_tokens=record.output_tokens,
             logits=record.logits,
+            padded=record.padded,
         )
     deploy = planner.Deployment(
         gpu=record.environment.gpu,
@@ -160,6 +161,7 @@ def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate
         attention=record.attention.split(":")[0] if record.attention else None,
         dtype=planned_dtype(work, record.dtype),
         kv_dtype=None if record.step is not None else record.kv_dtype,
+        cache=cache_of(record),
         mode="captured" if record.mode == "graph" else record.mode,
         host_add_s=record.host_add_beside_s(quantity),
     )

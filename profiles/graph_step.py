@@ -2,7 +2,8 @@
 
 An engine that serves captures such steps once and replays them. A pass of ours knows the length of
 its cache on the host, so each step is captured by itself, outside the clock, and replayed: the same
-kernels on the same tensors. Replayed twice, it writes the same key into the same slot.
+kernels on the same tensors. Replayed twice, it writes the same key into the same slot, or into the
+next one where a cache counts its tokens on the device (transformers' StaticCache).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from planner import Model
+from planner import CacheSpec, Model
 from profiles import environment, records
-from profiles.points import Point, TrainingPoint
+from profiles.points import Point, TrainingPoint, cache_fields, kept_dtype
 from profiles.records import Environment, Record
 from profiles.workloads import RUNTIMES
 
@@ -29,11 +29,14 @@ def record_of(
     status: str,
     seen: Mapping[str, Any],
     env: Environment,
+    kv_dtype: str | None = None,
+    cache: CacheSpec | None = None,
     **place: str | None,
 ) -> Record:
     """A record of this moment. `seen` are its fields as far as they were measured, and the clocks.
 
-    `attention`: what was asked for, where `seen` has not what ran. `place`: suite, split and point.
+    `attention`: what was asked for, where `seen` has not what ran. `kv_dtype` and `cache` as of a
+    Deployment. `place`: suite, split and point.
     """
     values = {"attention": attention, **_work(run), **seen}
     clocks = values.pop("clocks", {})
@@ -44,7 +47,8 @@ def record_of(
         runtime=runtime,
         runtime_version=environment.installed(RUNTIMES[runtime].distribution),
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kept_dtype(dtype, kv_dtype, cache),
+        cache=cache_fields(cache),
         mode=run.mode if isinstance(run, Point) else "eager",
         environment=replace(env, **clocks),
         **values,
@@ -61,6 +65,7 @@ def _work(run: Point | TrainingPoint) -> dict[str, Any]:
             "output_tokens": run.output_tokens,
             "context_tokens": None if run.phase == "prefill" else run.context_tokens,
             "logits": run.logits,
+            "padded": run.padded,
         }
     work = run.work
     step = json.loads(json.dumps(asdict(work)))  # as it will be read again: lists, no tuples

@@ -49,7 +49,8 @@ def figures_s() -> dict[tuple[int, int, str], dict[str, float]]:
 
 def peer_rows(records: Iterable[Record]) -> list[PeerRow]:
     """All sizes that the peers were asked for: TTFT of each, then TPOT."""
-    seen = [r for r in records if (r.model, r.environment.gpu, r.dtype) == (MODEL, GPU, DTYPE)]
+    asked = (MODEL, GPU, DTYPE)
+    seen = [r for r in records if r.is_plain and (r.model, r.environment.gpu, r.dtype) == asked]
     rows = [
         PeerRow(
             batch=batch,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from planner import ConfigError, Inference, Training
+from planner import CacheSpec, ConfigError, Inference, Training
 from planner.errors import check_choice, check_size
-from profiles.records import PHASES
+from planner.runtimes.quantised_cache import DEFAULT_DTYPE
+from profiles.records import PHASES, Record
 
 GENERATIVE = tuple(phase for phase in PHASES if phase != "training")
 
@@ -21,7 +22,7 @@ Mode = Literal["eager", "graph"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
     """One phase of inference to measure. `mode`: how decode steps are launched; a graph replays
-    those of a "decode" alone.
+    those of a "decode" alone. `padded`: prompts are of several lengths.
     """
 
     phase: DecodePhase
@@ -32,6 +33,7 @@ class Point:
     repeats: int = 5
     warmup: int = 2
     mode: Mode = "eager"
+    padded: bool = False
 
     def __post_init__(self) -> None:
         if check_choice("mode", self.mode, ("eager", "graph")) == "graph":
@@ -45,6 +47,7 @@ class Point:
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             logits=self.logits,
+            padded=self.padded,
         )
 
     @property
@@ -61,11 +64,12 @@ class Point:
 
     @property
     def sizes(self) -> str:
-        """For people: "prefill 1 × 4096", "generation 8 × 512 + 32"."""
+        """For people: "prefill 1 × 4096", "generation 8 × 512 + 32, padded"."""
         output = f" + {self.output_tokens}" if self.output_tokens > 1 else ""
         logits = " all logits" if self.logits == "all" else ""
+        padded = ", padded" if self.padded else ""
         graph = ", a CUDA graph" if self.mode == "graph" else ""
-        return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}{graph}"
+        return f"{self.phase} {self.batch} × {self.prompt_tokens}{output}{logits}{padded}{graph}"
 
 
 def planned_dtype(work: Inference | Training, dtype: str | None) -> str | None:
@@ -76,6 +80,45 @@ def planned_dtype(work: Inference | Training, dtype: str | None) -> str | None:
     """
     casts = isinstance(work, Training) and work.precision == "autocast" and work.adapters is None
     return "bf16" if casts and dtype == "fp32" else dtype
+
+
+def kept_dtype(dtype: str, kv_dtype: str | None, cache: CacheSpec | None) -> str:
+    """What keys and values that are computed in `dtype` are kept in."""
+    quantised = cache is not None and cache.kind == "quantised"
+    return kv_dtype or (DEFAULT_DTYPE if quantised else dtype)
+
+
+def cache_fields(cache: CacheSpec | None) -> dict[str, str | int] | None:
+    """The fields of a CacheSpec that say something, as a record keeps them."""
+    if cache is None:
+        return None
+    values = {field.name: getattr(cache, field.name) for field in fields(cache)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def kept_words(record: Record) -> str:
+    """For people, how a record kept its tokens: "int8 KV, ring cache"; nothing where plain."""
+    kept = f"{record.kv_dtype} KV" if record.kv_dtype != record.dtype else ""
+    padded = "padded" if record.padded else ""
+    return ", ".join(filter(None, (kept, cache_words(record.cache), padded)))
+
+
+def cache_of(record: Record) -> CacheSpec | None:
+    """The cache that a record's run was given; None: the runtime's own."""
+    if record.cache is None:
+        return None
+    known = {field.name for field in fields(CacheSpec)}
+    if unknown := sorted(record.cache.keys() - known):
+        raise ConfigError(f"cache.{unknown[0]} is not known: this planner has no such field")
+    return CacheSpec(**record.cache)
+
+
+def cache_words(cache: Mapping[str, object] | None) -> str:
+    """For people: "ring cache", "quantised cache residual_tokens=64"; nothing without one."""
+    if cache is None:
+        return ""
+    settings = (f"{name}={value}" for name, value in cache.items() if name != "kind")
+    return " ".join((f"{cache.get('kind')} cache", *settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +146,11 @@ class TrainingPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SuitePoint:
-    """A point of a suite: the model it is run on, in what, and on which side of the split."""
+    """A point of a suite: the model it is run on, in what, and on which side of the split.
+
+    `kv_dtype` and `cache` as of a Deployment. ConfigError for padding outside transformers, and for
+    a static cache there whose room replayed steps would outgrow.
+    """
 
     model: str
     run: Point | TrainingPoint
@@ -111,14 +158,43 @@ class SuitePoint:
     runtime: str = "transformers"
     attention: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
+    cache: CacheSpec | None = None
     series: bool = False  # keep NVML's time series of one pass
     history: bool = False  # keep the allocator's history
     times_only: bool = False  # no passes for memory: another suite has them
 
+    def __post_init__(self) -> None:
+        if isinstance(self.run, Point) and self.run.padded and self.runtime != "transformers":
+            raise ConfigError(
+                f"padded=True is not measured in runtime={self.runtime}: transformers"
+            )
+        if isinstance(self.run, Point) and self.run.mode == "graph":
+            self._check_room(self.run)
+
+    def _check_room(self, run: Point) -> None:
+        """A StaticCache counts on the device: each step is replayed twice and counted as two."""
+        if self.runtime != "transformers" or self.cache is None or self.cache.kind != "static":
+            return
+        needed = run.prompt_tokens + 2 * (run.output_tokens - 1)
+        if (self.cache.capacity_tokens or 0) < needed:
+            raise ConfigError(
+                f"cache.capacity_tokens={self.cache.capacity_tokens} is not allowed with "
+                f"mode=graph: {needed} or more"
+            )
+
     @property
     def name(self) -> str:
         """Unique in its suite, the same in every run of it."""
-        how = " ".join(part for part in (self.runtime, self.attention, self.dtype) if part)
+        kept = f"{self.kv_dtype} KV" if self.kv_dtype else ""
+        parts = (
+            self.runtime,
+            self.attention,
+            self.dtype,
+            kept,
+            cache_words(cache_fields(self.cache)),
+        )
+        how = " ".join(part for part in parts if part)
         return f"{self.model} {how} {self.run.sizes}"
 
 

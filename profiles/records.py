@@ -25,11 +25,12 @@ from planner.errors import check_choice, check_size, shown
 
 T = TypeVar("T")
 
-SCHEMA = 2
-KNOWN_SCHEMAS = (1, 2)
-"""2 added the phase "training" and what belongs to it; a record of 1 is read as it is."""
+SCHEMA = 3
+KNOWN_SCHEMAS = (1, 2, 3)
+"""2 added the phase "training" and what belongs to it, 3 caches other than the runtime's own and
+padding; older records are read as they are: they have none of these."""
 
-READS = " and ".join(map(str, KNOWN_SCHEMAS))
+READS = ", ".join(map(str, KNOWN_SCHEMAS))
 
 PHASES = ("prefill", "decode", "generation", "training")
 SPLITS = ("calibration", "held-out")
@@ -95,7 +96,7 @@ class Record:
     prompt_tokens: int
     output_tokens: int
     dtype: str
-    kv_dtype: str
+    kv_dtype: str  # what keys and values are kept in
     logits: Literal["last", "all"]  # what a prefill returns
     mode: Literal["eager", "graph"]  # how steps are launched
     environment: Environment
@@ -106,6 +107,8 @@ class Record:
     step: Mapping[str, Any] | None = (
         None  # training: planner.Training's fields beside the sizes, dropout
     )
+    cache: Mapping[str, Any] | None = None  # of planner.CacheSpec; None: the runtime's own
+    padded: bool = False  # prompts of several lengths, padded on the left
     experts: str | None = None  # what multiplied a mixture's experts, as far as the runtime says it
     context_tokens: int | None = None  # KV length at the last decode step; None for prefill
     # time, device-synchronised
@@ -146,6 +149,11 @@ class Record:
             )
         for name in ("batch", "prompt_tokens", "output_tokens"):
             check_size(name, getattr(self, name))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing was padded and the runtime's own cache kept what was computed."""
+        return self.cache is None and not self.padded and self.kv_dtype == self.dtype
 
     @property
     def median_step_s(self) -> float | None:
@@ -372,7 +380,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return Environment(**arguments(Environment, value, where=f"{name}."))
         if origin is Mapping and isinstance(value, dict):
             return value
-        if origin is str and isinstance(value, str):
+        if origin in (str, bool) and isinstance(value, origin):
             return value
         if origin is int and type(value) is int and value >= 0:
             return value

@@ -104,6 +104,7 @@ def _point(record: Record) -> str:
             "phase": (record.phase, record.logits),
             "sizes": (record.batch, record.prompt_tokens, record.output_tokens),
             "dtypes": (record.dtype, record.kv_dtype),
+            "cache": (record.cache, record.padded),
             "step": {name: value for name, value in step.items() if value is not None},
         }
     )

@@ -17,7 +17,7 @@ from planner.format import gib
 from profiles import environment, nvml, records
 from profiles.bench import Bench, attempt
 from profiles.measurement import record_of
-from profiles.points import GENERATIVE, Logits, Point, inference_points
+from profiles.points import GENERATIVE, Logits, Point, inference_points, kept_dtype
 from profiles.records import DEFAULT_OUT, Record
 from profiles.workloads import RUNTIMES, TORCH_DTYPES, build
 
@@ -35,6 +35,8 @@ def profile(
     runtime: str = "attnlab",
     attention: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
+    cache: planner.CacheSpec | None = None,
     phases: Iterable[str] = GENERATIVE,
     repeats: int = 5,
     warmup: int = 2,
@@ -48,9 +50,9 @@ def profile(
 
     `prefill` is measured as output_tokens = 1, `decode` times the output_tokens − 1 steps after an
     untimed prefill, `generation` times both. With output_tokens = 1 nothing is decoded: that phase
-    is left out. An error or a lack of memory on the way becomes a record with that status. Raises
-    ConfigError, before anything is built, for arguments that cannot be right and for work that by
-    our own estimate needs more memory than is free.
+    is left out. `kv_dtype` and `cache` as of a Deployment. An error or a lack of memory on the way
+    becomes a record with that status. Raises ConfigError, before anything is built, for arguments
+    that cannot be right and for work that by our own estimate needs more memory than is free.
     """
     points = inference_points(
         phases,
@@ -76,14 +78,23 @@ def profile(
             runtime=runtime,
             attention=attention,
             dtype=dtype,
-            kv_dtype=dtype,
+            kv_dtype=kept_dtype(dtype, kv_dtype, cache),
+            cache=cache,
             mode="eager",
         )
         _refuse_what_does_not_fit(model, points, deploy, env.gpu, environment.free_bytes(target))
         records.check_writable(out)
         report(0, 1 + len(points), f"build {model.name}")
         workload, status = attempt(
-            lambda: build(model, runtime=runtime, attention=attention, dtype=dtype, device=target)
+            lambda: build(
+                model,
+                runtime=runtime,
+                attention=attention,
+                dtype=dtype,
+                device=target,
+                kv_dtype=kv_dtype,
+                cache=cache,
+            )
         )
         bench = Bench(target, driver, before.get(uuid) if uuid else None)
         done: list[Record] = []
@@ -101,6 +112,8 @@ def profile(
                 status=status,
                 seen=seen,
                 env=env,
+                kv_dtype=kv_dtype,
+                cache=cache,
                 suite=suite,
                 split=split,
             )

@@ -295,6 +295,8 @@ def needed(point: SuitePoint, gpu: str | None) -> planner.Estimate:
         runtime=point.runtime,
         attention=point.attention,
         dtype=planned_dtype(point.run.work, point.dtype),
+        kv_dtype=point.kv_dtype,
+        cache=point.cache,
         mode="eager",
     )
     return planner.estimate(planner.load_model(point.model), point.run.work, deploy)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from planner import ConfigError, LoRA, Training
+from planner import CacheSpec, ConfigError, LoRA, Training
 from planner.errors import check_choice
 from profiles.points import Logits, Point, SuitePoint, TrainingPoint
 
@@ -23,7 +23,8 @@ CALIBRATION = frozenset(
         ("llama-3.1-8b", "decode 8 × 1024 + 5, a CUDA graph"),
     )
 )
-"""(model, sizes) of the points that constants may be fitted on, in every runtime and dtype."""
+"""(model, sizes) of the points that constants may be fitted on, in every runtime and dtype, over
+the runtime's own cache."""
 
 
 LORA = LoRA(rank=16)
@@ -45,12 +46,15 @@ def _point(
     runtime: str = "transformers",
     attention: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
+    cache: CacheSpec | None = None,
     series: bool = False,
     history: bool = False,
     times_only: bool = False,
 ) -> SuitePoint:
+    plain = kv_dtype is None and cache is None
     split: Literal["calibration", "held-out"]
-    split = "calibration" if (model, run.sizes) in CALIBRATION else "held-out"
+    split = "calibration" if plain and (model, run.sizes) in CALIBRATION else "held-out"
     return SuitePoint(
         model=model,
         run=run,
@@ -58,6 +62,8 @@ def _point(
         runtime=runtime,
         attention=attention,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        cache=cache,
         series=series,
         history=history,
         times_only=times_only,
@@ -255,6 +261,45 @@ def _allocator() -> Iterator[SuitePoint]:
     yield _point("llama-3.2-1b", attnlab, runtime="attnlab", history=True)
 
 
+def _short(batch: int, prompt: int, *, padded: bool = False) -> Point:
+    return replace(_generation(batch, prompt, 10, repeats=2), padded=padded)
+
+
+def _caches() -> Iterator[SuitePoint]:
+    """Every other cache that is planned, and padding: memory, and steps that read more or less.
+
+    The window of mistral is shorter than its prompt, and so is gemma-3's. KIVI's prompt ends ahead
+    of a whole group of keys: some step quantises.
+    """
+    attnlab: dict[str, Any] = {"runtime": "attnlab"}
+    static, ring, paged, grown, kivi = (
+        CacheSpec(kind=kind) for kind in ("static", "ring", "paged", "dynamic", "quantised")
+    )
+    scaled = CacheSpec(kind="static", scales="token-head")
+    roomy = CacheSpec(kind="static", capacity_tokens=8192)
+    replayed = CacheSpec(kind="static", capacity_tokens=2560)
+    yield _point("llama-3.1-8b", _short(8, 2048), cache=static)
+    yield _point("llama-3.1-8b", _short(8, 2048), kv_dtype="int8", **attnlab)
+    yield _point("qwen2.5-7b", _short(8, 1024, padded=True))
+    yield _point("llama-3.1-8b", _short(8, 2040), kv_dtype="int4", cache=kivi, **attnlab)
+    yield _point("mistral-7b-v0.1", _short(2, 6000), cache=ring, **attnlab)
+    yield _point("llama-3.1-8b", _short(8, 2048), kv_dtype="fp8")
+    yield _point("gemma-3-1b", _short(16, 2048), cache=static)
+    yield _point("qwen2.5-14b", _short(8, 1024), kv_dtype="int4", **attnlab)
+    yield _point("llama-3.2-3b", _short(16, 1024), cache=paged, **attnlab)
+    yield _point("qwen3-4b", _short(16, 1024), kv_dtype="fp8", cache=scaled, **attnlab)
+    yield _point("gemma-2-9b", _short(4, 1024, padded=True))
+    yield _point("llama-3.1-8b", _replayed(16, 2048, repeats=8), kv_dtype="int8", **attnlab)
+    yield _point("mistral-7b-v0.1", _short(4, 1024), cache=roomy)
+    yield _point("gemma-3-1b", _short(16, 2048), kv_dtype="int8", cache=ring, **attnlab)
+    yield _point("llama-3.2-1b", _short(32, 1024), cache=grown, **attnlab)
+    yield _point("llama-3.1-8b", _replayed(8, 2048, repeats=8), cache=replayed)
+    yield _point("qwen2.5-7b", _replayed(32, 1024, repeats=8), kv_dtype="fp8", **attnlab)
+    yield _point("qwen3-4b", _short(16, 1024), kv_dtype="fp8")
+    yield _point("qwen2.5-0.5b", _short(32, 1020), kv_dtype="int2", cache=kivi, **attnlab)
+    yield _point("gemma-3-1b", _short(16, 1024, padded=True))
+
+
 def _cpu() -> Iterator[SuitePoint]:
     """What a CPU without a GPU runs in a few minutes, in fp32, whose ops are timed there."""
     for runtime in ("attnlab", "transformers"):
@@ -275,5 +320,6 @@ SUITES = {
     "training": _training,
     "latency": _latency,
     "host": _host,
+    "caches": _caches,
     "allocator": _allocator,
 }

@@ -16,6 +16,7 @@ import planner
 from planner.errors import ConfigError
 from profiles.meters import LiveTensorMeter
 from profiles.module_trace import fake_copy, fake_ids
+from profiles.points import cache_of
 from profiles.records import Record
 from profiles.trace import _fake_mode, _shapes_only, _told
 from profiles.workloads import Logits, Workload, build
@@ -29,6 +30,8 @@ def traced(record: Record) -> dict[str, int]:
 
     Raises ConfigError in one line for a module whose forward needs values.
     """
+    if record.padded:
+        raise ConfigError("padded=True is not traced: what a mask hides are values")
     seen = _traced(_Work.of(record))
     return {name: seen[name] for name in TRACED if record.phase != "decode" or name != TRACED[2]}
 
@@ -45,6 +48,8 @@ class _Work:
     prompt_tokens: int
     output_tokens: int
     logits: Logits
+    kv_dtype: str
+    cache: planner.CacheSpec | None
 
     @staticmethod
     def of(record: Record) -> _Work:
@@ -57,6 +62,8 @@ class _Work:
             prompt_tokens=record.prompt_tokens,
             output_tokens=record.output_tokens,
             logits=record.logits,
+            kv_dtype=record.kv_dtype,
+            cache=cache_of(record),
         )
 
 
@@ -71,6 +78,8 @@ def _traced(work: _Work) -> dict[str, int]:
                 attention=work.attention,
                 dtype=work.dtype,
                 device=torch.device("cpu"),
+                kv_dtype=work.kv_dtype,
+                cache=work.cache,
             )
             fake_copy(workload.module)
             return _passes(workload, work)

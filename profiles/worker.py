@@ -114,6 +114,8 @@ def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
         attention=point.attention,
         dtype=point.dtype or model.dtype,
         device=bench.device,
+        kv_dtype=point.kv_dtype,
+        cache=point.cache,
     )
 
 
@@ -134,6 +136,8 @@ def _record(
         status=status,
         seen=seen,
         env=env,
+        kv_dtype=point.kv_dtype,
+        cache=point.cache,
         suite=suite,
         split=point.split,
         point=point.name,

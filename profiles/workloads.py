@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from planner import ConfigError, Model
+from planner import CacheSpec, ConfigError, Model
 from planner.errors import check_choice
+from planner.runtimes.transformers import cache_kind
 from profiles.meters import module_bytes, tensor_bytes
+from profiles.points import kept_dtype
 
 Logits = Literal["last", "all"]
 
@@ -39,6 +42,10 @@ class Workload(ABC):
     def weights_bytes(self) -> int:
         """Parameters (tied once) and buffers of the live module."""
         return module_bytes(self.module)
+
+    def hide(self, mask: Tensor) -> None:
+        """Attend to no padding from now on: int64 [batch, the longest context], 0 on padding."""
+        raise ConfigError(f"padded=True is not measured in {self.distribution}: transformers")
 
     @abstractmethod
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
@@ -69,37 +76,40 @@ class Workload(ABC):
 
 
 class AttnlabWorkload(Workload):
-    """Our own transformer over a preallocated cache."""
+    """Our own transformer over the cache that is asked for; none is: a preallocated one."""
 
     distribution = "transformer-planner"
 
     def __init__(
-        self, model: Model, *, attention: str | None, dtype: str, device: torch.device
+        self,
+        model: Model,
+        *,
+        attention: str | None,
+        dtype: str,
+        device: torch.device,
+        kv_dtype: str | None = None,
+        cache: CacheSpec | None = None,
     ) -> None:
         from attnlab.backend import experts_name
-        from attnlab.kv_cache import KVCache
+        from attnlab.caches import build_cache
         from attnlab.transformer import Transformer
 
-        self._model, self._dtype, self._device = model, TORCH_DTYPES[dtype], device
+        in_dtype = TORCH_DTYPES[dtype]
         self.vocab_size = model.vocab_size
-        self._make_cache = KVCache
-        self._cache: KVCache | None = None
+        self._make_cache = partial(
+            build_cache, model, cache, dtype=in_dtype, device=device, kv_dtype=kv_dtype
+        )
+        self._cache: Any = None
         self._transformer = Transformer(
-            model, attention=attention, dtype=self._dtype, device=device
+            model, attention=attention, dtype=in_dtype, device=device
         ).eval()
         self.module = self._transformer
         self.attention = self._transformer.attention
         self.experts = experts_name(self._transformer)
 
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
-        """Preallocate keys and values of every layer."""
-        self._cache = self._make_cache(
-            self._model,
-            batch=batch,
-            capacity_tokens=capacity_tokens,
-            dtype=self._dtype,
-            device=self._device,
-        )
+        """Preallocate keys and values of every layer, in a cache that does."""
+        self._cache = self._make_cache(batch=batch, tokens=capacity_tokens)
 
     def forward(self, ids: Tensor, logits: Logits) -> Tensor:
         """One pass of the transformer, its cache filled."""
@@ -116,22 +126,35 @@ class AttnlabWorkload(Workload):
         self._cache = None
 
     def kv_cache_bytes(self) -> int:
-        """Bytes of the preallocated tensors, filled or not."""
+        """Bytes of the cache's tensors, filled or not."""
         return 0 if self._cache is None else self._cache.nbytes
 
 
 class TransformersWorkload(Workload):
-    """The class that transformers has for the config, over a DynamicCache."""
+    """The class that transformers has for the config, over a DynamicCache or what is asked for."""
 
     distribution = "transformers"
 
     def __init__(
-        self, model: Model, *, attention: str | None, dtype: str, device: torch.device
+        self,
+        model: Model,
+        *,
+        attention: str | None,
+        dtype: str,
+        device: torch.device,
+        kv_dtype: str | None = None,
+        cache: CacheSpec | None = None,
     ) -> None:
         import transformers
 
         hub: Any = transformers  # without annotations
         config = model.config
+        self._kind = cache_kind(cache, kept_dtype(dtype, kv_dtype, cache), dtype)
+        if self._kind == "quantised" and kept_dtype(dtype, kv_dtype, cache) != "fp8":
+            raise ConfigError(
+                f"kv_dtype={kept_dtype(dtype, kv_dtype, cache)} is not measured in transformers: "
+                "fp8 (the kernels of other backends are compiled where they run)"
+            )
         if attention is not None:
             check_choice("attention", attention, TRANSFORMERS_ATTENTION)
         if not model.lm_head:
@@ -146,18 +169,33 @@ class TransformersWorkload(Workload):
                 config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention
             ).eval()
         self.module, self.vocab_size = built, model.vocab_size
-        self._make_cache: Callable[[], Any] = lambda: hub.DynamicCache(config=built.config)
+        makers: dict[str, Callable[[int], Any]] = {
+            "dynamic": lambda tokens: hub.DynamicCache(config=built.config),
+            "static": lambda tokens: hub.StaticCache(config=built.config, max_cache_len=tokens),
+            "quantised": lambda tokens: hub.QuantizedCache("fp8", built.config),
+        }
+        self._make_cache = makers[self._kind]
+        self._capacity = None if cache is None else cache.capacity_tokens
         self._cache: Any = None
+        self._mask: Tensor | None = None
+        self._tokens = 0
         self.attention = str(built.config._attn_implementation)
 
+    def hide(self, mask: Tensor) -> None:
+        """As Workload.hide: each pass is given the mask of the tokens so far."""
+        self._mask = mask
+
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
-        """An empty cache: it grows by concatenation."""
-        self._cache = self._make_cache()
+        """An empty cache: it grows by concatenation, or takes its room in the first pass."""
+        self._tokens = 0
+        self._cache = self._make_cache(self._capacity or capacity_tokens)
 
     def forward(self, ids: Tensor, logits: Logits) -> Tensor:
         """One call of the model, as `generate` makes it."""
+        self._tokens += ids.shape[1]
         out: Tensor = self.module(
             ids,
+            attention_mask=None if self._mask is None else self._mask[:, : self._tokens],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1 if logits == "last" else 0,
@@ -165,8 +203,12 @@ class TransformersWorkload(Workload):
         return out
 
     def reset(self) -> None:
-        """A new cache: this one cannot be emptied in place."""
-        self._cache = self._make_cache()
+        """A new cache where this one cannot be emptied in place: one that grows."""
+        self._tokens = 0
+        if self._kind == "static":
+            self._cache.reset()
+        else:
+            self._cache = self._make_cache(0)
 
     def end(self) -> None:
         """Release the cache."""
@@ -179,10 +221,14 @@ class TransformersWorkload(Workload):
 
 
 def _cached(layer: Any) -> Iterator[Tensor]:
-    """A layer's tensors: keys and values, or a mixer's states, or both (falcon_h1)."""
+    """A layer's tensors: keys and values, or a mixer's states, or both (falcon_h1).
+
+    Where keys and values are quantised, codes and scales of them; the plain ones are empty then.
+    """
     for name in ("keys", "values"):
         if (held := getattr(layer, name, None)) is not None:
             yield held
+        yield from getattr(layer, f"_quantized_{name}", None) or ()
     for name in ("conv_states", "recurrent_states"):
         states = getattr(layer, name, {})
         yield from (state for state in states.values() if state is not None)
@@ -195,12 +241,24 @@ RUNTIMES: dict[str, type[AttnlabWorkload] | type[TransformersWorkload]] = {
 
 
 def build(
-    model: Model, *, runtime: str, attention: str | None, dtype: str, device: torch.device
+    model: Model,
+    *,
+    runtime: str,
+    attention: str | None,
+    dtype: str,
+    device: torch.device,
+    kv_dtype: str | None = None,
+    cache: CacheSpec | None = None,
 ) -> Workload:
-    """The model on the device, directly in `dtype`, in evaluation mode."""
+    """The model on the device, directly in `dtype`, in evaluation mode.
+
+    `kv_dtype` and `cache` as of a Deployment.
+    """
     check_choice("runtime", runtime, RUNTIMES)
     check_choice("dtype", dtype, TORCH_DTYPES)
-    return RUNTIMES[runtime](model, attention=attention, dtype=dtype, device=device)
+    return RUNTIMES[runtime](
+        model, attention=attention, dtype=dtype, device=device, kv_dtype=kv_dtype, cache=cache
+    )
 
 
 def attention_name(asked: str, passes: list[set[str]]) -> str:

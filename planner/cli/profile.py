@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli.compare import print_rows
-from planner.cli.options import AsJson, Attention, Batch, Dtype, Output, Prompt
+from planner.cli.options import AsJson, Attention, Batch, Cache, Dtype, KvDtype, Output, Prompt
 from planner.cli.output import exit_unless, show, warn
 from planner.errors import ConfigError, check_choice, shown
 from planner.loading import load_model
+from planner.workload import cache_spec
 
 if TYPE_CHECKING:
     from profiles.suite_run import Progress, Run  # noqa: TID251
@@ -47,7 +48,7 @@ def profile_command(
         str | None,
         typer.Option(
             "--suite",
-            help="smoke, cpu, inference, training, latency, host, allocator, microbench or "
+            help="smoke, cpu, inference, training, latency, host, caches, allocator, microbench or "
             "overheads.",
         ),
     ] = None,
@@ -67,6 +68,8 @@ def profile_command(
     device: Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")] = "auto",
     runtime: Annotated[str, typer.Option("--runtime", help="attnlab or transformers.")] = "attnlab",
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    cache: Cache = None,
     attention: Attention = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each pass.")] = 5,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Records, appended.")] = Path(
@@ -90,7 +93,8 @@ def profile_command(
     if suite is not None:
         if model is not None:
             raise ConfigError(f"MODEL={shown(model)} is not allowed with --suite: it has its own")
-        _refuse_options("--suite", {"--memory-viz": memory_viz})
+        own = {"--memory-viz": memory_viz, "--kv-dtype": kv_dtype, "--cache": cache}
+        _refuse_options("--suite", own)
         how = {"device": device, "budget": budget, "missing": missing, "ray": ray}
         _suite(suite, **how, out=out, as_json=as_json)  # type: ignore[arg-type]
         return
@@ -104,6 +108,8 @@ def profile_command(
         "device": device,
         "runtime": runtime,
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "cache": None if cache is None else cache_spec(cache),
         "attention": attention,
         "repeats": repeats,
         "out": out,

@@ -165,7 +165,7 @@ class Fp8Tensor(_Tensor):
         """Codes, and one scale."""
         return (
             Buffer(name="codes", shape=self.shape(tokens), itemsize=1, cache=True),
-            Buffer(name="scale", shape=(1,), itemsize=FLOAT32, cache=True),
+            Buffer(name="scale", shape=(1,), itemsize=FLOAT32, cache=True, lasting=True),
         )
 
     def quantise(self, x: Buffer, tokens: Symbol) -> None:

@@ -433,5 +433,10 @@ def test_the_nearest_record_is_of_the_same_model_then_of_the_closest_sizes(store
     assert near is not None
     assert (near.model, near.prompt_tokens) == ("llama-50m", 300)
     assert len(found) == 4
+    records.append(store, made(model="llama-50m", prompt_tokens=101, kv_dtype="int8"))
+    found = measurements.loaded()
+    assert measurements.nearest(found, model, work, deploy) == near, "over another cache"
+    int8 = planner.Deployment(gpu="cpu", runtime="attnlab", kv_dtype="int8")
+    assert measurements.nearest(found, model, work, int8).prompt_tokens == 101
     elsewhere = planner.Deployment(gpu="t4", runtime="attnlab")
     assert measurements.nearest(found, model, work, elsewhere) is None

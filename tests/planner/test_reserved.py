@@ -10,9 +10,12 @@ import torch
 import planner
 from attnlab.kv_cache import KVCache
 from attnlab.transformer import Transformer
-from planner import Deployment, Inference, reserved
-from planner.allocator import AllocatorSettings
+from planner import CacheSpec, Deployment, Inference, reserved
+from planner.allocator import AllocatorSettings, DeviceAllocator
+from planner.allocator.simulate import Replay
+from profiles import workloads
 from profiles.meters import LiveTensorMeter
+from profiles.recording import AllocationRecorder
 from tests.planner.configs import TINY, build
 
 MIB = 2**20
@@ -25,9 +28,10 @@ def plan_of(model, work, **deploy):
     return estimate.memory.torch
 
 
-def on_the_cpu(model, work, runtime, attention):
+def on_the_cpu(model, work, runtime, attention, **deploy):
     """The plan of a GPU with the kernels of a CPU, no workspace: what a real forward here does."""
-    plan = plan_of(model, work, runtime=runtime, attention=attention, dtype="bf16")
+    how = dict(runtime=runtime, attention=attention, dtype="bf16", **deploy)
+    plan = plan_of(model, work, **how)
     setting = replace(plan.setting, device="cpu")
     return replace(plan, setting=setting, workspace_bytes=0)
 
@@ -188,7 +192,7 @@ def test_every_stored_tensor_of_quantised_weights_is_allocated():
     assert weights_bytes(e.memory.torch) == e.memory.weights_bytes
 
 
-def test_of_quantised_caches_only_the_prefill_is_played():
+def test_of_caches_that_quantise_anew_only_the_prefill_is_played():
     model = planner.load_model("llama-3.1-8b")
     deploy = Deployment(gpu="h200", kv_dtype="int4")
     prefill = planner.estimate(model, Inference(batch=1, prompt_tokens=400), deploy)
@@ -197,3 +201,35 @@ def test_of_quantised_caches_only_the_prefill_is_played():
     memory = planner.estimate(model, whole, deploy).memory
     assert memory.peak_reserved_bytes is None
     assert memory.peak_allocated_bytes > memory.peak_live_bytes
+
+
+STEPS_ALIKE = [
+    ("transformers", "fp8", None),
+    ("transformers", None, CacheSpec(kind="static")),
+    ("attnlab", "int8", None),
+    ("attnlab", None, CacheSpec(kind="paged")),
+    ("attnlab", None, CacheSpec(kind="dynamic")),
+    ("attnlab", "int4", CacheSpec(kind="quantised", residual_tokens=64)),
+]
+
+
+@pytest.mark.parametrize(("runtime", "kv_dtype", "cache"), STEPS_ALIKE)
+def test_other_caches_take_the_segments_that_their_real_steps_take(runtime, kv_dtype, cache):
+    """Every storage of a generation on a CPU, through the same allocator; KIVI: ± 2 MiB of small
+    blocks."""
+    model, cpu = planner.load_model("llama-50m"), torch.device("cpu")
+    how = {"runtime": runtime, "kv_dtype": kv_dtype, "cache": cache}
+    work = Inference(batch=4, prompt_tokens=500, output_tokens=16, logits="last")
+    plan = on_the_cpu(model, work, attention=None, **how)
+    workload = workloads.build(model, attention=None, dtype="bf16", device=cpu, **how)
+    with AllocationRecorder() as recorder:
+        ids = torch.ones(4, 500, dtype=torch.long)
+        workload.begin(batch=4, capacity_tokens=515)
+        for _ in workload.tokens(ids, output_tokens=16, logits="last"):
+            pass
+    real = Replay(DeviceAllocator())
+    real.feed(reserved.weight_events(plan))
+    real.feed(recorder.trace)
+    assert plan.peak_allocated_bytes == real.stats().peak_allocated_bytes
+    slack = 2 * MIB if cache is not None and cache.kind == "quantised" else 0
+    assert abs(plan.peak_reserved_bytes - real.stats().peak_reserved_bytes) <= slack

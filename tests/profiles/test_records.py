@@ -131,8 +131,8 @@ def test_a_missing_file_is_reported(tmp_path):
 def test_an_unknown_schema_is_refused(tmp_path):
     store = tmp_path / "r.jsonl"
     records.append(store, record())
-    store.write_text(store.read_text().replace('"schema": 2', '"schema": 3'))
-    with pytest.raises(ConfigError, match=r"r\.jsonl:1: schema=3 is not known: .* reads 1 and 2"):
+    store.write_text(store.read_text().replace('"schema": 3', '"schema": 4'))
+    with pytest.raises(ConfigError, match=r"r\.jsonl:1: schema=4 is not known: .* reads 1, 2, 3"):
         records.load([store])
 
 

@@ -135,6 +135,21 @@ def test_a_profile_is_compared_and_kept(run, tmp_path):
     assert len(pd.read_csv(tmp_path / "c.csv")) == len(rows)
 
 
+def test_a_profile_over_another_cache_is_planned_over_it(run, tmp_path):
+    config, out = tmp_path / "config.json", tmp_path / "records.jsonl"
+    config.write_text(json.dumps({**TINY["llama"], "dtype": "float32"}))
+    kept = ("--kv-dtype", "int8", "--cache", "paged:block_tokens=8")
+    how = ("--device", "cpu", "--repeats", "1", "--prompt", "16", "--output", "3", "--json")
+    code, text, _ = run("profile", str(config), *how, *kept, "--out", str(out))
+    assert code == 0
+    errors = {row["quantity"]: row["relative_error"] for row in json.loads(text)["rows"]}
+    assert errors["kv_cache_bytes"] == errors["peak_live_bytes"] == 0
+    assert '"cache": {"kind": "paged", "block_tokens": 8}' in out.read_text()
+    code, _, err = run("profile", "--suite", "smoke", *kept)
+    assert code == 2
+    assert "--kv-dtype is not allowed with --suite" in err
+
+
 def test_without_measurements_compare_says_so(run, tmp_path):
     empty = tmp_path / "none.jsonl"
     empty.write_text("")

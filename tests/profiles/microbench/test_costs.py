@@ -21,6 +21,7 @@ GATHERED = (
     "histc",
     "silu_half",
     "silu_cut",
+    "cat_heads",
     "gather_picks",
     "scatter_places",
     "put_places",
