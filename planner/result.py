@@ -364,6 +364,8 @@ def speed(latency: Latency) -> str:
     ):
         if per_s is not None:
             known.append(f"{per_s:,.0f} {what} tokens/s")
+    if latency.new_length_s:
+        known.append(f"+{seconds(latency.new_length_s)} a pass at a length new to its process")
     return f"{', '.join(known)} ({'; '.join((latency.basis, *binding(latency)))})"
 
 

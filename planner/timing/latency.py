@@ -11,7 +11,7 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -51,6 +51,10 @@ class Latency:
     measured ("interpolated"), beyond it or by another GPU's ("extrapolated"), or by stated defaults
     ("uncalibrated"). `bound_by` is what takes most of the time in prefill and decode: compute,
     memory, latency of small kernels, communication, or the host.
+
+    Passes are over lengths that their process has met before. At a length that is new to it, a
+    prompt's or a cache's that grows, a pass takes `new_length_s` longer (attention_plans.py; None
+    where nobody timed it).
     """
 
     ttft_s: float | None = None
@@ -66,6 +70,7 @@ class Latency:
     confidence: str = "uncalibrated"
     prefill_bound_by: str = ""
     decode_bound_by: str = ""
+    new_length_s: float | None = None
     mfu: float | None = None
     mbu: float | None = None
     energy_j: float | None = None
@@ -120,7 +125,10 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
             end_to_end_s=total_s,
             basis=basis,
         )
-    return _told(passes, first, step, float(total_s), steps, work, basis)
+    make = rules.decode if steps else rules.prefill
+    new_length_s = passes.new_length_s(lambda stage: make(stage, work, setting))
+    told = _told(passes, first, step, float(total_s), steps, work, basis)
+    return replace(told, new_length_s=new_length_s)
 
 
 def _told(

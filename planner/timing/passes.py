@@ -18,6 +18,7 @@ from planner.model import Model
 from planner.program import Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
+from planner.timing.attention_plans import new_length_seconds
 from planner.timing.clock import UNTIMED_ERROR, Speed
 from planner.timing.collectives import Lanes, lanes_of
 from planner.timing.energy import pass_joules
@@ -219,6 +220,17 @@ class Passes:
             return known.graph.replay_s
         kernels = sum(kernel_count(made) for made in programs)
         return known.graph.replay_s + kernels * known.graph.between_s
+
+    def new_length_s(self, program: Callable[[Model], Program]) -> float | None:
+        """What a pass takes longer at a length that its process meets for the first time; None
+        where no host was timed.
+        """
+        known, setting = self.speed.calibration, self.setting
+        if known is None or known.host is None:
+            return None
+        host = known.host.as_fast_as(setting.host_add_s)
+        made = program(self.stages[0])
+        return new_length_seconds(made, self.runtime, setting, self.speed, host)
 
     @property
     def replays(self) -> bool:

@@ -1,0 +1,47 @@
+"""What eager PyTorch waits for when its process meets a length for the first time.
+
+cuDNN's attention is planned for every shape anew and the plan is kept (aten/src/ATen/native/cudnn/
+MHA.cpp: its key holds the lengths of queries and keys): tens of milliseconds of the host's, once in
+a process for a batch and a length, be there one layer or eighty. A cache that grows by a token a
+step meets a new length with every token, until another sequence has been there. Flash attention,
+the memory-efficient kernel, attention behind a mask and graphs plan nothing.
+"""
+
+from __future__ import annotations
+
+from planner.autograd.fused_attention import fused_kernel
+from planner.dtypes import element_bytes
+from planner.program import Program
+from planner.runtimes.base import Setting
+from planner.timing.attention_times import WIDEST_HEAD
+from planner.timing.calibration import HostCost
+from planner.timing.clock import Speed
+from planner.timing.host_cost import ENGINES
+from planner.timing.op_kinds import Attention, timed_ops
+
+PLAN = "sdpa_new_length"
+"""Among the host's op times: a call of attention at a length that no call had before."""
+
+
+def new_length_seconds(
+    program: Program, runtime: str, setting: Setting, speed: Speed, host: HostCost
+) -> float:
+    """A plan for every kind of attention in a pass that cuDNN runs; 0 where none is or none was
+    timed.
+    """
+    eager = setting.mode == "eager" and runtime in ENGINES
+    size = element_bytes(speed.dtype)
+    if not eager or not setting.attention.startswith("sdpa"):
+        return 0.0
+    if speed.gpu.is_cpu or fused_kernel("cuda", speed.gpu.compute_capability, size) != "cudnn":
+        return 0.0
+    planned = {
+        (kind.heads, kind.kv_heads, kind.head_dim)
+        for kind in (timed.kind for timed in timed_ops(program))
+        if isinstance(kind, Attention) and _by_cudnn(kind)
+    }
+    return len(planned) * host.op_s.get(PLAN, 0.0)
+
+
+def _by_cudnn(kind: Attention) -> bool:
+    return kind.keys is None and kind.backend in ("", "cudnn") and kind.head_dim <= WIDEST_HEAD
