@@ -102,7 +102,10 @@ def _smoke() -> Iterator[SuitePoint]:
         output_tokens=4,
         **short,  # type: ignore[arg-type]
     )
-    step = TrainingPoint(work=Training(batch=2, sequence_tokens=64), **short)
+    step = TrainingPoint(
+        work=Training(batch=2, sequence_tokens=64),
+        **short,  # type: ignore[arg-type]
+    )
     for runtime in ("attnlab", "transformers"):
         yield _point("llama-50m", generation, runtime=runtime)
         yield _point("llama-50m", step, runtime=runtime)
