@@ -96,10 +96,9 @@ def _beside(module: Module) -> Iterator[Tensor]:
 
 
 class InsideMeter(LiveTensorMeter):  # type: ignore[no-untyped-call]
-    """A meter that looks into bitsandbytes' products on a CPU, Python down to their kernels.
+    """A meter that looks into bitsandbytes' products, which are Python down to their kernels.
 
-    On a GPU they are one kernel each, whose output is all that they make; its optimizers, which
-    make nothing there, are one op here, too.
+    Its optimizers work in place: one op as any other.
     """
 
     def __torch_dispatch__(
@@ -107,11 +106,11 @@ class InsideMeter(LiveTensorMeter):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run what the op is made of inside the meter."""
         name = func.name()
-        of_weights = name.startswith("bitsandbytes::") and "optimizer" not in name
-        if self.device_type != "cpu" or not of_weights:
+        if not name.startswith("bitsandbytes::") or "optimizer" in name:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        keys = torch._C.DispatchKey
-        key = keys.CompositeExplicitAutograd if name.endswith("gemm_4bit") else keys.CPU
+        backend = (self.device_type or "cpu").upper()
+        own = torch._C._dispatch_has_kernel_for_dispatch_key(name, backend)
+        key = getattr(torch._C.DispatchKey, backend if own else "CompositeExplicitAutograd")
         with self:
             return func._op_dk(key, *args, **(kwargs or {}))
 
