@@ -116,7 +116,10 @@ class InsideMeter(LiveTensorMeter):  # type: ignore[no-untyped-call]
 
 
 def _quantise(module: Module, *, double_quant: bool) -> None:
-    """In place, layer by layer, what from_pretrained does with load_in_4bit and a bf16 dtype."""
+    """In place, layer by layer, what from_pretrained does with load_in_4bit and a bf16 dtype.
+
+    The weights that were made in bf16 go first: others as random are quantised in their place.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -130,30 +133,34 @@ def _quantise(module: Module, *, double_quant: bool) -> None:
         from transformers.quantizers.base import HfQuantizer
     hub: Any = integration
     live: Any = module
+    device = next(module.parameters()).device
     config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    before = dict(live.named_parameters())
     find: Any = HfQuantizer.get_modules_to_not_convert
     skipped = find(live, None, live._keep_in_fp32_modules)
+    held = dict(live.named_parameters())
     whole = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         hub.replace_with_bnb_linear(live, skipped, config)
     finally:
         torch.set_default_dtype(whole)
+    names = [name for name, part in live.named_modules() if hasattr(part, "source_cls")]
+    shapes = {name: held.pop(f"{name}.weight").shape for name in names}
     quantise = hub.Bnb4bitQuantize(None)
-    for name, part in live.named_modules():
-        if hasattr(part, "source_cls"):
-            weight = f"{name}.weight"
-            part.weight = quantise.convert({weight: before.pop(weight).detach()}, model=live)[
-                weight
-            ]
-            if part.bias is not None:
-                part.bias = before[f"{name}.bias"]
+    for name in names:  # one by one: no segment of the allocator's keeps a hole
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        part, weight = live.get_submodule(name), f"{name}.weight"
+        value = torch.empty(shapes[name], dtype=torch.bfloat16, device=device).normal_(std=0.02)
+        part.weight = quantise.convert({weight: value}, model=live)[weight]
+        del value
+        if part.bias is not None:
+            part.bias = held[f"{name}.bias"]
     live.is_loaded_in_4bit = live.is_quantized = True
     live.quantization_method = "bitsandbytes"
 
