@@ -158,6 +158,7 @@ class TrainingBench(Bench):
         gc.collect()
         with InsideMeter(device=self.device) as meter:
             run.step(note)
+        run.updates.check_stepped()
         weights, states = weights_bytes(run.module), run.updates.states_bytes()
         return found | {
             "weights_bytes": weights,

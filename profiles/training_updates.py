@@ -64,6 +64,11 @@ class Updates:
         for copy in self.copies.values():
             copy.grad = None
 
+    def check_stepped(self) -> None:
+        """RuntimeError where gradients overflowed: the scaler has skipped a step, which costs less."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1.0:
+            raise RuntimeError("gradients in float16 overflowed: the optimizer did not step")
+
     def gradients_bytes(self) -> int:
         """What the live gradients hold."""
         held = (*self.parameters, *self.copies.values())
