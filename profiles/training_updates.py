@@ -65,7 +65,7 @@ class Updates:
             copy.grad = None
 
     def check_stepped(self) -> None:
-        """RuntimeError where gradients overflowed: the scaler has skipped a step, which costs less."""
+        """RuntimeError where gradients overflowed: a step that the scaler skips costs less."""
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1.0:
             raise RuntimeError("gradients in float16 overflowed: the optimizer did not step")
 
