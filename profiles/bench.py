@@ -62,10 +62,16 @@ class Bench:
         """As torch names it."""
         return torch.cuda.get_device_name(self.device) if self.on_cuda else self.device.type
 
-    def measure(self, workload: Workload, point: Point, values: dict[str, Any]) -> str:
+    def measure(
+        self, workload: Workload, point: Point, values: dict[str, Any], *, times_only: bool = False
+    ) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
-        steps = (self.cuda_memory, self.memory, self.time)
-        for measurement in steps if self.on_cuda else steps[1:]:
+        steps = [self.memory, self.time]
+        if times_only:
+            steps = [self.kernels, self.time]
+        elif self.on_cuda:
+            steps.insert(0, self.cuda_memory)
+        for measurement in steps:
             found, status = attempt(partial(measurement, workload, point))
             values |= found or {}
             workload.end()
@@ -114,6 +120,11 @@ class Bench:
             values["peak_op"] = meter.peak_op
         return values
 
+    def kernels(self, workload: Workload, point: Point) -> dict[str, Any]:
+        """Which attention and experts ran, of `memory` over two tokens."""
+        seen = self.memory(workload, replace(point, output_tokens=min(point.output_tokens, 2)))
+        return {name: seen[name] for name in ("attention", "experts")}
+
     def time(self, workload: Workload, point: Point) -> dict[str, Any]:
         """Every timed step, and the energy of them together."""
         ids = self._prompt(workload, point)
@@ -122,8 +133,8 @@ class Bench:
         warmup = replace(point, output_tokens=min(point.output_tokens, WARMUP_TOKENS))
         for _ in range(point.warmup):
             self._timed_pass(workload, warmup, ids, first, rest)
-        first.samples_s.clear()
-        rest.samples_s.clear()
+        first.clear()
+        rest.clear()
 
         def passes() -> None:
             for _ in range(point.passes):
@@ -136,6 +147,8 @@ class Bench:
         steps = first if point.phase == "prefill" else rest
         values["step_s"] = tuple(steps.samples_s)
         values["ttft_s"] = tuple(first.samples_s) if point.phase == "generation" else ()
+        leading = () if point.phase == "decode" else tuple(first.host_add_s)
+        values["host_add_s"] = (*leading, *rest.host_add_s)
         values["warmup_steps"] = point.warmup
         return values
 
@@ -144,17 +157,12 @@ class Bench:
         return CudaPeaks(self)
 
     def powered(self, passes: Callable[[], None]) -> dict[str, Any]:
-        """Run; the energy it took where that was long enough, clocks and throttling right after.
-
-        How fast the host was then is told by what an addition cost it, before and after.
-        """
+        """Run; the energy it took where that was long enough, clocks and throttling right after."""
         gc.collect()
-        before = meters.host_add_s(self.device)
         started_j, started_s = self._energy_j(), time.perf_counter()
         passes()
         ended_j, ended_s = self._energy_j(), time.perf_counter()
         values = self._clocks()
-        values["host_add_s"] = (*before, *meters.host_add_s(self.device))
         if started_j is not None and ended_j is not None and ended_s - started_s >= ENERGY_WINDOW_S:
             values["energy_j"] = ended_j - started_j
         return values

@@ -143,16 +143,28 @@ class Stopwatch:
     """Times steps on a device; the queue is empty before a step begins.
 
     CUDA: events before and after, so a step lasts from the moment its first kernel could run to the
-    end of its last one, the host's work in between included; elsewhere the clock.
+    end of its last one, the host's work in between included; elsewhere the clock. `host_add_s` is
+    how fast the host was right before each of `samples_s`: it may be half as fast a moment later.
     """
 
     device: torch.device
     samples_s: list[float] = field(default_factory=list)
+    host_add_s: list[float] = field(default_factory=list)
     clock: Callable[[], float] = time.perf_counter
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time the block and keep the sample; a block that raises leaves none."""
+        add_s = host_add_s(self.device)
+        yield from self._timed()
+        self.host_add_s.append(add_s)
+
+    def clear(self) -> None:
+        """Forget what was timed so far."""
+        self.samples_s.clear()
+        self.host_add_s.clear()
+
+    def _timed(self) -> Iterator[None]:
         if self.device.type != "cuda":
             started = self.clock()
             yield
@@ -167,28 +179,25 @@ class Stopwatch:
         self.samples_s.append(begin.elapsed_time(end) / 1e3)
 
 
-HOST_ADDITIONS = 200
-"""Fewer than the kernels that a device lets wait: the host never waits for it."""
+HOST_ADDITIONS = 100
+"""A millisecond of them; fewer than the kernels that a device lets wait, so none is waited for."""
 
 
-def host_add_s(device: torch.device, *, samples: int = 3) -> tuple[float, ...]:
+def host_add_s(device: torch.device) -> float:
     """Seconds that the host needs to issue an addition of 64 elements: its speed at this moment.
 
-    What issues a model's ops in eager mode shares its processor with others, and may be twice as
-    fast in one process as in the next.
+    What issues a model's ops in eager mode shares its processor with others, and may be half as
+    fast in one moment as in the next.
     """
     x = torch.ones(64, device=device)
     for _ in range(20):
         x + x
-    found = []
-    for _ in range(samples):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        for _ in range(HOST_ADDITIONS):
-            x + x
-        found.append((time.perf_counter() - started) / HOST_ADDITIONS)
-    return tuple(found)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(HOST_ADDITIONS):
+        x + x
+    return (time.perf_counter() - started) / HOST_ADDITIONS
 
 
 NO_TENSORS = (int, float, str, type(None), torch.dtype, torch.device, torch.layout)

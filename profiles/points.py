@@ -146,6 +146,7 @@ class SuitePoint:
     dtype: str | None = None
     series: bool = False  # keep NVML's time series of one pass
     history: bool = False  # keep the allocator's history
+    times_only: bool = False  # no passes for memory: another suite has them
 
     @property
     def source(self) -> str:

@@ -7,6 +7,7 @@ calibration, a few shapes of two models; every other model and every other shape
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from planner import ConfigError, LoRA, Training
@@ -46,6 +47,7 @@ def _point(
     dtype: str | None = None,
     series: bool = False,
     history: bool = False,
+    times_only: bool = False,
 ) -> SuitePoint:
     split: Literal["calibration", "held-out"]
     split = "calibration" if (model, run.sizes) in CALIBRATION else "held-out"
@@ -58,6 +60,7 @@ def _point(
         dtype=dtype,
         series=series,
         history=history,
+        times_only=times_only,
     )
 
 
@@ -283,6 +286,14 @@ def _methods() -> Iterator[SuitePoint]:
     yield _method("llama-3.1-8b", 1, 2048, keep_every=2, **half)
 
 
+def _host() -> Iterator[SuitePoint]:
+    """Passes that wait for their host, of the suites that have their memory: times alone."""
+    yield _point("llama-3.1-8b", _generation(8, 1024, 16), runtime="attnlab", times_only=True)
+    decoding = [p for p in _inference() if p.run.sizes.startswith("generation")]
+    for point in (*decoding, *_training()):
+        yield replace(point, times_only=True, series=False)
+
+
 def _allocator() -> Iterator[SuitePoint]:
     """Whole histories of the caching allocator, for the simulator to be held against."""
     runs: tuple[tuple[str, Point | TrainingPoint], ...] = (
@@ -328,5 +339,6 @@ SUITES = {
     "training": _training,
     "methods": _methods,
     "latency": _latency,
+    "host": _host,
     "allocator": _allocator,
 }

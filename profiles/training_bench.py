@@ -109,14 +109,24 @@ class TrainingBench(Bench):
     """A Bench for training points; `train` is what `measure` is to them."""
 
     def train(
-        self, workload: Workload, point: TrainingPoint, values: dict[str, Any], *, dtype: str
+        self,
+        workload: Workload,
+        point: TrainingPoint,
+        values: dict[str, Any],
+        *,
+        dtype: str,
+        times_only: bool = False,
     ) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
         run, status = attempt(lambda: self.run(workload, point, dtype=dtype))
         if run is None:
             return status
-        steps = (self.step_peaks, self.step_memory, self.step_time)
-        for measurement in steps if self.on_cuda else steps[1:]:
+        steps = [self.step_memory, self.step_time]
+        if times_only:
+            steps = [self.step_kernels, self.step_time]
+        elif self.on_cuda:
+            steps.insert(0, self.step_peaks)
+        for measurement in steps:
             found, status = attempt(partial(measurement, run, point))
             values |= found or {}
             run.module.zero_grad(set_to_none=True)
@@ -169,6 +179,11 @@ class TrainingBench(Bench):
             "peak_op": meter.peak_op,
         }
 
+    def step_kernels(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
+        """Which attention and experts ran, of `step_memory`."""
+        seen = self.step_memory(run, point)
+        return {name: seen[name] for name in ("attention", "experts")}
+
     def step_time(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
         """Every timed step, and the energy of them together."""
         watch = Stopwatch(device=self.device)
@@ -181,4 +196,8 @@ class TrainingBench(Bench):
                     run.step()
 
         values = self.powered(steps)
-        return values | {"step_s": tuple(watch.samples_s), "warmup_steps": point.warmup}
+        return values | {
+            "step_s": tuple(watch.samples_s),
+            "host_add_s": tuple(watch.host_add_s),
+            "warmup_steps": point.warmup,
+        }

@@ -104,8 +104,9 @@ def _measure(model: Model, point: SuitePoint, bench: TrainingBench, values: dict
     if workload is None:
         return status
     if isinstance(point.run, Point):
-        return bench.measure(workload, point.run, values)
-    return bench.train(workload, point.run, values, dtype=_computed_in(model, point))
+        return bench.measure(workload, point.run, values, times_only=point.times_only)
+    dtype = _computed_in(model, point)
+    return bench.train(workload, point.run, values, dtype=dtype, times_only=point.times_only)
 
 
 def _computed_in(model: Model, point: SuitePoint) -> str:

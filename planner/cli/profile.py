@@ -47,7 +47,8 @@ def profile_command(
         str | None,
         typer.Option(
             "--suite",
-            help="smoke, inference, training, latency, allocator, microbench or overheads.",
+            help="smoke, cpu, inference, training, latency, host, allocator, microbench or "
+            "overheads.",
         ),
     ] = None,
     budget: Annotated[

@@ -151,6 +151,7 @@ def test_a_stopwatch_keeps_every_step_and_none_of_one_that_failed():
     with pytest.raises(ZeroDivisionError), watch.step():
         raise ZeroDivisionError
     assert watch.samples_s == [1.0, 2.0]
+    assert len(watch.host_add_s) == 2
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_what_may_be_fitted_on_is_in_the_suites_and_is_not_much():
     assert fitted == CALIBRATION
     held_out = {p.model for p in points if p.split == "held-out"}
     assert len(held_out) > 10
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_where_times_alone_are_wanted_memory_is_not_measured(number, tmp_path):
+    timed = replace(suite_points("smoke")[number], times_only=True)
+    (record,) = run_points("test", [timed], device="cpu", out=tmp_path / "r.jsonl").records
+    assert record.status == "ok"
+    assert record.attention.startswith("sdpa:flash_cpu")
+    assert len(record.step_s) + len(record.ttft_s) == len(record.host_add_s) > 0
+    assert record.weights_bytes is record.peak_live_bytes is record.gradients_bytes is None
 
 
 def test_a_suite_is_measured_and_agrees_with_the_planner_to_the_byte(tmp_path):
