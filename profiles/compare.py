@@ -160,6 +160,7 @@ def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate
         runtime=record.runtime,
         attention=record.attention.split(":")[0] if record.attention else None,
         dtype=planned_dtype(work, record.dtype),
+        weight_dtype=None if record.step is None else record.step.get("weight_dtype"),
         kv_dtype=None if record.step is not None else record.kv_dtype,
         cache=cache_of(record),
         mode="captured" if record.mode == "graph" else record.mode,
@@ -196,6 +197,7 @@ def _training(record: Record, step: Mapping[str, Any]) -> planner.Training:
     step = dict(step)
     if dropout := step.pop("dropout", 0.0):
         raise ConfigError(f"step.dropout={dropout} is not planned: 0")
+    step.pop("weight_dtype", None)  # the deployment's
     if lora := step.pop("lora", None):
         targets = lora["targets"]
         step["lora"] = planner.LoRA(

@@ -69,11 +69,14 @@ def _work(run: Point | TrainingPoint) -> dict[str, Any]:
         }
     work = run.work
     step = json.loads(json.dumps(asdict(work)))  # as it will be read again: lists, no tuples
+    beside: dict[str, Any] = {"dropout": 0.0}
+    if run.weight_dtype is not None:
+        beside["weight_dtype"] = run.weight_dtype
     return {
         "phase": "training",
         "batch": work.batch,
         "prompt_tokens": work.sequence_tokens,
         "output_tokens": 1,
         "logits": "all",
-        "step": {k: v for k, v in step.items() if k not in SIZES + FOUND} | {"dropout": 0.0},
+        "step": {k: v for k, v in step.items() if k not in SIZES + FOUND} | beside,
     }

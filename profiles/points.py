@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from planner import CacheSpec, ConfigError, Inference, Training
@@ -13,6 +14,9 @@ from planner.runtimes.quantised_cache import DEFAULT_DTYPE
 from profiles.records import PHASES, Record
 
 GENERATIVE = tuple(phase for phase in PHASES if phase != "training")
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Models that are trained and do not generate: encoders, encoder–decoders."""
 
 DecodePhase = Literal["prefill", "decode", "generation"]
 Logits = Literal["last", "all"]
@@ -73,13 +77,21 @@ class Point:
 
 
 def planned_dtype(work: Inference | Training, dtype: str | None) -> str | None:
-    """The dtype that the planner is asked for, of a run whose weights are in `dtype`.
+    """The dtype that the planner is asked for, of a run in `dtype`.
 
-    It names what autocast computes in, bf16 (training_bench.py), where all of fp32 weights are
-    trained.
+    It names what autocast computes in where all of fp32 weights are trained: fp16 where that was
+    asked for, else bf16.
     """
-    casts = isinstance(work, Training) and work.precision == "autocast" and work.adapters is None
-    return "bf16" if casts and dtype == "fp32" else dtype
+    return "bf16" if _trains_float32(work) and dtype == "fp32" else dtype
+
+
+def built_dtype(work: Inference | Training, dtype: str) -> str:
+    """What the weights of a run in `dtype` are made in, before any are quantised."""
+    return "fp32" if _trains_float32(work) else dtype
+
+
+def _trains_float32(work: Inference | Training) -> bool:
+    return isinstance(work, Training) and work.precision == "autocast" and work.adapters is None
 
 
 def kept_dtype(dtype: str, kv_dtype: str | None, cache: CacheSpec | None) -> str:
@@ -123,11 +135,15 @@ def cache_words(cache: Mapping[str, object] | None) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPoint:
-    """A training step to measure: the first `warmup` steps are not timed, at least one of them."""
+    """A training step to measure: the first `warmup` steps are not timed, at least one of them.
+
+    `weight_dtype`: what frozen weights are quantised to on loading.
+    """
 
     work: Training
     repeats: int = 5
     warmup: int = 2
+    weight_dtype: str | None = None
 
     @property
     def sizes(self) -> str:
@@ -140,8 +156,25 @@ class TrainingPoint:
         precision = "" if work.precision == "pure" else f" {work.precision}"
         return (
             f"training {work.batch} × {work.sequence_tokens}{method} {optimizer}{precision}, "
-            f"checkpointing {work.checkpointing}"
+            f"checkpointing {work.checkpointing}{self._more}"
         )
+
+    @property
+    def _more(self) -> str:
+        """What few points have, each with its comma."""
+        work, lora = self.work, self.work.adapters
+        told = {
+            f"every {work.checkpoint_every} layers": work.checkpoint_every > 1,
+            f"keeping 1 product in {work.keep_every}": work.keep_every > 1,
+            f"{self.weight_dtype} weights": self.weight_dtype is not None,
+            "dora": lora is not None and lora.dora,
+            f"{work.accumulation_steps} batches a step": work.accumulation_steps > 1,
+            f"loss in chunks of {work.loss_chunk_tokens}": work.loss_chunk_tokens is not None,
+            f"frozen {' and '.join(work.frozen)}": bool(work.frozen),
+            f"frozen layers {work.frozen_layers}": work.frozen_layers > 0,
+            f"{work.encoder_tokens} read": work.encoder_tokens is not None,
+        }
+        return "".join(f", {what}" for what, is_so in told.items() if is_so)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +215,12 @@ class SuitePoint:
                 f"cache.capacity_tokens={self.cache.capacity_tokens} is not allowed with "
                 f"mode=graph: {needed} or more"
             )
+
+    @property
+    def source(self) -> str:
+        """Where the planner finds the model: one of the catalogue, or what lies in configs/."""
+        path = CONFIGS / f"{self.model}.json"
+        return str(path) if path.is_file() else self.model
 
     @property
     def name(self) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
-import pynvml  # noqa: F401
+import pynvml
 import torch
 
 import profiles.worker  # noqa: F401
@@ -34,5 +35,29 @@ with contextlib.suppress(ImportError):
         AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             LlamaConfig(**SMALL, num_attention_heads=1)
         )
-with contextlib.suppress(Exception):  # peft imports much, and not every version of it imports
+
+
+@contextlib.contextmanager
+def capabilities_from_nvml() -> Iterator[None]:
+    """torch.cuda.get_device_capability without CUDA: bitsandbytes asks for it when imported."""
+    asked = torch.cuda.get_device_capability
+
+    def capability(device: Any = 0) -> tuple[int, int]:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(getattr(device, "idx", device)))
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        finally:
+            pynvml.nvmlShutdown()
+        return major, minor
+
+    torch.cuda.get_device_capability = capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = asked
+
+
+# peft imports much, bitsandbytes where it is installed, and not every version of it imports
+with contextlib.suppress(Exception), capabilities_from_nvml():
     import peft  # noqa: F401

@@ -297,9 +297,10 @@ def needed(point: SuitePoint, gpu: str | None) -> planner.Estimate:
         dtype=planned_dtype(point.run.work, point.dtype),
         kv_dtype=point.kv_dtype,
         cache=point.cache,
+        weight_dtype=getattr(point.run, "weight_dtype", None),
         mode="eager",
     )
-    return planner.estimate(planner.load_model(point.model), point.run.work, deploy)
+    return planner.estimate(planner.load_model(point.source), point.run.work, deploy)
 
 
 @contextmanager

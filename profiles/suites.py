@@ -111,7 +111,10 @@ def _smoke() -> Iterator[SuitePoint]:
         output_tokens=4,
         **short,  # type: ignore[arg-type]
     )
-    step = TrainingPoint(work=Training(batch=2, sequence_tokens=64), **short)
+    step = TrainingPoint(
+        work=Training(batch=2, sequence_tokens=64),
+        **short,  # type: ignore[arg-type]
+    )
     for runtime in ("attnlab", "transformers"):
         yield _point("llama-50m", generation, runtime=runtime)
         yield _point("llama-50m", step, runtime=runtime)
@@ -228,6 +231,67 @@ def _training() -> Iterator[SuitePoint]:
     yield _point("llama-50m", _step(8, 1024, checkpointing="full"), runtime="attnlab")
 
 
+def _method(
+    model: str,
+    batch: int,
+    tokens: int,
+    *,
+    runtime: str = "transformers",
+    dtype: str | None = None,
+    weight_dtype: str | None = None,
+    **how: Any,
+) -> SuitePoint:
+    work = Training(batch=batch, sequence_tokens=tokens, **how)
+    run = TrainingPoint(work=work, repeats=3, warmup=1, weight_dtype=weight_dtype)
+    return _point(model, run, runtime=runtime, dtype=dtype)
+
+
+def _methods() -> Iterator[SuitePoint]:
+    """Each way of training once, then each of another model or shape: nothing is fitted on them."""
+    lora: dict[str, Any] = {"method": "lora", "lora": LORA}
+    dora: dict[str, Any] = {"method": "lora", "lora": LoRA(rank=16, dora=True)}
+    qlora: dict[str, Any] = {"method": "qlora", "lora": LORA}
+    cast: dict[str, Any] = {"precision": "autocast"}
+    master: dict[str, Any] = {"precision": "master"}
+    full: dict[str, Any] = {"checkpointing": "full"}
+    half: dict[str, Any] = {"checkpointing": "selective"}
+    chunks: dict[str, Any] = {"runtime": "attnlab", "loss_chunk_tokens": 1024}
+    yield _method("llama-3.1-8b", 1, 2048, weight_dtype="nf4", **qlora, **cast, **full)
+    yield _method("llama-3.2-3b", 1, 2048, **master)
+    yield _method("llama-3.2-3b", 2, 1024, dtype="fp16", **cast)
+    yield _method("llama-3.1-8b", 1, 2048, frozen=("embeddings",), frozen_layers=24)
+    yield _method("qwen2.5-3b", 2, 1024, **dora)
+    yield _method("llama-3.2-1b", 4, 2048, **chunks)
+    yield _method("llama-3.2-3b", 1, 2048, optimizer="adamw-8bit")
+    yield _method("llama-3.2-3b", 1, 2048, optimizer="muon")
+    yield _method("qwen2.5-3b", 2, 1024, accumulation_steps=3)
+    yield _method("llama-3.2-3b", 2, 2048, **half)
+    yield _method("flan-t5-xl", 4, 256, dtype="bf16", encoder_tokens=1024)
+    yield _method("bert-large", 16, 512)
+    yield _method("mistral-7b-v0.1", 1, 2048, weight_dtype="nf4-double", **qlora, **cast, **full)
+    yield _method("llama-3.2-3b", 1, 2048, runtime="attnlab", **half)
+    yield _method("llama-3.2-3b", 2, 2048, optimizer="adafactor")
+    yield _method("llama-3.2-3b", 1, 1024, weight_dtype="nf4-double", **qlora)
+    yield _method("gemma-2-2b", 1, 2048, dtype="fp16", **master)
+    yield _method("qwen2.5-1.5b", 2, 2048, dtype="fp16", optimizer_impl="fused", **cast, **full)
+    yield _method("mistral-7b-v0.1", 1, 2048, frozen=("head",), frozen_layers=16)
+    yield _method("llama-3.2-3b", 2, 1024, **dora, **full)
+    yield _method("qwen2.5-7b", 1, 2048, **chunks, **full)
+    yield _method("llama-3.1-8b", 1, 1024, weight_dtype="nf4", **lora)
+    yield _method("qwen2.5-3b", 1, 2048, optimizer_impl="fused", **master, **full)
+    yield _method("llama-3.1-8b", 1, 2048, dtype="fp16", **lora, **cast, **full)
+    yield _method("qwen2.5-7b", 1, 2048, frozen_layers=14, **full)
+    yield _method("mistral-7b-v0.1", 1, 2048, optimizer="adafactor", **full)
+    yield _method("qwen2.5-1.5b", 2, 2048, optimizer="muon", **full)
+    yield _method("llama-3.1-8b", 1, 2048, optimizer="adamw-8bit", **full)
+    yield _method("llama-3.1-8b", 1, 2048, accumulation_steps=2, **full)
+    yield _method("qwen2.5-7b", 1, 2048, **half)
+    yield _method("llama-3.2-3b", 2, 2048, optimizer="sgd-momentum")
+    yield _method("flan-t5-xl", 4, 512, dtype="bf16", **full)
+    yield _method("bert-large", 16, 512, dtype="bf16", **cast)
+    yield _method("llama-3.1-8b", 1, 2048, keep_every=2, **half)
+
+
 def _host() -> Iterator[SuitePoint]:
     """Passes that wait for their host, of the suites that have their memory: times alone."""
     yield _point("llama-3.1-8b", _generation(8, 1024, 16), runtime="attnlab", times_only=True)
@@ -318,6 +382,7 @@ SUITES = {
     "cpu": _cpu,
     "inference": _inference,
     "training": _training,
+    "methods": _methods,
     "latency": _latency,
     "host": _host,
     "caches": _caches,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,90 +10,99 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner import ConfigError, LoRA, Training
+from planner import Training
 from profiles.bench import Bench, attempt, random_ids
-from profiles.meters import LiveTensorMeter, Stopwatch, module_bytes, storage_bytes
+from profiles.meters import Stopwatch
 from profiles.points import TrainingPoint
-from profiles.workloads import AttnlabWorkload, Workload, attention_name
+from profiles.training_methods import (
+    InsideMeter,
+    check_measured,
+    prepared,
+    weights_bytes,
+    without_dropout,
+)
+from profiles.training_updates import Updates
+from profiles.workloads import TORCH_DTYPES, AttnlabWorkload, Workload, attention_name
 
 
 class TrainingRun:
-    """A model in train mode and its optimizer: `step` is what a training loop repeats."""
+    """A model in train mode and its optimizer: `step` is what a training loop repeats.
 
-    def __init__(self, workload: Workload, work: Training, ids: Tensor) -> None:
-        self.work, self.workload = work, workload
-        self.ids, self.labels = ids, ids.clone()
-        live: Any = workload.module.train()
-        self.module = live
-        _without_dropout(self.module)
+    `dtype`: what autocast and 4-bit layers compute in; `weight_dtype`: what the frozen weights are
+    quantised to.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        work: Training,
+        ids: Tensor,
+        *,
+        dtype: str = "bf16",
+        weight_dtype: str | None = None,
+    ) -> None:
+        self.work, self.workload, self.dtype = work, workload, dtype
+        self.ids = ids
+        self.labels = _labels(workload, work, ids)
         ours = isinstance(workload, AttnlabWorkload)
-        self._forward = self._attnlab if ours else self._hub
-        if work.method == "lora" and ours:
+        check_measured(work, dtype, weight_dtype, attnlab=ours)
+        live: Any = workload.module.train()
+        without_dropout(live)
+        self.module: torch.nn.Module = live
+        if not ours:
+            self.module = prepared(live, work, dtype=dtype, weight_dtype=weight_dtype)
+        elif work.adapters is not None:
             from attnlab.lora import add_adapters
 
-            add_adapters(live, work.adapters or LoRA())
-        elif work.method == "lora":
-            self.module = _with_lora(self.module, work.adapters or LoRA())
-        elif work.method != "full":
-            raise ConfigError(f"method={work.method!r} is not measured: full, lora")
-        if work.checkpointing == "selective" and not ours:
-            raise ConfigError("checkpointing='selective' is not measured: none, full, or attnlab")
-        if work.loss_chunk_tokens is not None and not ours:
-            raise ConfigError(
-                f"loss_chunk_tokens={work.loss_chunk_tokens} is not measured: None, or attnlab"
-            )
-        if work.checkpointing == "full" and not ours:
-            hub: Any = workload.module
-            hub.activation_checkpointing_enable(every_n_layers=work.checkpoint_every)
-            if work.method == "lora":
-                hub.enable_input_require_grads()
-        if work.precision == "master":
-            raise ConfigError("precision='master' is not measured: pure, autocast")
-        halves = any(p.dtype == torch.float16 for p in self.module.parameters())
-        if work.precision == "autocast" and halves:
-            raise ConfigError("precision='autocast' in fp16 is not measured: bf16")
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(work, trained)
+            add_adapters(live, work.adapters)
+        self._forward = self._attnlab if ours else self._hub
+        self.updates = Updates(work, self.module, dtype=dtype, device=ids.device)
 
     def step(self, on_gradients: Callable[[], None] = lambda: None) -> None:
         """Forward, backward, optimizer; of the output only the loss is kept."""
-        with torch.autocast(
-            self.ids.device.type, torch.bfloat16, enabled=self.work.precision == "autocast"
-        ):
-            loss = self._forward()
-        loss.backward()  # type: ignore[no-untyped-call]
-        on_gradients()
-        if self.optimizer is not None:
-            self.optimizer.step()
+        for last in range(self.work.accumulation_steps - 1, -1, -1):
+            with torch.autocast(
+                self.ids.device.type,
+                TORCH_DTYPES[self.dtype],
+                enabled=self.work.precision == "autocast",
+            ):
+                loss = self._forward()
+            self.updates.backward(loss)
+            if last:
+                del loss
+        self.updates.step(on_gradients)
         self.module.zero_grad(set_to_none=True)
 
-    def gradients_bytes(self) -> int:
-        """What the live gradients hold."""
-        return storage_bytes(p.grad for p in self.module.parameters() if p.grad is not None)
-
-    def optimizer_bytes(self) -> int:
-        """The optimizer's states on the device."""
-        if self.optimizer is None:
-            return 0
-        states = (t for state in self.optimizer.state.values() for t in state.values())
-        where = self.ids.device.type
-        return storage_bytes(t for t in states if isinstance(t, Tensor) and t.device.type == where)
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether a step ends with one."""
+        return self.work.optimizer is not None
 
     def _hub(self) -> Tensor:
-        loss: Tensor = self.module(self.ids, labels=self.labels, use_cache=False).loss
+        live: Any = self.workload
+        loss: Tensor = self.module(self.ids, labels=self.labels, **live.loss_arguments).loss
         return loss
 
     def _attnlab(self) -> Tensor:
         from attnlab.training import loss_of
 
+        live: Any = self.module
         return loss_of(
-            self.module,
+            live,
             self.ids,
             self.labels,
             checkpointing=self.work.checkpointing,
             checkpoint_every=self.work.checkpoint_every,
             loss_chunk_tokens=self.work.loss_chunk_tokens,
         )
+
+
+def _labels(workload: Workload, work: Training, ids: Tensor) -> Tensor:
+    """The ids that are read; words of their own where an encoder reads as many as it likes."""
+    if work.encoder_tokens is None:
+        return ids.clone()
+    drawn = random_ids(workload.vocab_size, work.batch, work.sequence_tokens)
+    return drawn.to(ids.device)
 
 
 class TrainingBench(Bench):
@@ -106,10 +114,11 @@ class TrainingBench(Bench):
         point: TrainingPoint,
         values: dict[str, Any],
         *,
+        dtype: str,
         times_only: bool = False,
     ) -> str:
         """Memory, then time, added to `values` as far as they came; how it ended."""
-        run, status = attempt(lambda: TrainingRun(workload, point.work, self.ids(workload, point)))
+        run, status = attempt(lambda: self.run(workload, point, dtype=dtype))
         if run is None:
             return status
         steps = [self.step_memory, self.step_time]
@@ -127,15 +136,20 @@ class TrainingBench(Bench):
                 break
         return status
 
+    def run(self, workload: Workload, point: TrainingPoint, *, dtype: str) -> TrainingRun:
+        """The point's step, to be repeated; `dtype`: what it computes in."""
+        ids = self.ids(workload, point)
+        return TrainingRun(workload, point.work, ids, dtype=dtype, weight_dtype=point.weight_dtype)
+
     def ids(self, workload: Workload, point: TrainingPoint) -> Tensor:
-        """Token ids [batch, sequence_tokens] on the device."""
-        work = point.work
-        return random_ids(workload.vocab_size, work.batch, work.sequence_tokens).to(self.device)
+        """Token ids on the device: [batch, sequence_tokens], or as many as an encoder reads."""
+        tokens = point.work.encoder_tokens or point.work.sequence_tokens
+        return random_ids(workload.vocab_size, point.work.batch, tokens).to(self.device)
 
     def step_peaks(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
         """Peaks over the first step, which makes the optimizer's states, and the second."""
         with self.peaks() as seen:
-            for index in range(2 if run.optimizer is not None else 1):
+            for index in range(2 if run.has_optimizer else 1):
                 self.mark(f"step {index + 1}")
                 run.step()
             seen.take()
@@ -144,17 +158,18 @@ class TrainingBench(Bench):
 
     def step_memory(self, run: TrainingRun, point: TrainingPoint) -> dict[str, Any]:
         """Live tensors of a step of the steady state."""
-        if run.optimizer is not None and not run.optimizer.state:
+        if run.has_optimizer and not run.updates.has_states:
             run.step()
         found: dict[str, Any] = {}
 
         def note() -> None:
-            found["gradients_bytes"] = run.gradients_bytes()
+            found["gradients_bytes"] = run.updates.gradients_bytes()
 
         gc.collect()
-        with LiveTensorMeter(device=self.device) as meter:
+        with InsideMeter(device=self.device) as meter:
             run.step(note)
-        weights, states = module_bytes(run.module), run.optimizer_bytes()
+        run.updates.check_stepped()
+        weights, states = weights_bytes(run.module), run.updates.states_bytes()
         return found | {
             "weights_bytes": weights,
             "optimizer_bytes": states,
@@ -186,47 +201,3 @@ class TrainingBench(Bench):
             "host_add_s": tuple(watch.host_add_s),
             "warmup_steps": point.warmup,
         }
-
-
-def _without_dropout(module: torch.nn.Module) -> None:
-    """Every probability 0: modules', and those that attention functions are given."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
-        for name, value in vars(part).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-
-
-def _optimizer(work: Training, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-    ways: dict[str, Any] = {
-        "foreach": work.optimizer_impl == "foreach",
-        "fused": work.optimizer_impl == "fused",
-    }
-    if work.optimizer is None:
-        return None
-    match work.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(trained, **ways)
-        case "sgd" | "sgd-momentum":
-            momentum = 0.9 if work.optimizer == "sgd-momentum" else 0.0
-            return torch.optim.SGD(trained, momentum=momentum, **ways)
-        case "adafactor":
-            return torch.optim.Adafactor(trained, foreach=ways["foreach"])
-        case _:
-            raise ConfigError(f"optimizer={work.optimizer!r} is not measured: adamw, sgd, …")
-
-
-def _with_lora(module: torch.nn.Module, lora: LoRA) -> torch.nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import peft
-    except ImportError:
-        raise ConfigError("method='lora' is measured with peft, which is not installed") from None
-    targets = list(lora.targets) if isinstance(lora.targets, tuple) else lora.targets
-    config: Any = peft.LoraConfig(r=lora.rank, target_modules=targets)
-    wrapped: torch.nn.Module = peft.get_peft_model(
-        module, config, autocast_adapter_dtype=lora.dtype is None
-    )
-    return wrapped

@@ -14,10 +14,10 @@ from profiles import environment, nvml, records
 from profiles.bench import attempt
 from profiles.history import recorded
 from profiles.measurement import record_of
-from profiles.points import Point, SuitePoint
+from profiles.points import Point, SuitePoint, built_dtype, planned_dtype
 from profiles.records import Record
 from profiles.sampler import Sampler
-from profiles.training_bench import TrainingBench, TrainingRun
+from profiles.training_bench import TrainingBench
 from profiles.workloads import Workload, build
 
 
@@ -30,7 +30,7 @@ def measure(
     a point whose allocator's history is wanted, that is all that is measured: it goes to a file in
     `histories`.
     """
-    model = planner.load_model(point.model)
+    model = planner.load_model(point.source)
     before = nvml.used_bytes_by_uuid() if device == "cuda" else {}
     target = environment.find_device(device)
     if target.type == "cuda":
@@ -53,7 +53,7 @@ def measure(
 
 def unmeasured(point: SuitePoint, *, suite: str, status: str, like: records.Environment) -> Record:
     """The record of a point whose process gave no answer."""
-    return _record(planner.load_model(point.model), point, suite, status, {}, like)
+    return _record(planner.load_model(point.source), point, suite, status, {}, like)
 
 
 def _recorded(
@@ -72,7 +72,8 @@ def _recorded(
             if isinstance(point.run, Point):
                 values.update(bench.cuda_memory(workload, point.run))
             else:
-                training = TrainingRun(workload, point.run.work, bench.ids(workload, point.run))
+                dtype = _computed_in(model, point)
+                training = bench.run(workload, point.run, dtype=dtype)
                 values.update(bench.step_peaks(training, point.run))
         history.write(histories / name, about={"point": point.name, "gpu": bench.device_name})
         values["history"] = name
@@ -104,7 +105,15 @@ def _measure(model: Model, point: SuitePoint, bench: TrainingBench, values: dict
         return status
     if isinstance(point.run, Point):
         return bench.measure(workload, point.run, values, times_only=point.times_only)
-    return bench.train(workload, point.run, values, times_only=point.times_only)
+    dtype = _computed_in(model, point)
+    return bench.train(workload, point.run, values, dtype=dtype, times_only=point.times_only)
+
+
+def _computed_in(model: Model, point: SuitePoint) -> str:
+    """The dtype of products: of a run in fp32 with autocast, that of autocast."""
+    dtype = planned_dtype(point.run.work, point.dtype or model.dtype)
+    assert dtype is not None
+    return dtype
 
 
 def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
@@ -112,7 +121,7 @@ def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
         model,
         runtime=point.runtime,
         attention=point.attention,
-        dtype=point.dtype or model.dtype,
+        dtype=built_dtype(point.run.work, point.dtype or model.dtype),
         device=bench.device,
         kv_dtype=point.kv_dtype,
         cache=point.cache,

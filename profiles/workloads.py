@@ -28,6 +28,10 @@ TRANSFORMERS_ATTENTION = ("sdpa", "eager")
 """Those that are part of torch; other names may make transformers look for a kernel on the hub."""
 
 
+TRAINED_ALONE = {"bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration"}
+"""Types that no AutoModelForCausalLM is for, and the class whose training is measured."""
+
+
 class Workload(ABC):
     """A built model and its cache. Order: `begin`, `prefill`, `decode` …, then `reset` or `end`."""
 
@@ -164,10 +168,11 @@ class TransformersWorkload(Workload):
         for name in ("auto_map", "_name_or_path", "dtype", "torch_dtype", "attn_implementation"):
             config.pop(name, None)
         config = hub.AutoConfig.for_model(config.pop("model_type"), **config)
+        named = TRAINED_ALONE.get(model.model_type)
+        self._generates = named is None
+        make = hub.AutoModelForCausalLM.from_config if named is None else _maker(hub, model, named)
         with device:
-            built = hub.AutoModelForCausalLM.from_config(
-                config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention
-            ).eval()
+            built = make(config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention).eval()
         self.module, self.vocab_size = built, model.vocab_size
         makers: dict[str, Callable[[int], Any]] = {
             "dynamic": lambda tokens: hub.DynamicCache(config=built.config),
@@ -180,6 +185,7 @@ class TransformersWorkload(Workload):
         self._mask: Tensor | None = None
         self._tokens = 0
         self.attention = str(built.config._attn_implementation)
+        self.loss_arguments = {} if model.model_type == "bert" else {"use_cache": False}
 
     def hide(self, mask: Tensor) -> None:
         """As Workload.hide: each pass is given the mask of the tokens so far."""
@@ -187,6 +193,8 @@ class TransformersWorkload(Workload):
 
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
         """An empty cache: it grows by concatenation, or takes its room in the first pass."""
+        if not self._generates:
+            raise ConfigError("inference of BERT and T5 is not measured: training alone")
         self._tokens = 0
         self._cache = self._make_cache(self._capacity or capacity_tokens)
 
@@ -218,6 +226,14 @@ class TransformersWorkload(Workload):
         """Bytes of what is visible of keys, values and states, not of the storages behind them."""
         layers = () if self._cache is None else self._cache.layers
         return tensor_bytes(t for layer in layers for t in _cached(layer))
+
+
+def _maker(hub: Any, model: Model, named: str) -> Callable[..., Any]:
+    """What makes the class that the config has to name."""
+    if (model.config.get("architectures") or [named])[0] != named:
+        raise ConfigError(f"architectures of model_type={model.model_type!r} not measured: {named}")
+    make: Callable[..., Any] = getattr(hub, named)._from_config
+    return make
 
 
 def _cached(layer: Any) -> Iterator[Tensor]:

@@ -19,14 +19,14 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims, Number
+from planner.program import Dims, Number, Program
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Setting
+from planner.runtimes.base import Phase, Setting
 from planner.timing.calibration import Calibration
 from planner.timing.calibration_files import Stamp
 from planner.timing.clock import Speed
 from planner.timing.collectives import MEASURED
-from planner.timing.passes import Passes, PassTime, passes_of, prompt_passes
+from planner.timing.passes import OPTIMIZER, Passes, PassTime, passes_of, prompt_passes
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
@@ -236,13 +236,17 @@ def training_latency(
     gpu: Gpu,
     stamp: Stamp = None,
 ) -> Latency:
-    """One step: forward, backward and optimizer; sharded among the GPUs of one host at most."""
+    """One step: forward, backward and optimizer; sharded among the GPUs of one host at most.
+
+    Of several batches whose gradients add up each has its forward and backward.
+    """
     if setting.sharding is not None and setting.sharding.shards > max(MEASURED):
         return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
     passes = passes_of(model, setting, deploy.runtime, gpu)
-    made = passes.timed(lambda _: phase.program, phase.dims)
-    step_s, tokens = float(made.time_s), work.batch * work.sequence_tokens
+    made = _accumulated(passes, phase, work.accumulation_steps)
+    step_s = float(made.time_s)
+    tokens = work.batch * work.sequence_tokens * work.accumulation_steps
     calibration = passes.speed.calibration
     unmeasured = (
         model.quantization is not None
@@ -265,3 +269,13 @@ def training_latency(
         mbu=float(made.moved_bytes) / (step_s * gpu.memory_bandwidth_bytes_per_s),
         energy_j=None if made.energy_j is None else float(made.energy_j),
     )
+
+
+def _accumulated(passes: Passes, phase: Phase, batches: int) -> PassTime:
+    """The program is of the last batch and the optimizer; without it, of each batch before."""
+    made = passes.timed(lambda _: phase.program, phase.dims)
+    if batches == 1:
+        return made
+    segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER)
+    alone = Program(name=phase.program.name, segments=segments)
+    return made.after(passes.timed(lambda _: alone, phase.dims).repeated(batches - 1))

@@ -37,6 +37,7 @@ from planner.timing.roofline import Cost, pass_cost
 from planner.timing.speed import communication_cost, speed_for
 
 BACKWARD = "backward"
+OPTIMIZER = "optimizer step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,15 @@ class PassTime:
             once = getattr(self, field.name)
             alike = once is None or field.name == "clock"
             together[field.name] = once if alike else count * once
+        return PassTime(**together)
+
+    def after(self, other: PassTime) -> PassTime:
+        """Both, one after the other; they are off alike, and this one's clock is told."""
+        together: dict[str, Any] = {}
+        for field in fields(self):
+            own, others = getattr(self, field.name), getattr(other, field.name)
+            alone = own is None or field.name == "clock"
+            together[field.name] = own if alone else own + others
         return PassTime(**together)
 
 

@@ -62,6 +62,20 @@ def test_a_step_takes_six_flops_a_parameter_and_token():
     assert estimate.latency.trained_tokens_per_s == 8 * 256 / estimate.latency.step_s
 
 
+def test_each_batch_of_a_step_takes_its_time():
+    model, deploy = planner.load_model("llama-3.2-1b"), planner.Deployment(gpu="h200", mode="eager")
+    one, two, four = (
+        planner.estimate(
+            model, planner.Training(batch=2, sequence_tokens=512, accumulation_steps=n), deploy
+        ).latency
+        for n in (1, 2, 4)
+    )
+    assert four.step_s - two.step_s == pytest.approx(2 * (two.step_s - one.step_s), rel=0.01)
+    assert four.trained_tokens_per_s * four.step_s == pytest.approx(4 * 2 * 512)
+    flops = [latency.mfu * latency.step_s for latency in (one, four)]
+    assert flops[1] == pytest.approx(4 * flops[0], rel=0.01)  # the optimizer's are few
+
+
 def test_the_longest_sequence_and_the_largest_batch_just_fit():
     deploy = planner.Deployment(gpu="h200", runtime="attnlab")
     work = planner.Training(batch=1, sequence_tokens=1024)
