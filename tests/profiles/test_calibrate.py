@@ -208,7 +208,7 @@ def test_a_usual_host_is_the_median_of_what_calibration_rows_had():
     beside = [r for r in issued if r.host_add_s]
     timed = next(r.median_s for r in load(RECORDS).ops if (r.family, r.op) == ("host", "add"))
     adds = sorted([timed, *(statistics.median(r.host_add_s) for r in beside)])
-    assert len(adds) == 4
+    assert len(adds) > len(beside) > 3
     assert content["host"]["op_s"]["add"] == pytest.approx(statistics.median(adds), rel=1e-3)
 
 
