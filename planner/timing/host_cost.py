@@ -50,6 +50,20 @@ HOOKED = 3.6
 """What a call of checkpointing's takes beside a module's: it makes contexts, weak references and
 detached tensors. Timed in small decoders on a CPU by tools/checkpoint_cost.py: 3.1 to 3.9 of llama
 and mistral where next to nothing else ran, more on a busy one; no record is fitted."""
+SELECTED = 2.7
+"""The same of selective checkpointing's, whose modes show every op to Python
+(TorchDispatchMode): 2.2 to 3.2 of llama and qwen3, forward and on the way back, by the same tool
+with torch 2.13."""
+UNPACKED = {"dequantize_4bit": 36.0, "dequantize_blockwise": 17.0}
+"""Calls of a module that does nothing which bitsandbytes 0.50 takes to make a weight of its codes,
+beyond an op of torch's own: Python down to the kernel, through the dispatcher. Its CUDA backend
+timed on a CPU over kernels that return at once, forward and on the way back (tools/bitsandbytes_
+cost.py); of nested scales the second comes on top."""
+BLOCKWISE = 28.0
+"""The same of a step of AdamW8bit for one parameter."""
+WAITS = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit", "norm().item")
+"""Kernels that the host waits for before it goes on: bitsandbytes synchronises after each
+parameter (optim/optimizer.py, step), torch's Adafactor reads its norms as numbers."""
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
@@ -58,15 +72,19 @@ ROUTING = ("sort", "topk", "histc", "cumsum", "softmax", "index")
 ADAPTERS = ", adapters"
 ADAPTER_PRODUCTS = 2
 """How LoRA's products are named, and how many a linear layer has."""
+DORA = ", DoRA"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Whose code issues the ops: the runtime, the model's type, attention's name."""
+    """Whose code issues the ops: the runtime, the model's type, attention's name; `selective`:
+    what its checkpointed layers keep is picked op by op.
+    """
 
     runtime: str
     model_type: str = ""
     attention: str = ""
+    selective: bool = False
 
 
 def host_seconds(
@@ -95,7 +113,8 @@ def between_seconds(
     """What is issued and called between the listed ops, for every layer that runs forward.
 
     Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back:
-    calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top.
+    calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top;
+    selective, every op does, at `SELECTED`.
     """
     found = counted(engine.runtime, engine.model_type, engine.attention)
     if found is None:
@@ -103,7 +122,8 @@ def between_seconds(
     layer, whole = found
     runs = forward_runs(program)
     asked = layer.times(runs.layers).plus(whole.times(runs.passes))
-    calls, more, hooked = asked.calls, trained(engine.model_type), 0.0
+    more = trained(engine.model_type, selective=engine.selective, dora=runs.dora)
+    calls, hooked = asked.calls, 0.0
     calls += runs.adapted * more.adapted
     if checkpointed and runs.passes:
         hooked = checkpointed * more.forward
@@ -114,8 +134,34 @@ def between_seconds(
     view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
     unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
+    calls += MODULE_CALLS * python_ops(program)
     usual_s = unlisted_s + asked.views * view_s + calls * call_s
-    return scale * usual_s + HOOKED * hooked * call_s
+    return scale * usual_s + (SELECTED if engine.selective else HOOKED) * hooked * call_s
+
+
+def waiting_seconds(program: Program, host: HostCost, engine: Engine) -> float:
+    """How long a GPU has nothing to do because the host waits for it: from the end of each such
+    kernel until the next one is there.
+    """
+    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    wait_s = host.op_s.get("launch_and_wait", host.op_s[OTHER])
+    seconds = 0.0
+    for timed in timed_ops(program):
+        if timed.op.kernel in WAITS:
+            python = BLOCKWISE if timed.op.kernel != WAITS[-1] else 0.0
+            python_s = scale * python * host.op_s.get("identity_module", 0.0)
+            seconds += timed.count * (wait_s + python_s)
+    return seconds
+
+
+@lru_cache(maxsize=256)
+def python_ops(program: Program) -> float:
+    """Modules that do nothing which a program's ops take, where Python runs inside them."""
+    found = 0.0
+    for timed in timed_ops(program):
+        blockwise = BLOCKWISE if timed.op.kernel in WAITS[:-1] else 0.0
+        found += timed.count * (UNPACKED.get(timed.op.kernel, 0.0) + blockwise)
+    return found
 
 
 def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
@@ -147,13 +193,14 @@ def _head(program: Program) -> Program:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runs:
     """What runs forward: layers (those that are run again, too), the pass around them, adapted
-    linear layers (LoRA), and the ops that a program lists of all that.
+    linear layers (LoRA; `dora`), and the ops that a program lists of all that.
     """
 
     layers: int
     passes: int
     adapted: int
     listed: int
+    dora: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -169,6 +216,7 @@ def forward_runs(program: Program) -> Runs:
         layers=sum(s.count for s in layers),
         passes=int(passes),
         adapted=adapters // ADAPTER_PRODUCTS,
+        dora=any(op.name.endswith(DORA) for s in layers for op in s.ops),
         listed=sum(
             t.count
             for t in timed_ops(program)

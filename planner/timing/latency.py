@@ -243,7 +243,10 @@ def training_latency(
     if setting.sharding is not None and setting.sharding.shards > max(MEASURED):
         return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
-    passes = passes_of(model, setting, deploy.runtime, gpu)
+    passes = replace(
+        passes_of(model, setting, deploy.runtime, gpu),
+        selective=work.checkpointing == "selective",
+    )
     made = _accumulated(passes, phase, work.accumulation_steps)
     step_s = float(made.time_s)
     tokens = work.batch * work.sequence_tokens * work.accumulation_steps

@@ -30,6 +30,7 @@ from planner.timing.host_cost import (
     forward_runs,
     head_seconds,
     host_seconds,
+    waiting_seconds,
 )
 from planner.timing.op_kinds import kernel_count
 from planner.timing.power import capped_clock
@@ -93,11 +94,14 @@ def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A phase of a stage: its kernels, what the host needs to issue them, collectives beside."""
+    """A phase of a stage: its kernels, what the host needs to issue them, collectives beside;
+    `waiting_s`: what the kernels lose where the host waits for them.
+    """
 
     cost: Cost
     issuing_s: float
     lanes: Lanes | None = None
+    waiting_s: float = 0.0
 
     @property
     def communication_s(self) -> float:
@@ -118,6 +122,7 @@ class Passes:
     setting: Setting
     runtime: str
     speed: Speed
+    selective: bool = False
 
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
         """A pass through the stages, one after the other."""
@@ -195,6 +200,7 @@ class Passes:
             cost=pass_cost(phase, dims, self.speed),
             issuing_s=self._host(phase, again),
             lanes=lanes,
+            waiting_s=self._waiting(phase),
         )
 
     def _part(self, part: Part, clock: Number, head_s: float = 0.0) -> Number:
@@ -205,7 +211,7 @@ class Passes:
         kernels_s = part.seconds(clock)
         if self.speed.gpu.is_cpu:
             return kernels_s + part.issuing_s
-        return np.maximum(head_s + kernels_s, part.issuing_s)
+        return np.maximum(head_s + kernels_s + part.waiting_s, part.issuing_s)
 
     def _given(self, program: Program, dims: Dims) -> Number:
         """What a CPU's system takes to give a pass pages that it has not had."""
@@ -258,6 +264,12 @@ class Passes:
         host = known.host.as_fast_as(self.setting.host_add_s)
         return seconds(program, host, self.engine, checkpointed=checkpointed)
 
+    def _waiting(self, program: Program) -> float:
+        known = self.speed.calibration
+        if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
+            return 0.0
+        return waiting_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
+
     @property
     def engine(self) -> Engine:
         """Whose code issues the ops."""
@@ -265,6 +277,7 @@ class Passes:
             runtime=self.runtime,
             model_type=self.model.text_type,
             attention=self.setting.attention,
+            selective=self.selective,
         )
 
 
