@@ -127,8 +127,8 @@ def workspace_events(
 ) -> dict[int, list[Event]]:
     """Before which step cuBLAS and cuBLASLt have torch allocate a workspace; none where none is.
 
-    Each thread has its own, and the way back has a thread: the ids are (library, phase). `there`:
-    those that a pass before this one made.
+    Each thread has its own, and the way back has a thread, an optimizer that multiplies none: the
+    ids are (library, phase). `there`: those that a pass before this one made.
     """
     found: dict[int, list[Event]] = defaultdict(list)
     if not workspace_bytes:
@@ -138,6 +138,8 @@ def workspace_events(
         ("cuBLASLt", LT_WORKSPACE_BYTES, script.biased_gemms),
     ):
         for phase, place in places.items():
+            if phase == "optimizer step" and "forward" in places:
+                continue
             if (name, phase) not in there:
                 found[place].append(Alloc((name, phase), size))
     return found

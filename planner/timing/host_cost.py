@@ -40,7 +40,7 @@ from planner.timing.op_kinds import (
     timed_ops,
 )
 
-OTHER = "add"
+OTHER, STEP = "add", "optimizer step"
 ENGINES = ("transformers", "attnlab")
 VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
@@ -226,9 +226,14 @@ def forward_runs(program: Program) -> Runs:
 
 
 def _forward(segment: Segment) -> bool:
-    """Whether a product runs here that is none of the backward pass."""
-    return not is_there(segment) and any(
-        op.flops is not None and not op.name.endswith("backward") for op in segment.ops
+    """Whether a product or a norm runs here that is none of the backward pass: where selective
+    checkpointing has kept all products, norms are run again.
+    """
+    if is_there(segment) or segment.phase == STEP:
+        return False
+    return any(
+        not op.name.endswith("backward") and (op.flops is not None or "norm" in op.name)
+        for op in segment.ops
     )
 
 

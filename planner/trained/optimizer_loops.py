@@ -223,7 +223,7 @@ class Muon(LoopWriter):
             BFLOAT16,
             flops=(2, m, n, k),
             moved=((m * k + k * n + m * n, BFLOAT16),),
-            kernel="addmm",
+            kernel="mm",
             into=self._known.get(key),
         )
         self._known[key], self._identity[made] = made, key
