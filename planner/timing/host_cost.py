@@ -40,7 +40,9 @@ from planner.timing.op_kinds import (
     timed_ops,
 )
 
-OTHER, STEP = "add", "optimizer step"
+OTHER = "add"
+BACK, STEP = "backward", "optimizer step"
+"""Phases of a training step."""
 ENGINES = ("transformers", "attnlab")
 VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
@@ -226,13 +228,14 @@ def forward_runs(program: Program) -> Runs:
 
 
 def _forward(segment: Segment) -> bool:
-    """Whether a product or a norm runs here that is none of the backward pass: where selective
-    checkpointing has kept all products, norms are run again.
+    """Whether a product runs here that is none of the backward pass; on the way back a norm will
+    do: where selective checkpointing has kept all products, norms are run again.
     """
     if is_there(segment) or segment.phase == STEP:
         return False
+    again = segment.phase == BACK
     return any(
-        not op.name.endswith("backward") and (op.flops is not None or "norm" in op.name)
+        not op.name.endswith("backward") and (op.flops is not None or (again and "norm" in op.name))
         for op in segment.ops
     )
 
