@@ -167,10 +167,12 @@ def _sample(record: OpRecord) -> Row | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
-        case "prefill" if record.op == "sdpa_masked" and record.backend == "default":
+        case "prefill" | "backward" if record.op == "sdpa_masked":
+            name = "attention_backward" if record.family == "backward" else record.family
             heads = [s["heads"], s["kv_heads"], s["head_dim"]]
             side = triangle(s["tokens"] * s["context"])
-            return f"prefill:{dtype}:{MASKED}", [s["batch"], side, *heads], 1
+            backend = MASKED if record.backend == "default" else f"{MASKED}-{record.backend}"
+            return f"{name}:{dtype}:{backend}", [s["batch"], side, *heads], 1
         case "optimizer" if record.backend == "fused":
             return "optimizer", [float(record.bytes)], 1
         case "bandwidth" if record.op in ("sort", "topk"):

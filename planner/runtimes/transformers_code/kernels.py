@@ -65,6 +65,8 @@ class KernelWriter(PositionWriter):
         k = f.lowered(k)
         q = f.lowered(q)
         kernel = fused_kernel(self.what.device, self.what.capability, q.itemsize)
+        if kernel != "cpu" and mask is not None and mask.node is not None:
+            kernel = "efficient"  # the one with a gradient for it
         if isinstance(attention, GQA) and mask is not None:
             window = attention.sliding_window
         added = None
