@@ -86,9 +86,7 @@ class Found:
         return names.pop() if names else None
 
 
-def _without_optimizer(
-    model: Model, work: Training, setting: Setting, runtime: str
-) -> PassScript:
+def _without_optimizer(model: Model, work: Training, setting: Setting, runtime: str) -> PassScript:
     """The first of several batches: forward and backward, which make the gradients."""
     alone = replace(work, accumulation_steps=1)
     whole = PLANNED[runtime](model, alone, setting).program

@@ -87,7 +87,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_bigcode": GPT2,
     "gpt_neox": {k: WIDTHS[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")},
     "bert": {k: WIDTHS[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")},
-    "t5": {"d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    "t5": {
+        "d_model": 64,
+        "d_ff": 64,
+        "d_kv": 16,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    },
     "opt": {
         "hidden_size": 64,
         "num_attention_heads": 4,

@@ -22,7 +22,6 @@ from planner.autograd.tensors import Leaf
 from planner.program import Buffer, Tape
 from planner.trained.optimizer_parts import Part, once
 
-
 IN_FLOAT32 = "gradients in float32"
 
 

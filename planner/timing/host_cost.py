@@ -104,6 +104,12 @@ def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     return sum(_issued(program, host)) + between_seconds(program, host, engine)
 
 
+def unscaled_ops_seconds(program: Program, host: HostCost) -> float:
+    """Of the ops alone, of both directions, as they were timed."""
+    forward, backward = _issued(program, host)
+    return forward + _backward_scale(host) * backward
+
+
 def between_seconds(
     program: Program,
     host: HostCost,

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from planner.program import (
+    EVERY,
     LATENT,
     OPENING,
     Dims,
@@ -103,7 +104,7 @@ class Attention:
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
-        if self.keys is None:
+        if self.keys is None or self.pairs.name.startswith(EVERY):
             return self.pairs.of(dims)
         return dims.tokens * evaluate((self.keys,), dims)
 

@@ -291,7 +291,8 @@ class OptimizerWriter:
         with their scales or, of small parameters, in float32.
         """
         for n in part.sizes:
-            weights = (3, n, self.b)
+            weights: Shape = (3, n, self.b)
+            moved: tuple[Shape, ...]
             if n < QUANTISED_FROM:
                 moved, kernel = (weights, (4, n, FLOAT32)), "optimizer_update_32bit"
             else:
