@@ -117,6 +117,11 @@ READERS = ("bert", "t5")
 """Types with an encoder: what a forward pass of training asks of a layer, of t5 the mean of both
 towers' layers."""
 Checkpointing = Literal["none", "full", "selective"]
+POLICIES: tuple[tuple[str, Checkpointing], ...] = (
+    ("checkpointed", "full"),
+    ("selective", "selective"),
+)
+CHECKPOINTED: tuple[tuple[str, Checkpointing], ...] = (("plain", "none"), ("checkpointed", "full"))
 DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer", "t5": "num_layers"}
 
 
@@ -183,7 +188,7 @@ def reading(kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
     """Runs a small model's forward pass of training, on the CPU."""
     model = planner.read_config(config(kind, layers))
     device = torch.device("cpu")
-    built: Workload = build(
+    built: Any = build(
         model, runtime="transformers", attention=attention, dtype="bf16", device=device
     )
     module: Any = built.module.train()
@@ -266,12 +271,12 @@ def training() -> dict[str, Any]:
     made: dict[str, Any] = {"checkpointed": {}, "selective": {}}
     for kind in TRAINED:
         plain, _ = trained(kind)
-        for name, policy in (("checkpointed", "full"), ("selective", "selective")):
+        for name, policy in POLICIES:
             forward, backward = trained(kind, policy)
             made[name][kind] = [round(forward - plain, 2), backward]
     linears = len(adapted(planner.read_config(config(USUAL, 1)), LoRA(rank=4)))
     for method, lora in (("adapted", LoRA(rank=4)), ("dora", LoRA(rank=4, dora=True))):
-        for name, policy in (("plain", "none"), ("checkpointed", "full")):
+        for name, policy in CHECKPOINTED:
             bare, wrapped = trained(USUAL, policy), trained(USUAL, policy, lora)
             each = [round((b - a) / linears, 2) for a, b in zip(bare, wrapped, strict=True)]
             made.setdefault(method, {})[name] = each

@@ -225,6 +225,9 @@ def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float
 
 MEASURED_IN = ("transformers", "attnlab")
 """Runtimes whose steps were held against a GPU's: times in others have no interval."""
+UNTIMED_OPTIMIZERS = ("adamw-8bit", "adafactor-transformers")
+"""Those whose kernels nobody timed: bitsandbytes' takes some eight times what its bytes would, and
+transformers' Adafactor was never run on a GPU."""
 
 
 @lru_cache(maxsize=256)
@@ -252,13 +255,8 @@ def training_latency(
     tokens = work.batch * work.sequence_tokens * work.accumulation_steps
     calibration = passes.speed.calibration
     unmeasured = (
-        model.quantization is not None
-        or (work.adapters is not None and work.adapters.dora)
-        or work.scales_loss(setting.dtype)
-        or work.precision == "master"
-        or work.freezes
-        or setting.sharding is not None
-        or work.loss_chunk_tokens is not None
+        setting.sharding is not None
+        or work.optimizer in UNTIMED_OPTIMIZERS
         or deploy.runtime not in MEASURED_IN
     )
     return Latency(
