@@ -226,7 +226,7 @@ def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float
 MEASURED_IN = ("transformers", "attnlab")
 """Runtimes whose steps were held against a GPU's: times in others have no interval."""
 UNTIMED_OPTIMIZERS = ("adamw-8bit", "adafactor-transformers")
-"""Those whose kernels nobody timed: bitsandbytes' takes some eight times what its bytes would, and
+"""Those whose kernels nobody timed: bitsandbytes' takes far longer than its bytes would, and
 transformers' Adafactor was never run on a GPU."""
 
 
