@@ -1,7 +1,8 @@
 """Writes docs/time.md's table of whole models: `python -m tools.time_table`.
 
-Held-out records of GPUs: all of a quantity, and those that kernels bind as planned. Then how near
-any one number a point could come to points that ran several times.
+Held-out records of GPUs: all of a quantity, and those that kernels bind as planned; beside them the
+runs that read their host's speed before every step (replayed steps have no host). Then how near any
+one number a point could come to points that ran several times.
 """
 
 from __future__ import annotations
@@ -27,27 +28,41 @@ from tools.accuracy_table import committed, share
 PAGE = Path(__file__).parents[1] / "docs" / "time.md"
 BEGIN = "<!-- whole models: written by `python -m tools.time_table` -->"
 END = "<!-- /whole models -->"
-TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s")
+TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s", "new_tpot_s")
+ASKED = TIMES[:-1]
+"""What people plan by; the last is what a process waits for once a length."""
 HOST = "host"
 
 
 def whole_models(found: Sequence[Record]) -> str:
     """The part of the page between the marks."""
     of_gpus = [record for record in found if record.environment.device == "cuda"]
+    paired = {r.id for r in of_gpus if r.reads_host_each_step or r.mode == "graph"}
     rows = [row for row in compare(of_gpus) if row.relative_error is not None]
     held_out = [row for row in rows if row.split == "held-out" and row.quantity in TIMES]
     latencies = _latencies(of_gpus)
-    kernels = [row for row in held_out if _bound(row, latencies[row.record]) != HOST]
     lines: list[Sequence[str]] = [
-        ("held-out", "n", "mean \\|error\\|", "p90"),
-        ("---", "--:", "--:", "--:"),
+        ("held-out", "n", "mean \\|error\\|", "p90", "host read: n", "mean", "p90"),
+        ("---", *["--:"] * 6),
     ]
+
+    def add(name: str, members: Sequence[Row]) -> None:
+        if members:
+            read = [row for row in members if row.record in paired]
+            lines.append((name, *_figures(members), *_figures(read)))
+
+    def by_kernels(members: Sequence[Row]) -> list[Row]:
+        return [row for row in members if _bound(row, latencies[row.record]) != HOST]
+
     for quantity in TIMES:
-        for members, name in ((held_out, "{}"), (kernels, "… {}, bound by kernels")):
-            own = [row for row in members if row.quantity == quantity]
-            if own:
-                lines.append((name.format(of_quantity(quantity)), *_figures(own)))
-    lines.append(("all that kernels bind", *_figures(kernels)))
+        own = [row for row in held_out if row.quantity == quantity]
+        add(of_quantity(quantity), own)
+        if quantity in ("ttft_s", "step_s"):
+            add(f"… {of_quantity(quantity)}, bound by kernels", by_kernels(own))
+    asked = [row for row in held_out if row.quantity in ASKED]
+    names = ", ".join(map(of_quantity, ASKED[:-1]))
+    add(f"{names} and {of_quantity(ASKED[-1])}", asked)
+    add("… bound by kernels", by_kernels(asked))
     return f"{markdown.table(lines)}\n\n{nearest(of_gpus, rows)}"
 
 
@@ -89,12 +104,14 @@ def _latencies(found: Iterable[Record]) -> dict[str, Latency]:
 
 
 def _bound(row: Row, latency: Latency) -> str:
-    decodes = row.quantity in ("tpot_s", "replay_s")
+    decodes = row.quantity in ("tpot_s", "new_tpot_s", "replay_s")
     return latency.decode_bound_by if decodes else latency.prefill_bound_by
 
 
 def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
     off = [abs(row.relative_error or 0.0) for row in rows]
+    if not off:
+        return "0", "–", "–"
     return f"{len(off)}", share(fmean(off)), share(float(np.quantile(off, 0.9)))
 
 
