@@ -67,4 +67,8 @@ def test_a_faster_host_plans_faster():
         for s in (10e-6, 5e-6)
     )
     assert slow == pytest.approx(2 * fast)
-    assert of("llama-3.1-8b", gpu="mi300x", mode="eager").latency.new_length_s is None
+
+
+@pytest.mark.parametrize("gpu", ["b200", "mi300x"])
+def test_what_nobody_timed_is_not_said(gpu):
+    assert of("llama-3.1-8b", gpu=gpu, mode="eager").latency.new_length_s is None
