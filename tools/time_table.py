@@ -1,8 +1,9 @@
-"""Writes docs/time.md's table of whole models: `python -m tools.time_table`.
+"""Writes docs/time.md's tables of whole models: `python -m tools.time_table`.
 
 Held-out records of GPUs: all of a quantity, and those that kernels bind as planned; beside them the
-runs that read their host's speed before every step (replayed steps have no host). Then how near any
-one number a point could come to points that ran several times.
+runs that read their host's speed before every step (replayed steps have no host). How near any one
+number a point could come to points that ran several times. What other tools print of Llama-3.1-8B,
+on the same measurements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from planner import ConfigError
 from planner.format import of_quantity
 from planner.report import write_text
 from planner.timing.latency import Latency
+from profiles.baselines import baselines
 from profiles.compare import compare, estimate_of
 from profiles.records import Record
 from profiles.repeatability import repeats
@@ -28,6 +30,16 @@ from tools.accuracy_table import committed, share
 PAGE = Path(__file__).parents[1] / "docs" / "time.md"
 BEGIN = "<!-- whole models: written by `python -m tools.time_table` -->"
 END = "<!-- /whole models -->"
+PEERS_BEGIN = "<!-- peers: written by `python -m tools.time_table` -->"
+PEERS_END = "<!-- /peers -->"
+PEERS = {
+    "aiconfigurator-trtllm": "aiconfigurator (TensorRT-LLM)",
+    "aiconfigurator-vllm": "aiconfigurator (vLLM)",
+    "LLM-Viewer-fa": "LLM-Viewer, flash",
+    "llm-analysis": "llm-analysis",
+    "LLM-Viewer": "LLM-Viewer",
+    "GenZ": "GenZ",
+}
 TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s", "new_tpot_s")
 ASKED = TIMES[:-1]
 """What people plan by; the last is what a process waits for once a length."""
@@ -64,6 +76,24 @@ def whole_models(found: Sequence[Record]) -> str:
     add(f"{names} and {of_quantity(ASKED[-1])}", asked)
     add("… bound by kernels", by_kernels(asked))
     return f"{markdown.table(lines)}\n\n{nearest(of_gpus, rows)}"
+
+
+def beside_peers(found: Sequence[Record]) -> str:
+    """Mean errors without their sign of each tool and of ours, over the same held-out rows."""
+    of_gpus = [record for record in found if record.environment.device == "cuda"]
+    told = [b for b in baselines(of_gpus, compare(of_gpus)) if b.split == "held-out"]
+    lines: list[Sequence[str]] = [
+        ("Llama-3.1-8B, held-out", "n", "ours", *PEERS.values()),
+        ("---", *["--:"] * (2 + len(PEERS))),
+    ]
+    for quantity in ("replay_s", "ttft_s"):
+        rows = {
+            name: [b for b in told if (b.method, b.quantity) == (name, quantity)] for name in PEERS
+        }
+        ours = [abs(b.planner_error) for b in rows[next(iter(PEERS))]]
+        theirs = [share(fmean(abs(b.relative_error) for b in of)) for of in rows.values()]
+        lines.append((of_quantity(quantity), str(len(ours)), share(fmean(ours)), *theirs))
+    return markdown.table(lines)
 
 
 def nearest(found: Sequence[Record], rows: Sequence[Row]) -> str:
@@ -115,11 +145,12 @@ def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
     return f"{len(off)}", share(fmean(off)), share(float(np.quantile(off, 0.9)))
 
 
-def written(text: str, part: str) -> str:
-    """`text` of the page with `part` between its marks."""
-    return markdown.between(BEGIN, END, text, part)
+def written(text: str, found: Sequence[Record]) -> str:
+    """`text` of the page with its tables between their marks."""
+    text = markdown.between(BEGIN, END, text, whole_models(found))
+    return markdown.between(PEERS_BEGIN, PEERS_END, text, beside_peers(found))
 
 
 if __name__ == "__main__":
     os.environ["PLANNER_CALIBRATION"] = ""  # the catalogue alone
-    write_text(written(PAGE.read_text(encoding="utf-8"), whole_models(committed())), PAGE)
+    write_text(written(PAGE.read_text(encoding="utf-8"), committed()), PAGE)
