@@ -24,7 +24,12 @@ from planner.errors import shown
 from planner.timing.calibration import SCHEMA, HostCost
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES
 from planner.timing.host_cost import Engine, unscaled_seconds
-from planner.timing.op_families import COMMUNICATION, STRIDED, WEIGHT_BYTES
+from planner.timing.op_families import (
+    COMMUNICATION,
+    CUMSUM_DOWN,
+    OFFSETS,
+    WEIGHT_BYTES,
+)
 from planner.timing.op_kinds import kernel_count
 from planner.timing.op_times import Fit, family_named
 from profiles import composites
@@ -45,6 +50,11 @@ POINTS: Mapping[str, int] = {
 }
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
+LAUNCHED: Mapping[str, tuple[float, int] | tuple[float, int, float]] = {
+    "convolution": (4.0, 2),
+    CUMSUM_DOWN: (8.0, 1, 1.0),
+}
+"""Ops that were timed at large sizes alone: bytes an element, kernels, further sizes of the least."""
 LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
@@ -131,7 +141,7 @@ def _parts_of_composites(
     gpu: Gpu,
 ) -> None:
     """Kinds that were timed among others, one after the other: each takes those before as known."""
-    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", STRIDED)
+    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", OFFSETS)
     if not all(name in made for name in needed):
         return
     if gpu.is_cpu:
@@ -143,10 +153,11 @@ def _parts_of_composites(
         if samples is not None:
             fitted(name, "records", samples)
 
-    more("cast", composites.launches(ops))
+    more("cast", composites.launches(ops, 6.0))
+    for name, sizes in LAUNCHED.items():
+        if name in made:
+            more(name, composites.launches(ops, *sizes))
     more("mean", composites.means(ops, made, gpu))
-    if not gpu.is_cpu:  # which has no kernels of its own for them
-        more(STRIDED, composites.products(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 
 

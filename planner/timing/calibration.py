@@ -25,7 +25,7 @@ from planner.catalog.gpus import Gpu, gpus
 from planner.catalog.here import Processor
 from planner.errors import ConfigError, shown
 from planner.timing.calibration_files import Stamp, committed_text, own_file, own_stamp, own_text
-from planner.timing.op_families import ALIAS, COMMUNICATION
+from planner.timing.op_families import ALIAS, COMMUNICATION, WEIGHT_BYTES
 from planner.timing.op_times import Errors, Fit, Roof, family_named
 
 SCHEMA = 1
@@ -205,8 +205,7 @@ def _of_cpu(gpu: Gpu) -> Calibration | None:
 
 def _in_float32(fits: Mapping[str, Fit], gpu: Gpu) -> dict[str, Fit]:
     """Products and attention in fp32, which nobody timed: bf16's shares of fp32's peak."""
-    if any(fit.dtype == "fp32" for fit in fits.values()):
-        return {}
+    timed = {name.split(":")[0] for name, fit in fits.items() if fit.dtype == "fp32"}
     return {
         name.replace(":bf16", ":fp32"): replace(
             fit,
@@ -215,7 +214,7 @@ def _in_float32(fits: Mapping[str, Fit], gpu: Gpu) -> dict[str, Fit]:
             source=f"{TRANSFERRED} bf16",
         )
         for name, fit in fits.items()
-        if fit.dtype == "bf16"
+        if fit.dtype == "bf16" and name.split(":")[0] not in timed
     }
 
 
@@ -255,7 +254,9 @@ def transferred(measured: Calibration, gpu: Gpu, kin: Gpu) -> Calibration:
 
     def moved(fit: Fit) -> Fit:
         wider = gpu.memory_bandwidth_bytes_per_s / kin.memory_bandwidth_bytes_per_s
-        faster = gpu.flops_per_s(fit.dtype or "bf16") / kin.flops_per_s(fit.dtype or "bf16")
+        faster = wider  # an offset, a step of a sum: no FLOPs
+        if fit.dtype in WEIGHT_BYTES:
+            faster = gpu.flops_per_s(fit.dtype) / kin.flops_per_s(fit.dtype)
         return replace(
             fit,
             peak_flops_per_s=fit.peak_flops_per_s * faster,

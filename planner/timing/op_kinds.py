@@ -27,7 +27,14 @@ from planner.program import (
     Symbol,
     evaluate,
 )
-from planner.timing.op_families import STRIDED, STRIDED_CAST
+from planner.timing.op_families import (
+    ACROSS,
+    CUMSUM_DOWN,
+    FAR,
+    JOINED,
+    STRIDED,
+    STRIDED_CAST,
+)
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
@@ -35,7 +42,7 @@ MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim")
 """Each row to a number, read once."""
 SOFTMAX = re.compile(r"_(?:safe_)?softmax")
 """Over rows of attention or routing; over a vocabulary it is a logarithm, a REDUCTION."""
-REDUCTION = re.compile(r"softmax|cumsum|nll|logsumexp|var|cross_entropy")
+REDUCTION = re.compile(r"softmax|nll|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 ROUTING = ("sort", "topk")
 """Several kernels, and latencies: they do not stream."""
@@ -105,14 +112,29 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Products of many small matrices: only their FLOPs and bytes are known."""
+    """Products of many small matrices; m, n and k are there where each is one extent."""
 
     flops: Shape
     dtype_bytes: int
+    mnk: Shape = ()
+
+    def sizes(self, dims: Dims) -> tuple[Number, Number, Number, Number]:
+        """Pairs of matrices, m, n, k."""
+        m, n, k = (evaluate((extent,), dims) for extent in self.mnk)
+        return evaluate(self.flops, dims) / (2.0 * m * n * k), m, n, k
 
 
-WALKS = {"whole": "elementwise", "cast": "cast", "strided": STRIDED, "strided cast": STRIDED_CAST}
-"""A program's word for an elementwise kernel → its kind."""
+WALKS = {
+    "whole": "elementwise",
+    "cast": "cast",
+    "strided": STRIDED,
+    "strided cast": STRIDED_CAST,
+    "across": ACROSS,
+    "far": FAR,
+    "joined": JOINED,
+    "down": CUMSUM_DOWN,
+}
+"""A program's word for how a kernel goes over its operands → its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +287,19 @@ def _computing(op: Op) -> Kind:
     if op.kernel == "_grouped_mm" or op.name.startswith("experts "):
         found_group = _grouped(op)
         return Batched(op.flops, itemsize) if found_group is None else found_group
+    if op.kernel == "bmm" and op.allocates:
+        return Batched(op.flops, itemsize, _mnk(op))
     if op.kernel not in ("", "mm", "addmm") or not op.allocates:
         return Batched(op.flops, itemsize)
     return _product(op)
+
+
+def _mnk(op: Op) -> Shape:
+    """(2, pairs …, m, n, k) of [pairs …, m, n]."""
+    assert op.flops is not None
+    out = op.allocates[0].shape
+    told = op.flops[: len(out) + 1] == (2, *out) and len(op.flops) == len(out) + 2
+    return (*out[-2:], op.flops[-1]) if told and len(out) > 2 else ()
 
 
 def _product(op: Op) -> Kind:
@@ -381,6 +413,8 @@ def _byte_kind(op: Op) -> str:
         return "gather"
     if op.loop:
         return WALKS[op.loop]
+    if kernel in ("convolution", "cumsum"):
+        return kernel
     if kernel.startswith(("cat", "constant_pad")) and not ROTARY.search(name):
         return "cat"
     if ROTARY.search(name):

@@ -22,6 +22,7 @@ from planner.timing.compiled import one_row_each, streamed
 from planner.timing.expert_tiles import rows_of_tiles
 from planner.timing.op_families import (
     ALIAS,
+    BMM,
     FEW_ROWS,
     GEMM,
     GEMM_FEW,
@@ -153,7 +154,13 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             return attention_time(timed, kind, dims, speed, flops, moved)
         case Batched():
             dtype = speed.dtype if kind.dtype_bytes < 4 else "fp32"
-            return by_default(timed, "batched products", dtype, flops, moved, speed)
+            family = "batched products"
+            batched = _batched(kind, dtype, dims, speed)
+            if batched is None:
+                return by_default(timed, family, dtype, flops, moved, speed)
+            fit, sizes = batched
+            seconds = fit.seconds(sizes) if _fixed_matrices(kind) else fit.seconds_at(sizes)
+            return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Bytes():
             return bytes_time(timed, kind, dims, speed, moved)
         case Nothing():
@@ -172,6 +179,22 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         one = streamed(fit, moved, unpacked, speed)
         seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
     return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
+
+
+def _batched(
+    kind: Batched, dtype: str, dims: Dims, speed: Speed
+) -> tuple[Fit, tuple[Number, ...]] | None:
+    """The fit of products of many pairs of matrices, where it covers these."""
+    if speed.calibration is None or not kind.mnk:
+        return None
+    fit = speed.calibration.fit(BMM.name, dtype)
+    sizes = kind.sizes(dims)
+    return (fit, sizes) if fit is not None and fit.covers(sizes[1:], 1) else None
+
+
+def _fixed_matrices(kind: Batched) -> bool:
+    """Whether batch and tokens decide nothing but how many pairs there are."""
+    return all(isinstance(extent, int) for extent in kind.mnk)
 
 
 def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: int) -> str:

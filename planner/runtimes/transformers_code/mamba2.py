@@ -250,8 +250,14 @@ class Mamba2Writer(CacheWriter):
         f, G, H, N = self.f, mixer.n_groups, mixer.num_heads, mixer.state_size
         wide = self._wide(f.view(x, ((B,), (T,), (G,), (N,))))
         dims: Dims = ((B,), (T,), (H,), (N,))
+        across = is_channels_last(wide.sizes, wide.strides) or wide.strides[-1] != 1
         return self.aten.new(
-            "clone", f"{x.name} of all heads", dims, FLOAT32, reads=(wide,), loop="strided"
+            "clone",
+            f"{x.name} of all heads",
+            dims,
+            FLOAT32,
+            reads=(wide,),
+            loop="across" if across else "strided",
         )
 
     def _padded(self, x: Tensor, Q: Chunked) -> Tensor:
@@ -287,7 +293,7 @@ class Mamba2Writer(CacheWriter):
         dims: Dims = (*x.dims, n)
         mask = self._lower(square)
         x = self._filled(x, mask, dims)
-        sums = aten.new("cumsum", "segment sums", dims, FLOAT32, reads=(x,))
+        sums = aten.new("cumsum", "segment sums", dims, FLOAT32, reads=(x,), loop="down")
         mask = self._lower(square)
         return self._filled(sums, mask, dims)
 
@@ -300,9 +306,8 @@ class Mamba2Writer(CacheWriter):
         """x.masked_fill(~mask, number): at::masked_fill copies x, then fills the copy in place."""
         aten, name = self.aten, "segment sums"
         turned = aten.elementwise("bitwise_not", "mask", mask)
-        made = aten.new(
-            "masked_fill.Scalar", name, dims, FLOAT32, reads=(x, turned), loop="strided"
-        )
+        loop = "strided" if len(x.dims) < len(dims) else "whole"
+        made = aten.new("masked_fill.Scalar", name, dims, FLOAT32, reads=(x,), loop=loop)
         moved = self._moved(made, made, turned)
         aten.tape.run(name, moved=moved, kernel="masked_fill_", loop="strided")
         return made
