@@ -112,16 +112,21 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Products of many small matrices; m, n and k are there where each is one extent."""
+    """Products of many small matrices; m, n and k are there where its operands tell them."""
 
     flops: Shape
     dtype_bytes: int
-    mnk: Shape = ()
+    mnk: tuple[Shape, ...] = ()
 
     def sizes(self, dims: Dims) -> tuple[Number, Number, Number, Number]:
         """Pairs of matrices, m, n, k."""
-        m, n, k = (evaluate((extent,), dims) for extent in self.mnk)
+        m, n, k = (evaluate(shape, dims) for shape in self.mnk)
         return evaluate(self.flops, dims) / (2.0 * m * n * k), m, n, k
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether batch and tokens decide nothing but how many pairs there are."""
+        return all(map(_is_fixed, self.mnk))
 
 
 WALKS = {
@@ -294,12 +299,26 @@ def _computing(op: Op) -> Kind:
     return _product(op)
 
 
-def _mnk(op: Op) -> Shape:
-    """(2, pairs …, m, n, k) of [pairs …, m, n]."""
+def _mnk(op: Op) -> tuple[Shape, ...]:
+    """m, n and k: what of pairs · m · n · k the right factor, the left one and the result lack."""
     assert op.flops is not None
-    out = op.allocates[0].shape
-    told = op.flops[: len(out) + 1] == (2, *out) and len(op.flops) == len(out) + 2
-    return (*out[-2:], op.flops[-1]) if told and len(out) > 2 else ()
+    if len(op.moved) != 2:
+        return ()
+    left, right = (shape[:-1] for shape in op.moved)
+    found = tuple(_without(op.flops[1:], shape) for shape in (right, left, op.allocates[0].shape))
+    return tuple(shape for shape in found if shape is not None) if None not in found else ()
+
+
+def _without(shape: Shape, part: Shape) -> Shape | None:
+    """The extents of a product that another one lacks; None where it is no part of it."""
+    left = list(shape)
+    for extent in part:
+        if extent == 1 and 1 not in left:
+            continue
+        if extent not in left:
+            return None
+        left.remove(extent)
+    return tuple(left)
 
 
 def _product(op: Op) -> Kind:

@@ -159,7 +159,7 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             if batched is None:
                 return by_default(timed, family, dtype, flops, moved, speed)
             fit, sizes = batched
-            seconds = fit.seconds(sizes) if _fixed_matrices(kind) else fit.seconds_at(sizes)
+            seconds = fit.seconds(sizes) if kind.is_fixed else fit.seconds_at(sizes)
             return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Bytes():
             return bytes_time(timed, kind, dims, speed, moved)
@@ -190,11 +190,6 @@ def _batched(
     fit = speed.calibration.fit(BMM.name, dtype)
     sizes = kind.sizes(dims)
     return (fit, sizes) if fit is not None and fit.covers(sizes[1:], 1) else None
-
-
-def _fixed_matrices(kind: Batched) -> bool:
-    """Whether batch and tokens decide nothing but how many pairs there are."""
-    return all(isinstance(extent, int) for extent in kind.mnk)
 
 
 def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: int) -> str:
