@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.autograd.aten import ONE
-from planner.autograd.layouts import channels_last, is_channels_last
+from planner.autograd.layouts import channels_last, is_channels_last, preserved
 from planner.autograd.tensors import Dims, Tensor
 from planner.mixers.mamba import Mamba2
 from planner.program import B, Shape, Symbol, T
@@ -261,16 +261,25 @@ class Mamba2Writer(CacheWriter):
         )
 
     def _padded(self, x: Tensor, Q: Chunked) -> Tensor:
-        """pad_tensor_by_size: a copy, padded or not, which stays an image where it looks like one.
+        """pad_tensor_by_size: a copy, padded or not.
 
-        at::constant_pad_nd takes the format that a tensor suggests; without padding it clones.
+        at::constant_pad_nd takes the format that a tensor suggests, so that what looks like an
+        image stays one; without padding it clones, and the copy lies as x does.
         """
         dims: Dims = (x.dims[0], Q.tokens, *x.dims[2:])
-        sizes, strides = self.aten.sizes(dims), None
-        if len(sizes) == 4 and is_channels_last(x.sizes, x.strides):
+        sizes, strides, loop = self.aten.sizes(dims), None, ""
+        if sizes == x.sizes:
+            strides, loop = preserved(x.sizes, x.strides), "whole"
+        elif len(sizes) == 4 and is_channels_last(x.sizes, x.strides):
             strides = channels_last(sizes)
         return self.aten.new(
-            "constant_pad_nd", f"padded {x.name}", dims, FLOAT32, strides=strides, reads=(x,)
+            "constant_pad_nd",
+            f"padded {x.name}",
+            dims,
+            FLOAT32,
+            strides=strides,
+            reads=(x,),
+            loop=loop,
         )
 
     def _in_chunks(self, tensors: tuple[Tensor, ...], Q: Chunked) -> list[Tensor]:
