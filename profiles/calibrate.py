@@ -55,6 +55,7 @@ LAUNCHED: Mapping[str, tuple[float, int] | tuple[float, int, float]] = {
     CUMSUM_DOWN: (8.0, 1, 1.0),
 }
 """Ops that were timed at large sizes alone: bytes an element, kernels, further sizes of the least."""
+EFFICIENT = "prefill:bf16:efficient"
 LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
@@ -157,6 +158,8 @@ def _parts_of_composites(
     for name, sizes in LAUNCHED.items():
         if name in made:
             more(name, composites.launches(ops, *sizes))
+    if EFFICIENT in made:
+        more(EFFICIENT, composites.one_queries(ops, gpu))
     more("mean", composites.means(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 

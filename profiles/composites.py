@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from planner.catalog.gpus import Gpu
 from planner.program import Number
+from planner.timing.attention_times import one_query_sizes
 from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import Calibration
 from planner.timing.clock import Speed
@@ -76,6 +77,18 @@ def softmaxes(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -
             left_s -= _seconds("cast", 6 * n, record, known, gpu)
             left_s -= _seconds("elementwise", 6 * n, record, known, gpu)
         rows.append(_row(record, 8.0 * n, left_s))
+    return rows
+
+
+def one_queries(records: Iterable[OpRecord], gpu: Gpu) -> Rows:
+    """One query a sequence over latents, by the kernel that serves prompts too."""
+    rows: Rows = []
+    for record in _measured(records, "decode", "sdpa_latent"):
+        s = record.shape
+        wide = (s["width"] + s["values"]) / 2
+        sizes = one_query_sizes(s["batch"], s["context"], s["heads"], s["heads"], wide, gpu)
+        held_out = record.split == "held-out"
+        rows.append(([float(size) for size in sizes], _median(record), held_out))
     return rows
 
 
