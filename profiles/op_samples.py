@@ -92,8 +92,8 @@ WALKED: Mapping[str, str] = {
     "clone_across": FAR,
     "add_turned": FAR,
 }
-"""Kernels that work out offsets, by how they read (planner/autograd/layouts.py: reach). `mul_mixed`,
-bf16 by a column of float32: a conversion beside it (CUDALoops.cuh: gpu_kernel_impl)."""
+"""Kernels that work out offsets, by how they read (planner/autograd/layouts.py: reach). bf16 by a
+column of float32, `mul_mixed`: a conversion beside it (CUDALoops.cuh: gpu_kernel_impl)."""
 SUMS: Mapping[str, str] = {
     "cumsum_pairs": CUMSUM_DOWN,
     "cumsum_tokens": "cumsum",

@@ -104,9 +104,7 @@ class LatentWriter(AttentionWriter):
     def _two_parts(self, name: str, rows: Shape, first: int, width: int) -> Buffer:
         """Two parts of each row joined, neither of which lies whole."""
         moved = ((*rows, first, self.b), (*rows, width - first, self.b))
-        return self.tape.new(
-            name, (*rows, width), self.b, moved=moved, kernel="cat", loop="joined"
-        )
+        return self.tape.new(name, (*rows, width), self.b, moved=moved, kernel="cat", loop="joined")
 
     def _absorbed(self, mla: MLA, keys: Extent) -> tuple[Buffer, bool]:
         """Queries in the latents' space, over the latents as they lie."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from planner.dtypes import element_bytes
-from planner.layers import Layer
-from planner.model import Model, RoPE
+from planner.layers import Layer, RoPE
+from planner.model import Model
 from planner.program import B, Buffer, Shape, T, Tape
 
 FLOAT32, INT64, BOOL = 4, 8, 1

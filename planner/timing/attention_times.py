@@ -40,7 +40,7 @@ def attention_time(
     if kind.head_dim > WIDEST_HEAD and backends[:1] == ("cudnn",):
         backends = (EFFICIENT, *backends)
     if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
-        backends = (MASKED, *backends)
+        backends = (f"{MASKED}-{kind.backend}", MASKED, *backends)
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
     if kind.backward or np.any(several):
         fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)

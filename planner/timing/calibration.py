@@ -108,6 +108,7 @@ class EnergyCost:
     """Power that flows when nothing runs, and joules of work beyond it.
 
     `clock`: the share of a burst's clock that the product ran at which `flop_j` was measured with.
+    `others`: both of products in further dtypes, where these were timed.
     """
 
     idle_w: float
@@ -115,13 +116,19 @@ class EnergyCost:
     byte_j: float
     source: str
     clock: float = 1.0
+    others: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+
+    def of(self, dtype: str) -> tuple[float, float]:
+        """Joules of a FLOP, and the clock that they were measured at."""
+        return self.others.get(dtype, (self.flop_j, self.clock))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
     """All fits of a device, by "family:dtype" or, for attention, "family:dtype:backend".
 
-    `transferred_from` names the kin whose measurements these are; None: the device's own.
+    `transferred_from` names the kin whose measurements these are; None: the device's own. `half`:
+    what computing takes in fp16 of the same in bf16, whose fits it has.
     `own_file`: where they lie, where they are not the catalogue's. Of a CPU, `measured_on` is the
     one that was timed, `used_on` the one that is asked about.
     """
@@ -134,6 +141,7 @@ class Calibration:
     energy: EnergyCost | None = None
     transferred_from: str | None = None
     pages: PageCost | None = None
+    half: float = 1.0
     own_file: str = ""
     measured_on: Processor | None = None
     used_on: Processor | None = None
@@ -296,10 +304,16 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
         sources=sources,
         host=host,
         graph=graph,
-        energy=None if energy is None else EnergyCost(**energy),
+        energy=None if energy is None else _energy(energy),
+        half=content.get("half", 1.0),
         pages=None if pages is None else PageCost(**pages),
         measured_on=None if machine is None else Processor(**machine),
     )
+
+
+def _energy(entry: Mapping[str, Any]) -> EnergyCost:
+    others = {dtype: (flop_j, clock) for dtype, (flop_j, clock) in entry.get("others", {}).items()}
+    return EnergyCost(**{**entry, "others": others})
 
 
 def _fit(name: str, entry: Mapping[str, Any]) -> Fit:

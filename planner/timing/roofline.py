@@ -17,7 +17,7 @@ import numpy as np
 from planner.program import Dims, Number, Program, evaluate
 from planner.timing.attention_times import attention_time
 from planner.timing.byte_times import bytes_time
-from planner.timing.clock import OpTime, Speed, by_default, by_fit, covering
+from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s, covering
 from planner.timing.compiled import one_row_each, streamed
 from planner.timing.expert_tiles import rows_of_tiles
 from planner.timing.op_families import (
@@ -168,6 +168,9 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     if fit is None:
         return by_default(timed, family, dtype or speed.dtype, flops, moved, speed)
     seconds = fit.seconds(sizes, free)
+    if dtype == "fp16" and isinstance(kind, Product) and speed.calibration is not None:
+        longer = speed.calibration.half - 1.0
+        seconds = seconds + longer * np.minimum(seconds, computing_s(fit, flops))
     few = _few_rows(speed, dtype) if isinstance(kind, Product) else None
     if few is not None and np.any(by_row := np.asarray(sizes[0]) < FEW_ROWS):
         seconds = np.where(by_row, few.seconds(sizes, free), seconds)
