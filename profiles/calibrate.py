@@ -24,14 +24,19 @@ from planner.errors import shown
 from planner.timing.calibration import SCHEMA, HostCost
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES
 from planner.timing.host_cost import Engine, unscaled_seconds
-from planner.timing.op_families import COMMUNICATION, STRIDED, WEIGHT_BYTES
+from planner.timing.op_families import (
+    COMMUNICATION,
+    CUMSUM_DOWN,
+    OFFSETS,
+    WEIGHT_BYTES,
+)
 from planner.timing.op_kinds import kernel_count
 from planner.timing.op_times import Fit, family_named
 from profiles import composites
 from profiles.compare import passes_of_record
 from profiles.fitting import Samples, fit_family
 from profiles.microbench.op_record import OpRecord, OpRecords
-from profiles.op_samples import is_given_anew, joined, samples_of_records
+from profiles.op_samples import HALF, is_given_anew, joined, samples_of_records
 from profiles.op_tables import Tables
 from profiles.records import Record
 
@@ -45,6 +50,14 @@ POINTS: Mapping[str, int] = {
 }
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
+LAUNCHED: Mapping[str, tuple[float, int] | tuple[float, int, float]] = {
+    "convolution": (4.0, 2),
+    CUMSUM_DOWN: (8.0, 1, 1.0),
+}
+"""Ops that were timed at large sizes alone: bytes of an element, kernels, the least further sizes."""
+EFFICIENT = "prefill:bf16:efficient"
+COMPUTES = 400
+"""FLOPs for a byte: with more a product computes longer than it moves, on any GPU there is."""
 LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
@@ -116,6 +129,7 @@ def calibration(
         content |= {
             **_graph(ops, [r for r in end_to_end if r.environment.gpu == gpu_name]),
             **_energy(ops),
+            **_half(ops),
             **_host(ops, gpu, list(end_to_end)),
         }
         if gpu.is_cpu:
@@ -131,7 +145,7 @@ def _parts_of_composites(
     gpu: Gpu,
 ) -> None:
     """Kinds that were timed among others, one after the other: each takes those before as known."""
-    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", STRIDED)
+    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", OFFSETS)
     if not all(name in made for name in needed):
         return
     if gpu.is_cpu:
@@ -143,10 +157,13 @@ def _parts_of_composites(
         if samples is not None:
             fitted(name, "records", samples)
 
-    more("cast", composites.launches(ops))
+    more("cast", composites.launches(ops, 6.0))
+    for name, sizes in LAUNCHED.items():
+        if name in made:
+            more(name, composites.launches(ops, *sizes))
+    if EFFICIENT in made:
+        more(EFFICIENT, composites.one_queries(ops, gpu))
     more("mean", composites.means(ops, made, gpu))
-    if not gpu.is_cpu:  # which has no kernels of its own for them
-        more(STRIDED, composites.products(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 
 
@@ -271,11 +288,13 @@ def _pages(records: OpRecords, ops: list[OpRecord]) -> dict[str, Any]:
     return {"pages": page}
 
 
-def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...], float]:
+def _medians(ops: list[OpRecord], *families: str) -> dict[tuple[int, ...], float]:
+    """By the sizes of a shape; of several families the last one's."""
     return {
         tuple(r.shape.values()): r.median_s
+        for family in families
         for r in ops
-        if (r.family, r.op, r.status) == (family, op, "ok") and r.median_s is not None
+        if (r.family, r.status) == (family, "ok") and r.median_s is not None
     }
 
 
@@ -283,7 +302,8 @@ def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
     """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
     one number, the mean over attnlab's calibration rows that a graph replayed.
     """
-    replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
+    timed = _medians([r for r in ops if r.op == "replay"], "graph")
+    replays = {shape[0]: s for shape, s in timed.items()}
     if len(replays) < 2:
         return {}
     least, most = min(replays), max(replays)
@@ -311,33 +331,56 @@ def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
 
 
 def _energy(ops: list[OpRecord]) -> dict[str, Any]:
-    """Idle power, then what a product and a copy take beyond it."""
+    """Idle power, then what a product and a copy take beyond it; products of further dtypes too."""
     known = {
-        (r.op, r.shape.get("m", 0)): r
-        for r in ops
-        if (r.family, r.dtype) == ("sustained", "bf16") and r.energy_j and r.median_s
+        (r.op, r.dtype): r
+        for r in sorted(ops, key=lambda r: r.flops)  # the largest product of each dtype
+        if r.family == "sustained" and r.energy_j and r.median_s
     }
-    idle, copy, product = (
-        known.get(("idle", 0)),
-        known.get(("copy", 0)),
-        known.get(("linear", 8192)),
-    )
-    if idle is None or copy is None or product is None:
+    wanted = (("idle", "bf16"), ("copy", "bf16"), ("linear", "bf16"))
+    if any(one not in known for one in wanted):
         return {}
+    idle, copy, _ = (known[one] for one in wanted)
     watts = idle.energy_j / idle.median_s  # type: ignore[operator]
     byte_j = (copy.energy_j - watts * copy.median_s) / copy.bytes  # type: ignore[operator]
-    bursts = _medians([r for r in ops if r.dtype == "bf16"], "ceiling", "linear")
-    burst_s = bursts.get(tuple(product.shape.values()), product.median_s)
-    rest = product.energy_j - watts * product.median_s - byte_j * product.bytes  # type: ignore[operator]
+
+    def product(dtype: str) -> tuple[float, float]:
+        """Joules of a FLOP beyond the rest, and the clock: as a burst takes of what this took."""
+        taken = known["linear", dtype]
+        rest = taken.energy_j - watts * taken.median_s - byte_j * taken.bytes  # type: ignore[operator]
+        bursts = _medians(
+            [r for r in ops if (r.op, r.dtype) == ("linear", dtype)], "gemm", "ceiling"
+        )
+        burst_s = bursts.get(tuple(taken.shape.values()), taken.median_s)
+        clock = min(1.0, burst_s / taken.median_s)  # type: ignore[operator]
+        return float(f"{rest / taken.flops:.4g}"), round(clock, 3)
+
+    flop_j, clock = product("bf16")
+    others = {dtype: product(dtype) for op, dtype in known if op == "linear" and dtype != "bf16"}
     return {
         "energy": {
             "idle_w": round(watts, 1),
             "byte_j": float(f"{byte_j:.4g}"),
-            "flop_j": float(f"{rest / product.flops:.4g}"),
+            "flop_j": flop_j,
             "source": "records",
-            "clock": round(min(1.0, burst_s / product.median_s), 3),  # type: ignore[operator]
+            "clock": clock,
+            **({"others": others} if others else {}),
         }
     }
+
+
+def _half(ops: list[OpRecord]) -> dict[str, Any]:
+    """What a product that computes takes in fp16 of the same one in bf16; others take as long."""
+    by_key = {r.key: r for r in ops if r.status == "ok" and r.median_s and r.split == "calibration"}
+    ratios = []
+    for key, record in by_key.items():
+        other = by_key.get(key.replace(f"/{HALF}/", "/bf16/"))
+        computes = record.flops > COMPUTES * record.bytes
+        if other is None or other is record or (record.family, record.op) != ("gemm", "linear"):
+            continue
+        if computes:
+            ratios.append(record.median_s / other.median_s)  # type: ignore[operator]
+    return {"half": round(statistics.median(ratios), 3)} if ratios else {}
 
 
 def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.catalog.gpus import Gpu
 from planner.program import LATENT, Dims, Number, evaluate
 from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
@@ -39,7 +40,7 @@ def attention_time(
     if kind.head_dim > WIDEST_HEAD and backends[:1] == ("cudnn",):
         backends = (EFFICIENT, *backends)
     if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
-        backends = (MASKED, *backends)
+        backends = (f"{MASKED}-{kind.backend}", MASKED, *backends)
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
     if kind.backward or np.any(several):
         fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
@@ -72,6 +73,9 @@ WIDEST_HEAD = 256
 EFFICIENT_QUERIES = 64
 """A block of the memory-efficient kernel has so many queries, be there one or all (fmha_cutlassF_…_
 aligned_64x64, 64x128; aten/src/ATen/native/transformers/cuda/mem_eff_attention)."""
+EFFICIENT_WIDE_QUERIES = 32
+"""The same of heads beyond `EFFICIENT_WIDE_HEAD`: fmha_cutlassF_…_aligned_32x128_gmem."""
+EFFICIENT_WIDE_HEAD = 128
 
 
 def _decode_fit(
@@ -83,12 +87,7 @@ def _decode_fit(
         return None, (B, pairs, *heads)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
-        together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
-        blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
-        whole = speed.gpu.multiprocessors or 1
-        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
-        each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
-        return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
+        return fit, one_query_sizes(B, pairs, *heads, speed.gpu)
     if kind.backend == LATENT:
         dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
         latent = calibration.fit("latent_decode", dtype) or calibration.fit("latent_decode", "bf16")
@@ -97,3 +96,20 @@ def _decode_fit(
             return latent, (B, pairs, float(kind.heads), width)
     fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
     return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)
+
+
+def one_query_sizes(
+    B: Number, keys: Number, H: float, G: float, D: float, gpu: Gpu
+) -> tuple[Number, ...]:
+    """The prompts' attention that takes the efficient kernel as long as one query a sequence does.
+
+    Its blocks are as large, and so many run at once that all processors have one. Heads wider than
+    others' are over one latent, and share blocks as queries do.
+    """
+    queries = EFFICIENT_WIDE_QUERIES if D > EFFICIENT_WIDE_HEAD else EFFICIENT_QUERIES
+    together = H if D > WIDEST_HEAD else 1.0
+    blocks = B * H / together * np.ceil(together / queries)
+    whole = gpu.multiprocessors or 1
+    waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+    each = (H / together, max(G / together, 1.0), D)
+    return (waves / each[0], triangle(queries * keys), *each)

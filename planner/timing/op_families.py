@@ -112,6 +112,33 @@ def bytes_work(size: Number, dtype: str) -> Work:
     return 0.0 * size, size
 
 
+ELEMENT_FLOPS, STEP_FLOPS, PART_FLOPS = 1e3, 2e8, 1e3
+"""What a kernel that no FLOP holds up is held up by, in FLOPs that a GPU's peak has in about that
+time: by an offset, by a step of a sum, by a byte of the largest part. A scale alone: the share of
+the peak is fitted."""
+
+
+def offsets_work(elements: Number, size: Number, dtype: str) -> Work:
+    """An offset for each element, beside the bytes."""
+    return ELEMENT_FLOPS * elements, size
+
+
+def joined_work(size: Number, largest: Number, dtype: str) -> Work:
+    """Blocks are dealt out by part, as many to each: the largest is waited for."""
+    return PART_FLOPS * largest, size
+
+
+def summed_work(size: Number, steps: Number, dtype: str) -> Work:
+    """Sums along a dimension by a thread for each column, one step after the other."""
+    return STEP_FLOPS * steps, size
+
+
+def batched_work(pairs: Number, m: Number, n: Number, k: Number, dtype: str) -> Work:
+    """2·m·n·k of each pair of matrices."""
+    b = WEIGHT_BYTES[dtype]
+    return 2.0 * pairs * m * n * k, b * pairs * (m * k + n * k + m * n)
+
+
 GEMM = Family(name="gemm", sizes=("m", "n", "k"), work=gemm_work, scales=(3.0, 4.0, 4.0))
 GEMM_EVEN = replace(GEMM, name="gemm_even")
 GEMM_ODD = replace(GEMM, name="gemm_odd")
@@ -171,14 +198,26 @@ BYTE_KINDS = (
     "optimizer",
     "sort",
     "topk",
+    "convolution",
+    "cumsum",
 )
 """Ops that compute next to nothing, by how well they stream."""
 STRIDED = "strided"
 STRIDED_CAST = "strided cast"
+ACROSS, FAR = "across", "far"
+"""Of strided ones those that read across what they write: neighbours that are written are read from
+sectors of 32 bytes of their own, which one block of threads uses up or, far, leaves to others."""
+JOINED = "joined"
+"""Parts that are joined element by element (ATen/native/cuda/Shape.cu: CatArrayBatchedCopy)."""
+CUMSUM_DOWN = "cumsum down"
+""""cumsum" is along the innermost dimension."""
 ELEMENTWISE_TANH = "elementwise:tanh"
 NORM_RMS = "norm:rms"
 """Of CPUs: elementwise ops around a tanh, which take their time to compute, and the norm that is
 one kernel on a GPU and six there."""
+OFFSETS, OFFSETS_CAST = "offsets", "offsets cast"
+"""Families of strided ones by elements and bytes; `STRIDED` are those by elements alone, of devices
+that were calibrated before these were."""
 ELEMENT_BYTES = 4.0
 """Read and written of an element of two bytes: by it strided kernels, which take as long for wider
 elements until these fill the bandwidth, are given a size in bytes."""
@@ -188,6 +227,16 @@ COMMUNICATION = ("all_reduce", "all_gather", "reduce_scatter")
 
 def _bytes(name: str) -> Family:
     return Family(name=name, sizes=("bytes",), work=bytes_work, scales=(3.0,))
+
+
+def _by_two(name: str, sizes: tuple[str, str], work: Callable[..., Work]) -> Family:
+    return Family(name=name, sizes=sizes, work=work, scales=(3.0, 3.0), free=(0, 1))
+
+
+BMM = Family(
+    name="bmm", sizes=("pairs", "m", "n", "k"), work=batched_work, scales=(3.0, 3.0, 3.0, 3.0)
+)
+"""Products of as many pairs of matrices, each pair alone."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -202,7 +251,14 @@ FAMILIES: dict[str, Family] = {
         LATENT_DECODE,
         PREFILL,
         BACKWARD,
+        BMM,
         *map(_bytes, (*BYTE_KINDS, STRIDED, STRIDED_CAST)),
+        *(
+            _by_two(name, ("elements", "bytes"), offsets_work)
+            for name in (OFFSETS, OFFSETS_CAST, ACROSS, FAR)
+        ),
+        _by_two(JOINED, ("bytes", "largest"), joined_work),
+        _by_two(CUMSUM_DOWN, ("bytes", "steps"), summed_work),
         *(_bytes(f"{kind}:{gpus}") for kind in COMMUNICATION for gpus in (2, 4, 8)),
     )
 }
