@@ -82,7 +82,8 @@ def calibration(
     if records is not None:
         ops = _of_gpu(records, gpu_name)
         sources["records"] = {**RECORDS_SOURCE, "what": _where(records, ops)}
-        for name, samples in samples_of_records(ops, cpu=gpu.is_cpu).items():
+        by_name = samples_of_records(ops, cpu=gpu.is_cpu, multiprocessors=gpu.multiprocessors)
+        for name, samples in by_name.items():
             found[name] = ("records", samples)
     if tables is not None:
         sources["tables"] = {

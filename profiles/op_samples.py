@@ -13,12 +13,15 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.timing.attention_times import whole_waves
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
 from planner.timing.op_families import (
     ELEMENT_BYTES,
     ELEMENTWISE_TANH,
     FEW_ROWS,
     GEMM_FEW,
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     MASKED,
     NORM_RMS,
     STRIDED,
@@ -84,7 +87,9 @@ SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2
 """Tensors as large as the first that live at once in an op of several kernels."""
 
 
-def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dict[str, Samples]:
+def samples_of_records(
+    records: Iterable[OpRecord], *, cpu: bool = False, multiprocessors: int | None = None
+) -> dict[str, Samples]:
     """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
 
     "…:warm": over what the op before has left in the cache. Of a `cpu` those rows are left out
@@ -97,7 +102,7 @@ def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dic
             continue
         if not cpu and record.dtype in UNFITTED and record.family in COMPUTING:
             continue
-        found = _sample(record)
+        found = _sample(record, multiprocessors)
         if cpu and found is not None:
             found = _on_cpu(record, *found)
         if found is not None and record.median_s is not None:
@@ -152,7 +157,7 @@ def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]])
     )
 
 
-def _sample(record: OpRecord) -> Row | None:
+def _sample(record: OpRecord, multiprocessors: int | None) -> Row | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm" if record.op in PRODUCTS:
@@ -167,6 +172,10 @@ def _sample(record: OpRecord) -> Row | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
+        case "decode" if record.op == "sdpa_latent":
+            blocks = s["batch"] * -(-s["heads"] // LATENT_QUERIES)
+            sizes = [float(whole_waves(blocks, multiprocessors)), s["context"], s["width"]]
+            return f"{LATENT_BLOCKS.name}:{dtype}", sizes, 1
         case "prefill" if record.op == "sdpa_masked" and record.backend == "default":
             heads = [s["heads"], s["kv_heads"], s["head_dim"]]
             side = triangle(s["tokens"] * s["context"])

@@ -10,6 +10,8 @@ from planner.program import LATENT, Dims, Number, evaluate
 from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     LATENT_ROPE,
     MASKED,
     triangle,
@@ -79,14 +81,19 @@ def _decode_fit(
 ) -> tuple[Fit | None, tuple[Number, ...]]:
     """The fit of one query's attention, and its sizes."""
     calibration, heads = speed.calibration, (kind.heads, kind.kv_heads, kind.head_dim)
+    processors = speed.gpu.multiprocessors
     if calibration is None:
         return None, (B, pairs, *heads)
+    if backends[:1] == (EFFICIENT,) and kind.head_dim > WIDEST_HEAD:
+        blocks_fit = calibration.fit(LATENT_BLOCKS.name, speed.dtype)
+        if blocks_fit is not None:
+            blocks = whole_waves(B * np.ceil(kind.heads / LATENT_QUERIES), processors)
+            return blocks_fit, (blocks, pairs, kind.head_dim + LATENT_ROPE / 2.0)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
         together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
         blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
-        whole = speed.gpu.multiprocessors or 1
-        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+        waves = whole_waves(blocks, processors)
         each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
         return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
     if kind.backend == LATENT:
@@ -97,3 +104,9 @@ def _decode_fit(
             return latent, (B, pairs, float(kind.heads), width)
     fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
     return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)
+
+
+def whole_waves(blocks: Number, multiprocessors: int | None) -> Number:
+    """Blocks that take as long: those that run at once take as long as if all of a GPU were busy."""
+    whole = multiprocessors or 1
+    return np.ceil(blocks / whole) * whole
