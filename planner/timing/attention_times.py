@@ -107,6 +107,6 @@ def _decode_fit(
 
 
 def whole_waves(blocks: Number, multiprocessors: int | None) -> Number:
-    """Blocks that take as long: those that run at once take as long as if all of a GPU were busy."""
+    """Blocks that take as long: some of a wave take as long as all of it."""
     whole = multiprocessors or 1
     return np.ceil(blocks / whole) * whole
