@@ -468,7 +468,7 @@ def test_a_compiler_loads_rows_by_their_index_where_they_are_wanted():
         for fused in (True, False)
     )
     assert fused == {"topk", "scatter"}
-    assert apart == {*fused, "sort", "index", "gather"}
+    assert apart == {*fused, "sort", "index", "gather", "searchsorted"}
 
 
 def _gathers(kind):
