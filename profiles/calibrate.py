@@ -264,7 +264,7 @@ def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...],
 
 def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
     """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
-    one number, the mean over the calibration rows that a graph replayed.
+    one number, the mean over attnlab's calibration rows that a graph replayed.
     """
     replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
     if len(replays) < 2:
@@ -272,7 +272,8 @@ def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
     least, most = min(replays), max(replays)
     kernel_s = (replays[most] - replays[least]) / (most - least)
     replay_s = replays[least] - kernel_s * least
-    rows = [r for r in end_to_end if (r.split, r.mode, r.status) == ("calibration", "graph", "ok")]
+    replayed = [r for r in end_to_end if (r.mode, r.status) == ("graph", "ok")]
+    rows = [r for r in replayed if (r.split, r.runtime) == ("calibration", "attnlab")]
     gaps = [
         (measured_s - gpu_s - replay_s) / kernel_count(program)
         for record in rows
