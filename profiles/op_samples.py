@@ -76,6 +76,8 @@ and one of them negated, 4½ times as many elements as x has, by ten kernels. `m
 column of float32: offsets and a conversion for each element (CUDALoops.cuh: gpu_kernel_impl)."""
 
 
+BY_INDEX = ("gather_picks", "scatter_places", "put_places")
+"""A few numbers read or written by an index: a mixture's places and weights."""
 CPU_KINDS: Mapping[str, str] = {
     "gelu_tanh": ELEMENTWISE_TANH,
     "rms_norm": NORM_RMS,
@@ -184,6 +186,10 @@ def _sample(record: OpRecord, multiprocessors: int | None) -> Row | None:
             return "optimizer", [float(record.bytes)], 1
         case "bandwidth" if record.op in ("sort", "topk"):
             return record.op, [float(record.bytes)], 1
+        case "bandwidth" if record.op in BY_INDEX:
+            return "gather", [float(record.bytes)], 1
+        case "bandwidth" if record.op == "index_rows":  # read again for each pick, and written
+            return "gather", [4.0 * s["rows"] * s["top_k"] * s["width"]], 1
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None
