@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import planner
 from planner import ConfigError
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
-from planner.timing.calibration import SCHEMA, HostCost
+from planner.timing.calibration import SCHEMA
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES
-from planner.timing.host_cost import Engine, unscaled_seconds
 from planner.timing.op_families import (
     COMMUNICATION,
     CUMSUM_DOWN,
@@ -35,6 +31,7 @@ from planner.timing.op_times import Fit, family_named
 from profiles import composites
 from profiles.compare import passes_of_record
 from profiles.fitting import Samples, fit_family
+from profiles.host_costs import host_part
 from profiles.microbench.op_record import OpRecord, OpRecords
 from profiles.op_samples import HALF, is_given_anew, joined, samples_of_records
 from profiles.op_tables import Tables
@@ -54,7 +51,7 @@ LAUNCHED: Mapping[str, tuple[float, int] | tuple[float, int, float]] = {
     "convolution": (4.0, 2),
     CUMSUM_DOWN: (8.0, 1, 1.0),
 }
-"""Ops that were timed at large sizes alone: bytes of an element, kernels, the least further sizes."""
+"""Ops that were timed at large sizes alone: bytes of an element, kernels, least further sizes."""
 EFFICIENT = "prefill:bf16:efficient"
 COMPUTES = 400
 """FLOPs for a byte: with more a product computes longer than it moves, on any GPU there is."""
@@ -62,8 +59,6 @@ LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
 PAGE_BYTES = 4096
-BOUND = 1.25
-"""A pass that takes so much longer than its kernels waits for the host."""
 
 RECORDS_SOURCE = {
     "name": "profiles/data/microbench",
@@ -95,7 +90,8 @@ def calibration(
     if records is not None:
         ops = _of_gpu(records, gpu_name)
         sources["records"] = {**RECORDS_SOURCE, "what": _where(records, ops)}
-        for name, samples in samples_of_records(ops, cpu=gpu.is_cpu).items():
+        by_name = samples_of_records(ops, cpu=gpu.is_cpu, multiprocessors=gpu.multiprocessors)
+        for name, samples in by_name.items():
             found[name] = ("records", samples)
     if tables is not None:
         sources["tables"] = {
@@ -130,7 +126,7 @@ def calibration(
             **_graph(ops, [r for r in end_to_end if r.environment.gpu == gpu_name]),
             **_energy(ops),
             **_half(ops),
-            **_host(ops, gpu, list(end_to_end)),
+            **host_part(ops, gpu, list(end_to_end)),
         }
         if gpu.is_cpu:
             content |= {**_machine(records, ops), **_pages(records, ops)}
@@ -184,19 +180,6 @@ def write(content: Mapping[str, Any], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return size
-
-
-HostRows = Sequence[tuple[float, float, float]]
-"""(measured, GPU's, host's unscaled) seconds of passes of one kind."""
-
-
-def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
-    """One factor from `HostRows`, the median; None where no pass waited for its host.
-
-    Of a row that takes about what its kernels take the host may have been done long before.
-    """
-    factors = [measured / host for measured, gpu, host in rows if measured > BOUND * gpu]
-    return statistics.median(factors) if factors else None
 
 
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
@@ -381,84 +364,3 @@ def _half(ops: list[OpRecord]) -> dict[str, Any]:
         if computes:
             ratios.append(record.median_s / other.median_s)  # type: ignore[operator]
     return {"half": round(statistics.median(ratios), 3)} if ratios else {}
-
-
-def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:
-    """The cost of issuing each op as usual, the factor of each engine, how far host times vary."""
-    costs = {
-        r.op: float(f"{r.median_s:.4g}")
-        for r in ops
-        if r.family == "host" and r.status == "ok" and r.median_s is not None
-    }
-    if "add" not in costs:
-        return {}
-    issued = [r for r in end_to_end if (r.mode, r.status) == ("eager", "ok")]
-    mine = [r for r in issued if r.environment.gpu == gpu.name]
-    costs = _as_usual(costs, mine)
-    bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
-    scale, named, apart = dict[str, float](), list[str](), 0.0
-    if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
-        mine = [r for r in mine if r.host_add_s]
-    for engine in sorted({r.runtime for r in mine}):
-        passes: list[HostRows] = []
-        for record in mine:
-            if record.runtime == engine and record.split == "calibration" and record.step is None:
-                passes += _host_rows(record, bare)
-                named.append(str(record.point))
-        factor = host_scale(row for rows in passes for row in rows)
-        if factor is not None:
-            scale[engine] = round(factor, 3)
-            apart = max(apart, *(abs((host_scale(rows) or factor) / factor - 1) for rows in passes))
-    return {
-        "host": {
-            "op_s": costs,
-            "scale": scale,
-            "spread": round(float(np.hypot(_spread(mine), apart)), 3),
-            "scaled_on": sorted(set(named)),
-            "source": "records",
-        }
-    }
-
-
-def _as_usual(costs: dict[str, float], records: list[Record]) -> dict[str, float]:
-    """Costs at the host's usual speed: the median of the additions timed here and beside the
-    calibration rows.
-
-    The run that timed the ops met the host in one of its spells.
-    """
-    beside = [
-        statistics.median(r.host_add_s)
-        for r in records
-        if r.split == "calibration" and r.host_add_s
-    ]
-    usual = statistics.median([costs["add"], *beside]) / costs["add"]
-    return {name: float(f"{usual * cost:.4g}") for name, cost in costs.items()}
-
-
-def _spread(records: list[Record]) -> float:
-    """90th percentile of |step / median − 1| over single decode steps: how far a host wanders."""
-    off = [
-        abs(step / statistics.median(s for s, _ in steps) - 1.0)
-        for record in records
-        if (steps := record.samples("tpot_s") if record.phase == "generation" else ())
-        for step, _ in steps
-    ]
-    return float(np.quantile(off, 0.9)) if off else 0.3
-
-
-def _host_rows(record: Record, host: HostCost) -> list[HostRows]:
-    """Of each quantity of an inference record its passes, each at the speed that its host had
-    right before it.
-    """
-    engine = Engine(
-        runtime=record.runtime,
-        model_type=planner.read_config(record.config).text_type,
-        attention=str(record.attention).split(":")[0],
-    )
-    return [
-        [
-            (measured_s, gpu_s, unscaled_seconds(program, host.as_fast_as(add_s), engine))
-            for measured_s, add_s in record.samples(quantity)
-        ]
-        for quantity, _, gpu_s, program in passes_of_record(record)
-    ]

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.timing.attention_times import whole_waves
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
 from planner.timing.op_families import (
     ACROSS,
@@ -23,6 +24,8 @@ from planner.timing.op_families import (
     FEW_ROWS,
     GEMM_FEW,
     JOINED,
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     MASKED,
     NORM_RMS,
     OFFSETS,
@@ -104,6 +107,8 @@ SUMS: Mapping[str, str] = {
 
 UNKNOWN_TO_CPUS = (*WALKED, *SUMS, "cat_heads", "bmm")
 """Ops whose kernels are a GPU's own."""
+BY_INDEX = ("gather_picks", "scatter_places", "put_places")
+"""A few numbers read or written by an index: a mixture's places and weights."""
 CPU_KINDS: Mapping[str, str] = {
     "gelu_tanh": ELEMENTWISE_TANH,
     "rms_norm": NORM_RMS,
@@ -115,7 +120,9 @@ SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2
 """Tensors as large as the first that live at once in an op of several kernels."""
 
 
-def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dict[str, Samples]:
+def samples_of_records(
+    records: Iterable[OpRecord], *, cpu: bool = False, multiprocessors: int | None = None
+) -> dict[str, Samples]:
     """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
 
     "…:warm": over what the op before has left in the cache. Of a `cpu` those rows are left out
@@ -128,7 +135,7 @@ def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dic
             continue
         if cpu and record.op in UNKNOWN_TO_CPUS:
             continue
-        found = _sample(record)
+        found = _sample(record, multiprocessors)
         if cpu and found is not None:
             found = _on_cpu(record, *found)
         elif (record.family, record.op) == ("bandwidth", "rope"):
@@ -203,7 +210,7 @@ def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]])
     )
 
 
-def _sample(record: OpRecord) -> Row | None:
+def _sample(record: OpRecord, multiprocessors: int | None) -> Row | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm" if record.op in PRODUCTS:
@@ -218,6 +225,10 @@ def _sample(record: OpRecord) -> Row | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
+        case "decode" if record.op == "sdpa_latent":
+            blocks = s["batch"] * -(-s["heads"] // LATENT_QUERIES)
+            sizes = [float(whole_waves(blocks, multiprocessors)), s["context"], s["width"]]
+            return f"{LATENT_BLOCKS.name}:{dtype}", sizes, 1
         case "prefill" | "backward" if record.op == "sdpa_masked":
             heads = [s["heads"], s["kv_heads"], s["head_dim"]]
             side = triangle(s["tokens"] * s["context"])
@@ -240,6 +251,10 @@ def _sample(record: OpRecord) -> Row | None:
             return CUMSUM_DOWN, [float(record.bytes), s["chunk"]], 1
         case "bandwidth" if record.op in SUMS:
             return SUMS[record.op], [float(record.bytes)], 1
+        case "bandwidth" if record.op in BY_INDEX:
+            return "gather", [float(record.bytes)], 1
+        case "bandwidth" if record.op == "index_rows":  # read again for each pick, and written
+            return "gather", [4.0 * s["rows"] * s["top_k"] * s["width"]], 1
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None

@@ -11,6 +11,8 @@ from planner.program import LATENT, Dims, Number, evaluate
 from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     LATENT_ROPE,
     MASKED,
     triangle,
@@ -83,8 +85,14 @@ def _decode_fit(
 ) -> tuple[Fit | None, tuple[Number, ...]]:
     """The fit of one query's attention, and its sizes."""
     calibration, heads = speed.calibration, (kind.heads, kind.kv_heads, kind.head_dim)
+    processors = speed.gpu.multiprocessors
     if calibration is None:
         return None, (B, pairs, *heads)
+    if backends[:1] == (EFFICIENT,) and kind.head_dim > WIDEST_HEAD:
+        blocks_fit = calibration.fit(LATENT_BLOCKS.name, speed.dtype)
+        if blocks_fit is not None:
+            blocks = whole_waves(B * np.ceil(kind.heads / LATENT_QUERIES), processors)
+            return blocks_fit, (blocks, pairs, kind.head_dim + LATENT_ROPE / 2.0)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
         return fit, one_query_sizes(B, pairs, *heads, speed.gpu)
@@ -109,7 +117,12 @@ def one_query_sizes(
     queries = EFFICIENT_WIDE_QUERIES if D > EFFICIENT_WIDE_HEAD else EFFICIENT_QUERIES
     together = H if D > WIDEST_HEAD else 1.0
     blocks = B * H / together * np.ceil(together / queries)
-    whole = gpu.multiprocessors or 1
-    waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
+    waves = whole_waves(blocks, gpu.multiprocessors)
     each = (H / together, max(G / together, 1.0), D)
     return (waves / each[0], triangle(queries * keys), *each)
+
+
+def whole_waves(blocks: Number, multiprocessors: int | None) -> Number:
+    """Blocks that take as long: some of a wave take as long as all of it."""
+    whole = multiprocessors or 1
+    return np.ceil(blocks / whole) * whole

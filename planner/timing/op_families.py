@@ -84,6 +84,12 @@ def latent_work(B: Number, S: Number, H: Number, W: Number, dtype: str) -> Work:
     return flops, WEIGHT_BYTES[dtype] * B * S * W + 4.0 * B * H * W
 
 
+def blocks_work(N: Number, S: Number, W: Number, dtype: str) -> Work:
+    """2·N·32·S·(2·W − 64): blocks of 32 queries, each over the same latents of W numbers."""
+    flops = 2.0 * N * LATENT_QUERIES * S * (2.0 * W - LATENT_ROPE)
+    return flops, WEIGHT_BYTES[dtype] * S * W
+
+
 def prefill_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
     """4·B·H·D·T·(T + 1)/2: causal, over the prompt itself."""
     b = WEIGHT_BYTES[dtype]
@@ -158,6 +164,16 @@ GROUPED = Family(
 ATTENTION_SIZES = ("H", "G", "D")
 LATENT_ROPE = 64.0
 """Rotated numbers of a latent, in all that were timed (DeepSeek's)."""
+LATENT_QUERIES = 32
+"""Queries of a block of the memory-efficient kernel over heads wider than 128 (the name of what
+runs: fmha_cutlassF_bf16_aligned_32x128_gmem); heads over one latent are queries of one head."""
+LATENT_BLOCKS = Family(
+    name="latent_blocks",
+    sizes=("N", "S", "W"),
+    work=blocks_work,
+    scales=(3.0, 2.0, 2.0),
+    free=(0, 1),
+)
 LATENT_DECODE = Family(
     name="latent_decode",
     sizes=("B", "S", "H", "W"),
@@ -249,6 +265,7 @@ FAMILIES: dict[str, Family] = {
         GROUPED,
         DECODE,
         LATENT_DECODE,
+        LATENT_BLOCKS,
         PREFILL,
         BACKWARD,
         BMM,

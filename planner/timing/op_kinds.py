@@ -263,9 +263,9 @@ def elements(op: Op, dims: Dims) -> Number:
 
 
 def _alike(op: Op, kind: Kind) -> object:
-    """Equal for ops that take the same time whatever the sizes."""
+    """Equal for ops that take the same time whatever the sizes, the host's too."""
     shapes = tuple((b.shape, b.itemsize) for b in (*op.reads, *op.allocates))
-    return kind, shapes, op.moved, op.weight_bytes, op.flops
+    return kind, op.kernel, shapes, op.moved, op.weight_bytes, op.flops
 
 
 def kind_of(op: Op) -> Kind:
@@ -447,6 +447,15 @@ def _byte_kind(op: Op) -> str:
     if kernel == "_to_copy" or name.startswith("float32") or _widens(op):
         return "cast"
     return "norm" if ONE_KERNEL_NORMS.search(kernel) else "elementwise"
+
+
+def converts(op: Op) -> bool:
+    """x.to(dtype), either way."""
+    if op.kernel:
+        return op.kernel == "_to_copy"
+    if op.moved or op.weight_bytes or len(op.reads) != 1:
+        return False
+    return [b.itemsize for b in op.allocates] not in ([], [op.reads[0].itemsize])
 
 
 def _widens(op: Op) -> bool:

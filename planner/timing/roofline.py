@@ -10,7 +10,7 @@ over bandwidth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -145,7 +145,8 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
                 n,
                 kind.k,
             )
-            fit = covering(speed, "grouped", dtype, sizes)
+            own = replace(speed, backends=()) if _torch_groups(speed) else speed
+            fit = covering(own, "grouped", dtype, sizes)  # torch's kernel before other engines'
             free, family = (0, 1), "grouped"
             if fit is not None and _torch_groups(speed):
                 seconds = _as_one_product(fit, sizes, speed)

@@ -18,9 +18,10 @@ from planner.timing.calibration import load as load_calibration
 from planner.timing.op_families import DECODE, GEMM
 from planner.timing.op_times import Roof
 from profiles import records as whole_records
-from profiles.calibrate import calibration, host_scale, write
+from profiles.calibrate import calibration, write
 from profiles.compare import compare
 from profiles.fitting import Samples, errors, fit_family, levenberg_marquardt, spread
+from profiles.host_costs import host_scale
 from profiles.microbench import attention_points, gemm_points
 from profiles.microbench.op_record import load
 from profiles.microbench.run import run
