@@ -62,11 +62,12 @@ ADAPTER_PRODUCTS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Whose code issues the ops: the runtime, the model's type, attention's name."""
+    """Whose code issues the ops: the runtime, the model's type, attention's name, the cache's."""
 
     runtime: str
     model_type: str = ""
     attention: str = ""
+    cache: str = ""
 
 
 def host_seconds(
@@ -97,7 +98,7 @@ def between_seconds(
     Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back:
     calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top.
     """
-    found = counted(engine.runtime, engine.model_type, engine.attention)
+    found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
         return 0.0
     layer, whole = found
@@ -127,7 +128,7 @@ def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     """
     scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
     issued_s = sum(_issued(_head(program), host))
-    found = counted(engine.runtime, engine.model_type, engine.attention)
+    found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
         return scale * issued_s
     _, whole = found
@@ -188,7 +189,8 @@ def _issued(program: Program, host: HostCost) -> tuple[float, float]:
     """Seconds of the ops that Python calls, and of those that autograd's thread does."""
     parts = [0.0, 0.0]
     for timed in timed_ops(program):
-        parts[timed.op.name.endswith("backward")] += timed.count * _cost(timed, host)
+        if not timed.op.sometimes:  # those that do run are among what was counted
+            parts[timed.op.name.endswith("backward")] += timed.count * _cost(timed, host)
     return parts[0], parts[1]
 
 
