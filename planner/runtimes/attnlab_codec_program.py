@@ -96,9 +96,7 @@ def encode(tape: Tape, rows: Rows, x: Buffer, *, b: int, name: str) -> tuple[Buf
             tape.free(span)
         beside, held = [scales, zero], [highest]
         casts = _casts(tape, rows, b, 1)
-        wide = tape.new(
-            f"{name}, scaled", made, FLOAT32, reads=(x,), kernel="sub", loop=_mixed(b)
-        )
+        wide = tape.new(f"{name}, scaled", made, FLOAT32, reads=(x,), kernel="sub", loop=_mixed(b))
         tape.free(*casts)
         casts = _casts(tape, rows, b, 1)
         in_place(tape, f"{name}, scaled", made, FLOAT32, kernel="div_", loop="strided")

@@ -54,13 +54,13 @@ class KiviStream:
             lambda d: (aged.of(d) > 0) * some.of(d),
         )
         for before, after, made in zip(old, new, coded, strict=True):
-            joined = (2, joins, *after.shape, after.itemsize)  # read and written
+            both = (joins, *after.shape, after.itemsize)  # what is kept and what is new
             longer = tape.new(
-                after.name, (joins, *after.shape), after.itemsize, moved=(joined,), kernel="cat"
+                after.name, (joins, *after.shape), after.itemsize, moved=(both,), kernel="cat"
             )
             tape.free(longer, before, made)  # one of them is what is kept
             tape.new(after.name, after.shape, after.itemsize, into=after)
-        kept = (2, *left.shape, left.itemsize)
+        kept = (*left.shape, left.itemsize)
         tape.new(left.name, left.shape, left.itemsize, into=left, moved=(kept,), kernel="clone")
         tape.free(newest)
         alone = Symbol(

@@ -168,7 +168,7 @@ def test_attention_in_fp32_over_grouped_heads_is_written_out():
         e = planner.estimate(model, work, deploy)
         program = runtime_named("attnlab").decode(e.share.model, work, e.setting)
         engine = replace(LLAMA, runtime="attnlab")
-        seconds.append(host_seconds(program, HOST, engine) / HOST.scale["transformers"])
+        seconds.append(host_seconds(program, HOST, engine) / HOST.scale["attnlab"])
     ops = HOST.op_s
     more = 2 * ops["linear"] + 5 * ops["add"] - ops["sdpa"]
     assert seconds[0] - seconds[1] == pytest.approx(LAYERS * more)
