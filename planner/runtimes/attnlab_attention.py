@@ -222,11 +222,10 @@ class AttentionWriter(Writer):
         G, D, H = gqa.num_key_value_heads, gqa.head_dim, gqa.num_attention_heads
         read: Shape = (2, B, G, attended.keys, D, self.cache.kv_b)
         pattern = self.cache.pattern(gqa)
-        pairs = visible_pairs(pattern.window)
-        flops: Shape = (4 * D, B, H, pairs)
+        flops: Shape = (4 * D, B, H, visible_pairs(pattern.window))
         mask = self.masks[pattern]
-        if self.attention == "naive":  # scores, then values
-            return self._naive(gqa, q, attended, (2 * D, B, H, pairs))
+        if self.attention == "naive":
+            return self._naive(gqa, q, attended)
         additive: Buffer | None = None
         given: tuple[Shape, ...] = ()
         if mask.table is not None:  # aten turns a bool mask into one of q's dtype
@@ -247,10 +246,11 @@ class AttentionWriter(Writer):
         tape.free(additive, *attended.held, q)
         return out
 
-    def _naive(self, gqa: GQA, q: Buffer, attended: Attended, flops: Shape) -> Buffer:
+    def _naive(self, gqa: GQA, q: Buffer, attended: Attended) -> Buffer:
         """implementations.naive: float32 throughout, scores [B, G, H/G·T, keys] kept in full.
 
-        All keys and all values are cast in every layer, out of slots that are filled in part.
+        All keys and all values are cast in every layer, out of slots that are filled in part, and
+        every pair is computed, seen or not.
         """
         tape, b = self.tape, self.b
         H, G, D, keys = (
@@ -282,9 +282,15 @@ class AttentionWriter(Writer):
             copied = (attended.strided, SEVERAL_BATCHES, SEVERAL_KEYS)
         straight = _copied(tape, "float32 keys", (*copied, *kv)) if copied else None
         table: Shape = (B, H, T, keys)
-        each = ((*kv, FLOAT32),)
+        rows: Shape = (B, G, H // G, T)  # as many matrices as key-value heads
+        product: Shape = (2, *rows, keys, D)
         scores = tape.new(
-            "scores", table, FLOAT32, flops=flops, reads=(scaled,), moved=each, kernel="bmm"
+            "scores",
+            (*rows, keys),
+            FLOAT32,
+            flops=product,
+            moved=((*rows, D, FLOAT32), (*kv, FLOAT32)),
+            kernel="bmm",
         )
         tape.free(straight, k, scaled, folded)
         for _ in range(2 if gqa.logit_softcap is not None else 0):
@@ -310,9 +316,13 @@ class AttentionWriter(Writer):
         scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)
         v = self._wide("float32 values", kv, attended)
         straight = _copied(tape, "float32 values", (*copied, *kv)) if copied else None
-        shape_out: Shape = (B, T, H * D)
         out = tape.new(
-            "attention", shape_out, FLOAT32, flops=flops, reads=(scores,), moved=each, kernel="bmm"
+            "attention",
+            (B, T, H * D),
+            FLOAT32,
+            flops=product,
+            moved=((*rows, keys, FLOAT32), (*kv, FLOAT32)),
+            kernel="bmm",
         )
         tape.free(straight, v)
         if b != FLOAT32:
