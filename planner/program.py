@@ -203,8 +203,11 @@ class Op:
 
     @property
     def sometimes(self) -> bool:
-        """Whether what it makes is there under a condition only: a factor that is 1 or 0."""
-        extents = (e for buffer in self.allocates for e in buffer.shape if isinstance(e, Symbol))
+        """Whether what it makes, or works on in place, is there under a condition only: a factor
+        that is 1 or 0.
+        """
+        made = [buffer.shape for buffer in self.allocates] or self.moved
+        extents = (e for shape in made for e in shape if isinstance(e, Symbol))
         return any(sign in e.name for e in extents for sign in ("<", ">", "=="))
 
 

@@ -20,7 +20,7 @@ from planner.program import Dims
 from planner.report import write_csv
 from planner.reserved import AllocatorPlan, Reserved, reserved
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Phase, Pool, Setting
+from planner.runtimes.base import Phase, Pool, Setting, clock_capacity
 from planner.timeline import Moment, moments, timeline_table
 from planner.timing.calibration_files import own_stamp
 from planner.timing.latency import UNTIMED, Latency, latency, training_latency
@@ -211,6 +211,7 @@ class Estimate:
             batch=work.batch,
             tokens=1 if decodes else work.prompt_tokens,
             context=context,
+            capacity=clock_capacity(self.setting, work),
             encoder=self.model.encoder_length(work.encoder_tokens, work.prompt_tokens),
             routing=work.routing,
         )

@@ -15,6 +15,7 @@ from planner import ConfigError
 from planner.catalog.here import as_on
 from planner.program import Dims, Program
 from planner.runtimes import runtime_named
+from planner.runtimes.base import clock_capacity
 from planner.timing.latency import Latency
 from planner.timing.passes import passes_of
 from planner.timing.roofline import pass_cost
@@ -200,7 +201,8 @@ def passes_of_record(record: Record) -> list[tuple[str, float, float, Program]]:
     ):
         if quantity in found:
             program = make(estimate.share.model, work, setting)
-            dims = Dims(batch=work.batch, tokens=tokens, context=context)
+            held = clock_capacity(setting, work)
+            dims = Dims(batch=work.batch, tokens=tokens, context=context, capacity=held)
             gpu_s = float(pass_cost(program, dims, passes.speed).time_s)
             made.append((quantity, found[quantity], gpu_s, program))
     return made

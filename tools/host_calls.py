@@ -8,7 +8,9 @@ a counter: ops that run a kernel, calls of torch that run none (views), calls of
 so that what belongs to a layer is the difference of two depths, and the rest belongs to the pass.
 Attention counts as one kernel: how many it is made of is the device's business. Checkpointing hands
 every saved tensor through Python, and peft wraps every adapted linear layer: what both call in a
-training step is counted too (on a CPU: without the states of CUDA's random numbers). Run it after
+training step is counted too (on a CPU: without the states of CUDA's random numbers). Of other
+caches than a runtime's usual one, and of padded prompts, what is counted is how much more than
+that one they ask for. Run it after
 changing the pinned transformers or attnlab; a test fails until the file says what is installed.
 """
 
@@ -33,8 +35,9 @@ import planner
 from planner.runtimes import runtime_named
 from planner.runtimes.transformers import EAGER_ONLY
 from planner.runtimes.transformers_code.families import HELD
-from planner.timing.host_calls import FILE, USUAL, Calls
+from planner.timing.host_calls import FILE, PADDED, USUAL, Calls, cache_name
 from planner.trained.lora import adapted
+from profiles.bench import left_padding
 from profiles.workloads import Workload, build
 
 T = TypeVar("T")
@@ -150,12 +153,30 @@ class Viewing(TorchFunctionMode):
         return out
 
 
-def decode_step(runtime: str, kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
-    """Runs the next step of a small model that has decoded two tokens, on the CPU."""
-    model = planner.read_config(config(kind, layers))
+PLAIN_CACHE: dict[str, Any] = {}
+"""A cache as a runtime makes it where none is asked for."""
+
+
+def decode_step(
+    runtime: str, kind: str, attention: str, layers: int, cache: dict[str, Any] = PLAIN_CACHE
+) -> Callable[[], Tensor]:
+    """Runs the next step of a small model that has decoded two tokens, on the CPU.
+
+    `cache`: what a Deployment says of it; `window` and `padded` beside that.
+    """
+    own = {"sliding_window": cache["window"]} if "window" in cache else {}
+    model = planner.read_config(config(kind, layers) | own)
     built: Workload = build(
-        model, runtime=runtime, attention=attention, dtype="bf16", device=torch.device("cpu")
+        model,
+        runtime=runtime,
+        attention=attention,
+        dtype="bf16",
+        device=torch.device("cpu"),
+        kv_dtype=cache.get("kv_dtype"),
+        cache=cache.get("cache"),
     )
+    if cache.get("padded"):
+        built.hide(left_padding(BATCH, PROMPT, 16))
     built.begin(batch=BATCH, capacity_tokens=16)
     prompt, token = (torch.zeros((BATCH, tokens), dtype=torch.int64) for tokens in (PROMPT, 1))
     built.forward(prompt, "last")
@@ -163,10 +184,12 @@ def decode_step(runtime: str, kind: str, attention: str, layers: int) -> Callabl
     return lambda: built.forward(token, "last")
 
 
-def counted(runtime: str, kind: str, attention: str, layers: int) -> Calls:
+def counted(
+    runtime: str, kind: str, attention: str, layers: int, cache: dict[str, Any] = PLAIN_CACHE
+) -> Calls:
     """One decode step."""
     with torch.no_grad(), empty_attention():
-        step = decode_step(runtime, kind, attention, layers)
+        step = decode_step(runtime, kind, attention, layers, cache)
         counting = Counting()
         with counting, Viewing(counting) as viewing:
             step()
@@ -294,10 +317,62 @@ def attentions(runtime: str, kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def parts(runtime: str, kind: str, attention: str) -> tuple[Calls, Calls]:
+def caches() -> dict[str, dict[str, dict[str, Any]]]:
+    """runtime → a cache's name → what asks for it: all that a runtime runs here but its usual one.
+
+    A ring is one that the step turns.
+    """
+    made: dict[str, dict[str, Any]] = {"attnlab": {}, "transformers": {}}
+    for kind in ("static", "dynamic", "paged", "ring"):
+        own = {"window": PROMPT + 1} if kind == "ring" else {}
+        plain = planner.CacheSpec(kind=kind)
+        scaled = planner.CacheSpec(kind=kind, scales="token-head")
+        kept = [(dtype, plain) for dtype in ("bf16", "fp8", "int8", "int4")]
+        for dtype, spec in (*kept, ("fp8", scaled)):
+            name = cache_name("attnlab", spec, kv_dtype=dtype, dtype="bf16")
+            if name:
+                made["attnlab"][name] = {"cache": spec, "kv_dtype": dtype, **own}
+    for dtype in ("int8", "int4", "int2"):
+        spec = planner.CacheSpec(kind="quantised", q_group_size=2, residual_tokens=4)
+        name = cache_name("attnlab", spec, kv_dtype=dtype, dtype="bf16")
+        made["attnlab"][name] = {"cache": spec, "kv_dtype": dtype}
+    made["transformers"] = {
+        "static": {"cache": planner.CacheSpec(kind="static")},
+        "quantised fp8": {"kv_dtype": "fp8"},
+        PADDED: {"padded": True},
+    }
+    return made
+
+
+def more_of_caches() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """runtime → a cache's name → what a layer, and the pass around them, asks for beyond the usual.
+
+    Counted in llama; rings, which need a window, in mistral.
+    """
+    made: dict[str, Any] = {}
+    for runtime, named in caches().items():
+        for name, cache in named.items():
+            made.setdefault(runtime, {})[name] = {
+                part: [calls.kernels, calls.views, calls.calls]
+                for part, calls in zip(("layer", "pass"), beyond(runtime, cache), strict=True)
+            }
+    return made
+
+
+def beyond(runtime: str, cache: dict[str, Any]) -> tuple[Calls, Calls]:
+    """A layer's and the pass's calls over this cache less those over the usual one."""
+    kind = "mistral" if "window" in cache else USUAL
+    with_it, plain = (parts(runtime, kind, "sdpa", c) for c in (cache, PLAIN_CACHE))
+    layer, whole = (a.plus(b.times(-1.0)) for a, b in zip(with_it, plain, strict=True))
+    return layer, whole
+
+
+def parts(
+    runtime: str, kind: str, attention: str, cache: dict[str, Any] = PLAIN_CACHE
+) -> tuple[Calls, Calls]:
     """What one layer asks for, averaged over the kinds there are, and what is left of the pass."""
     few, many = OWN_DEPTHS.get(kind, DEPTHS)
-    a, b = (counted(runtime, kind, attention, layers) for layers in (few, many))
+    a, b = (counted(runtime, kind, attention, layers, cache) for layers in (few, many))
     more = b.plus(a.times(-1.0)).times(1 / (many - few))
     layer = Calls(**{name: round(value, 2) for name, value in asdict(more).items()})
     whole = a.plus(layer.times(-few))
@@ -310,6 +385,7 @@ def content() -> dict[str, Any]:
         "transformers": metadata.version("transformers"),
         "python": ".".join(map(str, sys.version_info[:2])),
         **training(),
+        "caches": more_of_caches(),
         "counts": table(),
     }
 

@@ -41,15 +41,19 @@ def attention_time(
     backends = (kind.backend, *speed.backends) if kind.backend else speed.backends
     if kind.head_dim > WIDEST_HEAD and backends[:1] == ("cudnn",):
         backends = (EFFICIENT, *backends)
-    if kind.keys is not None and speed.dtype != "fp32":  # fp32 has the same kernel without a mask
-        backends = (f"{MASKED}-{kind.backend}", MASKED, *backends)
     parts: list[tuple[Number, Fit | None, tuple[Number, ...], str]] = []
-    if kind.backward or np.any(several):
-        fit = None if calibration is None else calibration.fit(family, speed.dtype, *backends)
-        parts.append((several, fit, (B, triangle(pairs), *heads), family))
-    if not kind.backward and not np.all(several):
-        held = pairs if kind.held is None else np.maximum(pairs, evaluate((kind.held,), dims))
-        parts.append((~several, *_decode_fit(kind, backends, B, held, speed), "decode"))
+    masked = np.asarray(kind.masked(dims)) & (speed.dtype != "fp32")  # one kernel in fp32
+    for there in (masked, ~masked):
+        if not np.any(there):
+            continue
+        first = (f"{MASKED}-{kind.backend}", MASKED, *backends) if there is masked else backends
+        if kind.backward or np.any(several & there):
+            fit = None if calibration is None else calibration.fit(family, speed.dtype, *first)
+            parts.append((several & there, fit, (B, triangle(pairs), *heads), family))
+        if not kind.backward and np.any(~several & there):
+            held = pairs if kind.held is None else np.maximum(pairs, evaluate((kind.held,), dims))
+            made_fit = _decode_fit(kind, first, B, held, speed)
+            parts.append((~several & there, *made_fit, "decode"))
     if any(fit is None for _, fit, _, _ in parts):
         return by_default(timed, parts[0][3], speed.dtype, flops, moved, speed)
     hidden = pairs / np.maximum(np.asarray(kind.pairs.of(dims), dtype=np.float64), 1.0)

@@ -94,11 +94,12 @@ ADAPTER_PRODUCTS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Whose code issues the ops: the runtime, the model's type, attention's name."""
+    """Whose code issues the ops: the runtime, the model's type, attention's name, the cache's."""
 
     runtime: str
     model_type: str = ""
     attention: str = ""
+    cache: str = ""
 
 
 def host_seconds(
@@ -129,7 +130,7 @@ def between_seconds(
     Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back:
     calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top.
     """
-    found = counted(engine.runtime, engine.model_type, engine.attention)
+    found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
         return 0.0
     layer, whole = found
@@ -159,7 +160,7 @@ def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     """
     scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
     issued_s = sum(_issued(_head(program), host))
-    found = counted(engine.runtime, engine.model_type, engine.attention)
+    found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
         return scale * issued_s
     _, whole = found
@@ -221,6 +222,8 @@ def _issued(program: Program, host: HostCost) -> tuple[float, float]:
     parts = [0.0, 0.0]
     folding_s = FOLDING_VIEWS * host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     for timed in timed_ops(program):
+        if timed.op.sometimes:  # those that do run are among what was counted
+            continue
         backward = timed.op.name.endswith("backward")
         folds = isinstance(timed.kind, Product) and not backward
         parts[backward] += timed.count * (_cost(timed, host) + folds * folding_s)

@@ -102,12 +102,23 @@ class Attention:
     backend: str = ""
     held: Extent | None = None
     """Keys of a cache that the kernel is given whole, a window's or not; None: those it sees."""
+    when: Extent | None = None
+    """1 where there is that mask, 0 where there is none; None: wherever `keys` are said."""
+
+    def masked(self, dims: Dims) -> Number:
+        """Whether a mask of its own is given."""
+        if self.keys is None or self.when is None:
+            return self.keys is not None
+        return np.asarray(evaluate((self.when,), dims)) > 0
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
         if self.keys is None:
             return self.pairs.of(dims)
-        return dims.tokens * evaluate((self.keys,), dims)
+        every = dims.tokens * evaluate((self.keys,), dims)
+        if self.when is None:
+            return every
+        return np.where(self.masked(dims), every, self.pairs.of(dims))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,14 +377,24 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
     keys = _keys(op)
     if keys is None:
         return Attention(H, H, D, 2, pairs, backward, None, _backend(op))
-    every = _masked_keys(op, backward=backward)
+    every, when = _masked_keys(op, backward=backward), None
+    if table := _table(op):
+        when, every = table
     G, b = keys
-    return Attention(H, min(H, G), D, b, pairs, backward, every, _backend(op), _held(op))
+    return Attention(H, min(H, G), D, b, pairs, backward, every, _backend(op), _held(op), when)
 
 
 def _held(op: Op) -> Extent | None:
     """(2, B, G, S, D, itemsize), keys and values in one: S."""
     return next((s[3] for s in op.moved if len(s) == 6 and s[0] == 2), None)
+
+
+def _table(op: Op) -> tuple[Extent, Extent] | None:
+    """A mask beside keys and values in one, (1 where there is one, T, keys, itemsize): that, and
+    its keys.
+    """
+    table = next((s for s in op.moved[1:] if len(s) == 4), None)
+    return None if table is None or _held(op) is None else (table[0], table[2])
 
 
 def _masked_keys(op: Op, *, backward: bool) -> Extent | None:

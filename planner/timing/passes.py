@@ -23,6 +23,7 @@ from planner.timing.clock import UNTIMED_ERROR, Speed
 from planner.timing.collectives import Lanes, lanes_of
 from planner.timing.energy import pass_joules
 from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
+from planner.timing.host_calls import cache_name
 from planner.timing.host_cost import (
     ENGINES,
     Engine,
@@ -111,13 +112,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """A deployment's passes: the stages, and how fast their device is."""
+    """A deployment's passes: the stages, and how fast their device is; `padded` as of the work."""
 
     model: Model
     stages: tuple[Model, ...]
     setting: Setting
     runtime: str
     speed: Speed
+    padded: bool = False
 
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
         """A pass through the stages, one after the other."""
@@ -261,10 +263,18 @@ class Passes:
     @property
     def engine(self) -> Engine:
         """Whose code issues the ops."""
+        setting = self.setting
         return Engine(
             runtime=self.runtime,
             model_type=self.model.text_type,
-            attention=self.setting.attention,
+            attention=setting.attention,
+            cache=cache_name(
+                self.runtime,
+                setting.cache,
+                kv_dtype=setting.kv_dtype,
+                dtype=setting.dtype,
+                padded=self.padded,
+            ),
         )
 
 
@@ -295,7 +305,9 @@ def by_phase(program: Program) -> tuple[Program, ...]:
     )
 
 
-def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:
+def passes_of(
+    model: Model, setting: Setting, runtime: str, gpu: Gpu, *, padded: bool = False
+) -> Passes:
     """What runs one after the other."""
     rules = runtime_named(runtime)
     shares = rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
@@ -305,4 +317,5 @@ def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:
         setting=setting,
         runtime=runtime,
         speed=speed_for(model, setting, runtime, gpu),
+        padded=padded,
     )
