@@ -8,7 +8,9 @@ a counter: ops that run a kernel, calls of torch that run none (views), calls of
 so that what belongs to a layer is the difference of two depths, and the rest belongs to the pass.
 Attention counts as one kernel: how many it is made of is the device's business. Checkpointing hands
 every saved tensor through Python, and peft wraps every adapted linear layer: what both call in a
-training step is counted too (on a CPU: without the states of CUDA's random numbers). Run it after
+training step is counted too (on a CPU: without the states of CUDA's random numbers). Of other
+caches than a runtime's usual one, and of padded prompts, what is counted is how much more than
+that one they ask for. Run it after
 changing the pinned transformers or attnlab; a test fails until the file says what is installed.
 """
 
@@ -34,8 +36,9 @@ from planner import LoRA, Training
 from planner.runtimes import runtime_named
 from planner.runtimes.transformers import EAGER_ONLY
 from planner.runtimes.transformers_code.families import HELD
-from planner.timing.host_calls import FILE, USUAL, Calls
+from planner.timing.host_calls import FILE, PADDED, USUAL, Calls, cache_name
 from planner.trained.lora import adapted
+from profiles.bench import left_padding
 from profiles.training_methods import prepared
 from profiles.workloads import Workload, build
 
@@ -101,7 +104,7 @@ OWN: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 64,
         "pad_token_id": 1,
     },
-    "deepseek_v2": {**LATENT, "topk_method": "greedy"},
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "q_lora_rank": None},  # as V2-Lite has it
     "deepseek_v3": LATENT,
 }
 TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"bamba", "deepseek_v2", "deepseek_v3"}))
@@ -154,7 +157,10 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Viewing(TorchFunctionMode):
-    """Calls of torch from Python that run no kernel but make a tensor: views."""
+    """Calls of torch from Python that run no kernel but make a tensor: views.
+
+    What makes several (chunk, split, unbind) narrows to each of them in turn, inside the call.
+    """
 
     def __init__(self, counting: Counting) -> None:
         super().__init__()
@@ -167,16 +173,35 @@ class Viewing(TorchFunctionMode):
         before = self.counting.dispatched, self.counting.kernels
         out = func(*args, **(kwargs or {}))
         after = self.counting.dispatched, self.counting.kernels
-        self.views += after[0] > before[0] and after[1] == before[1]
+        if after[0] > before[0] and after[1] == before[1]:
+            self.views += 1 + (len(out) if isinstance(out, tuple | list) else 0)
         return out
 
 
-def decode_step(runtime: str, kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
-    """Runs the next step of a small model that has decoded two tokens, on the CPU."""
-    model = planner.read_config(config(kind, layers))
+PLAIN_CACHE: dict[str, Any] = {}
+"""A cache as a runtime makes it where none is asked for."""
+
+
+def decode_step(
+    runtime: str, kind: str, attention: str, layers: int, cache: dict[str, Any] = PLAIN_CACHE
+) -> Callable[[], Tensor]:
+    """Runs the next step of a small model that has decoded two tokens, on the CPU.
+
+    `cache`: what a Deployment says of it; `window` and `padded` beside that.
+    """
+    own = {"sliding_window": cache["window"]} if "window" in cache else {}
+    model = planner.read_config(config(kind, layers) | own)
     built: Workload = build(
-        model, runtime=runtime, attention=attention, dtype="bf16", device=torch.device("cpu")
+        model,
+        runtime=runtime,
+        attention=attention,
+        dtype="bf16",
+        device=torch.device("cpu"),
+        kv_dtype=cache.get("kv_dtype"),
+        cache=cache.get("cache"),
     )
+    if cache.get("padded"):
+        built.hide(left_padding(BATCH, PROMPT, 16))
     built.begin(batch=BATCH, capacity_tokens=16)
     prompt, token = (torch.zeros((BATCH, tokens), dtype=torch.int64) for tokens in (PROMPT, 1))
     built.forward(prompt, "last")
@@ -196,13 +221,15 @@ def reading(kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
     return lambda: module(ids, labels=ids, **built.loss_arguments).loss
 
 
-def counted(runtime: str, kind: str, attention: str, layers: int) -> Calls:
+def counted(
+    runtime: str, kind: str, attention: str, layers: int, cache: dict[str, Any] = PLAIN_CACHE
+) -> Calls:
     """One decode step; of a type with an encoder a forward pass."""
     with torch.no_grad(), empty_attention():
         step = (
             reading(kind, attention, layers)
             if kind in READERS
-            else decode_step(runtime, kind, attention, layers)
+            else decode_step(runtime, kind, attention, layers, cache)
         )
         counting = Counting()
         with counting, Viewing(counting) as viewing:
@@ -340,10 +367,62 @@ def attentions(runtime: str, kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def parts(runtime: str, kind: str, attention: str) -> tuple[Calls, Calls]:
+def caches() -> dict[str, dict[str, dict[str, Any]]]:
+    """runtime → a cache's name → what asks for it: all that a runtime runs here but its usual one.
+
+    A ring is one that the step turns.
+    """
+    made: dict[str, dict[str, Any]] = {"attnlab": {}, "transformers": {}}
+    for kind in ("static", "dynamic", "paged", "ring"):
+        own = {"window": PROMPT + 1} if kind == "ring" else {}
+        plain = planner.CacheSpec(kind=kind)
+        scaled = planner.CacheSpec(kind=kind, scales="token-head")
+        kept = [(dtype, plain) for dtype in ("bf16", "fp8", "int8", "int4")]
+        for dtype, spec in (*kept, ("fp8", scaled)):
+            name = cache_name("attnlab", spec, kv_dtype=dtype, dtype="bf16")
+            if name:
+                made["attnlab"][name] = {"cache": spec, "kv_dtype": dtype, **own}
+    for dtype in ("int8", "int4", "int2"):
+        spec = planner.CacheSpec(kind="quantised", q_group_size=2, residual_tokens=4)
+        name = cache_name("attnlab", spec, kv_dtype=dtype, dtype="bf16")
+        made["attnlab"][name] = {"cache": spec, "kv_dtype": dtype}
+    made["transformers"] = {
+        "static": {"cache": planner.CacheSpec(kind="static")},
+        "quantised fp8": {"kv_dtype": "fp8"},
+        PADDED: {"padded": True},
+    }
+    return made
+
+
+def more_of_caches() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """runtime → a cache's name → what a layer, and the pass around them, asks for beyond the usual.
+
+    Counted in llama; rings, which need a window, in mistral.
+    """
+    made: dict[str, Any] = {}
+    for runtime, named in caches().items():
+        for name, cache in named.items():
+            made.setdefault(runtime, {})[name] = {
+                part: [calls.kernels, calls.views, calls.calls]
+                for part, calls in zip(("layer", "pass"), beyond(runtime, cache), strict=True)
+            }
+    return made
+
+
+def beyond(runtime: str, cache: dict[str, Any]) -> tuple[Calls, Calls]:
+    """A layer's and the pass's calls over this cache less those over the usual one."""
+    kind = "mistral" if "window" in cache else USUAL
+    with_it, plain = (parts(runtime, kind, "sdpa", c) for c in (cache, PLAIN_CACHE))
+    layer, whole = (a.plus(b.times(-1.0)) for a, b in zip(with_it, plain, strict=True))
+    return layer, whole
+
+
+def parts(
+    runtime: str, kind: str, attention: str, cache: dict[str, Any] = PLAIN_CACHE
+) -> tuple[Calls, Calls]:
     """What one layer asks for, averaged over the kinds there are, and what is left of the pass."""
     few, many = OWN_DEPTHS.get(kind, DEPTHS)
-    a, b = (counted(runtime, kind, attention, layers) for layers in (few, many))
+    a, b = (counted(runtime, kind, attention, layers, cache) for layers in (few, many))
     towers = 2 if kind == "t5" else 1
     more = b.plus(a.times(-1.0)).times(1 / (many - few) / towers)
     layer = Calls(**{name: round(value, 2) for name, value in asdict(more).items()})
@@ -357,6 +436,7 @@ def content() -> dict[str, Any]:
         "transformers": metadata.version("transformers"),
         "python": ".".join(map(str, sys.version_info[:2])),
         **training(),
+        "caches": more_of_caches(),
         "counts": table(),
     }
 

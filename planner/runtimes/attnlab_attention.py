@@ -17,6 +17,7 @@ from planner.program import (
     Shape,
     Symbol,
     T,
+    Tape,
     visible_pairs,
 )
 from planner.runtimes.attnlab_cache_program import Attended, CacheProgram
@@ -224,24 +225,33 @@ class AttentionWriter(Writer):
         flops: Shape = (4 * D, B, H, visible_pairs(pattern.window))
         mask = self.masks[pattern]
         if self.attention == "naive":
-            return self._naive(gqa, q, attended, flops, read)
-        additive = None
+            return self._naive(gqa, q, attended)
+        additive: Buffer | None = None
+        given: tuple[Shape, ...] = ()
         if mask.table is not None:  # aten turns a bool mask into one of q's dtype
-            additive = tape.new("mask", mask.table.shape, b, reads=(mask.table,))
+            shape = mask.table.shape
+            additive = tape.new("mask", shape, b, reads=(mask.table,), loop="strided")
+            given = ((*shape, b),)
+        elif mask.bias is not None:
+            given = ((1, T, attended.keys, H * b),)
         out = tape.new(
             "attention",
             (B, T, H * D),
             b,
             flops=flops,
             reads=(q,),
-            moved=(read,),
+            moved=(read, *given),
             scratch=(((B, H, T), FLOAT32),),  # log-sum-exp
         )
         tape.free(additive, *attended.held, q)
         return out
 
-    def _naive(self, gqa: GQA, q: Buffer, attended: Attended, flops: Shape, read: Shape) -> Buffer:
-        """implementations.naive: float32 throughout, scores [B, G, H/G·T, keys] kept in full."""
+    def _naive(self, gqa: GQA, q: Buffer, attended: Attended) -> Buffer:
+        """implementations.naive: float32 throughout, scores [B, G, H/G·T, keys] kept in full.
+
+        All keys and all values are cast in every layer, out of slots that are filled in part, and
+        every pair is computed, seen or not.
+        """
         tape, b = self.tape, self.b
         H, G, D, keys = (
             gqa.num_attention_heads,
@@ -253,26 +263,35 @@ class AttentionWriter(Writer):
         mask = self.masks[pattern]
         causal = None
         if mask.bias is None:
-            causal = tape.new("mask", (pattern.plain_causal, T, keys), BOOL)
+            square: Shape = (pattern.plain_causal, T, keys)
+            causal = tape.new("mask", square, BOOL, moved=((*square, BOOL),), loop="strided")
         shape_q: Shape = (B, H, T, D)
         wide = tape.new("float32 query", shape_q, FLOAT32, reads=(q,)) if b != FLOAT32 else None
         scaled = tape.new("float32 query", shape_q, FLOAT32, reads=(q,))
         tape.free(wide)
         folded = None
         if H != G:  # reshape to [B, G, H/G·T, D]; the transposed layout allows no view
-            copy = tape.new("float32 query", (SEVERAL_TOKENS, *shape_q), FLOAT32)
-            tape.free(copy)
+            tape.free(_copied(tape, "float32 query", (SEVERAL_TOKENS, *shape_q)))
         kv: Shape = (B, G, keys, D)
-        k = tape.new("float32 keys", kv, FLOAT32) if b != FLOAT32 else None
+        k = self._wide("float32 keys", kv, attended)
         if H == G > 1:  # one head folds as it lies
-            folded = tape.new("float32 query", (FOLDED, *shape_q), FLOAT32)
+            folded = _copied(tape, "float32 query", (FOLDED, *shape_q))
         # keys and values that lie token by token cannot be folded to [B·G, keys, D] in place
         copied: tuple[Symbol, ...] = ()
         if attended.strided is not None and G > 1:
             copied = (attended.strided, SEVERAL_BATCHES, SEVERAL_KEYS)
-        straight = tape.new("float32 keys", (*copied, *kv), FLOAT32) if copied else None
+        straight = _copied(tape, "float32 keys", (*copied, *kv)) if copied else None
         table: Shape = (B, H, T, keys)
-        scores = tape.new("scores", table, FLOAT32, flops=flops, reads=(scaled,), moved=(read,))
+        rows: Shape = (B, G, H // G, T)  # as many matrices as key-value heads
+        product: Shape = (2, *rows, keys, D)
+        scores = tape.new(
+            "scores",
+            (*rows, keys),
+            FLOAT32,
+            flops=product,
+            moved=((*rows, D, FLOAT32), (*kv, FLOAT32)),
+            kernel="bmm",
+        )
         tape.free(straight, k, scaled, folded)
         for _ in range(2 if gqa.logit_softcap is not None else 0):
             scores = self.replaced(tape.new("softcap", table, FLOAT32, reads=(scores,)), scores)
@@ -284,7 +303,8 @@ class AttentionWriter(Writer):
                 "masked scores",
                 (shown, *table),
                 FLOAT32,
-                reads=(scores,),
+                moved=((shown, *table, FLOAT32),),
+                loop="strided",
                 scratch=(((shown,), FLOAT32),),  # −inf
             )
             tape.free(copy)
@@ -294,17 +314,38 @@ class AttentionWriter(Writer):
             table = (B, H, T, _one_more(keys))
             scores = self.replaced(tape.new("scores and sinks", table, FLOAT32), scores)
         scores = self.replaced(tape.new("softmax", table, FLOAT32, reads=(scores,)), scores)
-        v = tape.new("float32 values", kv, FLOAT32) if b != FLOAT32 else None
-        straight = tape.new("float32 values", (*copied, *kv), FLOAT32) if copied else None
-        out = tape.new("attention", (B, T, H * D), FLOAT32, reads=(scores,))
+        v = self._wide("float32 values", kv, attended)
+        straight = _copied(tape, "float32 values", (*copied, *kv)) if copied else None
+        out = tape.new(
+            "attention",
+            (B, T, H * D),
+            FLOAT32,
+            flops=product,
+            moved=((*rows, keys, FLOAT32), (*kv, FLOAT32)),
+            kernel="bmm",
+        )
         tape.free(straight, v)
         if b != FLOAT32:
             narrow = tape.new("attention", (B, T, H * D), b, reads=(out,))
             out = self.replaced(narrow, out)
         tape.free(scores, beside, causal, *attended.held, q)
         if H > 1:  # flatten(2)
-            tape.free(tape.new("attention", (SEVERAL_TOKENS, *out.shape), b, reads=(out,)))
+            again = (SEVERAL_TOKENS, *out.shape, b)
+            shape = (SEVERAL_TOKENS, *out.shape)
+            tape.free(tape.new("attention", shape, b, moved=(again,), loop="strided"))
         return out
+
+    def _wide(self, name: str, kv: Shape, attended: Attended) -> Buffer | None:
+        """All keys, or all values, in float32."""
+        if self.b == FLOAT32:
+            return None
+        loop = "cast" if attended.held and attended.strided is None else "strided cast"
+        return self.tape.new(name, kv, FLOAT32, moved=((*kv, self.b),), loop=loop)
+
+
+def _copied(tape: Tape, name: str, shape: Shape) -> Buffer:
+    """A float32 tensor laid out anew."""
+    return tape.new(name, shape, FLOAT32, moved=((*shape, FLOAT32),), loop="strided")
 
 
 def _one_more(keys: Extent) -> Extent:

@@ -223,7 +223,13 @@ class CacheProgram:
         """What attention reads; of MLA in one tensor."""
         assert self.form is not None
         read = [
-            decode(self.tape, self._rows(attention, which, keys), b=self.b, name=f"read {name}")
+            decode(
+                self.tape,
+                self._rows(attention, which, keys),
+                b=self.b,
+                name=f"read {name}",
+                whole=self.kind == "dynamic",
+            )
             for which, (name, *_) in enumerate(parts(self.form, attention))
         ]
         if isinstance(attention, GQA):

@@ -42,11 +42,11 @@ class KiviStream:
         newest = tape.new(f"newest {name}", shape, b, reads=(residual, x), kernel="cat")
         tape.free(residual)
         some = Symbol(f"({self.quantised.name} > 0)", lambda d: (self.quantised.of(d) > 0) * 1)
-        decoded = decode(tape, self._rows(self.quantised), b=b, name=f"read {name}")
+        decoded = decode(tape, self._rows(self.quantised), b=b, name=f"read {name}", whole=True)
         joined = (decoded, newest)
         read = tape.new(f"read {name}", (some, B, S, *rows), b, reads=joined, kernel="cat")
         tape.free(decoded)
-        aged = _difference(self._quantised(S), self.quantised)
+        aged = self._aged()
         coded = encode(tape, self._rows(aged), newest, b=b, name=name)
         *new, left = self.new
         joins = Symbol(
@@ -54,10 +54,14 @@ class KiviStream:
             lambda d: (aged.of(d) > 0) * some.of(d),
         )
         for before, after, made in zip(old, new, coded, strict=True):
-            longer = tape.new(after.name, (joins, *after.shape), after.itemsize, kernel="cat")
+            both = (joins, *after.shape, after.itemsize)  # what is kept and what is new
+            longer = tape.new(
+                after.name, (joins, *after.shape), after.itemsize, moved=(both,), kernel="cat"
+            )
             tape.free(longer, before, made)  # one of them is what is kept
             tape.new(after.name, after.shape, after.itemsize, into=after)
-        tape.new(left.name, left.shape, left.itemsize, into=left, kernel="clone")
+        kept = (*left.shape, left.itemsize)
+        tape.new(left.name, left.shape, left.itemsize, into=left, moved=(kept,), kernel="clone")
         tape.free(newest)
         alone = Symbol(
             f"(T < S and {self.quantised.name} == 0)", lambda d: LATER.of(d) * (1 - some.of(d))
@@ -98,6 +102,16 @@ class KiviStream:
         if self.rule == "window":
             return Symbol(f"max({tokens.name} - {R}, 0)", lambda d: self._old_values(tokens, d))
         return Symbol(f"({tokens.name} // {R} * {R})", lambda d: tokens.of(d) // R * R)
+
+    def _aged(self) -> Symbol:
+        """Tokens that become codes: of values one for each that comes, of keys R now and then."""
+        if self.rule == "window":
+            return _difference(self._quantised(S), self.quantised)
+        R, new, old = self.R, self._quantised(S), self.quantised
+        return Symbol(
+            f"(({new.name} - {old.name}) * (S // {R} > P // {R}))",
+            lambda d: new.of(d) - old.of(d),
+        )
 
     def _old_values(self, tokens: Symbol, d: Dims) -> Number:
         return maximum(tokens.of(d) - self.R, 0)

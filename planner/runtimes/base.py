@@ -293,6 +293,15 @@ def static_capacity(cache: CacheSpec | None, context_tokens: int) -> int:
     return capacity
 
 
+def clock_capacity(setting: Setting, work: Inference) -> Number | None:
+    """Tokens that a static cache has room for, which passes over it go through with a mask; None:
+    passes see the context alone.
+    """
+    if setting.cache is None or setting.cache.kind != "static":
+        return None
+    return static_capacity(setting.cache, work.context_tokens)
+
+
 def choose_attention(
     runtime: str, model: Model, name: str | None, allowed: tuple[str, ...], *, reason: str = ""
 ) -> str:

@@ -43,9 +43,9 @@ class _Tensor:
         """[B, H, tokens, d]."""
         return (B, self.heads, tokens, self.width)
 
-    def scratch(self, shape: Shape, itemsize: int, *reads: Buffer) -> Buffer:
+    def scratch(self, shape: Shape, itemsize: int, *reads: Buffer, loop: str = "") -> Buffer:
         """A tensor that quantising or dequantising drops again."""
-        return self.tape.new(SCRATCH, shape, itemsize, reads=reads)
+        return self.tape.new(SCRATCH, shape, itemsize, reads=reads, loop=loop)
 
     def keep(self, buffer: Buffer) -> None:
         """Allocate one of the tensors that stay."""
@@ -159,7 +159,10 @@ class HqqTensor(_Tensor):
 
 
 class Fp8Tensor(_Tensor):
-    """float8_e4m3fn by the scale of the first update, which new codes are appended under."""
+    """float8_e4m3fn by the scale of the first update, which new codes are appended under.
+
+    One scale for all elements is a tensor without dimensions, which a kernel reads again for each.
+    """
 
     def stored(self, tokens: Symbol) -> tuple[Buffer, ...]:
         """Codes, and one scale."""
@@ -180,9 +183,9 @@ class Fp8Tensor(_Tensor):
         """(x.float() / scale).to(float8)."""
         shape = self.shape(tokens)
         wide = None if self.b == FLOAT32 else self.scratch(shape, FLOAT32, x)
-        scaled = self.scratch(shape, FLOAT32, wide or x)
+        scaled = self.scratch(shape, FLOAT32, wide or x, loop="strided")
         self.tape.free(wide)
-        codes = self.tape.new(SCRATCH, shape, 1, reads=(scaled,), into=into)
+        codes = self.tape.new(SCRATCH, shape, 1, reads=(scaled,), into=into, loop="whole")
         self.tape.free(scaled)
         return codes
 
@@ -194,12 +197,12 @@ class Fp8Tensor(_Tensor):
     def dequantise(self) -> Buffer:
         """(codes.float() · scale).to(dtype)."""
         shape = self.shape(S)
-        wide = self.scratch(shape, FLOAT32, self.new[0])
+        wide = self.scratch(shape, FLOAT32, self.new[0], loop="cast")
         if self.b == FLOAT32:
-            out = self.tape.new(DEQUANTISED, shape, self.b, reads=(wide,))
+            out = self.tape.new(DEQUANTISED, shape, self.b, reads=(wide,), loop="strided")
             self.tape.free(wide)
             return out
-        scaled = self.scratch(shape, FLOAT32, wide)
+        scaled = self.scratch(shape, FLOAT32, wide, loop="strided")
         self.tape.free(wide)
         out = self.tape.new(DEQUANTISED, shape, self.b, reads=(scaled,))
         self.tape.free(scaled)

@@ -24,6 +24,7 @@ from planner.runtimes.base import (
     check_cache_kind,
     check_kv_dtype,
     choose_attention,
+    clock_capacity,
     one_share,
     static_capacity,
     whole,
@@ -375,12 +376,13 @@ class Transformers:
 
     def prefill(self, model: Model, work: Inference, setting: Setting) -> Program:
         """The whole prompt in one forward."""
-        return _program(model, work, setting, _prefill_dims(model, work), kind="prefill")
+        dims = _prefill_dims(model, work)
+        return _program(model, work, setting, _held(dims, work, setting), kind="prefill")
 
     def decode(self, model: Model, work: Inference, setting: Setting) -> Program:
         """One token for every sequence; over a quantised cache, the step after it was filled."""
         dims = _decode_dims(model, work, work.context_tokens)
-        return _program(model, work, setting, dims, kind="decode")
+        return _program(model, work, setting, _held(dims, work, setting), kind="decode")
 
 
 def cache_kind(cache: CacheSpec | None, dtype: str, compute_dtype: str) -> str:
@@ -468,6 +470,11 @@ def _prefill_dims(model: Model, work: Inference) -> Dims:
 
 def _decode_dims(model: Model, work: Inference, context: Number) -> Dims:
     return Dims(batch=work.batch, tokens=1, context=context, encoder=_encoder(model, work))
+
+
+def _held(dims: Dims, work: Inference, setting: Setting) -> Dims:
+    """With the room of a static cache, whose masks are as wide."""
+    return replace(dims, capacity=clock_capacity(setting, work))
 
 
 def _encoder(model: Model, work: Inference) -> Number | None:

@@ -21,7 +21,7 @@ from planner.catalog.gpus import Gpu
 from planner.model import Model
 from planner.program import Dims, Number, Program
 from planner.runtimes import runtime_named
-from planner.runtimes.base import Phase, Setting
+from planner.runtimes.base import Phase, Setting, clock_capacity
 from planner.timing.calibration import Calibration
 from planner.timing.calibration_files import Stamp
 from planner.timing.clock import Speed
@@ -90,12 +90,14 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     The sizes of `work` may be arrays of one shape; so are the times then.
     """
     rules = runtime_named(runtime)
-    passes = passes_of(model, setting, runtime, gpu)
+    passes = passes_of(model, setting, runtime, gpu, padded=work.padded)
     encoder = model.encoder_length(work.encoder_tokens, work.prompt_tokens)
+    held = clock_capacity(setting, work)
     prompt = Dims(
         batch=work.batch,
         tokens=work.prompt_tokens,
         context=work.prompt_tokens,
+        capacity=held,
         encoder=encoder,
         routing=work.routing,
     )
@@ -111,7 +113,15 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
         )
         batch = np.asarray(work.batch, dtype=np.float64)[..., None]
         read = np.asarray(encoder, dtype=np.float64)[..., None]
-        dims = Dims(batch=batch, tokens=1.0, context=contexts, encoder=read, routing=work.routing)
+        room = None if held is None else np.asarray(held, dtype=np.float64)[..., None]
+        dims = Dims(
+            batch=batch,
+            tokens=1.0,
+            context=contexts,
+            capacity=room,
+            encoder=read,
+            routing=work.routing,
+        )
         step = passes.timed(lambda stage: rules.decode(stage, work, setting), dims)
         tpot_s = _mean(step.time_s, contexts)
     total_s = first.time_s + steps * (0.0 if tpot_s is None else tpot_s)

@@ -28,7 +28,14 @@ from planner.program import (
     Symbol,
     evaluate,
 )
-from planner.timing.op_families import STRIDED, STRIDED_CAST
+from planner.timing.op_families import (
+    ACROSS,
+    CUMSUM_DOWN,
+    FAR,
+    JOINED,
+    STRIDED,
+    STRIDED_CAST,
+)
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
@@ -36,7 +43,7 @@ MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim|vector_norm|norm\(\)")
 """Each row to a number, read once."""
 SOFTMAX = re.compile(r"_(?:safe_)?softmax")
 """Over rows of attention or routing; over a vocabulary it is a logarithm, a REDUCTION."""
-REDUCTION = re.compile(r"softmax|cumsum|nll|logsumexp|var|cross_entropy")
+REDUCTION = re.compile(r"softmax|nll|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 ROUTING = ("sort", "topk")
 """Several kernels, and latencies: they do not stream."""
@@ -101,24 +108,55 @@ class Attention:
     backend: str = ""
     held: Extent | None = None
     """Keys of a cache that the kernel is given whole, a window's or not; None: those it sees."""
+    when: Extent | None = None
+    """1 where there is that mask, 0 where there is none; None: wherever `keys` are said."""
+
+    def masked(self, dims: Dims) -> Number:
+        """Whether a mask of its own is given."""
+        if self.keys is None or self.when is None:
+            return self.keys is not None
+        return np.asarray(evaluate((self.when,), dims)) > 0
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
         if self.keys is None or self.pairs.name.startswith(EVERY):
             return self.pairs.of(dims)
-        return dims.tokens * evaluate((self.keys,), dims)
+        every = dims.tokens * evaluate((self.keys,), dims)
+        if self.when is None:
+            return every
+        return np.where(self.masked(dims), every, self.pairs.of(dims))
 
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Products of many small matrices: only their FLOPs and bytes are known."""
+    """Products of many small matrices; m, n and k are there where its operands tell them."""
 
     flops: Shape
     dtype_bytes: int
+    mnk: tuple[Shape, ...] = ()
+
+    def sizes(self, dims: Dims) -> tuple[Number, Number, Number, Number]:
+        """Pairs of matrices, m, n, k."""
+        m, n, k = (evaluate(shape, dims) for shape in self.mnk)
+        return evaluate(self.flops, dims) / (2.0 * m * n * k), m, n, k
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether batch and tokens decide nothing but how many pairs there are."""
+        return all(map(_is_fixed, self.mnk))
 
 
-WALKS = {"whole": "elementwise", "cast": "cast", "strided": STRIDED, "strided cast": STRIDED_CAST}
-"""A program's word for an elementwise kernel → its kind."""
+WALKS = {
+    "whole": "elementwise",
+    "cast": "cast",
+    "strided": STRIDED,
+    "strided cast": STRIDED_CAST,
+    "across": ACROSS,
+    "far": FAR,
+    "joined": JOINED,
+    "down": CUMSUM_DOWN,
+}
+"""A program's word for how a kernel goes over its operands → its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +280,9 @@ def elements(op: Op, dims: Dims) -> Number:
 
 
 def _alike(op: Op, kind: Kind) -> object:
-    """Equal for ops that take the same time whatever the sizes."""
+    """Equal for ops that take the same time whatever the sizes, the host's too."""
     shapes = tuple((b.shape, b.itemsize) for b in (*op.reads, *op.allocates))
-    return kind, shapes, op.moved, op.weight_bytes, op.flops
+    return kind, op.kernel, shapes, op.moved, op.weight_bytes, op.flops
 
 
 def kind_of(op: Op) -> Kind:
@@ -271,11 +309,35 @@ def _computing(op: Op) -> Kind:
     if op.kernel == "_grouped_mm" or op.name.startswith("experts "):
         found_group = _grouped(op)
         return Batched(op.flops, itemsize) if found_group is None else found_group
+    if op.kernel == "bmm" and op.allocates:
+        return Batched(op.flops, itemsize, _mnk(op))
     packed = any(len(shape) == 1 for shape in op.moved)  # codes, so many bytes
     unpacked = op.kernel == "gemm_4bit" and not packed  # of a weight that was made before
     if not (op.kernel in ("", "mm", "addmm") or unpacked) or not op.allocates:
         return Batched(op.flops, itemsize)
     return _product(op)
+
+
+def _mnk(op: Op) -> tuple[Shape, ...]:
+    """m, n and k: what of pairs · m · n · k the right factor, the left one and the result lack."""
+    assert op.flops is not None
+    if len(op.moved) != 2:
+        return ()
+    left, right = (shape[:-1] for shape in op.moved)
+    found = tuple(_without(op.flops[1:], shape) for shape in (right, left, op.allocates[0].shape))
+    return tuple(shape for shape in found if shape is not None) if None not in found else ()
+
+
+def _without(shape: Shape, part: Shape) -> Shape | None:
+    """The extents of a product that another one lacks; None where it is no part of it."""
+    left = list(shape)
+    for extent in part:
+        if extent == 1 and 1 not in left:
+            continue
+        if extent not in left:
+            return None
+        left.remove(extent)
+    return tuple(left)
 
 
 def _product(op: Op) -> Kind:
@@ -329,14 +391,24 @@ def _attention(op: Op, pairs: Symbol) -> Attention | None:
     keys = _keys(op)
     if keys is None:
         return Attention(H, H, D, 2, pairs, backward, None, _backend(op))
-    every = _masked_keys(op, backward=backward)
+    every, when = _masked_keys(op, backward=backward), None
+    if table := _table(op):
+        when, every = table
     G, b = keys
-    return Attention(H, min(H, G), D, b, pairs, backward, every, _backend(op), _held(op))
+    return Attention(H, min(H, G), D, b, pairs, backward, every, _backend(op), _held(op), when)
 
 
 def _held(op: Op) -> Extent | None:
     """(2, B, G, S, D, itemsize), keys and values in one: S."""
     return next((s[3] for s in op.moved if len(s) == 6 and s[0] == 2), None)
+
+
+def _table(op: Op) -> tuple[Extent, Extent] | None:
+    """A mask beside keys and values in one, (1 where there is one, T, keys, itemsize): that, and
+    its keys.
+    """
+    table = next((s for s in op.moved[1:] if len(s) == 4), None)
+    return None if table is None or _held(op) is None else (table[0], table[2])
 
 
 def _masked_keys(op: Op, *, backward: bool) -> Extent | None:
@@ -395,6 +467,8 @@ def _byte_kind(op: Op) -> str:
         return "gather"
     if op.loop:
         return WALKS[op.loop]
+    if kernel in ("convolution", "cumsum"):
+        return kernel
     if kernel.startswith(("cat", "constant_pad")) and not ROTARY.search(name):
         return "cat"
     if ROTARY.search(name):
@@ -408,6 +482,15 @@ def _byte_kind(op: Op) -> str:
     if kernel == "_to_copy" or name.startswith("float32") or _widens(op):
         return "cast"
     return "norm" if ONE_KERNEL_NORMS.search(kernel) else "elementwise"
+
+
+def converts(op: Op) -> bool:
+    """x.to(dtype), either way."""
+    if op.kernel:
+        return op.kernel == "_to_copy"
+    if op.moved or op.weight_bytes or len(op.reads) != 1:
+        return False
+    return [b.itemsize for b in op.allocates] not in ([], [op.reads[0].itemsize])
 
 
 def _widens(op: Op) -> bool:

@@ -25,6 +25,7 @@ from planner.timing.clock import UNTIMED_ERROR, Speed
 from planner.timing.collectives import Lanes, lanes_of
 from planner.timing.energy import pass_joules
 from planner.timing.fresh_pages import PAGES_ERROR, given_seconds
+from planner.timing.host_calls import cache_name
 from planner.timing.host_cost import (
     ENGINES,
     Engine,
@@ -122,7 +123,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """A deployment's passes: the stages, and how fast their device is."""
+    """A deployment's passes: the stages, and how fast their device is; `padded` as of the work."""
 
     model: Model
     stages: tuple[Model, ...]
@@ -130,6 +131,7 @@ class Passes:
     runtime: str
     speed: Speed
     selective: bool = False
+    padded: bool = False
 
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
         """A pass through the stages, one after the other."""
@@ -300,10 +302,18 @@ class Passes:
     @property
     def engine(self) -> Engine:
         """Whose code issues the ops."""
+        setting = self.setting
         return Engine(
             runtime=self.runtime,
             model_type=self.model.text_type,
-            attention=self.setting.attention,
+            attention=setting.attention,
+            cache=cache_name(
+                self.runtime,
+                setting.cache,
+                kv_dtype=setting.kv_dtype,
+                dtype=setting.dtype,
+                padded=self.padded,
+            ),
             selective=self.selective,
         )
 
@@ -348,7 +358,9 @@ def by_tower(phase: Program) -> tuple[Program, ...]:
     return tuple(Program(name=phase.name, segments=half) for half in halves if half)
 
 
-def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:
+def passes_of(
+    model: Model, setting: Setting, runtime: str, gpu: Gpu, *, padded: bool = False
+) -> Passes:
     """What runs one after the other."""
     rules = runtime_named(runtime)
     shares = rules.shares(model, setting.tensor_parallel, setting.pipeline_parallel)
@@ -358,4 +370,5 @@ def passes_of(model: Model, setting: Setting, runtime: str, gpu: Gpu) -> Passes:
         setting=setting,
         runtime=runtime,
         speed=speed_for(model, setting, runtime, gpu),
+        padded=padded,
     )
