@@ -53,10 +53,10 @@ HOOKED = 3.6
 """What a call of checkpointing's takes beside a module's: it makes contexts, weak references and
 detached tensors. Timed in small decoders on a CPU by tools/checkpoint_cost.py: 3.1 to 3.9 of llama
 and mistral where next to nothing else ran, more on a busy one; no record is fitted."""
-SELECTED = 2.7
+SELECTED = 2.8
 """The same of selective checkpointing's, whose modes show every op to Python
-(TorchDispatchMode): 2.2 to 3.2 of llama and qwen3, forward and on the way back, by the same tool
-with torch 2.13."""
+(TorchDispatchMode): 2.5 to 3.2 of llama and mistral, there and back, by the same tool with torch
+2.13."""
 UNPACKED = {"dequantize_4bit": 40.0, "dequantize_blockwise": 17.0}
 """Calls of a module that does nothing which bitsandbytes 0.50 takes to make a weight of its codes,
 beyond an op of torch's own: Python down to the kernel, through the dispatcher. Its CUDA backend
