@@ -42,7 +42,7 @@ WORST = {
     "offsets": 0.1,
     "offsets cast": 0.07,
     "attention_backward:bf16:masked": 0.1,
-    "elementwise:tanh": 0.1,
+    "elementwise:tanh": 0.14,
     "prefill:bf16:efficient": 0.08,
 }
 """Bounds on the 90th percentile of errors over ops whose shapes no fit saw: of scans Bamba-9B's."""
