@@ -5,12 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import planner
 from planner.catalog.gpus import gpu_named
+from planner.runtimes import runtime_named
 from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import load
 from planner.timing.clock import Speed
 from planner.timing.op_families import BMM, FAMILIES
+from planner.timing.op_kinds import Bytes, timed_ops
 from planner.timing.op_times import Fit, Roof
+from planner.timing.power import flop_joules
 
 H200 = gpu_named("h200")
 COUNT = 2.0**24
@@ -83,3 +87,45 @@ def test_a_residual_without_a_table_is_the_same():
     both = fit.seconds_at(tuple(np.array(sizes) for sizes in zip(*points, strict=True)))
     for sizes, made in zip(points, both, strict=True):
         assert float(fit.seconds(sizes)) == pytest.approx(float(made), rel=0.01)
+
+
+def kinds_of_a_scan(tokens):
+    """Of Bamba's ops that move bytes in a prompt of so many tokens."""
+    model = planner.load_model("bamba-9b")
+    work = planner.Inference(batch=1, prompt_tokens=tokens, output_tokens=1, logits="last")
+    deploy = planner.Deployment(gpu="h200", runtime="transformers", mode="eager")
+    e = planner.estimate(model, work, deploy)
+    program = runtime_named("transformers").prefill(e.model, e.work, e.setting)
+    return [
+        (t.op.kernel, t.kind.kind)
+        for t in timed_ops(program)
+        if isinstance(t.kind, Bytes) and t.op.name == "scan"
+    ]
+
+
+def test_a_scan_s_last_sum_reads_far_where_the_prompt_fills_its_chunks():
+    """pad_tensor_by_size: what is not padded is cloned as a convolution left it."""
+    assert ("add.Tensor", "far") in kinds_of_a_scan(2048)
+    assert ("add.Tensor", "far") not in kinds_of_a_scan(2000)
+
+
+def test_joules_of_a_flop_are_those_of_products_in_its_dtype():
+    """An H200 draws 676 W for 50 TFLOP/s in float32, 698 W for 646 in fp16."""
+    cost = load("h200").energy
+    assert 12 < flop_joules(cost, "fp32") / flop_joules(cost, "bf16") < 14
+    assert flop_joules(cost, "fp16") == pytest.approx(7.9e-13, rel=0.02)
+    assert flop_joules(replace(cost, others={}), "fp32") == flop_joules(cost, "bf16")
+
+
+def test_fp16_computes_longer_and_streams_as_fast():
+    ratios = []
+    for rows in (1, 4096):
+        work = planner.Inference(batch=1, prompt_tokens=rows, output_tokens=1, logits="last")
+        taken = []
+        for dtype in ("fp16", "bf16"):
+            deploy = planner.Deployment(gpu="h200", runtime="transformers", dtype=dtype)
+            e = planner.estimate(planner.load_model("llama-3.1-8b"), work, deploy)
+            taken.append(e.op_times("prefill").set_index("op").seconds["gate_proj"])
+        ratios.append(taken[0] / taken[1])
+    assert ratios[0] == pytest.approx(1.0, abs=0.005)
+    assert 1.02 < ratios[1] < 1.06
