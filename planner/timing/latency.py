@@ -107,6 +107,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     first = passes.timed(lambda stage: rules.prefill(stage, work, setting), chunk).repeated(several)
     steps = work.output_tokens - 1
     tpot_s = step = None
+    dims = chunk
     if steps:
         contexts = np.linspace(
             work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS), axis=-1
@@ -136,7 +137,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
             basis=basis,
         )
     make = rules.decode if steps else rules.prefill
-    new_length_s = passes.new_length_s(lambda stage: make(stage, work, setting))
+    new_length_s = passes.new_length_s(lambda stage: make(stage, work, setting), dims)
     told = _told(passes, first, step, float(total_s), steps, work, basis)
     return replace(told, new_length_s=new_length_s)
 

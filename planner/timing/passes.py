@@ -233,7 +233,7 @@ class Passes:
         kernels = sum(kernel_count(made) for made in programs)
         return known.graph.replay_s + kernels * known.graph.between_s
 
-    def new_length_s(self, program: Callable[[Model], Program]) -> float | None:
+    def new_length_s(self, program: Callable[[Model], Program], dims: Dims) -> float | None:
         """What a pass takes longer at a length that its process meets for the first time; None
         where no host was timed.
         """
@@ -242,7 +242,7 @@ class Passes:
             return None
         host = known.host.as_fast_as(setting.host_add_s)
         made = program(self.stages[0])
-        return new_length_seconds(made, self.runtime, setting, self.speed, host)
+        return new_length_seconds(made, dims, self.runtime, setting, self.speed, host)
 
     @property
     def replays(self) -> bool:
