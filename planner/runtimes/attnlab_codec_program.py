@@ -105,7 +105,9 @@ def encode(tape: Tape, rows: Rows, x: Buffer, *, b: int, name: str) -> tuple[Buf
     steps += ["add_"] * (form.bits < 8 and form.scales.zero_dtype is None)
     for kernel in steps:
         in_place(tape, f"{name}, scaled", made, FLOAT32, kernel=kernel)
-    codes = tape.new(f"{name}, codes", made, CODE, reads=(wide,), kernel="_to_copy")
+    codes = tape.new(
+        f"{name}, codes", made, CODE, reads=(wide,), kernel="_to_copy", loop="strided cast"
+    )
     tape.free(wide)
     if form.bits < 8 or rows.is_short:
         filled = tape.new("filled words", rows.filled, CODE) if rows.is_short else None
