@@ -27,6 +27,7 @@ LOOKS = {
     "device_used_bytes": ("#7F858F", "star"),
     "ttft_s": ("#3A66C9", "circle"),
     "tpot_s": ("#CF7C00", "diamond"),
+    "new_tpot_s": ("#7E8A1E", "triangle-up"),
     "replay_s": ("#A45AA8", "hexagon"),
     "step_s": ("#1B9A82", "square"),
 }

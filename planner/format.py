@@ -50,6 +50,7 @@ QUANTITIES = {
     "device_used_bytes": "Device used",
     "ttft_s": "TTFT",
     "tpot_s": "TPOT",
+    "new_tpot_s": "TPOT, new lengths",
     "replay_s": "Decode step, replayed",
     "step_s": "Step",
     "end_to_end_s": "End to end",

@@ -173,10 +173,13 @@ class Buffer:
         return self.itemsize * evaluate(self.shape, dims)
 
 
-LOOPS = ("", "whole", "strided", "cast", "strided cast")
+LOOPS = ("", "whole", "strided", "cast", "strided cast", "across", "far", "joined", "down")
 """What torch's elementwise kernels do on a GPU (ATen/native/cuda/CUDALoops.cuh, gpu_kernel_impl):
 vectors of whole tensors; an offset for each element, where an operand is repeated or lies in
-another order; a conversion for each, where dtypes differ; both. Empty: not said.
+another order; a conversion for each, where dtypes differ; both. Across, far: offsets, and an
+operand whose neighbours are no neighbours in what is written (autograd/layouts.py: reach). Joined:
+a cat that goes element by element; down: a sum along another than the innermost dimension. Empty:
+not said.
 """
 
 

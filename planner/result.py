@@ -365,9 +365,20 @@ def speed(latency: Latency) -> str:
     ):
         if per_s is not None:
             known.append(f"{per_s:,.0f} {what} tokens/s")
-    if latency.new_length_s:
-        known.append(f"+{seconds(latency.new_length_s)} a pass at a length new to its process")
-    return f"{', '.join(known)} ({'; '.join((latency.basis, *binding(latency)))})"
+    told = f"{', '.join(known)} ({'; '.join((latency.basis, *binding(latency)))})"
+    return f"{told}; {note}" if (note := new_lengths(latency)) else told
+
+
+def new_lengths(latency: Latency) -> str:
+    """What a process waits for that has not met a length before, in words; nothing where it does
+    not.
+    """
+    if not latency.new_length_s:
+        return ""
+    return (
+        f"a length that the process has not met, a prompt's or a growing cache's, takes a pass "
+        f"{seconds(latency.new_length_s)} more: cuDNN plans its attention anew"
+    )
 
 
 def off_by(time_s: float | None, interval: tuple[float, float] | None) -> str:

@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import planner
 from planner import ConfigError
 from planner.catalog.gpus import Gpu, gpu_named
 from planner.errors import shown
-from planner.timing.calibration import SCHEMA, HostCost
+from planner.timing.calibration import SCHEMA
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES
-from planner.timing.host_cost import Engine, unscaled_seconds
-from planner.timing.op_families import COMMUNICATION, STRIDED, WEIGHT_BYTES
+from planner.timing.op_families import (
+    COMMUNICATION,
+    CUMSUM_DOWN,
+    OFFSETS,
+    WEIGHT_BYTES,
+)
 from planner.timing.op_kinds import kernel_count
 from planner.timing.op_times import Fit, family_named
 from profiles import composites
 from profiles.compare import passes_of_record
 from profiles.fitting import Samples, fit_family
+from profiles.host_costs import host_part
 from profiles.microbench.op_record import OpRecord, OpRecords
-from profiles.op_samples import is_given_anew, joined, samples_of_records
+from profiles.op_samples import HALF, is_given_anew, joined, samples_of_records
 from profiles.op_tables import Tables
 from profiles.records import Record
 
@@ -45,12 +47,18 @@ POINTS: Mapping[str, int] = {
 }
 """Calibration rows that a fit may take: more of what most time goes into."""
 OTHER_POINTS = 100
+LAUNCHED: Mapping[str, tuple[float, int] | tuple[float, int, float]] = {
+    "convolution": (4.0, 2),
+    CUMSUM_DOWN: (8.0, 1, 1.0),
+}
+"""Ops that were timed at large sizes alone: bytes of an element, kernels, least further sizes."""
+EFFICIENT = "prefill:bf16:efficient"
+COMPUTES = 400
+"""FLOPs for a byte: with more a product computes longer than it moves, on any GPU there is."""
 LARGEST_FILE_BYTES = 200_000
 BEST = 1.1
 """A CPU's ceilings are taken to be so much above the best that was seen of it."""
 PAGE_BYTES = 4096
-BOUND = 1.25
-"""A pass that takes so much longer than its kernels waits for the host."""
 
 RECORDS_SOURCE = {
     "name": "profiles/data/microbench",
@@ -82,7 +90,8 @@ def calibration(
     if records is not None:
         ops = _of_gpu(records, gpu_name)
         sources["records"] = {**RECORDS_SOURCE, "what": _where(records, ops)}
-        for name, samples in samples_of_records(ops, cpu=gpu.is_cpu).items():
+        by_name = samples_of_records(ops, cpu=gpu.is_cpu, multiprocessors=gpu.multiprocessors)
+        for name, samples in by_name.items():
             found[name] = ("records", samples)
     if tables is not None:
         sources["tables"] = {
@@ -116,7 +125,8 @@ def calibration(
         content |= {
             **_graph(ops, [r for r in end_to_end if r.environment.gpu == gpu_name]),
             **_energy(ops),
-            **_host(ops, gpu, list(end_to_end)),
+            **_half(ops),
+            **host_part(ops, gpu, list(end_to_end)),
         }
         if gpu.is_cpu:
             content |= {**_machine(records, ops), **_pages(records, ops)}
@@ -131,7 +141,7 @@ def _parts_of_composites(
     gpu: Gpu,
 ) -> None:
     """Kinds that were timed among others, one after the other: each takes those before as known."""
-    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", STRIDED)
+    needed = ("elementwise",) if gpu.is_cpu else ("elementwise", OFFSETS)
     if not all(name in made for name in needed):
         return
     if gpu.is_cpu:
@@ -143,10 +153,13 @@ def _parts_of_composites(
         if samples is not None:
             fitted(name, "records", samples)
 
-    more("cast", composites.launches(ops))
+    more("cast", composites.launches(ops, 6.0))
+    for name, sizes in LAUNCHED.items():
+        if name in made:
+            more(name, composites.launches(ops, *sizes))
+    if EFFICIENT in made:
+        more(EFFICIENT, composites.one_queries(ops, gpu))
     more("mean", composites.means(ops, made, gpu))
-    if not gpu.is_cpu:  # which has no kernels of its own for them
-        more(STRIDED, composites.products(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 
 
@@ -167,19 +180,6 @@ def write(content: Mapping[str, Any], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return size
-
-
-HostRows = Sequence[tuple[float, float, float]]
-"""(measured, GPU's, host's unscaled) seconds of passes of one kind."""
-
-
-def host_scale(rows: Iterable[tuple[float, float, float]]) -> float | None:
-    """One factor from `HostRows`, the median; None where no pass waited for its host.
-
-    Of a row that takes about what its kernels take the host may have been done long before.
-    """
-    factors = [measured / host for measured, gpu, host in rows if measured > BOUND * gpu]
-    return statistics.median(factors) if factors else None
 
 
 def _fit(name: str, samples: Samples, gpu: Gpu, source: str) -> Fit:
@@ -271,25 +271,29 @@ def _pages(records: OpRecords, ops: list[OpRecord]) -> dict[str, Any]:
     return {"pages": page}
 
 
-def _medians(ops: list[OpRecord], family: str, op: str) -> dict[tuple[int, ...], float]:
+def _medians(ops: list[OpRecord], *families: str) -> dict[tuple[int, ...], float]:
+    """By the sizes of a shape; of several families the last one's."""
     return {
         tuple(r.shape.values()): r.median_s
+        for family in families
         for r in ops
-        if (r.family, r.op, r.status) == (family, op, "ok") and r.median_s is not None
+        if (r.family, r.status) == (family, "ok") and r.median_s is not None
     }
 
 
 def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
     """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
-    one number, the mean over the calibration rows that a graph replayed.
+    one number, the mean over attnlab's calibration rows that a graph replayed.
     """
-    replays = {shape[0]: s for shape, s in _medians(ops, "graph", "replay").items()}
+    timed = _medians([r for r in ops if r.op == "replay"], "graph")
+    replays = {shape[0]: s for shape, s in timed.items()}
     if len(replays) < 2:
         return {}
     least, most = min(replays), max(replays)
     kernel_s = (replays[most] - replays[least]) / (most - least)
     replay_s = replays[least] - kernel_s * least
-    rows = [r for r in end_to_end if (r.split, r.mode, r.status) == ("calibration", "graph", "ok")]
+    replayed = [r for r in end_to_end if (r.mode, r.status) == ("graph", "ok")]
+    rows = [r for r in replayed if (r.split, r.runtime) == ("calibration", "attnlab")]
     gaps = [
         (measured_s - gpu_s - replay_s) / kernel_count(program)
         for record in rows
@@ -310,111 +314,53 @@ def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
 
 
 def _energy(ops: list[OpRecord]) -> dict[str, Any]:
-    """Idle power, then what a product and a copy take beyond it."""
+    """Idle power, then what a product and a copy take beyond it; products of further dtypes too."""
     known = {
-        (r.op, r.shape.get("m", 0)): r
-        for r in ops
-        if (r.family, r.dtype) == ("sustained", "bf16") and r.energy_j and r.median_s
+        (r.op, r.dtype): r
+        for r in sorted(ops, key=lambda r: r.flops)  # the largest product of each dtype
+        if r.family == "sustained" and r.energy_j and r.median_s
     }
-    idle, copy, product = (
-        known.get(("idle", 0)),
-        known.get(("copy", 0)),
-        known.get(("linear", 8192)),
-    )
-    if idle is None or copy is None or product is None:
+    wanted = (("idle", "bf16"), ("copy", "bf16"), ("linear", "bf16"))
+    if any(one not in known for one in wanted):
         return {}
+    idle, copy, _ = (known[one] for one in wanted)
     watts = idle.energy_j / idle.median_s  # type: ignore[operator]
     byte_j = (copy.energy_j - watts * copy.median_s) / copy.bytes  # type: ignore[operator]
-    bursts = _medians([r for r in ops if r.dtype == "bf16"], "ceiling", "linear")
-    burst_s = bursts.get(tuple(product.shape.values()), product.median_s)
-    rest = product.energy_j - watts * product.median_s - byte_j * product.bytes  # type: ignore[operator]
+
+    def product(dtype: str) -> tuple[float, float]:
+        """Joules of a FLOP beyond the rest, and the clock: as a burst takes of what this took."""
+        taken = known["linear", dtype]
+        rest = taken.energy_j - watts * taken.median_s - byte_j * taken.bytes  # type: ignore[operator]
+        bursts = _medians(
+            [r for r in ops if (r.op, r.dtype) == ("linear", dtype)], "gemm", "ceiling"
+        )
+        burst_s = bursts.get(tuple(taken.shape.values()), taken.median_s)
+        clock = min(1.0, burst_s / taken.median_s)  # type: ignore[operator]
+        return float(f"{rest / taken.flops:.4g}"), round(clock, 3)
+
+    flop_j, clock = product("bf16")
+    others = {dtype: product(dtype) for op, dtype in known if op == "linear" and dtype != "bf16"}
     return {
         "energy": {
             "idle_w": round(watts, 1),
             "byte_j": float(f"{byte_j:.4g}"),
-            "flop_j": float(f"{rest / product.flops:.4g}"),
+            "flop_j": flop_j,
             "source": "records",
-            "clock": round(min(1.0, burst_s / product.median_s), 3),  # type: ignore[operator]
+            "clock": clock,
+            **({"others": others} if others else {}),
         }
     }
 
 
-def _host(ops: list[OpRecord], gpu: Gpu, end_to_end: list[Record]) -> dict[str, Any]:
-    """The cost of issuing each op as usual, the factor of each engine, how far host times vary."""
-    costs = {
-        r.op: float(f"{r.median_s:.4g}")
-        for r in ops
-        if r.family == "host" and r.status == "ok" and r.median_s is not None
-    }
-    if "add" not in costs:
-        return {}
-    issued = [r for r in end_to_end if (r.mode, r.status) == ("eager", "ok")]
-    mine = [r for r in issued if r.environment.gpu == gpu.name]
-    costs = _as_usual(costs, mine)
-    bare = HostCost(op_s=costs, scale={}, spread=0.0, scaled_on=(), source="records")
-    scale, named, apart = dict[str, float](), list[str](), 0.0
-    if any(r.host_add_s for r in mine):  # one whose host's speed nobody knows says nothing of it
-        mine = [r for r in mine if r.host_add_s]
-    for engine in sorted({r.runtime for r in mine}):
-        passes: list[HostRows] = []
-        for record in mine:
-            if record.runtime == engine and record.split == "calibration" and record.step is None:
-                passes += _host_rows(record, bare)
-                named.append(str(record.point))
-        factor = host_scale(row for rows in passes for row in rows)
-        if factor is not None:
-            scale[engine] = round(factor, 3)
-            apart = max(apart, *(abs((host_scale(rows) or factor) / factor - 1) for rows in passes))
-    return {
-        "host": {
-            "op_s": costs,
-            "scale": scale,
-            "spread": round(float(np.hypot(_spread(mine), apart)), 3),
-            "scaled_on": sorted(set(named)),
-            "source": "records",
-        }
-    }
-
-
-def _as_usual(costs: dict[str, float], records: list[Record]) -> dict[str, float]:
-    """Costs at the host's usual speed: the median of the additions timed here and beside the
-    calibration rows.
-
-    The run that timed the ops met the host in one of its spells.
-    """
-    beside = [
-        statistics.median(r.host_add_s)
-        for r in records
-        if r.split == "calibration" and r.host_add_s
-    ]
-    usual = statistics.median([costs["add"], *beside]) / costs["add"]
-    return {name: float(f"{usual * cost:.4g}") for name, cost in costs.items()}
-
-
-def _spread(records: list[Record]) -> float:
-    """90th percentile of |step / median − 1| over single decode steps: how far a host wanders."""
-    off = [
-        abs(step / statistics.median(s for s, _ in steps) - 1.0)
-        for record in records
-        if (steps := record.samples("tpot_s") if record.phase == "generation" else ())
-        for step, _ in steps
-    ]
-    return float(np.quantile(off, 0.9)) if off else 0.3
-
-
-def _host_rows(record: Record, host: HostCost) -> list[HostRows]:
-    """Of each quantity of an inference record its passes, each at the speed that its host had
-    right before it.
-    """
-    engine = Engine(
-        runtime=record.runtime,
-        model_type=planner.read_config(record.config).text_type,
-        attention=str(record.attention).split(":")[0],
-    )
-    return [
-        [
-            (measured_s, gpu_s, unscaled_seconds(program, host.as_fast_as(add_s), engine))
-            for measured_s, add_s in record.samples(quantity)
-        ]
-        for quantity, _, gpu_s, program in passes_of_record(record)
-    ]
+def _half(ops: list[OpRecord]) -> dict[str, Any]:
+    """What a product that computes takes in fp16 of the same one in bf16; others take as long."""
+    by_key = {r.key: r for r in ops if r.status == "ok" and r.median_s and r.split == "calibration"}
+    ratios = []
+    for key, record in by_key.items():
+        other = by_key.get(key.replace(f"/{HALF}/", "/bf16/"))
+        computes = record.flops > COMPUTES * record.bytes
+        if other is None or other is record or (record.family, record.op) != ("gemm", "linear"):
+            continue
+        if computes:
+            ratios.append(record.median_s / other.median_s)  # type: ignore[operator]
+    return {"half": round(statistics.median(ratios), 3)} if ratios else {}

@@ -16,6 +16,7 @@ from planner.catalog.here import as_on
 from planner.program import Dims, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import clock_capacity
+from planner.timing.latency import Latency
 from planner.timing.passes import passes_of
 from planner.timing.roofline import pass_cost
 from profiles.points import cache_of, planned_dtype
@@ -105,6 +106,7 @@ def measured(record: Record) -> dict[str, float]:
         "device_used_bytes": None if used is None else used - others,
         "ttft_s": record.median_ttft_s,
         "tpot_s": record.median_tpot_s,
+        "new_tpot_s": record.new_tpot_s,
         "replay_s": record.median_step_s if record.mode == "graph" else None,
         "step_s": record.median_step_s if _stepped(record) else None,
     }
@@ -118,9 +120,12 @@ def _stepped(record: Record) -> bool:
 def predicted(record: Record) -> dict[str, float | None]:
     """What the planner says of a record's work; None for what it does not predict."""
     estimate = estimate_of(record)
-    memory, latency, tpot_s = estimate.memory, estimate.latency, estimate.latency.tpot_s
-    if record.host_add_beside_s("tpot_s") != record.host_add_beside_s("ttft_s"):
-        tpot_s = estimate_of(record, quantity="tpot_s").latency.tpot_s
+    memory, latency, tpot_s, new_tpot_s = estimate.memory, estimate.latency, None, None
+    if latency.tpot_s is not None:
+        tpot_s = _beside(record, "tpot_s", estimate).tpot_s
+    if record.new_tpot_s is not None:
+        new = _beside(record, "new_tpot_s", estimate)
+        new_tpot_s = (new.tpot_s or 0.0) + (new.new_length_s or 0.0)
     return {
         "weights_bytes": memory.weights_bytes,
         "kv_cache_bytes": memory.kv_cache_bytes,
@@ -132,9 +137,17 @@ def predicted(record: Record) -> dict[str, float | None]:
         "device_used_bytes": memory.device_used_bytes,
         "ttft_s": latency.ttft_s,
         "tpot_s": tpot_s,
+        "new_tpot_s": new_tpot_s,
         "replay_s": latency.tpot_s,
         "step_s": latency.step_s if record.phase == "training" else latency.tpot_s,
     }
+
+
+def _beside(record: Record, quantity: str, of_prompts: planner.Estimate) -> Latency:
+    """The times as fast as the host was beside that quantity, not beside the prompts."""
+    if record.host_add_beside_s(quantity) == record.host_add_beside_s("ttft_s"):
+        return of_prompts.latency
+    return estimate_of(record, quantity=quantity).latency
 
 
 def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate:

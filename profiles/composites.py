@@ -1,12 +1,12 @@
 """Kinds of kernels that were timed among others only: a mean in a norm, softmax between two casts.
 
     mean    = norm − (upcast, square, two on a column, two strided products, rounding)
-    strided = (norm − (upcast, square, two on a column, mean, rounding)) / 2
     softmax = softmax in float32 of bf16, and back − (upcast, rounding)
 
 A norm of a few rows leaves its mean: torch gives each row a warp, so that most of a GPU idles
-(ATen/native/cuda/Reduce.cuh). One of so many rows that the mean streams leaves its two products by
-a row and by a column. What is known by then is the fit that op_samples.py's rows gave.
+(ATen/native/cuda/Reduce.cuh). A convolution and sums along a dimension were timed at large sizes
+alone: of small ones they take what the launches of their kernels take. What is known by then is the
+fit that op_samples.py's rows gave.
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ from typing import TypeAlias
 
 from planner.catalog.gpus import Gpu
 from planner.program import Number
+from planner.timing.attention_times import one_query_sizes
 from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import Calibration
 from planner.timing.clock import Speed
-from planner.timing.op_families import ELEMENT_BYTES, STRIDED
+from planner.timing.op_families import STRIDED
 from planner.timing.op_times import Fit
 from profiles.microbench.op_record import OpRecord, merged
 
 LEAST_S = 1e-7
 """Less than any kernel takes: what is left of noise."""
-FEW_ROWS, MANY_ROWS = 256, 2048
-"""Up to which a mean takes its latency, and from which on it streams."""
+FEW_ROWS = 256
+"""Up to which a mean takes its latency; a GPU's larger ones stream."""
 Rows: TypeAlias = list[tuple[list[float], float, bool]]
 
 
-def launches(records: Iterable[OpRecord]) -> Rows:
-    """A cast of one row: what a copy of it takes, of which next to nothing is moving."""
+def launches(
+    records: Iterable[OpRecord], element_bytes: float, kernels: int = 1, *more: float
+) -> Rows:
+    """An op on one row: what a copy of it takes, of which next to nothing is moving.
+
+    `element_bytes`: what the op moves for each element; `more`: its further sizes.
+    """
     return [
-        ([6.0 * _count(r)], _median(r), False)
+        ([element_bytes * _count(r), *more], kernels * _median(r), False)
         for r in _measured(records, "bandwidth", "copy")
         if r.shape["rows"] == 1 and r.cache == "cold" and r.split == "calibration"
     ]
@@ -54,20 +60,14 @@ def means(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Ro
     for record in _measured(records, "bandwidth", "rmsnorm"):
         if record.shape["rows"] <= FEW_ROWS and record.cache == "cold":
             left_s = _median(record) - _around_mean(record, known, gpu)
-            left_s -= 2 * _seconds(STRIDED, 4 * _count(record), record, known, gpu)
+            by_column, by_row = (
+                8 * _count(record),
+                (8 if record.dtype == "fp32" else 4) * _count(record),
+            )
+            left_s -= _seconds(STRIDED, by_column, record, known, gpu)
+            left_s -= _seconds(STRIDED, by_row, record, known, gpu)
             rows.append(_row(record, 4.0 * _count(record), left_s))
     return rows + streaming_means(records)
-
-
-def products(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Rows:
-    """Strided products of a norm of many rows, `known` has the mean."""
-    rows: Rows = []
-    for record in _measured(records, "bandwidth", "rmsnorm"):
-        if record.shape["rows"] >= MANY_ROWS and record.cache == "cold":
-            left_s = _median(record) - _around_mean(record, known, gpu)
-            left_s -= _seconds("mean", 4.0 * _count(record), record, known, gpu)
-            rows.append(_row(record, ELEMENT_BYTES * _count(record), left_s / 2))
-    return rows
 
 
 def softmaxes(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Rows:
@@ -80,6 +80,18 @@ def softmaxes(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -
             left_s -= _seconds("cast", 6 * n, record, known, gpu)
             left_s -= _seconds("elementwise", 6 * n, record, known, gpu)
         rows.append(_row(record, 8.0 * n, left_s))
+    return rows
+
+
+def one_queries(records: Iterable[OpRecord], gpu: Gpu) -> Rows:
+    """One query a sequence over latents, by the kernel that serves prompts too."""
+    rows: Rows = []
+    for record in _measured(records, "decode", "sdpa_latent"):
+        s = record.shape
+        wide = (s["width"] + s["values"]) / 2
+        sizes = one_query_sizes(s["batch"], s["context"], s["heads"], s["heads"], wide, gpu)
+        held_out = record.split == "held-out"
+        rows.append(([float(size) for size in sizes], _median(record), held_out))
     return rows
 
 

@@ -13,16 +13,24 @@ from typing import TypeAlias
 
 import numpy as np
 
+from planner.timing.attention_times import whole_waves
 from planner.timing.fresh_pages import MAPPED_FROM_BYTES, SMALLEST_BYTES
 from planner.timing.op_families import (
+    ACROSS,
+    CUMSUM_DOWN,
     ELEMENT_BYTES,
     ELEMENTWISE_TANH,
+    FAR,
     FEW_ROWS,
     GEMM_FEW,
+    JOINED,
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     MASKED,
     NORM_RMS,
+    OFFSETS,
+    OFFSETS_CAST,
     STRIDED,
-    STRIDED_CAST,
     gemm_family,
     triangle,
 )
@@ -33,9 +41,9 @@ Row: TypeAlias = tuple[str, list[float], int]
 """The name of a fit, the sizes, how many kernels share the time."""
 PRODUCTS = ("linear", "scaled_mm")
 COMPUTING = ("gemm", "prefill", "decode", "backward", "moe")
-UNFITTED = ("fp16", "fp32")
-"""Dtypes in which a GPU's products and attention were timed beside bf16 and that have no fit of
-their own: fp16 is taken to be as fast, float32 to reach a share of its ceiling."""
+TIMED_HEAD_DIMS = (64, 128, 256)
+HALF = "fp16"
+"""A GPU runs it as it runs bf16, but for a share that it takes longer (calibrate.py: _half)."""
 SMALLEST_ROWS = 64
 """Reductions of fewer rows than this leave most of a GPU idle and are not streams of bytes."""
 
@@ -62,17 +70,45 @@ BYTE_OPS: Mapping[str, Written] = {
     ),
     "upcast": Written(kind="cast", kernels=1, element_bytes=6),
     "rope": Written(kind=STRIDED, kernels=10, element_bytes=4.5 * ELEMENT_BYTES),
-    "mul_row": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
-    "mul_mixed": Written(kind=STRIDED_CAST, kernels=1, element_bytes=ELEMENT_BYTES),
-    "silu_half": Written(kind=STRIDED, kernels=1, element_bytes=ELEMENT_BYTES),
     "cat": Written(kind="cat", kernels=1, element_bytes=4),
+    "gelu": Written(kind=ELEMENTWISE_TANH, kernels=1, element_bytes=4),
     "embedding": Written(kind="gather", kernels=1, element_bytes=4),
 }
 """A rotation, x · cos + turned(x) · sin of queries and keys: two products, a sum, the halves joined
-and one of them negated, 4½ times as many elements as x has, by ten kernels. `mul_mixed`, bf16 by a
-column of float32: offsets and a conversion for each element (CUDALoops.cuh: gpu_kernel_impl)."""
+and one of them negated, 4½ times as many elements as x has, by ten kernels."""
+WALKED: Mapping[str, str] = {
+    "mul_row": OFFSETS,
+    "silu_half": OFFSETS,
+    "silu_cut": OFFSETS,
+    "mul_column": OFFSETS,
+    "mul_decays": OFFSETS,
+    "mul_pairs": OFFSETS,
+    "clone_heads": OFFSETS,
+    "repeat_matrices": OFFSETS,
+    "mul_mixed": OFFSETS_CAST,
+    "mul_heads": OFFSETS_CAST,
+    "clone_turned": ACROSS,
+    "clone_t": ACROSS,
+    "mul_steps": ACROSS,
+    "repeat_heads": ACROSS,
+    "repeat_matrices_t": ACROSS,
+    "clone_across": FAR,
+    "add_turned": FAR,
+}
+"""Kernels that work out offsets, by how they read (planner/autograd/layouts.py: reach). bf16 by a
+column of float32, `mul_mixed`: a conversion beside it (CUDALoops.cuh: gpu_kernel_impl)."""
+SUMS: Mapping[str, str] = {
+    "cumsum_pairs": CUMSUM_DOWN,
+    "cumsum_tokens": "cumsum",
+    "cumsum_counts": "cumsum",
+    "conv1d": "convolution",
+}
 
 
+UNKNOWN_TO_CPUS = (*WALKED, *SUMS, "cat_heads", "bmm")
+"""Ops whose kernels are a GPU's own."""
+BY_INDEX = ("gather_picks", "scatter_places", "put_places")
+"""A few numbers read or written by an index: a mixture's places and weights."""
 CPU_KINDS: Mapping[str, str] = {
     "gelu_tanh": ELEMENTWISE_TANH,
     "rms_norm": NORM_RMS,
@@ -84,7 +120,9 @@ SEVERAL_OUTPUTS: Mapping[str, int] = {"silu_mul": 2, "rms_norm": 2, "rmsnorm": 2
 """Tensors as large as the first that live at once in an op of several kernels."""
 
 
-def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dict[str, Samples]:
+def samples_of_records(
+    records: Iterable[OpRecord], *, cpu: bool = False, multiprocessors: int | None = None
+) -> dict[str, Samples]:
     """Samples by the name of their fit: "gemm:bf16", "prefill:bf16:cudnn", "elementwise".
 
     "…:warm": over what the op before has left in the cache. Of a `cpu` those rows are left out
@@ -95,11 +133,15 @@ def samples_of_records(records: Iterable[OpRecord], *, cpu: bool = False) -> dic
     for record in good:
         if cpu and is_given_anew(record):
             continue
-        if not cpu and record.dtype in UNFITTED and record.family in COMPUTING:
+        if cpu and record.op in UNKNOWN_TO_CPUS:
             continue
-        found = _sample(record)
+        found = _sample(record, multiprocessors)
         if cpu and found is not None:
             found = _on_cpu(record, *found)
+        elif (record.family, record.op) == ("bandwidth", "rope"):
+            found = _rotation(record)
+        elif found is not None and record.family in COMPUTING and record.dtype == HALF:
+            found = _as_bf16(record, *found)
         if found is not None and record.median_s is not None:
             name, sizes, kernels = found
             name = f"{name}:warm" if record.cache == "warm" else name
@@ -129,6 +171,22 @@ def _on_cpu(record: OpRecord, name: str, sizes: list[float], kernels: int) -> Ro
     return name, sizes, kernels
 
 
+def _as_bf16(record: OpRecord, name: str, sizes: list[float], kernels: int) -> Row | None:
+    """Attention in fp16 of heads that nobody timed in bf16."""
+    if record.op != "sdpa" or record.shape["head_dim"] in TIMED_HEAD_DIMS:
+        return None
+    return name.replace(f":{HALF}", ":bf16"), sizes, kernels
+
+
+def _rotation(record: OpRecord) -> Row:
+    """Ten kernels: elements that they write and bytes that they move, a kernel."""
+    s = record.shape
+    elements = s["tokens"] * (s["heads"] + s["kv_heads"]) * s["head_dim"]
+    size = 4 if record.dtype == "fp32" else 2
+    kernels = BYTE_OPS["rope"].kernels
+    return OFFSETS, [4.5 * elements / kernels, 10.0 * size * elements / kernels], kernels
+
+
 def as_samples(rows: list[tuple[list[float], float, bool]]) -> Samples:
     """Rows of sizes, seconds, held out."""
     return Samples(
@@ -152,7 +210,7 @@ def joined(samples: Samples | None, rows: list[tuple[list[float], float, bool]])
     )
 
 
-def _sample(record: OpRecord) -> Row | None:
+def _sample(record: OpRecord, multiprocessors: int | None) -> Row | None:
     s, dtype = record.shape, record.dtype
     match record.family:
         case "gemm" if record.op in PRODUCTS:
@@ -167,17 +225,52 @@ def _sample(record: OpRecord) -> Row | None:
             name = "attention_backward" if record.family == "backward" else record.family
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
-        case "prefill" if record.op == "sdpa_masked" and record.backend == "default":
+        case "decode" if record.op == "sdpa_latent":
+            blocks = s["batch"] * -(-s["heads"] // LATENT_QUERIES)
+            sizes = [float(whole_waves(blocks, multiprocessors)), s["context"], s["width"]]
+            return f"{LATENT_BLOCKS.name}:{dtype}", sizes, 1
+        case "prefill" | "backward" if record.op == "sdpa_masked":
             heads = [s["heads"], s["kv_heads"], s["head_dim"]]
             side = triangle(s["tokens"] * s["context"])
-            return f"prefill:{dtype}:{MASKED}", [s["batch"], side, *heads], 1
+            name = "attention_backward" if record.family == "backward" else record.family
+            masked = MASKED if record.backend == "default" else f"{MASKED}-{record.backend}"
+            return f"{name}:{dtype}:{masked}", [s["batch"], side, *heads], 1
         case "optimizer" if record.backend == "fused":
             return "optimizer", [float(record.bytes)], 1
         case "bandwidth" if record.op in ("sort", "topk"):
             return record.op, [float(record.bytes)], 1
+        case "gemm" if record.op == "bmm" and dtype == "fp32":
+            return f"bmm:{dtype}", [s[name] for name in ("batch", "m", "n", "k")], 1
+        case "bandwidth" if record.op in WALKED:
+            return WALKED[record.op], [_elements(record), float(record.bytes)], 1
+        case "bandwidth" if record.op == "cat_heads":
+            each = ELEMENT_BYTES * s["batch"] * s["tokens"] * s["heads"]
+            parts = (s["first"], s["second"])
+            return JOINED, [each * sum(parts), each * max(parts)], 1
+        case "bandwidth" if record.op == "cumsum_pairs":
+            return CUMSUM_DOWN, [float(record.bytes), s["chunk"]], 1
+        case "bandwidth" if record.op in SUMS:
+            return SUMS[record.op], [float(record.bytes)], 1
+        case "bandwidth" if record.op in BY_INDEX:
+            return "gather", [float(record.bytes)], 1
+        case "bandwidth" if record.op == "index_rows":  # read again for each pick, and written
+            return "gather", [4.0 * s["rows"] * s["top_k"] * s["width"]], 1
         case "bandwidth" if record.op in BYTE_OPS:
             return _byte_sample(record)
     return None
+
+
+def _elements(record: OpRecord) -> float:
+    """What a kernel that works out offsets writes."""
+    s = record.shape
+    if "rows" in s and "batch" not in s:
+        return float(s["rows"] * s["width"])
+    if "channels" in s:
+        return float(s["batch"] * s["tokens"] * s["channels"])
+    if "rows" in s:
+        return float(s["batch"] * s.get("heads", 1) * s["rows"] * s["width"])
+    each = s["batch"] * s["chunks"] * s["chunk"] * s["heads"]
+    return float(each * s.get("head_dim", s["chunk"]))
 
 
 def _byte_sample(record: OpRecord) -> Row | None:
@@ -190,7 +283,7 @@ def _byte_sample(record: OpRecord) -> Row | None:
         elements = s["rows"] * s["width"]
         if s["rows"] < written.smallest_rows:
             return None
-    by_element = written.kind in (STRIDED, STRIDED_CAST)
+    by_element = written.kind == STRIDED
     as_it_is = record.op in ("cross_entropy", "upcast") or by_element
     wider = 2 if record.dtype == "fp32" and not as_it_is else 1
     moved = wider * written.element_bytes * elements / written.kernels

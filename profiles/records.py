@@ -180,20 +180,18 @@ class Record:
         return statistics.median(self.repeat_tpot_s) if self.repeat_tpot_s else None
 
     @property
-    def new_lengths_tpot_s(self) -> float | None:
-        """Mean time of a token where no pass had met these lengths, of the steps after a warm-up's.
-
-        Whatever a backend prepares for each length is in it (`times_only` of a point: no passes for
-        memory came before).
-        """
-        later = self.step_s[WARMUP_STEPS : self.output_tokens - 1]
-        return statistics.fmean(later) if self._first_is_new and later else None
-
-    @property
     def _first_is_new(self) -> bool:
         """Whether no pass for memory came before a generation's timed ones (suite host)."""
         timed_alone = self.peak_live_bytes is None and len(self.ttft_s) > 1
-        return timed_alone and len(self.host_add_s) == len(self.ttft_s) + len(self.step_s)
+        return timed_alone and self.reads_host_each_step
+
+    @property
+    def reads_host_each_step(self) -> bool:
+        """Whether the host's speed was read right before every timed pass and step; until
+        2026-11-27 it was read before and after them all.
+        """
+        steps = len(self.ttft_s) + len(self.step_s)
+        return len(self.host_add_s) == steps > 0
 
     def _repeats(self, steps: tuple[T, ...]) -> Iterator[tuple[T, ...]]:
         size = self.output_tokens - 1
@@ -205,20 +203,31 @@ class Record:
         """Every timed pass of "ttft_s" or step of "tpot_s" (those of `repeat_tpot_s`), and what an
         addition cost the host right before it.
 
-        Where the host was read only before and after them all (until 2026-11-27), the median of
-        that; None where it was not read.
+        "new_tpot_s": steps at lengths that no pass had met, which hold what a backend prepares for
+        each length; the first few were met in a warm-up. Where the host was read only before and
+        after them all, the median of that; None where it was not read.
         """
-        firsts = len(self.ttft_s)
+        firsts, size = len(self.ttft_s), self.output_tokens - 1
         adds: tuple[float | None, ...] = self.host_add_s
-        if len(adds) != firsts + len(self.step_s):
+        if not self.reads_host_each_step:
             usual = statistics.median(self.host_add_s) if adds else None
             adds = (usual,) * (firsts + len(self.step_s))
         pairs = tuple(zip((*self.ttft_s, *self.step_s), adds, strict=True))
         if self.phase != "generation":
-            return pairs
-        if quantity == "ttft_s":
-            return pairs[:firsts]
-        return tuple(pair for repeat in self._repeats(pairs[firsts:]) for pair in repeat)
+            return () if quantity == "new_tpot_s" else pairs
+        steps = pairs[firsts:]
+        match quantity:
+            case "ttft_s":
+                return pairs[:firsts]
+            case "new_tpot_s":
+                return steps[WARMUP_STEPS:size] if self._first_is_new else ()
+        return tuple(pair for repeat in self._repeats(steps) for pair in repeat)
+
+    @property
+    def new_tpot_s(self) -> float | None:
+        """Mean time of a token at lengths that are new to its process; None: none was timed."""
+        steps = [step for step, _ in self.samples("new_tpot_s")]
+        return statistics.fmean(steps) if steps else None
 
     def host_add_beside_s(self, quantity: str) -> float | None:
         """The median of what an addition cost beside a quantity's `samples`; None: unknown."""

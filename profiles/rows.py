@@ -20,6 +20,7 @@ QUANTITIES = (
     "device_used_bytes",
     "ttft_s",
     "tpot_s",
+    "new_tpot_s",
     "replay_s",
     "step_s",
 )

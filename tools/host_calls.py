@@ -94,7 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 64,
         "pad_token_id": 1,
     },
-    "deepseek_v2": {**LATENT, "topk_method": "greedy"},
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "q_lora_rank": None},  # as V2-Lite has it
     "deepseek_v3": LATENT,
 }
 TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"bamba", "deepseek_v2", "deepseek_v3"}))
@@ -132,7 +132,10 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Viewing(TorchFunctionMode):
-    """Calls of torch from Python that run no kernel but make a tensor: views."""
+    """Calls of torch from Python that run no kernel but make a tensor: views.
+
+    What makes several (chunk, split, unbind) narrows to each of them in turn, inside the call.
+    """
 
     def __init__(self, counting: Counting) -> None:
         super().__init__()
@@ -145,7 +148,8 @@ class Viewing(TorchFunctionMode):
         before = self.counting.dispatched, self.counting.kernels
         out = func(*args, **(kwargs or {}))
         after = self.counting.dispatched, self.counting.kernels
-        self.views += after[0] > before[0] and after[1] == before[1]
+        if after[0] > before[0] and after[1] == before[1]:
+            self.views += 1 + (len(out) if isinstance(out, tuple | list) else 0)
         return out
 
 

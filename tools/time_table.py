@@ -1,7 +1,9 @@
-"""Writes docs/time.md's table of whole models: `python -m tools.time_table`.
+"""Writes docs/time.md's tables of whole models: `python -m tools.time_table`.
 
-Held-out records of GPUs: all of a quantity, and those that kernels bind as planned. Then how near
-any one number a point could come to points that ran several times.
+Held-out records of GPUs: all of a quantity, and those that kernels bind as planned; beside them the
+runs that read their host's speed before every step (replayed steps have no host). How near any one
+number a point could come to points that ran several times. What other tools print of Llama-3.1-8B,
+on the same measurements.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from planner import ConfigError
 from planner.format import of_quantity
 from planner.report import write_text
 from planner.timing.latency import Latency
+from profiles.baselines import baselines
 from profiles.compare import compare, estimate_of
 from profiles.records import Record
 from profiles.repeatability import repeats
@@ -27,28 +30,70 @@ from tools.accuracy_table import committed, share
 PAGE = Path(__file__).parents[1] / "docs" / "time.md"
 BEGIN = "<!-- whole models: written by `python -m tools.time_table` -->"
 END = "<!-- /whole models -->"
-TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s")
+PEERS_BEGIN = "<!-- peers: written by `python -m tools.time_table` -->"
+PEERS_END = "<!-- /peers -->"
+PEERS = {
+    "aiconfigurator-trtllm": "aiconfigurator (TensorRT-LLM)",
+    "aiconfigurator-vllm": "aiconfigurator (vLLM)",
+    "LLM-Viewer-fa": "LLM-Viewer, flash",
+    "llm-analysis": "llm-analysis",
+    "LLM-Viewer": "LLM-Viewer",
+    "GenZ": "GenZ",
+}
+TIMES = ("ttft_s", "step_s", "replay_s", "tpot_s", "new_tpot_s")
+ASKED = TIMES[:-1]
+"""What people plan by; the last is what a process waits for once a length."""
 HOST = "host"
 
 
 def whole_models(found: Sequence[Record]) -> str:
     """The part of the page between the marks."""
     of_gpus = [record for record in found if record.environment.device == "cuda"]
+    paired = {r.id for r in of_gpus if r.reads_host_each_step or r.mode == "graph"}
     rows = [row for row in compare(of_gpus) if row.relative_error is not None]
     held_out = [row for row in rows if row.split == "held-out" and row.quantity in TIMES]
     latencies = _latencies(of_gpus)
-    kernels = [row for row in held_out if _bound(row, latencies[row.record]) != HOST]
     lines: list[Sequence[str]] = [
-        ("held-out", "n", "mean \\|error\\|", "p90"),
-        ("---", "--:", "--:", "--:"),
+        ("held-out", "n", "mean \\|error\\|", "p90", "host read: n", "mean", "p90"),
+        ("---", *["--:"] * 6),
     ]
+
+    def add(name: str, members: Sequence[Row]) -> None:
+        if members:
+            read = [row for row in members if row.record in paired]
+            lines.append((name, *_figures(members), *_figures(read)))
+
+    def by_kernels(members: Sequence[Row]) -> list[Row]:
+        return [row for row in members if _bound(row, latencies[row.record]) != HOST]
+
     for quantity in TIMES:
-        for members, name in ((held_out, "{}"), (kernels, "… {}, bound by kernels")):
-            own = [row for row in members if row.quantity == quantity]
-            if own:
-                lines.append((name.format(of_quantity(quantity)), *_figures(own)))
-    lines.append(("all that kernels bind", *_figures(kernels)))
+        own = [row for row in held_out if row.quantity == quantity]
+        add(of_quantity(quantity), own)
+        if quantity in ("ttft_s", "step_s"):
+            add(f"… {of_quantity(quantity)}, bound by kernels", by_kernels(own))
+    asked = [row for row in held_out if row.quantity in ASKED]
+    names = ", ".join(map(of_quantity, ASKED[:-1]))
+    add(f"{names} and {of_quantity(ASKED[-1])}", asked)
+    add("… bound by kernels", by_kernels(asked))
     return f"{markdown.table(lines)}\n\n{nearest(of_gpus, rows)}"
+
+
+def beside_peers(found: Sequence[Record]) -> str:
+    """Mean errors without their sign of each tool and of ours, over the same held-out rows."""
+    of_gpus = [record for record in found if record.environment.device == "cuda"]
+    told = [b for b in baselines(of_gpus, compare(of_gpus)) if b.split == "held-out"]
+    lines: list[Sequence[str]] = [
+        ("Llama-3.1-8B, held-out", "n", "ours", *PEERS.values()),
+        ("---", *["--:"] * (2 + len(PEERS))),
+    ]
+    for quantity in ("replay_s", "ttft_s"):
+        rows = {
+            name: [b for b in told if (b.method, b.quantity) == (name, quantity)] for name in PEERS
+        }
+        ours = [abs(b.planner_error) for b in rows[next(iter(PEERS))]]
+        theirs = [share(fmean(abs(b.relative_error) for b in of)) for of in rows.values()]
+        lines.append((of_quantity(quantity), str(len(ours)), share(fmean(ours)), *theirs))
+    return markdown.table(lines)
 
 
 def nearest(found: Sequence[Record], rows: Sequence[Row]) -> str:
@@ -89,20 +134,23 @@ def _latencies(found: Iterable[Record]) -> dict[str, Latency]:
 
 
 def _bound(row: Row, latency: Latency) -> str:
-    decodes = row.quantity in ("tpot_s", "replay_s")
+    decodes = row.quantity in ("tpot_s", "new_tpot_s", "replay_s")
     return latency.decode_bound_by if decodes else latency.prefill_bound_by
 
 
 def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
     off = [abs(row.relative_error or 0.0) for row in rows]
+    if not off:
+        return "0", "–", "–"
     return f"{len(off)}", share(fmean(off)), share(float(np.quantile(off, 0.9)))
 
 
-def written(text: str, part: str) -> str:
-    """`text` of the page with `part` between its marks."""
-    return markdown.between(BEGIN, END, text, part)
+def written(text: str, found: Sequence[Record]) -> str:
+    """`text` of the page with its tables between their marks."""
+    text = markdown.between(BEGIN, END, text, whole_models(found))
+    return markdown.between(PEERS_BEGIN, PEERS_END, text, beside_peers(found))
 
 
 if __name__ == "__main__":
     os.environ["PLANNER_CALIBRATION"] = ""  # the catalogue alone
-    write_text(written(PAGE.read_text(encoding="utf-8"), whole_models(committed())), PAGE)
+    write_text(written(PAGE.read_text(encoding="utf-8"), committed()), PAGE)

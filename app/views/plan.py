@@ -13,7 +13,7 @@ from app import charts, controls, remedies, trust
 from app.engine_log import pasted_log
 from planner.format import gib, seconds
 from planner.report import csv_text
-from planner.result import binding, off_by
+from planner.result import binding, new_lengths, off_by
 from planner.runtimes import runtime_named
 
 # What was asked for; an estimate's own model is as the runtime builds it.
@@ -83,7 +83,9 @@ def numbers(e: planner.Estimate) -> tuple[DeltaGenerator, ...]:
         if e.memory.simulated:
             with reserved:
                 card("Reserved by torch", "…")
-    st.caption(f"Times: {'; '.join((e.latency.basis, *binding(e.latency)))}.")
+    note = new_lengths(e.latency)
+    more = f" {note[:1].upper()}{note[1:]}." if note else ""
+    st.caption(f"Times: {'; '.join((e.latency.basis, *binding(e.latency)))}.{more}")
     return (*places, reserved, st.empty(), st.container())
 
 

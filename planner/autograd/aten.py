@@ -20,6 +20,7 @@ from planner.autograd.layouts import (
     is_contiguous,
     is_whole,
     preserved,
+    reach,
     view,
 )
 from planner.autograd.reduction_scratch import column_sum_scratch
@@ -161,7 +162,11 @@ class Aten:
         whole = is_whole(self.sizes(dims), strides, [(x.sizes, x.strides) for x in operands])
         if converts:
             return "cast" if whole else "strided cast"
-        return "whole" if whole else "strided"
+        return "whole" if whole else self._reach(dims, strides, operands) or "strided"
+
+    def _reach(self, dims: Dims, strides: Ints, operands: Sequence[Tensor]) -> str:
+        told = [(x.sizes, x.strides, x.itemsize) for x in operands if x.dims]
+        return reach(self.sizes(dims), strides, told)
 
     def add_into(self, total: Tensor, x: Tensor) -> None:
         """total += x, in place."""
@@ -212,7 +217,8 @@ class Aten:
         """x.contiguous(): x itself where it is row-major."""
         if is_contiguous(x.sizes, x.strides):
             return x
-        return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,), loop="strided")
+        loop = self._reach(x.dims, contiguous(x.sizes), (x,)) or "strided"
+        return self.new("clone", x.name, x.dims, x.itemsize, reads=(x,), loop=loop)
 
     def as_view(self, x: Tensor, dims: Dims) -> Tensor | None:
         """x.view(dims); None where it cannot be one."""
@@ -299,17 +305,27 @@ class Aten:
         )
         return x.seen_as(dims, sizes, strides)
 
-    def cat(self, parts: Sequence[Tensor], dim: int, whole: Like | Dims, name: str) -> Tensor:
+    def cat(
+        self,
+        parts: Sequence[Tensor],
+        dim: int,
+        whole: Like | Dims,
+        name: str,
+        *,
+        first: bool = False,
+    ) -> Tensor:
         """The parts one behind the other along `dim`, `whole` in all.
 
-        Whole ones are copied in blocks, others element by element (ATen/native/cuda/Shape.cu).
+        Whole ones are copied in blocks, others element by element (ATen/native/cuda/Shape.cu), and
+        so are all behind an empty tensor of no shape, which is what `first` says
+        (ATen/native/TensorShape.cpp: all_contiguous).
         """
         dims = whole.dims if isinstance(whole, Like) else whole
         images = all(is_channels_last(x.sizes, x.strides) for x in parts)
         strides = channels_last(self.sizes(dims)) if images else None
         widest = max(x.itemsize for x in parts)
-        apart = not images and not all(is_contiguous(x.sizes, x.strides) for x in parts)
-        loop = "strided" if apart else ""
+        apart = first or not all(is_contiguous(x.sizes, x.strides) for x in parts)
+        loop = "joined" if apart and not images else ""
         return self.new("cat", name, dims, widest, strides=strides, reads=parts, loop=loop)
 
     def mm(self, a: Tensor, b: Tensor, name: str, *, kernel: str = "mm") -> Tensor:

@@ -134,6 +134,36 @@ def is_whole(sizes: Ints, strides: Ints, operands: Sequence[tuple[Ints, Ints]]) 
     )
 
 
+SECTOR_BYTES, BLOCK = 32, 256
+"""What a GPU reads at the least, and elements that one block of threads writes, two by each of 128
+(ATen/native/cuda/CUDALoops.cuh: elementwise_kernel<128, 2>; of two bytes they are four each)."""
+
+
+def reach(sizes: Ints, strides: Ints, operands: Sequence[tuple[Ints, Ints, int]]) -> str:
+    """Whether an operand (sizes, strides, itemsize) is read across what is written.
+
+    Neighbours in the result then lie in sectors of their own. "across": a block of threads uses
+    these up, or they are read again, as an operand is repeated. "far": less than half of them lie
+    together in a block, so that others read the same sectors later. Empty: none is.
+    """
+    order = sorted((d for d in range(len(sizes)) if sizes[d] > 1), key=lambda d: strides[d])
+    found = ""
+    for own, laid, itemsize in operands:
+        steps = _broadcast(sizes, own, laid)
+        if not order or steps[order[0]] * itemsize < SECTOR_BYTES:
+            continue
+        repeated = any(steps[d] == 0 for d in order)
+        run = 1
+        for d in order:
+            if steps[d] * itemsize < SECTOR_BYTES:
+                break
+            run *= sizes[d]
+        if not repeated and run >= BLOCK // 2:
+            return "far"
+        found = "across"
+    return found
+
+
 def is_channels_last(sizes: Ints, strides: Ints) -> bool:
     """Whether torch takes four dimensions for a channels-last image (c10/core/MemoryFormat.h)."""
     if len(sizes) != 4 or strides[1] == 0:

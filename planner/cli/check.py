@@ -13,6 +13,7 @@ from planner.checks.written import in_words, markdown, sarif, table, to_dict
 from planner.cli.layout import TensorParallel
 from planner.cli.options import AsJson, Batch, CsvFile, Dtype, KvDtype, RuntimeName
 from planner.cli.output import console, exit_unless, show
+from planner.errors import check_choice
 from planner.findings import Finding
 from planner.report import write_csv, write_text
 
@@ -80,6 +81,7 @@ def check_command(
 
 
 def _findings(target: str, takes: str, load: dict[str, Any]) -> Sequence[Finding]:
+    check_choice("takes", takes, ("ids", "embeddings"))
     module, colon, name = target.partition(":")
     dotted = all(part.isidentifier() for part in module.split("."))
     if not (colon and dotted and name.isidentifier() and module != "hf"):

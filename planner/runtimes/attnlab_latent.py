@@ -87,11 +87,8 @@ class LatentWriter(AttentionWriter):
         D, D_v = mla.qk_head_dim, mla.v_head_dim
         read = Buffer(name="latents", shape=(B, keys, c), itemsize=b)
         heads = self.linear("kv_b_proj", read, H * (mla.qk_nope_head_dim + D_v))
-        moved: Shape = (2, B, H, keys, D, b)
-        k = tape.new("keys", (B, H, keys, D), b, moved=(moved,), kernel="cat", loop="strided")
-        q_shape: Shape = (B, H, T, D)
-        moved = (2, *q_shape, b)
-        q = tape.new("queries", q_shape, b, moved=(moved,), kernel="cat", loop="strided")
+        k = self._two_parts("keys", (B, H, keys), mla.qk_nope_head_dim, D)
+        q = self._two_parts("queries", (B, H, T), mla.qk_nope_head_dim, D)
         flops: Shape = (2 * (D + D_v), B, H, visible_pairs(None))
         values: Shape = (2, B, H, keys, D_v, b)
         mask = self.masks[self.cache.pattern(mla)].table
@@ -104,13 +101,21 @@ class LatentWriter(AttentionWriter):
         tape.free(q, k, heads)
         return out, self.attention != "naive"
 
+    def _two_parts(self, name: str, rows: Shape, first: int, width: int) -> Buffer:
+        """Two parts of each row joined, neither of which lies whole."""
+        moved = ((*rows, first, self.b), (*rows, width - first, self.b))
+        return self.tape.new(name, (*rows, width), self.b, moved=moved, kernel="cat", loop="joined")
+
     def _absorbed(self, mla: MLA, keys: Extent) -> tuple[Buffer, bool]:
         """Queries in the latents' space, over the latents as they lie."""
         tape, b, H, c = self.tape, self.b, mla.num_attention_heads, mla.kv_lora_rank
         n, r, D_v = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
         several = H > 1
-        straight = self._copied("queries", (FOLDED, B, H, T, n)) if several else None
-        weights = self._copied("matrices", (SEVERAL_BATCHES, B, H, n, c)) if several else None
+        straight = weights = None
+        if several:
+            shape: Shape = (FOLDED, B, H, T, n)
+            straight = self._copied("queries", shape, shape, loop="strided")
+            weights = self._matrices((H, n, c), loop="strided")
         within = tape.new(
             "queries of latents",
             (B, H, T, c),
@@ -134,7 +139,7 @@ class LatentWriter(AttentionWriter):
         else:
             made = self._fused(q, kv, mask if table else None, c, flops=flops, moved=(0,))
         tape.free(mask)
-        weights = self._copied("matrices", (SEVERAL_BATCHES, B, H, c, D_v)) if several else None
+        weights = self._matrices((H, c, D_v), loop="across") if several else None
         out = tape.new(
             "attention",
             (B, T, H * D_v),
@@ -152,9 +157,17 @@ class LatentWriter(AttentionWriter):
         pattern = self.cache.pattern(mla)
         return self.tape.new("mask", (pattern.plain_causal, T, keys), BOOL)
 
-    def _copied(self, name: str, shape: Shape) -> Buffer:
-        """What matmul folds a batch into: a matrix for each sequence, where there are several."""
-        return self.tape.new(name, shape, self.b, moved=((*shape, self.b),), kernel="clone")
+    def _matrices(self, shape: Shape, *, loop: str) -> Buffer:
+        """Matrices of all heads for each sequence, where there are several; `loop`: as they lie,
+        or transposed."""
+        read = (SEVERAL_BATCHES, *shape)
+        return self._copied("matrices", (SEVERAL_BATCHES, B, *shape), read, loop=loop)
+
+    def _copied(self, name: str, shape: Shape, read: Shape, *, loop: str) -> Buffer:
+        """What matmul folds a batch into."""
+        return self.tape.new(
+            name, shape, self.b, moved=((*read, self.b),), kernel="clone", loop=loop
+        )
 
     def _fused(
         self, q: Buffer, k: Buffer, mask: Buffer | None, D_v: int, *, flops: Shape, moved: Shape

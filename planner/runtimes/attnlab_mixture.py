@@ -89,7 +89,8 @@ class MixtureWriter(Writer):
         if moe.router == "sparsemixer":
             return self._sparsemixer(k, logits)
         word = "softmax" if moe.router == "softmax" else "sigmoid"
-        scores = tape.new(f"router {word}", table, FLOAT32, reads=(logits,))
+        kernel = "_softmax" if moe.router == "softmax" else "sigmoid"
+        scores = tape.new(f"router {word}", table, FLOAT32, reads=(logits,), kernel=kernel)
         choice, owned = (logits, True) if moe.router == "sigmoid" else (scores, False)
         if not owned:
             tape.free(logits)
@@ -201,10 +202,10 @@ class MixtureWriter(Writer):
         rows = (B, T, k)
         of_row = tape.new("rows by expert", rows, INT64, reads=(picks,), kernel="sort")
         order = tape.new("rows' order", rows, INT64)
-        counted = tape.new("experts", (E,), INT64)
-        ends = tape.new("rows' ends", (E,), INT32, reads=(of_row, counted))
+        counted = tape.new("experts", (E,), INT64, kernel="arange")
+        ends = tape.new("rows' ends", (E,), INT32, reads=(of_row, counted), kernel="searchsorted")
         tape.free(counted)
-        token = tape.new("rows' tokens", rows, INT64, reads=(order,))
+        token = tape.new("rows' tokens", rows, INT64, reads=(order,), kernel="floor_divide")
         routed = self._rows("routed tokens", (*rows, width), x, token)
         tape.free(token)
         if moe.router == "sigmoid":
@@ -232,7 +233,7 @@ class MixtureWriter(Writer):
         assert isinstance(width, int)
         out = self.replaced(linear("down_proj", inner, width), inner)
         tape.free(of_row, ends)
-        place = tape.new("rows' places", rows, INT64)
+        place = tape.new("rows' places", rows, INT64, kernel="arange")
         back = tape.new("rows' places", rows, INT64, reads=(order, place), kernel="scatter")
         sorted_back = self._rows("experts by token", (*rows, width), out, back)
         tape.free(back)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.dtypes import element_bytes
-from planner.layers import Layer
+from planner.layers import Layer, RoPE
 from planner.model import Model
 from planner.program import B, Buffer, Shape, T, Tape
 
@@ -48,9 +48,19 @@ class Writer:
     def rotate(self, x: Buffer, rows: Shape, D: int, rotary: int) -> Buffer:
         """x · cos + rotate_half(x) · sin over the first `rotary` of D, each step a tensor."""
         tape, b, full = self.tape, self.b, (*rows, rotary)
+        half = (*rows, rotary // 2, b)
         straight = tape.new("rotary", full, b, reads=(x,))
-        negated = tape.new("rotary", (*rows, rotary // 2), b, moved=((*rows, rotary // 2, b),))
-        turned = tape.new("rotary", full, b, reads=(x,))
+        negated = tape.new("rotary", half[:-1], b, moved=(half,))
+        positions = self.model.positions
+        stacks = isinstance(positions, RoPE) and positions.interleaved  # a copy for each half
+        turned = tape.new(
+            "rotary",
+            full,
+            b,
+            moved=(half, half),
+            kernel="stack" if stacks else "cat",
+            loop="strided" if stacks else "joined",
+        )
         tape.free(negated)
         product = tape.new("rotary", full, b, reads=(turned,))
         tape.free(turned)
@@ -58,7 +68,9 @@ class Writer:
         tape.free(product, straight)
         if rotary == D:
             return out
-        return self.replaced(tape.new("rotated", (*rows, D), b, reads=(x, out)), out)
+        parts = ((*full, b), (*rows, D - rotary, b))
+        whole = tape.new("rotated", (*rows, D), b, moved=parts, kernel="cat", loop="joined")
+        return self.replaced(whole, out)
 
 
 def layer_label(layer: Layer) -> str:

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.catalog.gpus import Gpu
 from planner.program import LATENT, Dims, Number, evaluate
 from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
+    LATENT_BLOCKS,
+    LATENT_QUERIES,
     LATENT_ROPE,
     MASKED,
     triangle,
@@ -43,7 +46,7 @@ def attention_time(
     for there in (masked, ~masked):
         if not np.any(there):
             continue
-        first = (MASKED, *backends) if there is masked else backends
+        first = (f"{MASKED}-{kind.backend}", MASKED, *backends) if there is masked else backends
         if kind.backward or np.any(several & there):
             fit = None if calibration is None else calibration.fit(family, speed.dtype, *first)
             parts.append((several & there, fit, (B, triangle(pairs), *heads), family))
@@ -76,6 +79,9 @@ WIDEST_HEAD = 256
 EFFICIENT_QUERIES = 64
 """A block of the memory-efficient kernel has so many queries, be there one or all (fmha_cutlassF_…_
 aligned_64x64, 64x128; aten/src/ATen/native/transformers/cuda/mem_eff_attention)."""
+EFFICIENT_WIDE_QUERIES = 32
+"""The same of heads beyond `EFFICIENT_WIDE_HEAD`: fmha_cutlassF_…_aligned_32x128_gmem."""
+EFFICIENT_WIDE_HEAD = 128
 
 
 def _decode_fit(
@@ -83,16 +89,17 @@ def _decode_fit(
 ) -> tuple[Fit | None, tuple[Number, ...]]:
     """The fit of one query's attention, and its sizes."""
     calibration, heads = speed.calibration, (kind.heads, kind.kv_heads, kind.head_dim)
+    processors = speed.gpu.multiprocessors
     if calibration is None:
         return None, (B, pairs, *heads)
+    if backends[:1] == (EFFICIENT,) and kind.head_dim > WIDEST_HEAD:
+        blocks_fit = calibration.fit(LATENT_BLOCKS.name, speed.dtype)
+        if blocks_fit is not None:
+            blocks = whole_waves(B * np.ceil(kind.heads / LATENT_QUERIES), processors)
+            return blocks_fit, (blocks, pairs, kind.head_dim + LATENT_ROPE / 2.0)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
-        together = kind.heads if kind.head_dim > WIDEST_HEAD else 1  # heads over one latent
-        blocks = B * kind.heads / together * np.ceil(together / EFFICIENT_QUERIES)
-        whole = speed.gpu.multiprocessors or 1
-        waves = np.ceil(blocks / whole) * whole  # as long as if all were busy
-        each = (kind.heads / together, max(kind.kv_heads / together, 1.0), kind.head_dim)
-        return fit, (waves / each[0], triangle(EFFICIENT_QUERIES * pairs), *each)
+        return fit, one_query_sizes(B, pairs, *heads, speed.gpu)
     if kind.backend == LATENT:
         dtype = "fp8" if kind.kv_bytes == 1 else speed.dtype
         latent = calibration.fit("latent_decode", dtype) or calibration.fit("latent_decode", "bf16")
@@ -101,3 +108,25 @@ def _decode_fit(
             return latent, (B, pairs, float(kind.heads), width)
     fit = calibration.fit("decode", "fp8" if kind.kv_bytes == 1 else speed.dtype, *backends)
     return fit or calibration.fit("decode", speed.dtype, *backends), (B, pairs, *heads)
+
+
+def one_query_sizes(
+    B: Number, keys: Number, H: float, G: float, D: float, gpu: Gpu
+) -> tuple[Number, ...]:
+    """The prompts' attention that takes the efficient kernel as long as one query a sequence does.
+
+    Its blocks are as large, and so many run at once that all processors have one. Heads wider than
+    others' are over one latent, and share blocks as queries do.
+    """
+    queries = EFFICIENT_WIDE_QUERIES if D > EFFICIENT_WIDE_HEAD else EFFICIENT_QUERIES
+    together = H if D > WIDEST_HEAD else 1.0
+    blocks = B * H / together * np.ceil(together / queries)
+    waves = whole_waves(blocks, gpu.multiprocessors)
+    each = (H / together, max(G / together, 1.0), D)
+    return (waves / each[0], triangle(queries * keys), *each)
+
+
+def whole_waves(blocks: Number, multiprocessors: int | None) -> Number:
+    """Blocks that take as long: some of a wave take as long as all of it."""
+    whole = multiprocessors or 1
+    return np.ceil(blocks / whole) * whole

@@ -25,7 +25,7 @@ from planner.catalog.gpus import Gpu, gpus
 from planner.catalog.here import Processor
 from planner.errors import ConfigError, shown
 from planner.timing.calibration_files import Stamp, committed_text, own_file, own_stamp, own_text
-from planner.timing.op_families import ALIAS, COMMUNICATION
+from planner.timing.op_families import ALIAS, COMMUNICATION, WEIGHT_BYTES
 from planner.timing.op_times import Errors, Fit, Roof, family_named
 
 SCHEMA = 1
@@ -108,6 +108,7 @@ class EnergyCost:
     """Power that flows when nothing runs, and joules of work beyond it.
 
     `clock`: the share of a burst's clock that the product ran at which `flop_j` was measured with.
+    `others`: both of products in further dtypes, where these were timed.
     """
 
     idle_w: float
@@ -115,13 +116,19 @@ class EnergyCost:
     byte_j: float
     source: str
     clock: float = 1.0
+    others: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+
+    def of(self, dtype: str) -> tuple[float, float]:
+        """Joules of a FLOP, and the clock that they were measured at."""
+        return self.others.get(dtype, (self.flop_j, self.clock))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
     """All fits of a device, by "family:dtype" or, for attention, "family:dtype:backend".
 
-    `transferred_from` names the kin whose measurements these are; None: the device's own.
+    `transferred_from` names the kin whose measurements these are; None: the device's own. `half`:
+    what computing takes in fp16 of the same in bf16, whose fits it has.
     `own_file`: where they lie, where they are not the catalogue's. Of a CPU, `measured_on` is the
     one that was timed, `used_on` the one that is asked about.
     """
@@ -134,6 +141,7 @@ class Calibration:
     energy: EnergyCost | None = None
     transferred_from: str | None = None
     pages: PageCost | None = None
+    half: float = 1.0
     own_file: str = ""
     measured_on: Processor | None = None
     used_on: Processor | None = None
@@ -204,18 +212,23 @@ def _of_cpu(gpu: Gpu) -> Calibration | None:
 
 
 def _in_float32(fits: Mapping[str, Fit], gpu: Gpu) -> dict[str, Fit]:
-    """Products and attention in fp32, which nobody timed: bf16's shares of fp32's peak."""
-    if any(fit.dtype == "fp32" for fit in fits.values()):
-        return {}
+    """Products and attention in fp32 that nobody timed: bf16's shares of fp32's peak.
+
+    The memory-efficient kernel multiplies float32 on tensor cores, as three products in TF32, which
+    is half as fast as bf16 (ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h:
+    OpMultiplyAddFastF32).
+    """
+    timed = {name.split(":")[0] for name, fit in fits.items() if fit.dtype == "fp32"}
+    vectors, tensors = gpu.flops_per_s("fp32"), gpu.flops_per_s("bf16") / 6.0
     return {
         name.replace(":bf16", ":fp32"): replace(
             fit,
             dtype="fp32",
-            peak_flops_per_s=gpu.flops_per_s("fp32"),
+            peak_flops_per_s=max(vectors, tensors) if name.endswith("efficient") else vectors,
             source=f"{TRANSFERRED} bf16",
         )
         for name, fit in fits.items()
-        if fit.dtype == "bf16"
+        if fit.dtype == "bf16" and name.split(":")[0] not in timed
     }
 
 
@@ -255,7 +268,9 @@ def transferred(measured: Calibration, gpu: Gpu, kin: Gpu) -> Calibration:
 
     def moved(fit: Fit) -> Fit:
         wider = gpu.memory_bandwidth_bytes_per_s / kin.memory_bandwidth_bytes_per_s
-        faster = gpu.flops_per_s(fit.dtype or "bf16") / kin.flops_per_s(fit.dtype or "bf16")
+        faster = wider  # an offset, a step of a sum: no FLOPs
+        if fit.dtype in WEIGHT_BYTES:
+            faster = gpu.flops_per_s(fit.dtype) / kin.flops_per_s(fit.dtype)
         return replace(
             fit,
             peak_flops_per_s=fit.peak_flops_per_s * faster,
@@ -289,10 +304,16 @@ def from_dict(content: Mapping[str, Any]) -> Calibration:
         sources=sources,
         host=host,
         graph=graph,
-        energy=None if energy is None else EnergyCost(**energy),
+        energy=None if energy is None else _energy(energy),
+        half=content.get("half", 1.0),
         pages=None if pages is None else PageCost(**pages),
         measured_on=None if machine is None else Processor(**machine),
     )
+
+
+def _energy(entry: Mapping[str, Any]) -> EnergyCost:
+    others = {dtype: (flop_j, clock) for dtype, (flop_j, clock) in entry.get("others", {}).items()}
+    return EnergyCost(**{**entry, "others": others})
 
 
 def _fit(name: str, entry: Mapping[str, Any]) -> Fit:

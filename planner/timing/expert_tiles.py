@@ -25,8 +25,9 @@ LARGEST_TILE = 128
 def rows_of_tiles(kind: Grouped, dims: Dims, *, torch_groups: bool) -> Number:
     """Rows dealt out in turn that fill as many tiles as those of `dims` do, in expectation.
 
-    Timed was a tile of each expert's own up to its size, filled in part, and whole ones beyond; of
-    torch's large tiles (`torch_groups`: its own kernel runs) whole ones alone.
+    Timed was a tile of each expert's own up to its size, filled in part, and whole ones beyond: of
+    every expert, or (`torch_groups`: torch's own kernel runs) of those that are reached; of its
+    large tiles whole ones alone.
     """
     rows, routing, of = evaluate(kind.m, dims), dims.routing, kind.reached
     if routing.balanced and not torch_groups:
@@ -34,7 +35,8 @@ def rows_of_tiles(kind: Grouped, dims: Dims, *, torch_groups: bool) -> Number:
     tokens = np.asarray(dims.batch * dims.tokens, dtype=np.float64)
     large = torch_groups & (rows > SMALL_GROUP * of.experts)
     tile = np.where(large, *GROUPED_TILES[::-1]) if torch_groups else fused_tile(tokens)
-    own = np.where(large, 0.0, np.minimum(rows, of.experts))
+    timed = of.of(dims) if torch_groups else of.experts
+    own = np.where(large, 0.0, np.minimum(rows, timed))
     tiles = routing.tiles(of.experts, of.top_k, tokens, tile)
     return filled_rows(rows, tiles, tile, own)
 

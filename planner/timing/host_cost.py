@@ -36,6 +36,7 @@ from planner.timing.op_kinds import (
     Grouped,
     Product,
     Timed,
+    converts,
     is_there,
     timed_ops,
 )
@@ -53,8 +54,39 @@ and mistral where next to nothing else ran, more on a busy one; no record is fit
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
-ROUTING = ("sort", "topk", "histc", "cumsum", "softmax", "index")
-"""Kernels that cost the host far more than an addition; most deal tokens out to experts."""
+BY_KERNEL = {
+    "arange": "arange",
+    "bmm": "bmm",
+    "cat": "cat",
+    "conv1d": "conv1d",
+    "convolution": "conv1d",
+    "cumsum": "cumsum",
+    "embedding": "embedding",
+    "floor_divide": "floor_divide",
+    "gather": "gather",
+    "gelu": "silu",
+    "grouped_mm": "grouped_mm",
+    "histc": "histc",
+    "index": "index",
+    "index_put": "index_put",
+    "masked_fill": "masked_fill",
+    "mean": "sum",
+    "relu": "silu",
+    "scatter": "scatter",
+    "searchsorted": "searchsorted",
+    "sigmoid": "silu",
+    "silu": "silu",
+    "softmax": "softmax",
+    "sort": "sort",
+    "sum": "sum",
+    "topk": "topk",
+}
+"""Kernels → the op that was timed and takes the same way through torch: activations are unary ops,
+means and sums reductions. Others cost an addition, or what their kind does."""
+BIASED = ("addmm",)
+FOLDING_VIEWS = 2
+"""A product of [B, T, h] by a matrix folds to rows and unfolds again, where rows alone were timed
+(aten/src/ATen/native/Linear.cpp: _flatten_nd_linear; LinearAlgebra.cpp: _matmul_impl)."""
 ADAPTERS = ", adapters"
 ADAPTER_PRODUCTS = 2
 """How LoRA's products are named, and how many a linear layer has."""
@@ -188,9 +220,13 @@ def _forward(segment: Segment) -> bool:
 def _issued(program: Program, host: HostCost) -> tuple[float, float]:
     """Seconds of the ops that Python calls, and of those that autograd's thread does."""
     parts = [0.0, 0.0]
+    folding_s = FOLDING_VIEWS * host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     for timed in timed_ops(program):
-        if not timed.op.sometimes:  # those that do run are among what was counted
-            parts[timed.op.name.endswith("backward")] += timed.count * _cost(timed, host)
+        if timed.op.sometimes:  # those that do run are among what was counted
+            continue
+        backward = timed.op.name.endswith("backward")
+        folds = isinstance(timed.kind, Product) and not backward
+        parts[backward] += timed.count * (_cost(timed, host) + folds * folding_s)
     return parts[0], parts[1]
 
 
@@ -203,25 +239,21 @@ def _backward_scale(host: HostCost) -> float:
 
 @lru_cache(maxsize=4096)
 def _name(timed: Timed) -> str:
-    kernel = timed.op.kernel
+    kernel = timed.op.kernel.split(".")[0].strip("_")
     match timed.kind:
         case Grouped():
             return "grouped_mm"
-        case Product() | Batched():
-            return "linear"
+        case Product():
+            return "linear_bias" if kernel in BIASED else "linear"
+        case Batched():
+            return BY_KERNEL.get(kernel, "linear")
         case Attention():
             return "sdpa"
-        case Bytes(kind="gather") if kernel.startswith("embedding"):
-            return "embedding"
         case Bytes(kind="norm"):
             return "rms_norm"
-        case Bytes() if kernel == "cat":
-            return "cat"
-        case Bytes() if kernel in ("silu", "gelu", "relu", "sigmoid"):
-            return "silu"
-        case Bytes() if kernel.split(".")[0].strip("_") in ROUTING:
-            return kernel.split(".")[0].strip("_")
-    return OTHER
+        case Bytes() if converts(timed.op):
+            return "cast"
+    return BY_KERNEL.get(kernel, OTHER)
 
 
 def _written_out(timed: Timed) -> bool:

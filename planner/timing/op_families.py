@@ -84,6 +84,12 @@ def latent_work(B: Number, S: Number, H: Number, W: Number, dtype: str) -> Work:
     return flops, WEIGHT_BYTES[dtype] * B * S * W + 4.0 * B * H * W
 
 
+def blocks_work(N: Number, S: Number, W: Number, dtype: str) -> Work:
+    """2·N·32·S·(2·W − 64): blocks of 32 queries, each over the same latents of W numbers."""
+    flops = 2.0 * N * LATENT_QUERIES * S * (2.0 * W - LATENT_ROPE)
+    return flops, WEIGHT_BYTES[dtype] * S * W
+
+
 def prefill_work(B: Number, T: Number, H: Number, G: Number, D: Number, dtype: str) -> Work:
     """4·B·H·D·T·(T + 1)/2: causal, over the prompt itself."""
     b = WEIGHT_BYTES[dtype]
@@ -112,6 +118,33 @@ def bytes_work(size: Number, dtype: str) -> Work:
     return 0.0 * size, size
 
 
+ELEMENT_FLOPS, STEP_FLOPS, PART_FLOPS = 1e3, 2e8, 1e3
+"""What a kernel that no FLOP holds up is held up by, in FLOPs that a GPU's peak has in about that
+time: by an offset, by a step of a sum, by a byte of the largest part. A scale alone: the share of
+the peak is fitted."""
+
+
+def offsets_work(elements: Number, size: Number, dtype: str) -> Work:
+    """An offset for each element, beside the bytes."""
+    return ELEMENT_FLOPS * elements, size
+
+
+def joined_work(size: Number, largest: Number, dtype: str) -> Work:
+    """Blocks are dealt out by part, as many to each: the largest is waited for."""
+    return PART_FLOPS * largest, size
+
+
+def summed_work(size: Number, steps: Number, dtype: str) -> Work:
+    """Sums along a dimension by a thread for each column, one step after the other."""
+    return STEP_FLOPS * steps, size
+
+
+def batched_work(pairs: Number, m: Number, n: Number, k: Number, dtype: str) -> Work:
+    """2·m·n·k of each pair of matrices."""
+    b = WEIGHT_BYTES[dtype]
+    return 2.0 * pairs * m * n * k, b * pairs * (m * k + n * k + m * n)
+
+
 GEMM = Family(name="gemm", sizes=("m", "n", "k"), work=gemm_work, scales=(3.0, 4.0, 4.0))
 GEMM_EVEN = replace(GEMM, name="gemm_even")
 GEMM_ODD = replace(GEMM, name="gemm_odd")
@@ -131,6 +164,16 @@ GROUPED = Family(
 ATTENTION_SIZES = ("H", "G", "D")
 LATENT_ROPE = 64.0
 """Rotated numbers of a latent, in all that were timed (DeepSeek's)."""
+LATENT_QUERIES = 32
+"""Queries of a block of the memory-efficient kernel over heads wider than 128 (the name of what
+runs: fmha_cutlassF_bf16_aligned_32x128_gmem); heads over one latent are queries of one head."""
+LATENT_BLOCKS = Family(
+    name="latent_blocks",
+    sizes=("N", "S", "W"),
+    work=blocks_work,
+    scales=(3.0, 2.0, 2.0),
+    free=(0, 1),
+)
 LATENT_DECODE = Family(
     name="latent_decode",
     sizes=("B", "S", "H", "W"),
@@ -171,14 +214,26 @@ BYTE_KINDS = (
     "optimizer",
     "sort",
     "topk",
+    "convolution",
+    "cumsum",
 )
 """Ops that compute next to nothing, by how well they stream."""
 STRIDED = "strided"
 STRIDED_CAST = "strided cast"
+ACROSS, FAR = "across", "far"
+"""Of strided ones those that read across what they write: neighbours that are written are read from
+sectors of 32 bytes of their own, which one block of threads uses up or, far, leaves to others."""
+JOINED = "joined"
+"""Parts that are joined element by element (ATen/native/cuda/Shape.cu: CatArrayBatchedCopy)."""
+CUMSUM_DOWN = "cumsum down"
+""""cumsum" is along the innermost dimension."""
 ELEMENTWISE_TANH = "elementwise:tanh"
 NORM_RMS = "norm:rms"
 """Of CPUs: elementwise ops around a tanh, which take their time to compute, and the norm that is
 one kernel on a GPU and six there."""
+OFFSETS, OFFSETS_CAST = "offsets", "offsets cast"
+"""Families of strided ones by elements and bytes; `STRIDED` are those by elements alone, of devices
+that were calibrated before these were."""
 ELEMENT_BYTES = 4.0
 """Read and written of an element of two bytes: by it strided kernels, which take as long for wider
 elements until these fill the bandwidth, are given a size in bytes."""
@@ -188,6 +243,16 @@ COMMUNICATION = ("all_reduce", "all_gather", "reduce_scatter")
 
 def _bytes(name: str) -> Family:
     return Family(name=name, sizes=("bytes",), work=bytes_work, scales=(3.0,))
+
+
+def _by_two(name: str, sizes: tuple[str, str], work: Callable[..., Work]) -> Family:
+    return Family(name=name, sizes=sizes, work=work, scales=(3.0, 3.0), free=(0, 1))
+
+
+BMM = Family(
+    name="bmm", sizes=("pairs", "m", "n", "k"), work=batched_work, scales=(3.0, 3.0, 3.0, 3.0)
+)
+"""Products of as many pairs of matrices, each pair alone."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -200,9 +265,17 @@ FAMILIES: dict[str, Family] = {
         GROUPED,
         DECODE,
         LATENT_DECODE,
+        LATENT_BLOCKS,
         PREFILL,
         BACKWARD,
+        BMM,
         *map(_bytes, (*BYTE_KINDS, STRIDED, STRIDED_CAST)),
+        *(
+            _by_two(name, ("elements", "bytes"), offsets_work)
+            for name in (OFFSETS, OFFSETS_CAST, ACROSS, FAR)
+        ),
+        _by_two(JOINED, ("bytes", "largest"), joined_work),
+        _by_two(CUMSUM_DOWN, ("bytes", "steps"), summed_work),
         *(_bytes(f"{kind}:{gpus}") for kind in COMMUNICATION for gpus in (2, 4, 8)),
     )
 }

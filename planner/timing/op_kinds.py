@@ -27,7 +27,14 @@ from planner.program import (
     Symbol,
     evaluate,
 )
-from planner.timing.op_families import STRIDED, STRIDED_CAST
+from planner.timing.op_families import (
+    ACROSS,
+    CUMSUM_DOWN,
+    FAR,
+    JOINED,
+    STRIDED,
+    STRIDED_CAST,
+)
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
@@ -35,7 +42,7 @@ MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim")
 """Each row to a number, read once."""
 SOFTMAX = re.compile(r"_(?:safe_)?softmax")
 """Over rows of attention or routing; over a vocabulary it is a logarithm, a REDUCTION."""
-REDUCTION = re.compile(r"softmax|cumsum|nll|logsumexp|var|cross_entropy")
+REDUCTION = re.compile(r"softmax|nll|logsumexp|var|cross_entropy")
 GATHER = re.compile(r"embedding|index|gather|scatter|topk|sort")
 ROUTING = ("sort", "topk")
 """Several kernels, and latencies: they do not stream."""
@@ -116,14 +123,34 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """Products of many small matrices: only their FLOPs and bytes are known."""
+    """Products of many small matrices; m, n and k are there where its operands tell them."""
 
     flops: Shape
     dtype_bytes: int
+    mnk: tuple[Shape, ...] = ()
+
+    def sizes(self, dims: Dims) -> tuple[Number, Number, Number, Number]:
+        """Pairs of matrices, m, n, k."""
+        m, n, k = (evaluate(shape, dims) for shape in self.mnk)
+        return evaluate(self.flops, dims) / (2.0 * m * n * k), m, n, k
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether batch and tokens decide nothing but how many pairs there are."""
+        return all(map(_is_fixed, self.mnk))
 
 
-WALKS = {"whole": "elementwise", "cast": "cast", "strided": STRIDED, "strided cast": STRIDED_CAST}
-"""A program's word for an elementwise kernel → its kind."""
+WALKS = {
+    "whole": "elementwise",
+    "cast": "cast",
+    "strided": STRIDED,
+    "strided cast": STRIDED_CAST,
+    "across": ACROSS,
+    "far": FAR,
+    "joined": JOINED,
+    "down": CUMSUM_DOWN,
+}
+"""A program's word for how a kernel goes over its operands → its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +274,9 @@ def elements(op: Op, dims: Dims) -> Number:
 
 
 def _alike(op: Op, kind: Kind) -> object:
-    """Equal for ops that take the same time whatever the sizes."""
+    """Equal for ops that take the same time whatever the sizes, the host's too."""
     shapes = tuple((b.shape, b.itemsize) for b in (*op.reads, *op.allocates))
-    return kind, shapes, op.moved, op.weight_bytes, op.flops
+    return kind, op.kernel, shapes, op.moved, op.weight_bytes, op.flops
 
 
 def kind_of(op: Op) -> Kind:
@@ -276,9 +303,33 @@ def _computing(op: Op) -> Kind:
     if op.kernel == "_grouped_mm" or op.name.startswith("experts "):
         found_group = _grouped(op)
         return Batched(op.flops, itemsize) if found_group is None else found_group
+    if op.kernel == "bmm" and op.allocates:
+        return Batched(op.flops, itemsize, _mnk(op))
     if op.kernel not in ("", "mm", "addmm") or not op.allocates:
         return Batched(op.flops, itemsize)
     return _product(op)
+
+
+def _mnk(op: Op) -> tuple[Shape, ...]:
+    """m, n and k: what of pairs · m · n · k the right factor, the left one and the result lack."""
+    assert op.flops is not None
+    if len(op.moved) != 2:
+        return ()
+    left, right = (shape[:-1] for shape in op.moved)
+    found = tuple(_without(op.flops[1:], shape) for shape in (right, left, op.allocates[0].shape))
+    return tuple(shape for shape in found if shape is not None) if None not in found else ()
+
+
+def _without(shape: Shape, part: Shape) -> Shape | None:
+    """The extents of a product that another one lacks; None where it is no part of it."""
+    left = list(shape)
+    for extent in part:
+        if extent == 1 and 1 not in left:
+            continue
+        if extent not in left:
+            return None
+        left.remove(extent)
+    return tuple(left)
 
 
 def _product(op: Op) -> Kind:
@@ -402,6 +453,8 @@ def _byte_kind(op: Op) -> str:
         return "gather"
     if op.loop:
         return WALKS[op.loop]
+    if kernel in ("convolution", "cumsum"):
+        return kernel
     if kernel.startswith(("cat", "constant_pad")) and not ROTARY.search(name):
         return "cat"
     if ROTARY.search(name):
@@ -415,6 +468,15 @@ def _byte_kind(op: Op) -> str:
     if kernel == "_to_copy" or name.startswith("float32") or _widens(op):
         return "cast"
     return "norm" if ONE_KERNEL_NORMS.search(kernel) else "elementwise"
+
+
+def converts(op: Op) -> bool:
+    """x.to(dtype), either way."""
+    if op.kernel:
+        return op.kernel == "_to_copy"
+    if op.moved or op.weight_bytes or len(op.reads) != 1:
+        return False
+    return [b.itemsize for b in op.allocates] not in ([], [op.reads[0].itemsize])
 
 
 def _widens(op: Op) -> bool:

@@ -110,6 +110,14 @@ class Fit:
         time_s = self.roof_seconds(sizes) * np.exp(residual)
         return np.maximum(time_s, flops / self.peak_flops_per_s)
 
+    def seconds_at(self, sizes: Sequence[Number]) -> Number:
+        """The same where any size may be an array: the residual without a table."""
+        flops, _ = self.family.work(*sizes, self.dtype)
+        rows = np.broadcast_arrays(*(_octaves(size) for size in sizes))
+        residual = self.residual(np.stack([row.ravel() for row in rows], axis=1))
+        time_s = self.roof_seconds(sizes) * np.exp(residual.reshape(rows[0].shape))[()]
+        return np.maximum(time_s, flops / self.peak_flops_per_s)
+
     def covers(self, sizes: Sequence[Number], start: int = 0) -> bool:
         """Whether these sizes, from the `start`-th on, lie within those that were measured.
 

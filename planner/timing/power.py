@@ -27,8 +27,9 @@ LOWEST, ROUNDS = 0.3, 16
 def flop_joules(cost: EnergyCost, dtype: str, clock: Number = None) -> Number:
     """Joules of a FLOP in this dtype at a clock; None: the one of a sustained product."""
     halved = 0.5 if ALIAS.get(dtype) == "fp8" else 1.0  # half the width, as the rate
-    risen = 1.0 if clock is None else (np.asarray(clock) / cost.clock) ** EXPONENT
-    return halved * cost.flop_j * risen
+    flop_j, sustained = cost.of(dtype)
+    risen = 1.0 if clock is None else (np.asarray(clock) / sustained) ** EXPONENT
+    return halved * flop_j * risen
 
 
 def capped_clock(

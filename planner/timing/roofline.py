@@ -10,18 +10,19 @@ over bandwidth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.program import Dims, Number, Program, evaluate
 from planner.timing.attention_times import attention_time
 from planner.timing.byte_times import bytes_time
-from planner.timing.clock import OpTime, Speed, by_default, by_fit, covering
+from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s, covering
 from planner.timing.compiled import one_row_each, streamed
 from planner.timing.expert_tiles import rows_of_tiles
 from planner.timing.op_families import (
     ALIAS,
+    BMM,
     FEW_ROWS,
     GEMM,
     GEMM_FEW,
@@ -144,7 +145,8 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
                 n,
                 kind.k,
             )
-            fit = covering(speed, "grouped", dtype, sizes)
+            own = replace(speed, backends=()) if _torch_groups(speed) else speed
+            fit = covering(own, "grouped", dtype, sizes)  # torch's kernel before other engines'
             free, family = (0, 1), "grouped"
             if fit is not None and _torch_groups(speed):
                 seconds = _as_one_product(fit, sizes, speed)
@@ -153,7 +155,13 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
             return attention_time(timed, kind, dims, speed, flops, moved)
         case Batched():
             dtype = speed.dtype if kind.dtype_bytes < 4 else "fp32"
-            return by_default(timed, "batched products", dtype, flops, moved, speed)
+            family = "batched products"
+            batched = _batched(kind, dtype, dims, speed)
+            if batched is None:
+                return by_default(timed, family, dtype, flops, moved, speed)
+            fit, sizes = batched
+            seconds = fit.seconds(sizes) if kind.is_fixed else fit.seconds_at(sizes)
+            return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
         case Bytes():
             return bytes_time(timed, kind, dims, speed, moved)
         case Nothing():
@@ -161,6 +169,9 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     if fit is None:
         return by_default(timed, family, dtype or speed.dtype, flops, moved, speed)
     seconds = fit.seconds(sizes, free)
+    if dtype == "fp16" and isinstance(kind, Product) and speed.calibration is not None:
+        longer = speed.calibration.half - 1.0
+        seconds = seconds + longer * np.minimum(seconds, computing_s(fit, flops))
     few = _few_rows(speed, dtype) if isinstance(kind, Product) else None
     if few is not None and np.any(by_row := np.asarray(sizes[0]) < FEW_ROWS):
         seconds = np.where(by_row, few.seconds(sizes, free), seconds)
@@ -172,6 +183,17 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         one = streamed(fit, moved, unpacked, speed)
         seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
     return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
+
+
+def _batched(
+    kind: Batched, dtype: str, dims: Dims, speed: Speed
+) -> tuple[Fit, tuple[Number, ...]] | None:
+    """The fit of products of many pairs of matrices, where it covers these."""
+    if speed.calibration is None or not kind.mnk:
+        return None
+    fit = speed.calibration.fit(BMM.name, dtype)
+    sizes = kind.sizes(dims)
+    return (fit, sizes) if fit is not None and fit.covers(sizes[1:], 1) else None
 
 
 def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: int) -> str:

@@ -193,6 +193,37 @@ def test_kill_9_in_the_middle_of_appending_leaves_a_loadable_store(tmp_path):
     assert len(records.load([store])[0]) == len(read) + 1
 
 
+def timed_alone(**values):
+    """Two repeats of a prompt and four steps, the host read before each; none for memory before."""
+    steps = (*(1.0, 1.0, 9.0, 9.0), *(2.0, 2.0, 2.0, 4.0))
+    adds = (*(0.1, 0.2), *(0.3, 0.3, 0.5, 0.7), *(0.4, 0.4, 0.4, 0.6))
+    generation = {"phase": "generation", "output_tokens": 5, "ttft_s": (5.0, 6.0)}
+    return record(**generation | {"step_s": steps, "host_add_s": adds} | values)
+
+
+def test_a_repeat_that_met_its_lengths_for_the_first_time_is_told_apart():
+    alone = timed_alone()
+    assert alone.repeat_tpot_s == (2.5,)
+    assert alone.new_tpot_s == 9.0  # without the two steps of the warm-up
+    seen = timed_alone(peak_live_bytes=1)  # a pass for memory was there before
+    assert seen.repeat_tpot_s == (5.0, 2.5)
+    assert seen.new_tpot_s is None
+
+
+def test_each_step_has_the_speed_that_its_host_had():
+    alone = timed_alone()
+    assert alone.samples("tpot_s") == ((2.0, 0.4), (2.0, 0.4), (2.0, 0.4), (4.0, 0.6))
+    quantities = ("ttft_s", "tpot_s", "new_tpot_s")
+    assert [alone.host_add_beside_s(q) for q in quantities] == pytest.approx([0.15, 0.4, 0.6])
+
+
+def test_a_host_read_around_all_passes_is_the_same_for_each():
+    around = timed_alone(host_add_s=(0.1, 0.2, 0.3))
+    assert {add_s for _, add_s in around.samples("tpot_s")} == {0.2}
+    assert around.new_tpot_s is None
+    assert timed_alone(host_add_s=()).host_add_beside_s("tpot_s") is None
+
+
 def test_statistics_are_derived_from_the_raw_samples():
     generation = record(output_tokens=3, ttft_s=(0.5, 0.7, 0.6), step_s=(1, 3, 2, 2, 4, 6))
     assert generation.median_ttft_s == 0.6

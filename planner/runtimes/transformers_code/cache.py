@@ -185,7 +185,7 @@ class CacheWriter(KernelWriter):
     def _cat(self, old: list[Tensor], new: Tensor, window: int | None, name: str) -> Tensor:
         seen = self.keys_of(window)
         dims = (*new.dims[:2], (S if seen == T else seen,), new.dims[3])
-        return self._marked(self.aten.cat((*old, new), -2, dims, name))
+        return self._marked(self.aten.cat((*old, new), -2, dims, name, first=not old))
 
     def _quantised(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """QuantizedCache.update: attention gets tensors that are no part of it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.autograd.aten import ONE
-from planner.autograd.layouts import channels_last, is_channels_last
+from planner.autograd.layouts import channels_last, is_channels_last, preserved
 from planner.autograd.tensors import Dims, Tensor
 from planner.mixers.mamba import Mamba2
 from planner.program import B, Shape, Symbol, T
@@ -250,21 +250,36 @@ class Mamba2Writer(CacheWriter):
         f, G, H, N = self.f, mixer.n_groups, mixer.num_heads, mixer.state_size
         wide = self._wide(f.view(x, ((B,), (T,), (G,), (N,))))
         dims: Dims = ((B,), (T,), (H,), (N,))
+        across = is_channels_last(wide.sizes, wide.strides) or wide.strides[-1] != 1
         return self.aten.new(
-            "clone", f"{x.name} of all heads", dims, FLOAT32, reads=(wide,), loop="strided"
+            "clone",
+            f"{x.name} of all heads",
+            dims,
+            FLOAT32,
+            reads=(wide,),
+            loop="across" if across else "strided",
         )
 
     def _padded(self, x: Tensor, Q: Chunked) -> Tensor:
-        """pad_tensor_by_size: a copy, padded or not, which stays an image where it looks like one.
+        """pad_tensor_by_size: a copy, padded or not.
 
-        at::constant_pad_nd takes the format that a tensor suggests; without padding it clones.
+        at::constant_pad_nd takes the format that a tensor suggests, so that what looks like an
+        image stays one; without padding it clones, and the copy lies as x does.
         """
         dims: Dims = (x.dims[0], Q.tokens, *x.dims[2:])
-        sizes, strides = self.aten.sizes(dims), None
-        if len(sizes) == 4 and is_channels_last(x.sizes, x.strides):
+        sizes, strides, loop = self.aten.sizes(dims), None, ""
+        if sizes == x.sizes:
+            strides, loop = preserved(x.sizes, x.strides), "whole"
+        elif len(sizes) == 4 and is_channels_last(x.sizes, x.strides):
             strides = channels_last(sizes)
         return self.aten.new(
-            "constant_pad_nd", f"padded {x.name}", dims, FLOAT32, strides=strides, reads=(x,)
+            "constant_pad_nd",
+            f"padded {x.name}",
+            dims,
+            FLOAT32,
+            strides=strides,
+            reads=(x,),
+            loop=loop,
         )
 
     def _in_chunks(self, tensors: tuple[Tensor, ...], Q: Chunked) -> list[Tensor]:
@@ -287,7 +302,7 @@ class Mamba2Writer(CacheWriter):
         dims: Dims = (*x.dims, n)
         mask = self._lower(square)
         x = self._filled(x, mask, dims)
-        sums = aten.new("cumsum", "segment sums", dims, FLOAT32, reads=(x,))
+        sums = aten.new("cumsum", "segment sums", dims, FLOAT32, reads=(x,), loop="down")
         mask = self._lower(square)
         return self._filled(sums, mask, dims)
 
@@ -300,9 +315,8 @@ class Mamba2Writer(CacheWriter):
         """x.masked_fill(~mask, number): at::masked_fill copies x, then fills the copy in place."""
         aten, name = self.aten, "segment sums"
         turned = aten.elementwise("bitwise_not", "mask", mask)
-        made = aten.new(
-            "masked_fill.Scalar", name, dims, FLOAT32, reads=(x, turned), loop="strided"
-        )
+        loop = "strided" if len(x.dims) < len(dims) else "whole"
+        made = aten.new("masked_fill.Scalar", name, dims, FLOAT32, reads=(x,), loop=loop)
         moved = self._moved(made, made, turned)
         aten.tape.run(name, moved=moved, kernel="masked_fill_", loop="strided")
         return made

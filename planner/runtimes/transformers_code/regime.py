@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -102,7 +103,8 @@ class Regime:
 
     `masked` are the windows that the context, or a static cache, fills
     (masking_utils._ignore_causal_mask_sdpa); `exceeded` those that a static cache's context passes.
-    `reached`: the marks of `token_marks` that the pass's tokens reach.
+    `reached`: the marks of `token_marks` that the pass's tokens reach; `divided`: the chunks of
+    `chunk_sizes` that they fill, the last one too.
     """
 
     several_batches: bool
@@ -112,6 +114,7 @@ class Regime:
     masked: frozenset[int]
     exceeded: frozenset[int] = frozenset()
     reached: frozenset[int] = frozenset()
+    divided: frozenset[int] = frozenset()
 
     def fills(self, mark: int) -> bool:
         """Whether the pass has so many tokens, one of `token_marks`."""
@@ -132,6 +135,7 @@ class Regime:
                 w for w in windows(model) if dims.capacity is not None and w < context
             ),
             reached=frozenset(mark for mark in token_marks(model) if mark <= tokens),
+            divided=frozenset(size for size in chunk_sizes(model) if tokens % size == 0),
         )
 
     @staticmethod
@@ -143,6 +147,8 @@ class Regime:
             code = code + (dims.context >= window) * 2**place
         for mark in token_marks(model):
             code = 2 * code + (dims.tokens >= mark)
+        for size in chunk_sizes(model):
+            code = 2 * code + (dims.tokens % size == 0)
         return code
 
 
@@ -159,8 +165,16 @@ def token_marks(model: Model) -> list[int]:
     The width of the convolution, below which its inputs are padded; the first token of a second
     chunk.
     """
-    mixers = [x.attention for x in model.layer_kinds() if isinstance(x.attention, Mamba2)]
-    return sorted({mark for x in mixers for mark in (x.conv_kernel, x.chunk_size + 1)})
+    return sorted({mark for x in _mixers(model) for mark in (x.conv_kernel, x.chunk_size + 1)})
+
+
+def chunk_sizes(model: Model) -> list[int]:
+    """Tokens of the chunks that Mamba-2 layers cut a prompt into, padded where it does not fit."""
+    return sorted({x.chunk_size for x in _mixers(model)})
+
+
+def _mixers(model: Model) -> list[Mamba2]:
+    return [x.attention for x in model.layer_kinds() if isinstance(x.attention, Mamba2)]
 
 
 def window_of(layer: Layer) -> int | None:
@@ -216,7 +230,7 @@ class CodeWriter(PassWriter[Shared]):
 
     def __init__(self, model: Model, what: Pass, regime: Regime) -> None:
         batch = SOME_BATCH if regime.several_batches else 1
-        tokens = SOME_TOKENS if regime.several_tokens else 1
+        tokens = SOME_TOKENS * prod(regime.divided) if regime.several_tokens else 1
         context = SOME_CONTEXT if what.kind == "decode" else tokens
         encoder = SOME_ENCODER if regime.several_encoded else 1
         held = SOME_CAPACITY if regime.several_held else 1

@@ -293,8 +293,8 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
             return k, v
         if not crosses:
             return self.update(layer, k, v)
-        keys = self._lasting(self.aten.cat((k,), -2, k.dims, "cross keys"))
-        values = self._lasting(self.aten.cat((v,), -2, v.dims, "cross values"))
+        keys = self._lasting(self.aten.cat((k,), -2, k.dims, "cross keys", first=True))
+        values = self._lasting(self.aten.cat((v,), -2, v.dims, "cross values", first=True))
         self.kept += (keys, values)
         return keys, values
 

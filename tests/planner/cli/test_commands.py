@@ -218,3 +218,9 @@ def test_a_launch_that_cannot_be_is_refused_in_one_line(run, options, said):
     code, out, err = run(*STEPS, *options)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
+
+
+def test_a_module_takes_ids_or_embeddings(run):
+    code, out, err = run("check", "gpt2", "--takes", "zz")
+    assert (code, out) == (2, "")
+    assert err == "planner: takes='zz' is not allowed: one of ids, embeddings\n"

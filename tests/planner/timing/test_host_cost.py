@@ -10,9 +10,17 @@ from planner.runtimes import runtime_named
 from planner.timing import clock
 from planner.timing.calibration import load
 from planner.timing.host_calls import counted, trained
-from planner.timing.host_cost import HOOKED, Engine, between_seconds, forward_runs, host_seconds
+from planner.timing.host_cost import (
+    HOOKED,
+    Engine,
+    _issued,
+    _name,
+    between_seconds,
+    forward_runs,
+    host_seconds,
+)
 from planner.timing.latency import latency
-from planner.timing.op_kinds import moved_bytes, timed_ops
+from planner.timing.op_kinds import Product, moved_bytes, timed_ops
 from planner.timing.passes import by_phase, layers_run_again
 from planner.training import training_phase
 from tools import checkpoint_cost
@@ -202,4 +210,29 @@ def test_attention_in_fp32_over_grouped_heads_is_written_out():
         seconds.append(host_seconds(program, HOST, engine) / HOST.scale["attnlab"])
     ops = HOST.op_s
     more = 2 * ops["linear"] + 5 * ops["add"] - ops["sdpa"]
-    assert seconds[0] - seconds[1] == pytest.approx(LAYERS * more)
+    cast = 4 * LAYERS + 4  # of norms and tables, counted in bf16: float32 runs something else
+    less = cast * (ops["cast"] - ops["add"])
+    assert seconds[0] - seconds[1] == pytest.approx(LAYERS * more - less)
+
+
+def test_ops_of_a_mixture_cost_what_was_timed_of_them():
+    """attnlab's, whose programs name what deals tokens out."""
+    work = planner.Inference(batch=2, prompt_tokens=4, output_tokens=2, logits="last")
+    e = of(planner.load_model("qwen1.5-moe-a2.7b"), work, runtime="attnlab")
+    program = runtime_named("attnlab").decode(e.share.model, work, e.setting)
+    found = {_name(timed): 0 for timed in timed_ops(program)}
+    for timed in timed_ops(program):
+        found[_name(timed)] += timed.count
+    layers = 24
+    for op in ("softmax", "topk", "gather", "sort", "searchsorted", "floor_divide", "scatter"):
+        assert found[op] == layers
+    assert (found["arange"], found["index"], found["grouped_mm"]) == (48, 48, 48)
+    assert found["linear_bias"] == 3 * layers  # queries, keys, values
+
+
+def test_a_product_of_sequences_folds_them_where_rows_alone_were_timed():
+    _, program = decode_program("llama")
+    products = sum(t.count for t in timed_ops(program) if isinstance(t.kind, Product))
+    free = replace(HOST, op_s={**HOST.op_s, "transpose_reshape": 0.0})
+    with_views, without = (_issued(program, host)[0] for host in (HOST, free))
+    assert with_views - without == pytest.approx(products * HOST.op_s["transpose_reshape"])
