@@ -204,19 +204,17 @@ class CacheProgram:
             self.tape.free(*mine)
             held += [self.tape.new("own keys, values", (FIRST, *x.shape), self.b) for x in mine]
             return Attended(keys=S, held=tuple(held), strided=FIRST)
-        attended = self._keep(attention, self._encode(attention, new))
+        attended = self._keep(attention, self._encode(attention))
         read = self._decode(attention, attended.keys)
         self.tape.free(*attended.held, *mine)
         return Attended(keys=attended.keys, held=read)
 
-    def _encode(self, attention: GQA | MLA, new: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    def _encode(self, attention: GQA | MLA) -> tuple[Buffer, ...]:
         """Codes and scales of what is new."""
         assert self.form is not None
         stored: list[Buffer] = []
         for which, (name, *_) in enumerate(parts(self.form, attention)):
-            x = new[which if len(new) > 1 else 0]
-            rows = self._rows(attention, which, T)
-            stored += encode(self.tape, rows, x, b=self.b, name=name)
+            stored += encode(self.tape, self._rows(attention, which, T), b=self.b, name=name)
         return tuple(stored)
 
     def _decode(self, attention: GQA | MLA, keys: Extent) -> tuple[Buffer, ...]:
