@@ -1,4 +1,4 @@
-"""Ops that no fit takes, as measured and as the kinds that programs list time them today.
+"""Ops of scans, mixtures and halves, as measured and as programs' kinds time them today.
 
     python benchmarks/ops_as_planned.py --records profiles/data/microbench/h200.jsonl
 
@@ -18,34 +18,42 @@ from planner.catalog.gpus import gpu_named
 from planner.timing.byte_times import byte_seconds
 from planner.timing.calibration import calibration_of
 from planner.timing.clock import DEFAULT, Speed
-from planner.timing.op_families import STRIDED, STRIDED_CAST
+from planner.timing.op_families import (
+    ACROSS,
+    BMM,
+    CUMSUM_DOWN,
+    ELEMENTWISE_TANH,
+    FAR,
+    STRIDED,
+    STRIDED_CAST,
+)
 from profiles.microbench.graph_ops import UNLIKE, UNLIKE_PRODUCTS
 from profiles.microbench.op_record import OpRecord, load, merged
 from profiles.microbench.scan_points import CALIBRATION, HELD_OUT, kernel_points, whole_scan_points
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "clone_heads": (STRIDED,),
-    "clone_turned": (STRIDED,),
-    "clone_across": (STRIDED,),
-    "clone_t": (STRIDED,),
-    "add_turned": (STRIDED,),
-    "mul_steps": (STRIDED,),
+    "clone_turned": (ACROSS,),
+    "clone_across": (FAR,),
+    "clone_t": (ACROSS,),
+    "add_turned": (FAR,),
+    "mul_steps": (ACROSS,),
     "mul_heads": (STRIDED_CAST,),
     "silu_cut": (STRIDED,),
-    "repeat_heads": (STRIDED,),
+    "repeat_heads": (ACROSS,),
     "pad_tokens": ("cat",),
     "mask_expanded": (STRIDED, STRIDED),
-    "mask_pairs": (STRIDED, STRIDED),
-    "cumsum_pairs": ("reduction",),
-    "cumsum_tokens": ("reduction",),
+    "mask_pairs": ("elementwise", STRIDED),
+    "cumsum_pairs": (CUMSUM_DOWN,),
+    "cumsum_tokens": ("cumsum",),
     "exp": ("elementwise",),
     "mul_pairs": (STRIDED,),
     "mul_decays": (STRIDED,),
     "mul_column": (STRIDED,),
-    "conv1d": ("elementwise",),
-    "repeat_matrices": ("elementwise",),
-    "repeat_matrices_t": ("elementwise",),
-    "gelu": ("elementwise",),
+    "conv1d": ("convolution",),
+    "repeat_matrices": (STRIDED,),
+    "repeat_matrices_t": (ACROSS,),
+    "gelu": (ELEMENTWISE_TANH,),
     "gelu_new": ("elementwise",) * 8,
     "index_rows": ("gather",),
     "gather_picks": ("gather",),
@@ -53,7 +61,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "put_places": ("gather",),
     "floor_divide": ("elementwise",),
     "searchsorted": ("elementwise",),
-    "cumsum_counts": ("reduction",),
+    "cumsum_counts": ("cumsum",),
     "histc": ("elementwise",),
     "sum_picks": ("mean",),
 }
@@ -63,6 +71,8 @@ WRITTEN: Mapping[str, float] = {
     "repeat_heads": 1.0,
     "mul_pairs": 1 / 3,
     "add_turned": 1 / 3,
+    "repeat_matrices": 1.0,
+    "repeat_matrices_t": 1.0,
 }
 """The part of an op's bytes that it writes, where that is not half of them."""
 TWICE: Mapping[tuple[str, bool], float] = {
@@ -103,6 +113,9 @@ def main() -> None:
 
 def _planned_s(record: OpRecord, speed: Speed) -> float | None:
     if record.op == "bmm":
+        fit = speed.calibration and speed.calibration.fits.get(f"{BMM.name}:{record.dtype}")
+        if fit:
+            return float(fit.seconds([float(record.shape[i]) for i in ("batch", "m", "n", "k")]))
         peak = speed.gpu.flops_per_s(record.dtype)
         bandwidth = speed.gpu.memory_bandwidth_bytes_per_s
         return float(DEFAULT.seconds(record.flops, record.bytes, peak, bandwidth))
@@ -112,8 +125,10 @@ def _planned_s(record: OpRecord, speed: Speed) -> float | None:
     kinds = KINDS[record.op]
     moved = record.bytes if len(kinds) < 3 else record.bytes * 1.25  # some of them read two
     count = record.bytes * WRITTEN.get(record.op, 0.5) / size
-    times = (byte_seconds(kind, float(moved), count, speed) for kind in kinds)
-    return float(sum(times))
+    steps = float(record.shape.get("chunk", 1))
+    times = [byte_seconds(kind, float(moved), count, speed, steps) for kind in kinds[:-1]]
+    last = 2.0 * size * count if record.op.startswith("mask") else float(moved)  # it fills in place
+    return float(sum(times) + byte_seconds(kinds[-1], last, count, speed, steps))
 
 
 def _scans(good: Mapping[str, OpRecord]) -> Iterator[str]:

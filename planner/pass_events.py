@@ -29,7 +29,8 @@ class PassScript:
 
     `buffers` are what the slots hold, `distinct` each of them once. `steps` are (made, slot) or
     (freed, slot). `found` are the slots that the pass before left; `caches` those that live on, in
-    order; `left` what is dropped. `starts` has the step that each phase begins with; before step
+    order; `left` what is dropped. `starts` has the step that each phase begins with, `labels` that
+    of each kind of segment in a phase; before step
     `gemms[phase]` its first matrix product runs, before `biased_gemms[phase]` the first with a
     bias: what they take, they take behind their output.
     """
@@ -41,6 +42,7 @@ class PassScript:
     caches: tuple[int, ...]
     left: tuple[int, ...]
     starts: dict[str, int]
+    labels: dict[tuple[str, str], int]
     gemms: dict[str, int]
     biased_gemms: dict[str, int]
 
@@ -62,11 +64,13 @@ def script(program: Program, *, continues: bool) -> PassScript:
     alive: dict[Buffer, deque[int]] = defaultdict(deque)
     born: dict[Buffer, str] = {}
     starts: dict[str, int] = {}
+    labels: dict[tuple[str, str], int] = {}
     gemms: dict[str, int] = {}
     biased: dict[str, int] = {}
     for segment in program.segments:
         phase = segment.phase
         starts.setdefault(phase, len(steps))
+        labels.setdefault((phase, segment.label), len(steps))
         opening = continues and segment.label.startswith(OPENING)
         for op in chain.from_iterable([segment.ops] * segment.count):
             for buffer in op.allocates:
@@ -101,6 +105,7 @@ def script(program: Program, *, continues: bool) -> PassScript:
         caches=tuple(sorted((s for s in living if s in kept or buffers[s] in opened), key=lasting)),
         left=tuple(slot for slot in living if slot not in kept and buffers[slot] not in opened),
         starts=starts,
+        labels=labels,
         gemms=gemms,
         biased_gemms=biased,
     )
@@ -122,8 +127,8 @@ def workspace_events(
 ) -> dict[int, list[Event]]:
     """Before which step cuBLAS and cuBLASLt have torch allocate a workspace; none where none is.
 
-    Each thread has its own, and the way back has a thread: the ids are (library, phase). `there`:
-    those that a pass before this one made.
+    Each thread has its own, and the way back has a thread, an optimizer that multiplies none: the
+    ids are (library, phase). `there`: those that a pass before this one made.
     """
     found: dict[int, list[Event]] = defaultdict(list)
     if not workspace_bytes:
@@ -133,6 +138,8 @@ def workspace_events(
         ("cuBLASLt", LT_WORKSPACE_BYTES, script.biased_gemms),
     ):
         for phase, place in places.items():
+            if phase == "optimizer step" and "forward" in places:
+                continue
             if (name, phase) not in there:
                 found[place].append(Alloc((name, phase), size))
     return found

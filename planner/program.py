@@ -128,6 +128,15 @@ def visible_pairs(window: int | None) -> Symbol:
     return Symbol(f"pairs_{W}", pairs)
 
 
+EVERY = "pairs of "
+
+
+def every_pair(queries: Extent, keys: Extent) -> Symbol:
+    """Query–key pairs where nothing is hidden: an encoder's, those of cross-attention."""
+    shape = (queries, keys)
+    return Symbol(f"{EVERY}{formula(shape)}", lambda d: evaluate(shape, d))
+
+
 def _triangle(n: Number) -> Number:
     return n * (n + 1) // 2
 

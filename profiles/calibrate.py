@@ -160,6 +160,8 @@ def _parts_of_composites(
     if EFFICIENT in made:
         more(EFFICIENT, composites.one_queries(ops, gpu))
     more("mean", composites.means(ops, made, gpu))
+    if not gpu.is_cpu:  # which has no kernels of its own for them
+        more(OFFSETS, composites.products(ops, made, gpu))
     more("softmax", composites.softmaxes(ops, made, gpu))
 
 

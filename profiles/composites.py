@@ -1,10 +1,12 @@
 """Kinds of kernels that were timed among others only: a mean in a norm, softmax between two casts.
 
     mean    = norm − (upcast, square, two on a column, two strided products, rounding)
+    strided = norm − (upcast, square, two on a column, mean, rounding), the two together
     softmax = softmax in float32 of bf16, and back − (upcast, rounding)
 
 A norm of a few rows leaves its mean: torch gives each row a warp, so that most of a GPU idles
-(ATen/native/cuda/Reduce.cuh). A convolution and sums along a dimension were timed at large sizes
+(ATen/native/cuda/Reduce.cuh). One of so many rows that the mean streams leaves its two products by
+a row and by a column. A convolution and sums along a dimension were timed at large sizes
 alone: of small ones they take what the launches of their kernels take. What is known by then is the
 fit that op_samples.py's rows gave.
 """
@@ -26,8 +28,8 @@ from profiles.microbench.op_record import OpRecord, merged
 
 LEAST_S = 1e-7
 """Less than any kernel takes: what is left of noise."""
-FEW_ROWS = 256
-"""Up to which a mean takes its latency; a GPU's larger ones stream."""
+FEW_ROWS, MANY_ROWS = 256, 8192
+"""Up to which a mean takes its latency, and from which on it streams."""
 Rows: TypeAlias = list[tuple[list[float], float, bool]]
 
 
@@ -68,6 +70,32 @@ def means(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Ro
             left_s -= _seconds(STRIDED, by_row, record, known, gpu)
             rows.append(_row(record, 4.0 * _count(record), left_s))
     return rows + streaming_means(records)
+
+
+def products(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Rows:
+    """Products of a norm of many rows by a column and by a row, `known` has the mean.
+
+    What is left is theirs together, cut as what is known of them so far; nothing else was timed of
+    so many elements.
+    """
+    rows: Rows = []
+    for record in _measured(records, "bandwidth", "rmsnorm"):
+        if record.shape["rows"] < MANY_ROWS or record.cache != "cold":
+            continue
+        left_s = _median(record) - _around_mean(record, known, gpu)
+        left_s -= _seconds("mean", 4.0 * _count(record), record, known, gpu)
+        sizes = _product_sizes(record)
+        known_s = [_seconds(STRIDED, size, record, known, gpu) for size in sizes]
+        for size, part_s in zip(sizes, known_s, strict=True):
+            taken_s = max(left_s * part_s / sum(known_s), LEAST_S)
+            row = [float(_count(record)), float(size)]
+            rows.append((row, taken_s, record.split == "held-out"))
+    return rows
+
+
+def _product_sizes(record: OpRecord) -> tuple[int, int]:
+    """Bytes of a product in float32 by a column, and of one in the dtype by a row."""
+    return 8 * _count(record), (8 if record.dtype == "fp32" else 4) * _count(record)
 
 
 def softmaxes(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Rows:

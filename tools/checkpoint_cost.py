@@ -1,4 +1,5 @@
-"""How long a call of checkpointing takes beside one of identity (timing/host_cost.py, HOOKED).
+"""How long a call of checkpointing takes beside one of identity (timing/host_cost.py, HOOKED and
+SELECTED).
 
     python -m tools.checkpoint_cost
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import planner
+from planner import Training
 from planner.timing.host_calls import counted, trained
 from planner.timing.host_cost import MODULE_CALLS
+from profiles.training_methods import prepared
 from profiles.workloads import build
-from tools.host_calls import BATCH, DEPTHS, PROMPT, config
+from tools.host_calls import BATCH, DEPTHS, PROMPT, Checkpointing, config
 
 KINDS = ("llama", "mistral", "qwen3", "phi", "gpt2")
 STEPS, LOOP = 24, 2000
@@ -61,12 +64,12 @@ def undisturbed(samples: Iterable[float]) -> float:
     return statistics.quantiles(samples, n=4)[0]
 
 
-def ratios(kind: str, *, steps: int = STEPS) -> tuple[float, float]:
+def ratios(kind: str, policy: Checkpointing, *, steps: int = STEPS) -> tuple[float, float]:
     """Of a call forward and on the way back."""
-    modules: dict[tuple[int, bool], Any] = {}
+    modules: dict[tuple[int, Checkpointing], Any] = {}
     for layers in DEPTHS:
         model = planner.read_config(config(kind, layers))
-        for checkpointed in (False, True):
+        for checkpointing in ("none", policy):
             made: Any = build(
                 model,
                 runtime="transformers",
@@ -74,10 +77,9 @@ def ratios(kind: str, *, steps: int = STEPS) -> tuple[float, float]:
                 dtype="bf16",
                 device=torch.device("cpu"),
             ).module.train()
-            if checkpointed:
-                made.activation_checkpointing_enable()
-            modules[layers, checkpointed] = made
-    found: dict[tuple[int, bool], list[tuple[float, float]]] = {key: [] for key in modules}
+            work = Training(batch=BATCH, sequence_tokens=PROMPT, checkpointing=checkpointing)
+            modules[layers, checkpointing] = prepared(made, work, dtype="bf16", weight_dtype=None)
+    found: dict[tuple[int, Checkpointing], list[tuple[float, float]]] = {key: [] for key in modules}
     calls = []
     for _ in range(steps):
         for key, made in modules.items():
@@ -85,15 +87,15 @@ def ratios(kind: str, *, steps: int = STEPS) -> tuple[float, float]:
         calls.append(identity_s() / MODULE_CALLS)
     few, many = DEPTHS
 
-    def layer_s(checkpointed: bool, part: int) -> float:
-        a, b = (undisturbed(s[part] for s in found[n, checkpointed]) for n in DEPTHS)
+    def layer_s(checkpointing: Checkpointing, part: int) -> float:
+        a, b = (undisturbed(s[part] for s in found[n, checkpointing]) for n in DEPTHS)
         return (b - a) / (many - few)
 
-    call_s, made_calls = undisturbed(calls), trained(kind)
+    call_s, made_calls = undisturbed(calls), trained(kind, selective=policy == "selective")
     usual = counted("transformers", kind, "sdpa")
     assert usual is not None
-    forward = layer_s(True, 0) - layer_s(False, 0)
-    backward = layer_s(True, 1) - layer_s(False, 1) - layer_s(False, 0)
+    forward = layer_s(policy, 0) - layer_s("none", 0)
+    backward = layer_s(policy, 1) - layer_s("none", 1) - layer_s("none", 0)
     return (
         forward / (made_calls.forward * call_s),
         backward / ((made_calls.backward - usual[0].calls) * call_s),
@@ -102,6 +104,8 @@ def ratios(kind: str, *, steps: int = STEPS) -> tuple[float, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in KINDS:
-        forward, backward = ratios(name)
-        print(f"{name:10s} forward {forward:.2f}, on the way back {backward:.2f}")
+    policies: tuple[Checkpointing, ...] = ("full", "selective")
+    for policy in policies:
+        for name in KINDS:
+            forward, backward = ratios(name, policy)
+            print(f"{policy:9s} {name:10s} {forward:.2f} forward, {backward:.2f} on the way back")

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import planner
+from planner import LoRA, Training
 from planner.runtimes import runtime_named
 from planner.runtimes.transformers import EAGER_ONLY
 from planner.runtimes.transformers_code.families import HELD
 from planner.timing.host_calls import FILE, PADDED, USUAL, Calls, cache_name
 from planner.trained.lora import adapted
 from profiles.bench import left_padding
+from profiles.training_methods import prepared
 from profiles.workloads import Workload, build
 
 T = TypeVar("T")
@@ -87,6 +89,14 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": {k: WIDTHS[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")},
+    "bert": {k: WIDTHS[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")},
+    "t5": {
+        "d_model": 64,
+        "d_ff": 64,
+        "d_kv": 16,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    },
     "opt": {
         "hidden_size": 64,
         "num_attention_heads": 4,
@@ -101,14 +111,29 @@ TYPES = tuple(sorted(HELD - {"bert", "t5"} | {"bamba", "deepseek_v2", "deepseek_
 """Decoders."""
 TRAINED = tuple(kind for kind in TYPES if kind in HELD)
 """Those whose training is planned."""
-DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer"}
+STARTS = {"pad_token_id": 0, "decoder_start_token_id": 0}
+HEADS: dict[str, dict[str, Any]] = {
+    "bert": {"architectures": ["BertForMaskedLM"]},
+    "t5": {"architectures": ["T5ForConditionalGeneration"], **STARTS},
+}
+READERS = ("bert", "t5")
+"""Types with an encoder: what a forward pass of training asks of a layer, of t5 the mean of both
+towers' layers."""
+Checkpointing = Literal["none", "full", "selective"]
+POLICIES: tuple[tuple[str, Checkpointing], ...] = (
+    ("checkpointed", "full"),
+    ("selective", "selective"),
+)
+CHECKPOINTED: tuple[tuple[str, Checkpointing], ...] = (("plain", "none"), ("checkpointed", "full"))
+DEPTH_NAMES = {"bloom": "n_layer", "gpt2": "n_layer", "gpt_bigcode": "n_layer", "t5": "num_layers"}
 
 
 def config(kind: str, layers: int) -> dict[str, Any]:
     """A small config of a type."""
     depth = DEPTH_NAMES.get(kind, "num_hidden_layers")
+    head = HEADS.get(kind, {})
     sizes = OWN.get(kind, {**WIDTHS, **EXPERTS})
-    made = {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes}
+    made = {"model_type": kind, "vocab_size": 128, depth: layers, **NO_TOKENS, **sizes, **head}
     if kind == "bamba":  # about as many attend as in bamba-9b: 3 of 32
         made["attn_layer_indices"] = list(range(9, layers, 12))
     return made
@@ -184,12 +209,28 @@ def decode_step(
     return lambda: built.forward(token, "last")
 
 
+def reading(kind: str, attention: str, layers: int) -> Callable[[], Tensor]:
+    """Runs a small model's forward pass of training, on the CPU."""
+    model = planner.read_config(config(kind, layers))
+    device = torch.device("cpu")
+    built: Any = build(
+        model, runtime="transformers", attention=attention, dtype="bf16", device=device
+    )
+    module: Any = built.module.train()
+    ids = torch.zeros((BATCH, PROMPT), dtype=torch.int64)
+    return lambda: module(ids, labels=ids, **built.loss_arguments).loss
+
+
 def counted(
     runtime: str, kind: str, attention: str, layers: int, cache: dict[str, Any] = PLAIN_CACHE
 ) -> Calls:
-    """One decode step."""
+    """One decode step; of a type with an encoder a forward pass."""
     with torch.no_grad(), empty_attention():
-        step = decode_step(runtime, kind, attention, layers, cache)
+        step = (
+            reading(kind, attention, layers)
+            if kind in READERS
+            else decode_step(runtime, kind, attention, layers, cache)
+        )
         counting = Counting()
         with counting, Viewing(counting) as viewing:
             step()
@@ -213,15 +254,19 @@ def python_calls(run: Callable[[], T]) -> tuple[int, T]:
     return calls, made
 
 
-def trained(kind: str, *, checkpointed: bool, with_lora: bool) -> tuple[float, float]:
+def trained(
+    kind: str, checkpointing: Checkpointing = "none", lora: LoRA | None = None
+) -> tuple[float, float]:
     """Python calls of one layer's forward and backward in transformers."""
-    found = [_step(kind, n, checkpointed=checkpointed, with_lora=with_lora) for n in DEPTHS]
+    found = [_step(kind, n, checkpointing, lora) for n in DEPTHS]
     few, many = DEPTHS
     forward, backward = ((b - a) / (many - few) for a, b in zip(*found, strict=True))
     return round(forward, 2), round(backward, 2)
 
 
-def _step(kind: str, layers: int, *, checkpointed: bool, with_lora: bool) -> tuple[int, int]:
+def _step(
+    kind: str, layers: int, checkpointing: Checkpointing, lora: LoRA | None
+) -> tuple[int, int]:
     model = planner.read_config(config(kind, layers))
     attention = attentions("transformers", kind)[-1]
     module: Any = build(
@@ -231,14 +276,14 @@ def _step(kind: str, layers: int, *, checkpointed: bool, with_lora: bool) -> tup
         dtype="bf16",
         device=torch.device("cpu"),
     ).module.train()
-    if with_lora:
-        import peft
-
-        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        module = peft.get_peft_model(module, lora)
-        module.enable_input_require_grads()
-    if checkpointed:
-        module.activation_checkpointing_enable()
+    work = Training(
+        batch=BATCH,
+        sequence_tokens=PROMPT,
+        checkpointing=checkpointing,
+        method="full" if lora is None else "lora",
+        lora=lora,
+    )
+    module = prepared(module, work, dtype="bf16", weight_dtype=None)
     ids = torch.zeros((BATCH, PROMPT), dtype=torch.int64)
     counts = (0, 0)
     for _ in range(2):  # the first step looks things up that later ones find
@@ -250,20 +295,19 @@ def _step(kind: str, layers: int, *, checkpointed: bool, with_lora: bool) -> tup
 
 def training() -> dict[str, Any]:
     """A checkpointed layer's calls beyond a plain one's, and an adapted linear layer's."""
-    kinds = {}
+    made: dict[str, Any] = {"checkpointed": {}, "selective": {}}
     for kind in TRAINED:
-        plain, _ = trained(kind, checkpointed=False, with_lora=False)
-        forward, backward = trained(kind, checkpointed=True, with_lora=False)
-        kinds[kind] = [round(forward - plain, 2), backward]
-    linears = len(adapted(planner.read_config(config(USUAL, 1)), planner.LoRA(rank=4)))
-    lora = {}
-    for name in ("plain", "checkpointed"):
-        bare, wrapped = (
-            trained(USUAL, checkpointed=name == "checkpointed", with_lora=with_lora)
-            for with_lora in (False, True)
-        )
-        lora[name] = [round((b - a) / linears, 2) for a, b in zip(bare, wrapped, strict=True)]
-    return {"checkpointed": kinds, "adapted": lora}
+        plain, _ = trained(kind)
+        for name, policy in POLICIES:
+            forward, backward = trained(kind, policy)
+            made[name][kind] = [round(forward - plain, 2), backward]
+    linears = len(adapted(planner.read_config(config(USUAL, 1)), LoRA(rank=4)))
+    for method, lora in (("adapted", LoRA(rank=4)), ("dora", LoRA(rank=4, dora=True))):
+        for name, policy in CHECKPOINTED:
+            bare, wrapped = trained(USUAL, policy), trained(USUAL, policy, lora)
+            each = [round((b - a) / linears, 2) for a, b in zip(bare, wrapped, strict=True)]
+            made.setdefault(method, {})[name] = each
+    return made
 
 
 @contextmanager
@@ -290,11 +334,17 @@ def table() -> dict[str, dict[str, dict[str, dict[str, list[float]]]]]:
             for attention in attentions(runtime, kind):
                 layer, whole = parts(runtime, kind, attention)
                 entry = made.setdefault(runtime, {}).setdefault(kind, {})
-                entry[attention] = {
-                    part: [calls.kernels, calls.views, calls.calls]
-                    for part, calls in (("layer", layer), ("pass", whole))
-                }
+                entry[attention] = _numbers(layer, whole)
+    for kind in READERS:
+        attention = attentions("transformers", kind)[-1]
+        layer, whole = parts("transformers", kind, attention)
+        made["transformers"][kind] = {attention: _numbers(layer, whole)}
     return made
+
+
+def _numbers(layer: Calls, whole: Calls) -> dict[str, list[float]]:
+    pairs = (("layer", layer), ("pass", whole))
+    return {part: [calls.kernels, calls.views, calls.calls] for part, calls in pairs}
 
 
 def attentions(runtime: str, kind: str) -> tuple[str, ...]:
@@ -373,9 +423,10 @@ def parts(
     """What one layer asks for, averaged over the kinds there are, and what is left of the pass."""
     few, many = OWN_DEPTHS.get(kind, DEPTHS)
     a, b = (counted(runtime, kind, attention, layers, cache) for layers in (few, many))
-    more = b.plus(a.times(-1.0)).times(1 / (many - few))
+    towers = 2 if kind == "t5" else 1
+    more = b.plus(a.times(-1.0)).times(1 / (many - few) / towers)
     layer = Calls(**{name: round(value, 2) for name, value in asdict(more).items()})
-    whole = a.plus(layer.times(-few))
+    whole = a.plus(layer.times(-few * towers))
     return layer, Calls(**{name: round(value, 2) for name, value in asdict(whole).items()})
 
 

@@ -87,9 +87,18 @@ class FourBitProducts(Products):
         return self.aten.new("dequantize_blockwise", f"{name}, scales", ((blocks,),), FLOAT32)
 
     def _weight(self, layer: FourBitLinear, name: str, scales: list[Tensor]) -> Tensor:
+        """Of codes, two in a byte, and float32 scales."""
         dims = ((layer.out,), (layer.into,))
-        called = f"{name}, dequantised weight"
-        return self.aten.new("dequantize_4bit", called, dims, layer.itemsize, reads=scales[-1:])
+        called, elements = f"{name}, dequantised weight", layer.out * layer.into
+        stored = [] if scales else [(-(-elements // BLOCK), FLOAT32)]
+        return self.aten.new(
+            "dequantize_4bit",
+            called,
+            dims,
+            layer.itemsize,
+            reads=scales[-1:],
+            rows=[(elements // 2,), *stored],
+        )
 
     def dequantised(self, layer: FourBitLinear, name: str) -> Tensor:
         """functional.dequantize_4bit: the offset is added in place, the scales go when it ends."""

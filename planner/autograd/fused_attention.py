@@ -74,7 +74,9 @@ class FusedAttention(Products):
 
         q [B, H, T, D], k and v [B, G, T, D]; the output lies as q, gradients as [B, T, heads, D].
         Values of another width are for passes without a way back. `pairs` of query and key are
-        computed, twice forward and five times on the way back (the scores are made again).
+        computed, twice forward and five times on the way back (the scores are made again). The
+        efficient kernel alone gives a mask that is learnt a gradient, one a sequence
+        (attention_backward.cu, grad_bias).
         """
         called, scratch = NAMES[kernel], SCRATCH[kernel]
 
@@ -94,10 +96,18 @@ class FusedAttention(Products):
                     scratch=scratch(node.inputs) if last else (),
                 )
                 made.append(self.aten.transpose(lying, 1, 2))
+                if last:
+                    break
+            if learnt is not None:
+                dims = (*node.inputs[0].dims[:3], node.inputs[1].dims[2])
+                made.append(self.aten.new(f"{called}_backward", learnt, dims, learnt_bytes))
             if kernel == "efficient":
                 self._efficient_scratch(called, node.inputs[0])
             return made
 
+        learnt, learnt_bytes = None, 0
+        if mask is not None and mask.node is not None and kernel == "efficient":
+            learnt, learnt_bytes = f"gradient of {mask.name}, of all sequences", mask.itemsize
         B, H, T, _ = q.dims
         widths = q.sizes[-1] + v.sizes[-1]
         flops = (2, *B, *H, widths, pairs)
@@ -112,7 +122,7 @@ class FusedAttention(Products):
         out = self.aten.new(called, name, dims, q.itemsize, strides=laid, flops=flops, reads=reads)
         rows: list[Tensor] = []
         if trains or kernel in ("cpu", "flash"):
-            last = (CEIL32,) if kernel == "efficient" else T
+            last = (_whole_blocks(T),) if kernel == "efficient" else T
             rows.append(self.aten.new(called, "log-sum-exp", (B, H, last), FLOAT32))
         if kernel == "cudnn":
             one = self.aten.sizes((T,)) == (1,) and mask is None
@@ -123,7 +133,8 @@ class FusedAttention(Products):
         seeds.reverse()  # a list lets go of its last one first
         masks = () if mask is None else (mask,)
         saved = (*seeds, out, *rows, v, q, k, *masks)  # the last ones go first
-        return self._record(backward, (q, k, v), out, saved)
+        inputs = (q, k, v) if learnt is None or mask is None else (q, k, v, mask)
+        return self._record(backward, inputs, out, saved)
 
     def _split_bytes(self, q: Tensor, k: Tensor) -> Shape:
         """cuDNN's workspace for one query: keys in splits, each with its output, maximum and sum.
@@ -152,22 +163,24 @@ class FusedAttention(Products):
         sums = self.aten.new("sum.dim_IntList", "row sums", (B, H, T), FLOAT32, reads=(product,))
         again = self.aten.new("clone", "row sums", (B, H, T), FLOAT32, reads=(sums,))
         del sums, product
-        rows: Dims = (B, H, (_workspace_row(D),))
+        rows: Dims = (B, H, (_workspace_row(T, D),))
         workspace = self.aten.new(f"{called}_backward", "workspace", rows, 1)
         del again, workspace
 
 
-CEIL32 = Symbol("ceil32(T)", lambda d: -(-d.tokens // 32) * 32)
+def _whole_blocks(T: Shape) -> Symbol:
+    """Queries in whole blocks of 32."""
+    return Symbol(f"ceil32({formula(T)})", lambda d: -(-evaluate(T, d) // 32) * 32)
 
 
-def _workspace_row(D: Shape) -> Symbol:
+def _workspace_row(T: Shape, D: Shape) -> Symbol:
     """Bytes that one head of one sequence has in the efficient backward's workspace."""
     (width,) = D
     assert isinstance(width, int)
     per_token = FLOAT32 * width
     return Symbol(
-        f"({per_token} · T + {EFFICIENT_ROW_BYTES})",
-        lambda d: per_token * d.tokens + EFFICIENT_ROW_BYTES,
+        f"({per_token} · {formula(T)} + {EFFICIENT_ROW_BYTES})",
+        lambda d: per_token * evaluate(T, d) + EFFICIENT_ROW_BYTES,
     )
 
 

@@ -22,6 +22,8 @@ from planner.autograd.tensors import Leaf
 from planner.program import Buffer, Tape
 from planner.trained.optimizer_parts import Part, once
 
+IN_FLOAT32 = "gradients in float32"
+
 
 class MasterCopies:
     """Writes what passes between weights of `b` bytes an element and their copies."""
@@ -37,7 +39,7 @@ class MasterCopies:
         ends = _by_size(leaf for label in leaves if label not in layers for leaf in leaves[label])
         for part in parts:
             waiting = _by_size(leaves[part.label]) if part.label in layers else ends
-            with once(self.tape, f"gradients in float32: {part.label}", part) as anew:
+            with once(self.tape, f"{IN_FLOAT32}: {part.label}", part) as anew:
                 if anew:
                     self.gradients[part.label] = self._cast_all(part, waiting)
 

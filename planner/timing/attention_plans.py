@@ -12,9 +12,11 @@ is known, 0.44 s a shape on a B200 (github.com/modelscope/FunASR/issues/3704): n
 
 from __future__ import annotations
 
+import numpy as np
+
 from planner.autograd.fused_attention import fused_kernel
 from planner.dtypes import element_bytes
-from planner.program import Program
+from planner.program import Dims, Program
 from planner.runtimes.base import Setting
 from planner.timing.attention_times import WIDEST_HEAD
 from planner.timing.calibration import HostCost
@@ -28,7 +30,7 @@ PLAN = "sdpa_new_length"
 
 
 def new_length_seconds(
-    program: Program, runtime: str, setting: Setting, speed: Speed, host: HostCost
+    program: Program, dims: Dims, runtime: str, setting: Setting, speed: Speed, host: HostCost
 ) -> float | None:
     """A plan for every kind of attention in a pass that cuDNN runs, 0 where it runs none; None
     where nobody timed one.
@@ -42,7 +44,7 @@ def new_length_seconds(
     planned = {
         (kind.heads, kind.kv_heads, kind.head_dim)
         for kind in (timed.kind for timed in timed_ops(program))
-        if isinstance(kind, Attention) and _by_cudnn(kind)
+        if isinstance(kind, Attention) and _by_cudnn(kind, dims)
     }
     timed_here = (speed.gpu.compute_capability or "").split(".")[0] == HOPPER
     if planned and not (timed_here and PLAN in host.op_s):
@@ -50,5 +52,6 @@ def new_length_seconds(
     return len(planned) * host.op_s.get(PLAN, 0.0)
 
 
-def _by_cudnn(kind: Attention) -> bool:
-    return kind.keys is None and kind.backend in ("", "cudnn") and kind.head_dim <= WIDEST_HEAD
+def _by_cudnn(kind: Attention, dims: Dims) -> bool:
+    masked = np.all(kind.masked(dims))
+    return not masked and kind.backend in ("", "cudnn") and kind.head_dim <= WIDEST_HEAD

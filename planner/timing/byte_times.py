@@ -33,7 +33,7 @@ from planner.timing.op_times import Fit
 def bytes_time(timed: Timed, kind: Bytes, dims: Dims, speed: Speed, moved: Number) -> OpTime:
     """An op that computes next to nothing."""
     op, known = timed.op, speed.calibration
-    name = _on_cpu(op, kind.kind, speed) if speed.gpu.is_cpu else kind.kind
+    name = (_on_cpu if speed.gpu.is_cpu else _on_gpu)(op, kind.kind, speed)
     fit = None if known is None else _fit_of(name, known)
     if fit is None:
         return by_default(timed, kind.kind, speed.dtype, 0.0, moved, speed)
@@ -99,7 +99,15 @@ CPU_PLAIN = (STRIDED, STRIDED_CAST, ACROSS, FAR, JOINED, "cast", "cat")
 """Kinds that a CPU runs as plain ones: its loops go along rows, by vectors, whether these lie one
 behind the other or not (aten/src/ATen/native/cpu/Loops.h, CatKernel.cpp)."""
 TANH = re.compile(r"tanh|gelu|erf")
-"""What a CPU computes for longer than it moves; a GPU hides it."""
+"""What a CPU computes for longer than it moves."""
+
+
+def _on_gpu(op: Op, kind: str, speed: Speed) -> str:
+    """The same on a GPU, which hides a tanh behind the bytes and not all of a gelu."""
+    known = speed.calibration
+    if kind == "elementwise" and op.kernel == "gelu" and known is not None:
+        return ELEMENTWISE_TANH if ELEMENTWISE_TANH in known.fits else kind
+    return kind
 
 
 def _on_cpu(op: Op, kind: str, speed: Speed) -> str:

@@ -59,7 +59,7 @@ NOTHING = Calls(kernels=0.0, views=0.0, calls=0.0)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """Python functions that a checkpointed layer calls in a training step: `forward` beyond a
-    plain layer's, `backward` with what is run again; of an adapted linear layer (LoRA), too.
+    plain layer's, `backward` with what is run again; of an adapted linear layer (LoRA, DoRA), too.
     """
 
     forward: float
@@ -77,9 +77,10 @@ def _content() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def trained(model_type: str) -> Trained:
+def trained(model_type: str, *, selective: bool = False, dora: bool = False) -> Trained:
     """What training asks for beside the passes' own calls."""
-    kinds, lora = _content()["checkpointed"], _content()["adapted"]
+    kinds = _content()["selective" if selective else "checkpointed"]
+    lora = _content()["dora" if dora else "adapted"]
     forward, backward = kinds.get(model_type, kinds[USUAL])
     plain, _ = lora["plain"]
     return Trained(

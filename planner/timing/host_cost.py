@@ -42,6 +42,8 @@ from planner.timing.op_kinds import (
 )
 
 OTHER = "add"
+BACK, STEP = "backward", "optimizer step"
+"""Phases of a training step."""
 ENGINES = ("transformers", "attnlab")
 VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
@@ -51,6 +53,20 @@ HOOKED = 3.6
 """What a call of checkpointing's takes beside a module's: it makes contexts, weak references and
 detached tensors. Timed in small decoders on a CPU by tools/checkpoint_cost.py: 3.1 to 3.9 of llama
 and mistral where next to nothing else ran, more on a busy one; no record is fitted."""
+SELECTED = 2.8
+"""The same of selective checkpointing's, whose modes show every op to Python
+(TorchDispatchMode): 2.5 to 3.2 of llama and mistral, there and back, by the same tool with torch
+2.13."""
+UNPACKED = {"dequantize_4bit": 40.0, "dequantize_blockwise": 17.0}
+"""Calls of a module that does nothing which bitsandbytes 0.50 takes to make a weight of its codes,
+beyond an op of torch's own: Python down to the kernel, through the dispatcher. Its CUDA backend
+timed on a CPU over kernels that return at once (tools/bitsandbytes_cost.py): 40 to 43 forward, 42
+to 45 on the way back, less an addition; of nested scales 11 to 13 and 24 to 28 on top."""
+BLOCKWISE = 36.0
+"""The same of a step of AdamW8bit for one parameter: 34 to 37."""
+WAITS = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit", "norm().item")
+"""Kernels that the host waits for before it goes on: bitsandbytes synchronises after each
+parameter (optim/optimizer.py, step), torch's Adafactor reads its norms as numbers."""
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
@@ -90,16 +106,20 @@ FOLDING_VIEWS = 2
 ADAPTERS = ", adapters"
 ADAPTER_PRODUCTS = 2
 """How LoRA's products are named, and how many a linear layer has."""
+DORA = ", DoRA"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Whose code issues the ops: the runtime, the model's type, attention's name, the cache's."""
+    """Whose code issues the ops: the runtime, the model's type, attention's name, the cache's;
+    `selective`: what its checkpointed layers keep is picked op by op.
+    """
 
     runtime: str
     model_type: str = ""
     attention: str = ""
     cache: str = ""
+    selective: bool = False
 
 
 def host_seconds(
@@ -117,6 +137,12 @@ def unscaled_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     return sum(_issued(program, host)) + between_seconds(program, host, engine)
 
 
+def unscaled_ops_seconds(program: Program, host: HostCost) -> float:
+    """Of the ops alone, of both directions, as they were timed."""
+    forward, backward = _issued(program, host)
+    return forward + _backward_scale(host) * backward
+
+
 def between_seconds(
     program: Program,
     host: HostCost,
@@ -128,7 +154,8 @@ def between_seconds(
     """What is issued and called between the listed ops, for every layer that runs forward.
 
     Of `checkpointed` layers every tensor that autograd saves goes through Python, there and back:
-    calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top.
+    calls that take `HOOKED` of others, in a whole model, so that no `scale` comes on top;
+    selective, every op does, at `SELECTED`.
     """
     found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
@@ -136,7 +163,8 @@ def between_seconds(
     layer, whole = found
     runs = forward_runs(program)
     asked = layer.times(runs.layers).plus(whole.times(runs.passes))
-    calls, more, hooked = asked.calls, trained(engine.model_type), 0.0
+    more = trained(engine.model_type, selective=engine.selective, dora=runs.dora)
+    calls, hooked = asked.calls, 0.0
     calls += runs.adapted * more.adapted
     if checkpointed and runs.passes:
         hooked = checkpointed * more.forward
@@ -147,8 +175,35 @@ def between_seconds(
     view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
     call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
     unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
+    calls += MODULE_CALLS * python_ops(program)
     usual_s = unlisted_s + asked.views * view_s + calls * call_s
-    return scale * usual_s + HOOKED * hooked * call_s
+    return scale * usual_s + (SELECTED if engine.selective else HOOKED) * hooked * call_s
+
+
+def waiting_seconds(program: Program, host: HostCost, engine: Engine) -> float:
+    """How long a GPU has nothing to do because the host waits for it: from the end of each such
+    kernel until the next one is there. A number that Python reads is copied first.
+    """
+    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    wait_s = host.op_s.get("launch_and_wait", host.op_s[OTHER])
+    seconds = 0.0
+    for timed in timed_ops(program):
+        if timed.op.kernel in WAITS:
+            between_s = host.op_s[OTHER]
+            if timed.op.kernel != WAITS[-1]:
+                between_s = BLOCKWISE * host.op_s.get("identity_module", 0.0)
+            seconds += timed.count * (wait_s + scale * between_s)
+    return seconds
+
+
+@lru_cache(maxsize=256)
+def python_ops(program: Program) -> float:
+    """Modules that do nothing which a program's ops take, where Python runs inside them."""
+    found = 0.0
+    for timed in timed_ops(program):
+        blockwise = BLOCKWISE if timed.op.kernel in WAITS[:-1] else 0.0
+        found += timed.count * (UNPACKED.get(timed.op.kernel, 0.0) + blockwise)
+    return found
 
 
 def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
@@ -180,13 +235,14 @@ def _head(program: Program) -> Program:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runs:
     """What runs forward: layers (those that are run again, too), the pass around them, adapted
-    linear layers (LoRA), and the ops that a program lists of all that.
+    linear layers (LoRA; `dora`), and the ops that a program lists of all that.
     """
 
     layers: int
     passes: int
     adapted: int
     listed: int
+    dora: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -202,6 +258,7 @@ def forward_runs(program: Program) -> Runs:
         layers=sum(s.count for s in layers),
         passes=int(passes),
         adapted=adapters // ADAPTER_PRODUCTS,
+        dora=any(op.name.endswith(DORA) for s in layers for op in s.ops),
         listed=sum(
             t.count
             for t in timed_ops(program)
@@ -211,9 +268,15 @@ def forward_runs(program: Program) -> Runs:
 
 
 def _forward(segment: Segment) -> bool:
-    """Whether a product runs here that is none of the backward pass."""
-    return not is_there(segment) and any(
-        op.flops is not None and not op.name.endswith("backward") for op in segment.ops
+    """Whether a product runs here that is none of the backward pass; on the way back a norm will
+    do: where selective checkpointing has kept all products, norms are run again.
+    """
+    if is_there(segment) or segment.phase == STEP:
+        return False
+    again = segment.phase == BACK
+    return any(
+        not op.name.endswith("backward") and (op.flops is not None or (again and "norm" in op.name))
+        for op in segment.ops
     )
 
 

@@ -107,6 +107,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
     first = passes.timed(lambda stage: rules.prefill(stage, work, setting), chunk).repeated(several)
     steps = work.output_tokens - 1
     tpot_s = step = None
+    dims = chunk
     if steps:
         contexts = np.linspace(
             work.prompt_tokens + 1, work.context_tokens, min(steps, MAX_DECODE_POINTS), axis=-1
@@ -136,7 +137,7 @@ def times(model: Model, work: Inference, setting: Setting, runtime: str, gpu: Gp
             basis=basis,
         )
     make = rules.decode if steps else rules.prefill
-    new_length_s = passes.new_length_s(lambda stage: make(stage, work, setting))
+    new_length_s = passes.new_length_s(lambda stage: make(stage, work, setting), dims)
     told = _told(passes, first, step, float(total_s), steps, work, basis)
     return replace(told, new_length_s=new_length_s)
 
@@ -235,6 +236,9 @@ def _confidence(calibration: Calibration | None, unsure_s: float, total_s: float
 
 MEASURED_IN = ("transformers", "attnlab")
 """Runtimes whose steps were held against a GPU's: times in others have no interval."""
+UNTIMED_OPTIMIZERS = ("adamw-8bit", "adafactor-transformers")
+"""Those whose kernels nobody timed: bitsandbytes' takes far longer than its bytes would, and
+transformers' Adafactor was never run on a GPU."""
 
 
 @lru_cache(maxsize=256)
@@ -253,19 +257,17 @@ def training_latency(
     if setting.sharding is not None and setting.sharding.shards > max(MEASURED):
         return Latency(basis=UNTIMED)
     phase = training_phase(model, work, deploy, setting)
-    passes = passes_of(model, setting, deploy.runtime, gpu)
+    passes = replace(
+        passes_of(model, setting, deploy.runtime, gpu),
+        selective=work.checkpointing == "selective",
+    )
     made = _accumulated(passes, phase, work.accumulation_steps)
     step_s = float(made.time_s)
     tokens = work.batch * work.sequence_tokens * work.accumulation_steps
     calibration = passes.speed.calibration
     unmeasured = (
-        model.quantization is not None
-        or (work.adapters is not None and work.adapters.dora)
-        or work.scales_loss(setting.dtype)
-        or work.precision == "master"
-        or work.freezes
-        or setting.sharding is not None
-        or work.loss_chunk_tokens is not None
+        setting.sharding is not None
+        or work.optimizer in UNTIMED_OPTIMIZERS
         or deploy.runtime not in MEASURED_IN
     )
     return Latency(

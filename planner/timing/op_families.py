@@ -229,8 +229,8 @@ CUMSUM_DOWN = "cumsum down"
 """"cumsum" is along the innermost dimension."""
 ELEMENTWISE_TANH = "elementwise:tanh"
 NORM_RMS = "norm:rms"
-"""Of CPUs: elementwise ops around a tanh, which take their time to compute, and the norm that is
-one kernel on a GPU and six there."""
+"""Elementwise ops around a tanh, which take their time to compute (on a GPU gelu alone), and, of
+CPUs, the norm that is one kernel on a GPU and six there."""
 OFFSETS, OFFSETS_CAST = "offsets", "offsets cast"
 """Families of strided ones by elements and bytes; `STRIDED` are those by elements alone, of devices
 that were calibrated before these were."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from planner.program import (
+    EVERY,
     LATENT,
     OPENING,
     Dims,
@@ -38,7 +39,7 @@ from planner.timing.op_families import (
 
 ROTARY = re.compile(r"rotary|rotated|turned|negated|· cos|· sin")
 NORM = re.compile(r"norm")
-MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim")
+MEAN = re.compile(r"mean|sum\b|amax|amin|max\.dim|vector_norm|norm\(\)")
 """Each row to a number, read once."""
 SOFTMAX = re.compile(r"_(?:safe_)?softmax")
 """Over rows of attention or routing; over a vocabulary it is a logarithm, a REDUCTION."""
@@ -63,13 +64,18 @@ MASKED = 4
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """y[m, n] over k; `free` is the size that batch and tokens decide: 0, m, or 2, k."""
+    """y[m, n] over k; `free` is the size that batch and tokens decide: 0, m, or 2, k.
+
+    `wide`: of float32, whatever the model computes in otherwise: what
+    prepare_model_for_kbit_training left so, adapters.
+    """
 
     m: Shape
     n: Shape
     flops: Shape
     free: int
     head: bool
+    wide: bool = False
 
     def sizes(self, dims: Dims) -> tuple[Number, Number, Number]:
         """m, n, k."""
@@ -113,7 +119,7 @@ class Attention:
 
     def pairs_of(self, dims: Dims) -> Number:
         """Pairs that are computed."""
-        if self.keys is None:
+        if self.keys is None or self.pairs.name.startswith(EVERY):
             return self.pairs.of(dims)
         every = dims.tokens * evaluate((self.keys,), dims)
         if self.when is None:
@@ -305,7 +311,9 @@ def _computing(op: Op) -> Kind:
         return Batched(op.flops, itemsize) if found_group is None else found_group
     if op.kernel == "bmm" and op.allocates:
         return Batched(op.flops, itemsize, _mnk(op))
-    if op.kernel not in ("", "mm", "addmm") or not op.allocates:
+    packed = any(len(shape) == 1 for shape in op.moved)  # codes, so many bytes
+    unpacked = op.kernel == "gemm_4bit" and not packed  # of a weight that was made before
+    if not (op.kernel in ("", "mm", "addmm") or unpacked) or not op.allocates:
         return Batched(op.flops, itemsize)
     return _product(op)
 
@@ -340,7 +348,13 @@ def _product(op: Op) -> Kind:
     if not _is_fixed(last):
         return Batched(op.flops, op.allocates[0].itemsize)
     free = 2 if _is_fixed(rows) and not _is_fixed(op.flops) else 0
-    return Product(m=rows, n=last, flops=op.flops, free=free, head=op.name.startswith("logits"))
+    head, wide = op.name.startswith("logits"), op.allocates[0].itemsize == 4 and _reads_wide(op)
+    return Product(m=rows, n=last, flops=op.flops, free=free, head=head, wide=wide)
+
+
+def _reads_wide(op: Op) -> bool:
+    """Whether all that a training step's product reads is float32: (…, itemsize)."""
+    return bool(op.kernel and op.moved) and all(shape[-1] == 4 for shape in op.moved)
 
 
 def _is_fixed(shape: Shape) -> bool:

@@ -1,7 +1,9 @@
 """A pass of a deployment on the clock: its stages and phases, kernels, host and collectives.
 
 A phase takes the longer of its kernels and of what the host needs to issue them; a CPU takes both,
-one after the other. A pass that a CUDA graph replays waits for no host.
+one after the other. A pass that a CUDA graph replays waits for no host. Of two towers, an encoder
+and a decoder, one may wait for the host and the other not: time that a GPU has lost in the first
+does not come back in the second, while what it has yet to do then goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from planner.timing.host_cost import (
     forward_runs,
     head_seconds,
     host_seconds,
+    unscaled_ops_seconds,
+    waiting_seconds,
 )
 from planner.timing.op_kinds import kernel_count
 from planner.timing.power import capped_clock
@@ -39,6 +43,8 @@ from planner.timing.speed import communication_cost, speed_for
 
 BACKWARD = "backward"
 OPTIMIZER = "optimizer step"
+BETWEEN = "end of the encoder"
+"""How the segment behind an encoder is called, and the end of its name on the way back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +100,16 @@ def prompt_passes(prompt: Dims, most_tokens: int) -> tuple[Number, Dims]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A phase of a stage: its kernels, what the host needs to issue them, collectives beside."""
+    """A phase of a stage: its kernels, what the host needs to issue them, collectives beside;
+    `waiting_s`: what the kernels lose where the host waits for them. `towers`: where there are two,
+    the kernels of each and which share of the issuing is theirs, in the order they run.
+    """
 
     cost: Cost
     issuing_s: float
     lanes: Lanes | None = None
+    waiting_s: float = 0.0
+    towers: tuple[tuple[Cost, float], ...] = ()
 
     @property
     def communication_s(self) -> float:
@@ -119,6 +130,7 @@ class Passes:
     setting: Setting
     runtime: str
     speed: Speed
+    selective: bool = False
     padded: bool = False
 
     def timed(self, program: Callable[[Model], Program], dims: Dims) -> PassTime:
@@ -197,6 +209,8 @@ class Passes:
             cost=pass_cost(phase, dims, self.speed),
             issuing_s=self._host(phase, again),
             lanes=lanes,
+            waiting_s=self._waiting(phase),
+            towers=self._towers(phase, dims),
         )
 
     def _part(self, part: Part, clock: Number, head_s: float = 0.0) -> Number:
@@ -207,7 +221,14 @@ class Passes:
         kernels_s = part.seconds(clock)
         if self.speed.gpu.is_cpu:
             return kernels_s + part.issuing_s
-        return np.maximum(head_s + kernels_s, part.issuing_s)
+        if not part.towers:
+            return np.maximum(head_s + kernels_s + part.waiting_s, part.issuing_s)
+        done: Number = head_s + part.waiting_s
+        issued = 0.0
+        for cost, share in part.towers:
+            issued += share * part.issuing_s
+            done = np.maximum(done + cost.seconds(clock), issued)
+        return done
 
     def _given(self, program: Program, dims: Dims) -> Number:
         """What a CPU's system takes to give a pass pages that it has not had."""
@@ -233,7 +254,7 @@ class Passes:
         kernels = sum(kernel_count(made) for made in programs)
         return known.graph.replay_s + kernels * known.graph.between_s
 
-    def new_length_s(self, program: Callable[[Model], Program]) -> float | None:
+    def new_length_s(self, program: Callable[[Model], Program], dims: Dims) -> float | None:
         """What a pass takes longer at a length that its process meets for the first time; None
         where no host was timed.
         """
@@ -242,7 +263,7 @@ class Passes:
             return None
         host = known.host.as_fast_as(setting.host_add_s)
         made = program(self.stages[0])
-        return new_length_seconds(made, self.runtime, setting, self.speed, host)
+        return new_length_seconds(made, dims, self.runtime, setting, self.speed, host)
 
     @property
     def replays(self) -> bool:
@@ -260,6 +281,24 @@ class Passes:
         host = known.host.as_fast_as(self.setting.host_add_s)
         return seconds(program, host, self.engine, checkpointed=checkpointed)
 
+    def _towers(self, phase: Program, dims: Dims) -> tuple[tuple[Cost, float], ...]:
+        """Encoder and decoder of a phase."""
+        known = self.speed.calibration
+        halves = by_tower(phase)
+        if len(halves) < 2 or self.speed.gpu.is_cpu or known is None or known.host is None:
+            return ()
+        issued = [unscaled_ops_seconds(half, known.host) for half in halves]
+        return tuple(
+            (pass_cost(half, dims, self.speed), one / sum(issued))
+            for half, one in zip(halves, issued, strict=True)
+        )
+
+    def _waiting(self, program: Program) -> float:
+        known = self.speed.calibration
+        if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
+            return 0.0
+        return waiting_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
+
     @property
     def engine(self) -> Engine:
         """Whose code issues the ops."""
@@ -275,6 +314,7 @@ class Passes:
                 dtype=setting.dtype,
                 padded=self.padded,
             ),
+            selective=self.selective,
         )
 
 
@@ -303,6 +343,19 @@ def by_phase(program: Program) -> tuple[Program, ...]:
         Program(name=program.name, segments=tuple(s for s in program.segments if s.phase == phase))
         for phase in phases
     )
+
+
+@lru_cache(maxsize=256)
+def by_tower(phase: Program) -> tuple[Program, ...]:
+    """The parts of a phase before and behind the way from an encoder to a decoder, either way."""
+    ends = [
+        place for place, segment in enumerate(phase.segments) if segment.label.endswith(BETWEEN)
+    ]
+    if not ends or phase.segments[0].phase == OPTIMIZER:
+        return (phase,)
+    turn = ends[0] + (phase.segments[0].phase != BACKWARD)
+    halves = (phase.segments[:turn], phase.segments[turn:])
+    return tuple(Program(name=phase.name, segments=half) for half in halves if half)
 
 
 def passes_of(

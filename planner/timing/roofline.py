@@ -123,7 +123,8 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
     match kind:
         case Product():
             dtype = speed.dtype if kind.head else speed.product_dtype
-            ratio = 1.0 if kind.head else speed.weight_ratio
+            dtype = "fp32" if kind.wide else dtype
+            ratio = 1.0 if kind.head or kind.wide else speed.weight_ratio
             moved = moved - op.weight_bytes * (1.0 - ratio)
             m, n, k = kind.sizes(dims)
             family = _product_family(speed, dtype, (m, n, k), kind.free)

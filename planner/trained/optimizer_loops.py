@@ -17,6 +17,13 @@ from planner.trained.optimizer_parts import Part, columns, once, rows
 
 FLOAT32, BFLOAT16 = 4, 2
 NEWTON_SCHULZ_STEPS = 5
+NORM = "norm().item"
+"""A norm that Python reads as a number."""
+
+
+UPDATE_PASSES = (("_foreach_clamp_min_", 2), ("_foreach_rsqrt_", 2), ("_foreach_mul_", 3))
+"""From an estimate of variance to its parameter's update, and how often each reads or writes an
+element."""
 
 
 class LoopWriter:
@@ -53,12 +60,14 @@ class LoopWriter:
             self.tape.free(*dict.fromkeys(self.names.values()))
         self.names = {}
 
-    def make(self, name: str, elements: int, itemsize: int, kernel: str) -> Buffer:
-        """What an op returns, without a name yet."""
+    def make(
+        self, name: str, elements: int, itemsize: int, kernel: str, *, read: int = 0
+    ) -> Buffer:
+        """What an op returns, without a name yet; `read`: elements beside as many as it makes."""
         key = self._label, self._made
         self._made += 1
         known = self._known.get(key)
-        moved = ((elements, itemsize),)
+        moved = ((read or elements, itemsize),)
         made = self.tape.new(name, (elements,), itemsize, moved=moved, kernel=kernel, into=known)
         self._known[key], self._identity[made] = made, key
         return made
@@ -71,13 +80,13 @@ class LoopWriter:
         if old is not None and old not in self.names.values():
             self.tape.free(old)
 
-    def scalar(self, kernel: str, itemsize: int) -> None:
-        """A number that goes at once."""
-        self.tape.free(self.make("norm", 1, itemsize, kernel))
+    def scalar(self, kernel: str, itemsize: int, read: int = 1) -> None:
+        """A number of so many that goes at once."""
+        self.tape.free(self.make("norm", 1, itemsize, kernel, read=read))
 
-    def in_place(self, kernel: str, elements: int, times: int) -> None:
+    def in_place(self, kernel: str, elements: int, times: int, *, loop: str = "") -> None:
         """An op that allocates nothing."""
-        self.tape.run(self.title, moved=((times, elements, self.b),), kernel=kernel)
+        self.tape.run(self.title, moved=((times, elements, self.b),), kernel=kernel, loop=loop)
 
 
 def _first_and_others(part: Part) -> Iterator[tuple[int, int | None]]:
@@ -93,23 +102,24 @@ class Adafactor(LoopWriter):
     def step(self, shape: tuple[int, ...]) -> None:
         """_single_tensor_adafactor."""
         n, b = prod(shape), self.b
-        self.scalar("linalg_vector_norm", b)
-        self.in_place("mul_.Tensor", n, 2)
+        self.scalar(NORM, b, read=n)
         if len(shape) > 1:
             for name, size in (("row mean", rows(shape)), ("column mean", columns(shape))):
-                self.let(name, self.make(name, size, b, "linalg_vector_norm"))
+                self.let(name, self.make(name, size, b, "linalg_vector_norm", read=n))
                 self.in_place("lerp_.Scalar", size, 3)
             self.let("estimate", self.make("estimate of variance", n, b, "mm"))
             mean = self.make("mean", prod(shape[:-2]), b, "mean.dim")
-            self.in_place("div_.Tensor", n, 2)
+            self.in_place("div_.Tensor", n, 2, loop="strided")  # by one number
             self.tape.free(mean)
         else:
             self.let("square", self.make("squared gradient", n, b, "mul.Tensor"))
             self.in_place("lerp_.Scalar", n, 3)
             self.let("estimate", self.make("estimate of variance", n, b, "clone"))
         self.let("update", self.names["estimate"])
+        self.in_place("clamp_", n, 2)
+        self.in_place("rsqrt_", n, 2)
         self.in_place("mul_.Tensor", n, 3)
-        self.scalar("linalg_vector_norm", b)
+        self.scalar(NORM, b, read=n)
         self.in_place("add_.Tensor", n, 3)
 
 
@@ -175,23 +185,30 @@ class Muon(LoopWriter):
         self.let("update", self.make("momentum with the gradient", n, b, "lerp.Scalar"))
         self.let("update", self._orthogonal(shape))
         self.in_place("mul_.Tensor", n, 2)
-        self.in_place("add_.Tensor", n, 3)
+        self.in_place("add_.Tensor", n, 3, loop="strided" if _is_tall(shape) else "")
 
     def _orthogonal(self, shape: tuple[int, ...]) -> Buffer:
-        """_zeropower_via_newtonschulz: of an m × k matrix, m ≤ k, with Gram matrices m × m."""
+        """_zeropower_via_newtonschulz: of an m × k matrix, m ≤ k, with Gram matrices m × m.
+
+        addmm copies the matrix that it adds to before it multiplies (ATen/native/cuda/Blas.cpp). A
+        tall one goes in and comes back as its transpose.
+        """
         n, m = prod(shape), min(shape)
         if self.b != BFLOAT16:
             self.let("matrix", self.make("matrix", n, BFLOAT16, "_to_copy"))
         else:
             self.let("matrix", self.names["update"])
-        norm = self.make("norm", 1, BFLOAT16, "linalg_vector_norm")
+        norm = self.make("norm", 1, BFLOAT16, "linalg_vector_norm", read=n)
         least = self.make("norm", 1, BFLOAT16, "clamp")
         self.tape.free(norm)
-        self.in_place("div_.Tensor", n, 2)
+        self.in_place("div_.Tensor", n, 2, loop="strided")  # by one number
         self.tape.free(least)
-        for _ in range(NEWTON_SCHULZ_STEPS):
+        for turn in range(NEWTON_SCHULZ_STEPS):
+            turned = "strided" if turn == 0 and _is_tall(shape) else ""
             self.let("gram", self._product("Gram matrix", m, m, n // m))
+            self.in_place("copy_", m * m, 2)
             self.let("gram update", self._product("update of the Gram matrix", m, m, m))
+            self.in_place("copy_", n, 2, loop=turned)
             self.let("matrix", self._product("matrix", m, n // m, m))
         self.let("gram", None)
         self.let("gram update", None)
@@ -206,11 +223,16 @@ class Muon(LoopWriter):
             BFLOAT16,
             flops=(2, m, n, k),
             moved=((m * k + k * n + m * n, BFLOAT16),),
-            kernel="addmm",
+            kernel="mm",
             into=self._known.get(key),
         )
         self._known[key], self._identity[made] = made, key
         return made
+
+
+def _is_tall(shape: tuple[int, ...]) -> bool:
+    """More rows than columns."""
+    return shape[0] > shape[1]
 
 
 class AdafactorLists:
@@ -225,29 +247,53 @@ class AdafactorLists:
         matrices = [part.with_shapes(lambda s: len(s) > 1) for part in parts]
         vectors = [part.with_shapes(lambda s: len(s) == 1) for part in parts]
         kernel = "linalg_vector_norm"
-        self._numbers(matrices, "decay of matrices")
+        self._numbers(matrices, "norms of matrices")
         for name, size in (("row means", rows), ("column means", columns)):
-            self._list(name, matrices, size, kernel)
+            self._list(name, matrices, size, kernel, read=prod)
             self._drop(name, matrices)
         self._list("updates", matrices, prod, "mm")
-        self._list("means of rows", matrices, lambda shape: prod(shape[:-2]), "mean.dim")
+        self._list("means of rows", matrices, lambda s: prod(s[:-2]), "mean.dim", read=rows)
+        self._each("updates over their rows' means", matrices, "div_.Tensor", 2, loop="strided")
         self._drop("means of rows", matrices)
-        self._numbers(matrices, "norms of matrices")
-        self._numbers(vectors, "decay of vectors")
+        self._update(matrices, "matrices")
+        self._numbers(vectors, "norms of vectors")
         self._list("squared gradients", vectors, prod, "_foreach_mul")
+        self._each("variances", vectors, "_foreach_lerp_", 3)
         self._drop("squared gradients", vectors)
         self._list("updates of vectors", vectors, prod, "clone")
         self._drop("updates", matrices)  # the same name
-        self._numbers(vectors, "norms of vectors")
+        self._update(vectors, "vectors")
         self._drop("updates of vectors", vectors)
+
+    def _update(self, parts: Sequence[Part], of: str) -> None:
+        """From the estimates of variance on, in place of them."""
+        for kernel, times in UPDATE_PASSES:
+            self._each(f"{kernel} of {of}", parts, kernel, times)
+        self._numbers(parts, f"norms of updates, {of}")
+        for kernel, times in (("_foreach_mul_.ScalarList", 2), ("_foreach_add_", 3)):
+            self._each(f"{kernel} of {of}", parts, kernel, times)
+
+    def _each(
+        self, name: str, parts: Sequence[Part], kernel: str, times: int, *, loop: str = ""
+    ) -> None:
+        """What allocates nothing: one kernel over a part, or one a parameter where it goes along
+        them one by one.
+        """
+        for part in parts:
+            with once(self.tape, f"{name}, {part.label}", part) as anew:
+                sizes = part.sizes if loop else (sum(part.sizes),)
+                for size in sizes if anew else ():
+                    if size:
+                        moved = ((times, size, self.b),)
+                        self.tape.run("Adafactor", moved=moved, kernel=kernel, loop=loop)
 
     def _numbers(self, parts: Sequence[Part], what: str) -> None:
         """p.norm(2).item(), one after the other."""
         for part in parts:
             with once(self.tape, f"{what}, {part.label}", part) as anew:
-                for _ in part.shapes if anew else ():
-                    moved = ((1, self.b),)
-                    norm = self.tape.new("norm", (1,), self.b, moved=moved, kernel=what)
+                for size in part.sizes if anew else ():
+                    moved = ((size, self.b),)
+                    norm = self.tape.new("norm", (1,), self.b, moved=moved, kernel=NORM)
                     self.tape.free(norm)
 
     def _list(
@@ -256,13 +302,20 @@ class AdafactorLists:
         parts: Sequence[Part],
         size: Callable[[tuple[int, ...]], int],
         kernel: str,
+        *,
+        read: Callable[[tuple[int, ...]], int] | None = None,
     ) -> None:
+        """A new tensor a parameter; `read`: elements that each is made of."""
         for part in parts:
             with once(self.tape, f"{name}, {part.label}", part) as anew:
                 if anew:
                     self.made[name, part.label] = [
                         self.tape.new(
-                            name, (size(s),), self.b, moved=((size(s), self.b),), kernel=kernel
+                            name,
+                            (size(s),),
+                            self.b,
+                            moved=(((read or size)(s), self.b),),
+                            kernel=kernel,
                         )
                         for s in part.shapes
                     ]

@@ -173,11 +173,7 @@ def _row(item: str, tensors: int, size: int, b: int) -> Row:
     )
 
 
-IN_PLACE = {
-    "sgd": ("add_", 3),
-    "sgd-momentum": ("add_", 6),
-    "adamw-8bit": ("optimizer_update_8bit_blockwise", 5),
-}
+IN_PLACE = {"sgd": ("add_", 3), "sgd-momentum": ("add_", 6)}
 """Kernels that allocate nothing, and how often they read or write an element of a parameter."""
 
 
@@ -250,7 +246,9 @@ class OptimizerWriter:
 
     def _update(self, part: Part, previous: str) -> None:
         total = sum(part.sizes)
-        if self.optimizer in IN_PLACE:
+        if self.optimizer == "adamw-8bit":
+            self._blockwise(part)
+        elif self.optimizer in IN_PLACE:
             self._run(*IN_PLACE[self.optimizer], total)
         elif self.impl == "fused":
             self._run("_fused_adamw_", 7, total)
@@ -287,6 +285,20 @@ class OptimizerWriter:
             self._run("add_", 2, size)
             self._run("addcdiv_", 4, size)
         self.kept[part.label] = made
+
+    def _blockwise(self, part: Part) -> None:
+        """A kernel a parameter, which each is waited for: weights and gradients, moments of a byte
+        with their scales or, of small parameters, in float32.
+        """
+        for n in part.sizes:
+            weights: Shape = (3, n, self.b)
+            moved: tuple[Shape, ...]
+            if n < QUANTISED_FROM:
+                moved, kernel = (weights, (4, n, FLOAT32)), "optimizer_update_32bit"
+            else:
+                scales = (4, -(-n // BLOCK), FLOAT32)
+                moved, kernel = (weights, (4, n), scales), "optimizer_update_8bit_blockwise"
+            self.tape.run("adamw-8bit", moved=moved, kernel=kernel)
 
     def _free_all(self, parts: Sequence[Part]) -> None:
         for part in parts:

@@ -31,6 +31,21 @@ from profiles.op_tables import held_out, package_folder
 RECORDS = Path(__file__).parents[2] / "profiles" / "data" / "microbench" / "h200.jsonl"
 CPU_RECORDS = RECORDS.with_name("cpu.jsonl")
 PEAK, BANDWIDTH = 1e15, 4e12
+WORST = {
+    "across": 0.12,
+    "bmm:fp32": 0.32,
+    "convolution": 0.02,
+    "cumsum": 0.25,
+    "cumsum down": 0.05,
+    "far": 0.09,
+    "joined": 0.06,
+    "offsets": 0.1,
+    "offsets cast": 0.07,
+    "attention_backward:bf16:masked": 0.1,
+    "elementwise:tanh": 0.14,
+    "prefill:bf16:efficient": 0.08,
+}
+"""Bounds on the 90th percentile of errors over ops whose shapes no fit saw: of scans Bamba-9B's."""
 TRUE = Roof(floor_s=3e-6, compute=0.7, bandwidth=0.8, extra_flops=1e8, extra_bytes=2e6, power=3.0)
 
 
@@ -97,21 +112,14 @@ def test_the_split_is_by_shape_in_tables_and_in_records():
 
 
 def test_what_no_fit_takes_yet_changes_none():
-    """Half precision, biases and pinned kernels were timed beside what is fitted."""
+    """Half precision, biases and few products of pairs were timed beside what is fitted."""
     measured = load(RECORDS)
     product = next(r for r in measured.ops if (r.family, r.op) == ("gemm", "linear"))
-    masked = next(r for r in measured.ops if r.op == "sdpa_masked")
-    burst = next(r for r in measured.ops if (r.family, r.op) == ("sustained", "linear"))
     slow = (1.0,)
     beside = (
-        replace(product, dtype="fp16", samples_s=slow),
-        replace(product, dtype="fp32", samples_s=slow),
+        replace(product, dtype="fp16", split="held-out", samples_s=slow),
         replace(product, op="linear_bias", samples_s=slow),
         replace(product, op="bmm", shape={"batch": 2, **product.shape}, samples_s=slow),
-        replace(masked, backend="efficient", samples_s=slow),
-        replace(masked, family="backward", samples_s=slow),
-        replace(burst, dtype="fp16", samples_s=slow),
-        replace(burst, family="ceiling", dtype="fp32", samples_s=slow),
     )
     contents = [
         calibration("h200", records=replace(measured, ops=ops))
@@ -140,6 +148,10 @@ def test_records_of_an_h200_are_fitted_as_committed():
     assert fits["gemm:bf16"].held_out.median < 0.045
     assert fits["gemm:bf16"].held_out.p90 < 0.12
     assert fits["prefill:bf16:cudnn"].held_out.median < 0.04
+    for name, bound in WORST.items():
+        assert fits[name].held_out.p90 <= bound, name
+    assert fits["bmm:fp32"].held_out.median < 0.06  # the worst are of 3 and 4 rows
+    assert content["half"] == pytest.approx(1.047, abs=0.005)
     assert content["graph"]["kernel_s"] == pytest.approx(0.92e-6, rel=0.01)
     assert content["energy"]["idle_w"] == pytest.approx(163.7, abs=0.1)
     assert content["energy"]["clock"] == pytest.approx(1.374 / 1.6205, abs=0.001)
@@ -156,9 +168,9 @@ def test_one_number_a_kernel_from_two_named_rows_times_the_steps_that_a_graph_re
     assert len(named) == 2
     rows = compare(r for r in replayed if r.split == "held-out")
     off = [abs(row.relative_error) for row in rows if row.quantity == "replay_s"]
-    assert len(off) == 10
+    assert len(off) == 21
     assert statistics.fmean(off) < 0.04
-    assert max(off) < 0.12
+    assert max(off) < 0.15
 
 
 def test_kinds_timed_among_others_are_what_the_others_leave():
@@ -178,10 +190,13 @@ def test_kinds_timed_among_others_are_what_the_others_leave():
     assert 0.9 * eight / all_bytes < alone_s / softmax.median_s < 1.1 * eight / all_bytes + 0.05
 
 
+MIXED = ("mul_mixed", "mul_heads")
+
+
 def test_products_of_mixed_dtypes_are_a_kind_of_their_own_once_they_are_timed():
     """Until then they take what strides and conversions add to a plain product."""
     measured = load(RECORDS)
-    measured = replace(measured, ops=tuple(r for r in measured.ops if r.op != "mul_mixed"))
+    measured = replace(measured, ops=tuple(r for r in measured.ops if r.op not in MIXED))
     like = next(r for r in measured.ops if (r.family, r.op) == ("bandwidth", "add"))
     slow = {rows: 2e-6 + 1e-11 * rows * 2048 for rows in (64, 1024, 4096, 32768)}
     timed = [

@@ -28,6 +28,7 @@ def test_the_file_names_the_installed_transformers():
         ("transformers", "qwen2_moe", "sdpa"),
         ("attnlab", "llama", "sdpa"),
         ("attnlab", "gemma2", "naive"),
+        ("transformers", "t5", "sdpa"),
     ],
 )
 def test_counts_are_those_of_the_installed_classes(runtime, kind, attention):
@@ -59,10 +60,11 @@ def test_what_other_caches_ask_for_is_counted_too(runtime, name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_checkpointing_hands_saved_tensors_through_python():
-    plain, _ = trained("llama", checkpointed=False, with_lora=False)
-    forward, backward = trained("llama", checkpointed=True, with_lora=False)
-    kept = known_trained("llama")
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_checkpointing_hands_saved_tensors_through_python(policy):
+    plain, _ = trained("llama")
+    forward, backward = trained("llama", policy)
+    kept = known_trained("llama", selective=policy == "selective")
     assert forward - plain == pytest.approx(kept.forward, rel=PYTHONS)
     assert backward == pytest.approx(kept.backward, rel=PYTHONS)
 

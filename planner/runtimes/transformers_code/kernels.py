@@ -6,7 +6,7 @@ from planner.autograd.aten import ONE
 from planner.autograd.fused_attention import fused_kernel
 from planner.autograd.tensors import Dims, Tensor
 from planner.layers import GQA, MLA
-from planner.program import B, visible_pairs
+from planner.program import B, Symbol, visible_pairs
 from planner.runtimes.transformers_code.positions import PositionWriter
 from planner.runtimes.transformers_code.regime import Shared
 from planner.runtimes.writer import BOOL, FLOAT32
@@ -57,14 +57,17 @@ class KernelWriter(PositionWriter):
         mask: Tensor | None,
         *,
         enable_gqa: bool = False,
+        pairs: Symbol | None = None,
     ) -> Tensor:
-        """F.scaled_dot_product_attention."""
+        """F.scaled_dot_product_attention; `pairs` of query and key, causal ones where not said."""
         f, window = self.f, None
         mask = None if mask is None else f.lowered(mask)
         v = f.lowered(v)
         k = f.lowered(k)
         q = f.lowered(q)
         kernel = fused_kernel(self.what.device, self.what.capability, q.itemsize)
+        if kernel != "cpu" and mask is not None and mask.node is not None:
+            kernel = "efficient"  # the one with a gradient for it
         if isinstance(attention, GQA) and mask is not None:
             window = attention.sliding_window
         added = None
@@ -86,7 +89,7 @@ class KernelWriter(PositionWriter):
             v,
             added,
             "attention",
-            pairs=visible_pairs(window),
+            pairs=pairs or visible_pairs(window),
             kernel=kernel,
             trains=any(x.node is not None for x in (q, k, v)),
         )

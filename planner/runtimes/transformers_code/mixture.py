@@ -174,7 +174,9 @@ class MixtureWriter(PartWriter):
         weighted = f.mul(out, column, "weighted experts")
         del column
         back = aten.new("empty_like", "routing", rows, INT64)
-        aten.new("arange", "routing", rows, INT64)
+        places = aten.new("arange", "routing", rows, INT64)
+        aten.in_place("index_put_", "routing", back, order, places)
+        del places
         weighted = f.index(weighted, back, rows, "weighted experts")
         total = f.sum_of(f.view(weighted, ((B, T), (k,), (h,))), "experts output")
         rounded = f.cast(total, self.b, "experts output")

@@ -13,7 +13,7 @@ from planner.autograd.passes import EMBEDDING, HEAD, Part
 from planner.autograd.tensors import Dims, Node, Tensor
 from planner.layers import GQA, Dense, Layer
 from planner.model import Model
-from planner.program import S_ENC, B, Buffer, Extent, S, T
+from planner.program import S_ENC, B, Buffer, Extent, S, T, every_pair
 from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import Pass, Regime, Shared
@@ -387,7 +387,9 @@ class Seq2SeqLM(BlockWriter, MaskWriter):
                 out = f.math_attention(q, k, v, lowered)
             del lowered
         else:
-            out = self.fused(gqa, q, k, v, added)
+            hidden = self.stack == "decoder" and not crosses
+            pairs = None if hidden else every_pair(self._rows()[0], k.dims[2][0])
+            out = self.fused(gqa, q, k, v, added, pairs=pairs)
         return f.contiguous(f.transpose(out, 1, 2), "attention"), None
 
     def _bias_mask(self, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:

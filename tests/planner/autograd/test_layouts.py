@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,3 +75,19 @@ def test_what_is_joined_as_images_are(x):
     images = layouts.is_channels_last(*lies(x))
     expected = layouts.channels_last(sizes) if images else layouts.contiguous(sizes)
     assert expected == out.stride()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "own", "laid", "found"),
+    [
+        ((64, 32), (64, 32), (32, 1), ""),
+        ((64, 32), (64, 1), (1, 1), ""),  # a column, repeated along the rows
+        ((512, 64), (512, 64), (1, 512), "across"),  # 64 sectors, of which a block uses four floats
+        ((64, 256), (64, 256), (1, 64), "far"),  # 256 sectors, one float of each
+        ((64, 256), (1, 256), (64, 64), "across"),  # repeated: read again
+        ((64, 256), (64, 256), (512, 2), ""),  # every second: sectors are shared
+    ],
+)
+def test_what_is_read_across_what_is_written_is_told(sizes, own, laid, found):
+    """CUDALoops.cuh: a block of threads writes 256 neighbours; sectors are of 32 bytes."""
+    assert layouts.reach(sizes, layouts.contiguous(sizes), [(own, laid, 4)]) == found

@@ -178,7 +178,6 @@ def test_an_estimate_is_without_the_logits_of_all_tokens():
     saved = whole.memory.activations_bytes - chunked.memory.activations_bytes
     assert 2 * logits < saved < 3 * logits
     assert whole.memory.peak_reserved_bytes - chunked.memory.peak_reserved_bytes > saved
-    assert chunked.latency.step_interval_s is None  # no such step was measured
     assert chunked.latency.step_s == pytest.approx(whole.latency.step_s, rel=0.1)
 
 

@@ -260,10 +260,9 @@ def test_dora_is_no_part_of_attnlab():
         planner.estimate(planner.load_model("gpt2"), work, deploy)
 
 
-def test_the_time_of_dora_has_no_range():
-    """It was never measured."""
+def test_dora_takes_longer():
     deploy = planner.Deployment(gpu="h200")
-    with_range, without = (
+    plain, dora = (
         planner.estimate(
             planner.load_model("llama-3.1-8b"),
             planner.Training(batch=1, sequence_tokens=64, method="lora", lora=lora),
@@ -271,6 +270,5 @@ def test_the_time_of_dora_has_no_range():
         ).latency
         for lora in (planner.LoRA(), planner.LoRA(dora=True))
     )
-    assert with_range.step_interval_s is not None
-    assert without.step_interval_s is None
-    assert without.step_s > with_range.step_s
+    assert dora.step_s > 1.2 * plain.step_s
+    assert dora.step_interval_s is not None

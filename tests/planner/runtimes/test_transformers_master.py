@@ -205,11 +205,15 @@ def test_an_allocator_plays_steps_on_copies():
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "known"),
-    [("master", "bf16", False), ("autocast", "fp16", False), ("autocast", "bf16", True)],
+    ("precision", "dtype", "optimizer", "known"),
+    [
+        ("master", "bf16", "adamw", True),
+        ("autocast", "fp16", "adamw", True),
+        ("pure", "bf16", "adamw-8bit", False),
+    ],
 )
-def test_the_time_of_what_was_never_measured_has_no_range(precision, dtype, known):
-    work = planner.Training(batch=1, sequence_tokens=64, precision=precision)
+def test_the_time_of_what_was_never_measured_has_no_range(precision, dtype, optimizer, known):
+    work = planner.Training(batch=1, sequence_tokens=64, precision=precision, optimizer=optimizer)
     deploy = planner.Deployment(gpu="h200", dtype=dtype)
     latency = planner.estimate(planner.load_model("llama-3.2-1b"), work, deploy).latency
     assert latency.step_s > 0

@@ -11,8 +11,8 @@ from profiles.compare import estimate_of
 ALONE = [r for r in records.load([records.DATA / "h200.jsonl"])[0] if r.new_tpot_s is not None]
 
 
-def of(name, **deploy):
-    work = planner.Inference(batch=4, prompt_tokens=512, output_tokens=16)
+def of(name, prompt_tokens=512, **deploy):
+    work = planner.Inference(batch=4, prompt_tokens=prompt_tokens, output_tokens=16)
     return planner.estimate(planner.load_model(name), work, planner.Deployment(**deploy))
 
 
@@ -72,3 +72,13 @@ def test_a_faster_host_plans_faster():
 @pytest.mark.parametrize("gpu", ["b200", "mi300x"])
 def test_what_nobody_timed_is_not_said(gpu):
     assert of("llama-3.1-8b", gpu=gpu, mode="eager").latency.new_length_s is None
+
+
+def test_a_window_plans_until_its_mask_begins():
+    """Mistral's, of 4 096 tokens, in attnlab: a table hides what is before; cuDNN takes none."""
+    within, beyond = (
+        of("mistral-7b-v0.1", gpu="h200", mode="eager", runtime="attnlab", prompt_tokens=tokens)
+        for tokens in (512, 8192)
+    )
+    assert within.latency.new_length_s > 0.01
+    assert beyond.latency.new_length_s == 0.0

@@ -12,16 +12,19 @@ from planner.timing.calibration import load
 from planner.timing.host_calls import counted, trained
 from planner.timing.host_cost import (
     HOOKED,
+    UNPACKED,
     Engine,
     _issued,
     _name,
     between_seconds,
     forward_runs,
     host_seconds,
+    python_ops,
+    waiting_seconds,
 )
 from planner.timing.latency import latency
 from planner.timing.op_kinds import Product, moved_bytes, timed_ops
-from planner.timing.passes import by_phase, layers_run_again
+from planner.timing.passes import by_phase, by_tower, layers_run_again
 from planner.training import training_phase
 from tools import checkpoint_cost
 from tools.host_calls import TYPES, caches, config
@@ -148,7 +151,53 @@ def test_checkpointed_layers_run_again_and_call_more():
 
 def test_a_call_of_checkpointings_takes_longer_than_a_modules():
     """On this CPU, in the live classes; who shares it makes the ratio larger, not smaller."""
-    assert min(checkpoint_cost.ratios("llama", steps=8)) > HOOKED / 2
+    assert min(checkpoint_cost.ratios("llama", "full", steps=8)) > HOOKED / 2
+
+
+def test_selective_layers_run_again_and_show_python_every_op():
+    full, selective = (trained_phases(checkpointing=name) for name in ("full", "selective"))
+    assert layers_run_again(selective) == LAYERS
+    asked = replace(LLAMA, selective=True)
+    for phase in (0, 1):
+        of_full = between_seconds(full[phase], HOST, LLAMA, checkpointed=LAYERS)
+        assert between_seconds(selective[phase], HOST, asked, checkpointed=LAYERS) > of_full
+
+
+def test_dora_calls_more():
+    runs = forward_runs(
+        trained_phases(method="lora", lora=planner.LoRA(dora=True), checkpointing="none")[0]
+    )
+    assert runs.dora
+    assert trained("llama", dora=True).adapted > 2 * trained("llama").adapted
+
+
+@pytest.mark.parametrize(("optimizer", "waits"), [("adamw-8bit", 1), ("adafactor", 2)])
+def test_an_optimizer_that_waits_for_each_parameter_keeps_the_gpu_waiting(optimizer, waits):
+    parameters = len(list(planner.read_config(config("llama", LAYERS)).parameters()))
+    seconds = waiting_seconds(trained_phases(optimizer=optimizer)[-1], HOST, LLAMA)
+    assert seconds > parameters * waits * HOST.op_s["launch_and_wait"]
+    assert waiting_seconds(trained_phases(optimizer="adamw")[-1], HOST, LLAMA) == 0.0
+
+
+def test_a_weight_of_four_bits_is_made_by_python():
+    model = planner.load_model("llama-3.2-1b")
+    work = planner.Training(batch=1, sequence_tokens=2048, method="qlora")
+    steps = []
+    for weight_dtype in ("nf4", "nf4-double"):
+        e = of(model, work, weight_dtype=weight_dtype)
+        program = training_phase(e.share.model, work, e.deploy, e.setting).program
+        steps.append(python_ops(program))
+    made = 2 * 7 * len(model.layers) - 3  # forward and back, but to what is not trained
+    assert steps == [made * UNPACKED["dequantize_4bit"], made * sum(UNPACKED.values())]
+
+
+def test_two_towers_wait_for_the_host_apart():
+    """T5's decoder waits for its host, its encoder for its kernels."""
+    work = planner.Training(batch=4, sequence_tokens=256, encoder_tokens=1024)
+    e = of(planner.read_config(config("t5", LAYERS)), work)
+    program = training_phase(e.share.model, work, e.deploy, e.setting).program
+    phases = by_phase(program)
+    assert [len(by_tower(phase)) for phase in phases] == [2, 2, 1]
 
 
 def test_adapted_layers_are_counted():

