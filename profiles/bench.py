@@ -86,7 +86,7 @@ class Bench:
         """Peaks of torch's allocator, and NVML's figures at the peak and quiet."""
         if point.phase == "decode":
             return {}
-        ids = self._prompt(workload, point)
+        ids = self.prompt(workload, point)
         with self.peaks() as seen:
             workload.begin(batch=point.batch, capacity_tokens=point.context_tokens)
             self.mark("prefill")
@@ -101,7 +101,7 @@ class Bench:
 
     def memory(self, workload: Workload, point: Point) -> dict[str, Any]:
         """Live tensors in one pass under the meter."""
-        ids = self._prompt(workload, point)
+        ids = self.prompt(workload, point)
         gc.collect()
         passes: list[set[str]] = []
         with torch.no_grad(), meters.LiveTensorMeter(device=self.device) as meter:
@@ -128,7 +128,7 @@ class Bench:
 
     def time(self, workload: Workload, point: Point) -> dict[str, Any]:
         """Every timed step, and the energy of them together."""
-        ids = self._prompt(workload, point)
+        ids = self.prompt(workload, point)
         first, rest = meters.Stopwatch(device=self.device), meters.Stopwatch(device=self.device)
         workload.begin(batch=point.batch, capacity_tokens=point.context_tokens)
         warmup = replace(point, output_tokens=min(point.output_tokens, WARMUP_TOKENS))
@@ -168,7 +168,8 @@ class Bench:
             values["energy_j"] = ended_j - started_j
         return values
 
-    def _prompt(self, workload: Workload, point: Point) -> torch.Tensor:
+    def prompt(self, workload: Workload, point: Point) -> torch.Tensor:
+        """Random ids [batch, prompt_tokens]; where they are padded, the workload hides padding."""
         ids = random_ids(workload.vocab_size, point.batch, point.prompt_tokens).to(self.device)
         if point.padded:
             mask = left_padding(point.batch, point.prompt_tokens, point.context_tokens)

@@ -62,12 +62,8 @@ def means(records: Iterable[OpRecord], known: Mapping[str, Fit], gpu: Gpu) -> Ro
     for record in _measured(records, "bandwidth", "rmsnorm"):
         if record.shape["rows"] <= FEW_ROWS and record.cache == "cold":
             left_s = _median(record) - _around_mean(record, known, gpu)
-            by_column, by_row = (
-                8 * _count(record),
-                (8 if record.dtype == "fp32" else 4) * _count(record),
-            )
-            left_s -= _seconds(STRIDED, by_column, record, known, gpu)
-            left_s -= _seconds(STRIDED, by_row, record, known, gpu)
+            for size in _product_sizes(record):
+                left_s -= _seconds(STRIDED, size, record, known, gpu)
             rows.append(_row(record, 4.0 * _count(record), left_s))
     return rows + streaming_means(records)
 

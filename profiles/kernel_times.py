@@ -14,24 +14,25 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import planner
 from planner import ConfigError
 from profiles import environment, graph_step, records
-from profiles.bench import random_ids
 from profiles.points import Point, SuitePoint
 from profiles.suites import SUITES, suite_points
-from profiles.training_bench import TrainingRun
-from profiles.workloads import build
+from profiles.training_bench import TrainingBench
+from profiles.worker import built, computed_in
 
 WARMUP = 2
+"""Passes before the one that is traced, and decode steps of each."""
 COPIES = ("gpu_memcpy", "gpu_memset")
 
 
@@ -64,16 +65,16 @@ class PassTimes:
     host_s: float
 
 
-def pass_times(run: Callable[[], object]) -> PassTimes:
-    """Of one call of `run`. Without a GPU ops, with what they call in them, stand for kernels."""
+def pass_times(run: Callable[[], object], *, on_cuda: bool) -> PassTimes:
+    """Of one call of `run`. On a CPU ops, with what they call in them, stand for kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    if on_cuda:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as profiler:
         run()
-        if torch.cuda.is_available():
+        if on_cuda:
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -81,7 +82,7 @@ def pass_times(run: Callable[[], object]) -> PassTimes:
         trace = json.loads(path.read_text())
     events = trace["traceEvents"]
     calls, host_s = calls_of(events)
-    kind = "kernel" if torch.cuda.is_available() else "cpu_op"
+    kind = "kernel" if on_cuda else "cpu_op"
     return PassTimes(kernels=kernels_of(events, kind=kind), calls=calls, host_s=host_s)
 
 
@@ -139,41 +140,36 @@ def _shapes(op: Mapping[str, Any]) -> str:
 
 def passes(point: SuitePoint, device: torch.device) -> dict[str, PassTimes]:
     """Of a point: its prefill and a decode step, or a training step, after warm-up."""
-    model = planner.load_model(point.model)
-    workload = build(
-        model,
-        runtime=point.runtime,
-        attention=point.attention,
-        dtype=point.dtype or model.dtype,
-        device=device,
-    )
-    run = point.run
-    if not isinstance(run, Point):
-        work = run.work
-        ids = random_ids(workload.vocab_size, work.batch, work.sequence_tokens).to(device)
-        training = TrainingRun(workload, work, ids)
+    model = planner.load_model(point.source)
+    workload, bench = built(model, point, device), TrainingBench(device, None, None)
+    traced = partial(pass_times, on_cuda=bench.on_cuda)
+    if not isinstance(point.run, Point):
+        training = bench.run(workload, point.run, dtype=computed_in(model, point))
         for _ in range(WARMUP):
             training.step()
-        return {"training": pass_times(training.step)}
-    found: dict[str, PassTimes] = {}
-    ids = random_ids(workload.vocab_size, run.batch, run.prompt_tokens).to(device)
-    workload.begin(batch=run.batch, capacity_tokens=run.prompt_tokens + WARMUP + 2)
-    for _ in range(WARMUP):
+        return {"training": traced(training.step)}
+    decodes = point.run.output_tokens > 1
+    run = replace(point.run, output_tokens=1 + WARMUP if decodes else 1)
+    ids = bench.prompt(workload, run)
+
+    def tokens() -> Iterator[Tensor]:
         workload.reset()
-        tokens = workload.tokens(ids, output_tokens=WARMUP, logits=run.logits)
-        for _ in tokens:
+        return workload.tokens(ids, output_tokens=run.output_tokens, logits=run.logits)
+
+    workload.begin(batch=run.batch, capacity_tokens=run.context_tokens)
+    for _ in range(WARMUP):
+        for _ in tokens():
             pass
-    workload.reset()
-    tokens = workload.tokens(ids, output_tokens=3, logits=run.logits)
-    found["prefill"] = pass_times(partial(next, tokens))
-    if run.output_tokens > 1:
-        token = next(tokens)
+    steps = tokens()
+    found = {"prefill": traced(partial(next, steps))}
+    if decodes:
+        token = next(steps)
         if run.mode == "graph":
             step = graph_step.capture(workload, token, run.logits)
             step.replay()
-            found["replay"] = pass_times(step.replay)
+            found["replay"] = traced(step.replay)
         else:
-            found["decode"] = pass_times(partial(next, tokens))
+            found["decode"] = traced(partial(next, steps))
     return found
 
 

@@ -68,11 +68,11 @@ def _recorded(
 
     def run() -> None:
         with recorded() as history:
-            workload = _built(model, point, bench)
+            workload = built(model, point, bench.device)
             if isinstance(point.run, Point):
                 values.update(bench.cuda_memory(workload, point.run))
             else:
-                dtype = _computed_in(model, point)
+                dtype = computed_in(model, point)
                 training = bench.run(workload, point.run, dtype=dtype)
                 values.update(bench.step_peaks(training, point.run))
         history.write(histories / name, about={"point": point.name, "gpu": bench.device_name})
@@ -100,29 +100,30 @@ def _sampled(model: Model, point: SuitePoint, bench: TrainingBench, values: dict
 
 def _measure(model: Model, point: SuitePoint, bench: TrainingBench, values: dict[str, Any]) -> str:
     bench.mark("load")
-    workload, status = attempt(lambda: _built(model, point, bench))
+    workload, status = attempt(lambda: built(model, point, bench.device))
     if workload is None:
         return status
     if isinstance(point.run, Point):
         return bench.measure(workload, point.run, values, times_only=point.times_only)
-    dtype = _computed_in(model, point)
+    dtype = computed_in(model, point)
     return bench.train(workload, point.run, values, dtype=dtype, times_only=point.times_only)
 
 
-def _computed_in(model: Model, point: SuitePoint) -> str:
+def computed_in(model: Model, point: SuitePoint) -> str:
     """The dtype of products: of a run in fp32 with autocast, that of autocast."""
     dtype = planned_dtype(point.run.work, point.dtype or model.dtype)
     assert dtype is not None
     return dtype
 
 
-def _built(model: Model, point: SuitePoint, bench: TrainingBench) -> Workload:
+def built(model: Model, point: SuitePoint, device: torch.device) -> Workload:
+    """The point's model with random weights, over the cache that it asks for."""
     return build(
         model,
         runtime=point.runtime,
         attention=point.attention,
         dtype=built_dtype(point.run.work, point.dtype or model.dtype),
-        device=bench.device,
+        device=device,
         kv_dtype=point.kv_dtype,
         cache=point.cache,
     )

@@ -48,8 +48,8 @@ def profile_command(
         str | None,
         typer.Option(
             "--suite",
-            help="smoke, cpu, inference, training, latency, host, caches, allocator, microbench or "
-            "overheads.",
+            help="smoke, cpu, inference, training, methods, latency, host, caches, allocator, "
+            "microbench or overheads.",
         ),
     ] = None,
     budget: Annotated[

@@ -1,6 +1,11 @@
-import pytest
+from dataclasses import replace
 
-from profiles.kernel_times import calls_of, kernels_of, main
+import pytest
+import torch
+
+from planner import Training
+from profiles.kernel_times import calls_of, kernels_of, main, passes
+from profiles.points import Point, SuitePoint, TrainingPoint
 
 
 def kernel(name, dur, launched=None, cat="kernel"):
@@ -41,3 +46,29 @@ def test_a_call_holds_those_it_makes_and_what_lies_between_calls_is_pythons():
 def test_a_point_that_is_in_no_suite_is_one_line(name, capsys):
     assert main([name, "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def ops_of(point, phase):
+    return {row.op for row in passes(point, torch.device("cpu"))[phase].kernels}
+
+
+def test_a_point_is_traced_over_the_cache_that_it_asks_for():
+    run = Point(phase="generation", batch=2, prompt_tokens=9, output_tokens=2)
+    plain = SuitePoint(model="llama-50m", run=run, split="held-out", runtime="attnlab")
+    assert "aten::round_" in ops_of(replace(plain, kv_dtype="int8"), "decode")
+    assert "aten::round_" not in ops_of(plain, "decode")
+
+
+def test_padding_is_hidden_in_what_is_traced():
+    run = Point(phase="generation", batch=2, prompt_tokens=9, output_tokens=2)
+    plain = SuitePoint(model="llama-50m", run=run, split="held-out")
+    padded = replace(plain, run=replace(run, padded=True))
+    assert ops_of(padded, "decode") - ops_of(plain, "decode")
+
+
+def test_a_training_step_is_traced_in_what_it_computes_in():
+    work = Training(batch=1, sequence_tokens=8, precision="autocast", optimizer="sgd")
+    point = SuitePoint(
+        model="llama-50m", run=TrainingPoint(work=work), split="held-out", dtype="fp16"
+    )
+    assert "aten::_amp_foreach_non_finite_check_and_unscale_" in ops_of(point, "training")

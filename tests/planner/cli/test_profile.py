@@ -1,9 +1,12 @@
 """`planner profile --suite`: what is refused in one line, and a run that has no time."""
 
+import re
+
 import pytest
 
 from planner.cli import commands as cli
 from profiles import records
+from profiles.suites import SUITES
 
 
 def ran(capsys, *arguments):
@@ -44,6 +47,12 @@ def test_options_that_contradict_are_refused_in_one_line(capsys, arguments, said
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_the_help_names_every_suite(capsys):
+    _, out, _ = ran(capsys, "--help")
+    words = set(re.findall(r"\w+", out))
+    assert words >= {*SUITES, "microbench", "overheads"}
 
 
 def test_a_suite_without_time_measures_nothing_and_says_so(capsys, tmp_path, monkeypatch):
