@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--records", type=Path, default=Path("profiles/data/microbench/h200.jsonl"))
     asked = parser.parse_args()
+    if not asked.records.is_file():
+        parser.error(f"--records {asked.records}: no such file")
     gpu = gpu_named(asked.gpu)
     speed = Speed(gpu=gpu, dtype="bf16", calibration=calibration_of(gpu))
     good = {key: r for key, r in merged(load(asked.records).ops).items() if r.status == "ok"}

@@ -130,7 +130,7 @@ class Record:
     device_used_after_bytes: int | None = None  # NVML, quiet: the cached segments given back
     device_reserve_bytes: int | None = None  # NVML: the driver's own, in none of the three above
     host_add_s: tuple[float, ...] = ()  # of an addition's issue, before each of ttft_s and step_s
-    energy_j: float | None = None  # over the timed passes, where they took ≥ 1 s
+    energy_j: float | None = None  # over the timed passes and what reads the host, if ≥ 1 s in all
     throttle_reasons: tuple[str, ...] | None = None
     series: Mapping[str, Any] | None = None  # NVML from load on, as profiles/sampler.py writes it
     history: str | None = None  # the allocator's, a file beside this one in histories/

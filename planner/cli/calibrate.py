@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.catalog.gpus import gpu_named
 from planner.cli.options import AsJson
 from planner.cli.output import console, show, warn
 from planner.cli.profile import duration_s
@@ -54,6 +55,7 @@ def calibrate_command(
     from profiles.op_tables import package_folder, samples_of_tables  # noqa: TID251
 
     check_choice("--from", origin, SOURCES)
+    gpu_named(gpu)  # before minutes of measuring
     own = origin in ("records", "both")
     if not own and (records or budget):
         raise ConfigError("--records and --budget are not allowed with --from aiconfigurator")

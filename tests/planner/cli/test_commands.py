@@ -88,6 +88,7 @@ def test_fit_answers_the_inverse_questions(run):
         (("estimate", "gpt2"), "--gpu"),
         (("estimate", "gpt2", "--gpu", "t4", "--colour"), "--colour"),
         (("dance",), "dance"),
+        (("calibrate", "--gpu", "h201", "--budget", "8m"), "gpu='h201'"),
         (("compare", "/tmp/absent.jsonl"), "/tmp/absent.jsonl is not a record file"),
         (("profile", "gpt2", "--device", "cpu", "--out", "/proc/x/r.jsonl"), "cannot be written"),
         (("profile", "gpt2", "--device", "tpu"), "device='tpu'"),
