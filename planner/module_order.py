@@ -46,7 +46,7 @@ ENDS = ("embed_tokens.", "embed_norm.", "project_", "embed_positions.", "norm.",
 
 
 def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str) -> list[Parameter]:
-    """Embeddings, layers, norm and head, as `named_parameters()` has them; in attnlab layers last."""
+    """Embeddings, layers, norm and head, as in `named_parameters()`; in attnlab layers last."""
     theirs, ours = runtime == "transformers", runtime == "attnlab"
     norm_first = theirs and model.text_type == "opt"  # the decoder's last norm
 
