@@ -230,9 +230,20 @@ class Record:
         return statistics.fmean(steps) if steps else None
 
     def host_add_beside_s(self, quantity: str) -> float | None:
-        """The median of what an addition cost beside a quantity's `samples`; None: unknown."""
-        adds = [add_s for _, add_s in self.samples(quantity) if add_s is not None]
-        return statistics.median(adds) if adds else None
+        """What an addition cost the host while a quantity was measured, as the quantity itself is
+        taken: the median of passes; the mean of the steps of a repeat, of repeats the median. None:
+        unknown.
+        """
+        adds = tuple(add_s for _, add_s in self.samples(quantity) if add_s is not None)
+        if not adds:
+            return None
+        if quantity == "new_tpot_s":
+            return statistics.fmean(adds)
+        size = self.output_tokens - 1
+        if quantity != "tpot_s" or self.phase != "generation" or not size:
+            return statistics.median(adds)
+        repeats = (adds[start : start + size] for start in range(0, len(adds), size))
+        return statistics.median(map(statistics.fmean, repeats))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ on the same measurements.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -75,7 +75,8 @@ def whole_models(found: Sequence[Record]) -> str:
     names = ", ".join(map(of_quantity, ASKED[:-1]))
     add(f"{names} and {of_quantity(ASKED[-1])}", asked)
     add("… bound by kernels", by_kernels(asked))
-    return f"{markdown.table(lines)}\n\n{nearest(of_gpus, rows)}"
+    told = (markdown.table(lines), nearest(of_gpus, rows), joules(of_gpus, latencies))
+    return "\n\n".join(told)
 
 
 def beside_peers(found: Sequence[Record]) -> str:
@@ -115,6 +116,22 @@ def nearest(found: Sequence[Record], rows: Sequence[Row]) -> str:
         f"On the {points} points whose TPOT was measured by several runs the best single number a "
         f"point, chosen with all runs in sight, would miss by {share(fmean(best))} in the mean; "
         f"ours miss by {share(fmean(ours))}."
+    )
+
+
+def joules(found: Sequence[Record], latencies: Mapping[str, Latency]) -> str:
+    """Energy of whole runs by NVML's counter; a graph's window holds its captures, too."""
+    off = []
+    for record in found:
+        planned = latencies.get(record.id)
+        counted = record.energy_j and record.phase != "decode" and record.split == "held-out"
+        if counted and planned is not None and planned.energy_j is not None:
+            runs = len(record.ttft_s or record.step_s)
+            off.append(abs(runs * planned.energy_j / (record.energy_j or 1.0) - 1.0))
+    mean, p90 = share(fmean(off)), share(float(np.quantile(off, 0.9)))
+    return (
+        f"Joules of {len(off)} held-out runs that lasted a second or more, by NVML's counter: "
+        f"{mean} off in the mean, {p90} p90."
     )
 
 

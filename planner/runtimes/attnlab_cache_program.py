@@ -204,19 +204,17 @@ class CacheProgram:
             self.tape.free(*mine)
             held += [self.tape.new("own keys, values", (FIRST, *x.shape), self.b) for x in mine]
             return Attended(keys=S, held=tuple(held), strided=FIRST)
-        attended = self._keep(attention, self._encode(attention, new))
+        attended = self._keep(attention, self._encode(attention))
         read = self._decode(attention, attended.keys)
         self.tape.free(*attended.held, *mine)
         return Attended(keys=attended.keys, held=read)
 
-    def _encode(self, attention: GQA | MLA, new: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    def _encode(self, attention: GQA | MLA) -> tuple[Buffer, ...]:
         """Codes and scales of what is new."""
         assert self.form is not None
         stored: list[Buffer] = []
         for which, (name, *_) in enumerate(parts(self.form, attention)):
-            x = new[which if len(new) > 1 else 0]
-            rows = self._rows(attention, which, T)
-            stored += encode(self.tape, rows, x, b=self.b, name=name)
+            stored += encode(self.tape, self._rows(attention, which, T), b=self.b, name=name)
         return tuple(stored)
 
     def _decode(self, attention: GQA | MLA, keys: Extent) -> tuple[Buffer, ...]:
@@ -264,11 +262,15 @@ class CacheProgram:
         return Attended(keys=S)
 
     def _fill(self, attention: GQA | MLA) -> None:
-        """Each stream's new rows written behind those that are there."""
+        """Each stream's new rows written behind those that are there, slots of others between."""
         for stream in self.kept(attention):
-            written = (B, stream.heads, T, stream.width)
-            moved = ((*written, stream.itemsize), (*written, self.b))
-            self.tape.run(f"kept {stream.name}", moved=moved, kernel="copy_")
+            self._write(stream, (B, stream.heads, T, stream.width))
+
+    def _write(self, stream: Stored, written: Shape) -> None:
+        made = self.b if self._casts else stream.itemsize
+        moved = ((*written, stream.itemsize), (*written, made))
+        loop = "strided cast" if self._casts else "strided"
+        self.tape.run(f"kept {stream.name}", moved=moved, kernel="copy_", loop=loop)
 
     def _grow(self, attention: GQA | MLA) -> None:
         tape, cast = self.tape, None
@@ -284,18 +286,33 @@ class CacheProgram:
         tape.free(cast)
 
     def _gather(self, attention: GQA | MLA) -> tuple[Buffer, ...]:
+        """What is new picked by its lists and put into its slots, then all rows picked by theirs:
+        heads and width of a token lie together.
+        """
         tape, out = self.tape, []
         for stream in self.kept(attention):
             rows: Shape = (stream.heads, stream.width)
             item = self.b if self._casts else stream.itemsize
-            listed = tape.new("listed for the cache", (B, T, *rows), item)
+            name, new = "listed for the cache", (B, T, *rows)
+            listed = tape.new(
+                name, new, item, moved=((*new, item),), kernel="index", loop="strided"
+            )
             if self._casts:
-                cast = tape.new("cast for the cache", (B, T, *rows), self.kv_b)
+                cast = tape.new(
+                    "cast for the cache",
+                    new,
+                    self.kv_b,
+                    moved=((*new, item),),
+                    kernel="_to_copy",
+                    loop="cast",
+                )
                 listed = self._replaced(cast, listed)
+            put = ((*new, stream.itemsize), (*new, stream.itemsize))
+            tape.run(f"kept {stream.name}", moved=put, kernel="index_put_")
             tape.free(listed)
             moved = ((B, S, *rows, stream.itemsize),)
             name = f"gathered {stream.name}"
-            out.append(tape.new(name, (B, S, *rows), stream.itemsize, moved=moved))
+            out.append(tape.new(name, (B, S, *rows), stream.itemsize, moved=moved, kernel="index"))
         return tuple(out)
 
     def _turn_ring(
@@ -317,7 +334,12 @@ class CacheProgram:
         ]
         for x in kept:
             shape = (pattern.turned_several, B, x.heads, pattern.size, x.width)
-            tape.free(tape.new("kept in the ring", shape, x.itemsize))
+            picked = (*shape, x.itemsize)
+            tape.free(
+                tape.new("kept in the ring", shape, x.itemsize, moved=(picked,), kernel="gather")
+            )
+            self._write(x, shape)
+            self._write(x, (pattern.turned_one, B, x.heads, 1, x.width))
         tape.free(*casts, *mine)
         own = [  # a first pass longer than the window attends to its own
             tape.new("own keys, values", (pattern.alone, *x.shape), x.itemsize)
@@ -329,8 +351,16 @@ class CacheProgram:
         """Attention computes in the model's dtype, whatever the cache keeps."""
         if not self._casts:
             return attended
+        loop = "cast" if self.kind == "dynamic" else "strided cast"
         casts = tuple(
-            self.tape.new(f"cast {x.name}", (B, x.heads, attended.keys, x.width), self.b)
+            self.tape.new(
+                f"cast {x.name}",
+                (B, x.heads, attended.keys, x.width),
+                self.b,
+                moved=((B, x.heads, attended.keys, x.width, self.kv_b),),
+                kernel="_to_copy",
+                loop=loop,
+            )
             for x in streams(attention, self.b)
         )
         self.tape.free(*attended.held)

@@ -72,19 +72,20 @@ class Rows:
         return self.groups if self.form.packed == "group" else ()
 
 
-def encode(tape: Tape, rows: Rows, x: Buffer, *, b: int, name: str) -> tuple[Buffer, ...]:
+def encode(tape: Tape, rows: Rows, *, b: int, name: str) -> tuple[Buffer, ...]:
     """encode(): codes, scales and, where the format has them, zero points of what is new."""
     form, made, held = rows.form, rows.elements, []
     assert form.scales is not None
+    new, loop = ((*made, b),), _mixed(b)
     if form.scales.zero_dtype is None:
-        scales = tape.new(f"{name}, scales", rows.scales, FLOAT32, reads=(x,), kernel="amax")
+        scales = tape.new(f"{name}, scales", rows.scales, FLOAT32, moved=new, kernel="amax")
         _scaled(tape, rows)
         beside = [scales]
         wide = tape.new(
-            f"{name}, scaled", made, FLOAT32, reads=(x, scales), kernel="div", loop=_mixed(b)
+            f"{name}, scaled", made, FLOAT32, reads=(scales,), moved=new, kernel="div", loop=loop
         )
     else:  # in the dtype of the computation
-        zero = tape.new(f"{name}, zero points", rows.scales, b, reads=(x,), kernel="amin")
+        zero = tape.new(f"{name}, zero points", rows.scales, b, moved=new, kernel="amin")
         highest = tape.new("highest", rows.scales, b)
         casts = _casts(tape, rows, b, 2)
         span = tape.new("span", rows.scales, FLOAT32, reads=(highest, zero))
@@ -96,7 +97,7 @@ def encode(tape: Tape, rows: Rows, x: Buffer, *, b: int, name: str) -> tuple[Buf
             tape.free(span)
         beside, held = [scales, zero], [highest]
         casts = _casts(tape, rows, b, 1)
-        wide = tape.new(f"{name}, scaled", made, FLOAT32, reads=(x,), kernel="sub", loop=_mixed(b))
+        wide = tape.new(f"{name}, scaled", made, FLOAT32, moved=new, kernel="sub", loop=loop)
         tape.free(*casts)
         casts = _casts(tape, rows, b, 1)
         in_place(tape, f"{name}, scaled", made, FLOAT32, kernel="div_", loop="strided")
@@ -105,7 +106,9 @@ def encode(tape: Tape, rows: Rows, x: Buffer, *, b: int, name: str) -> tuple[Buf
     steps += ["add_"] * (form.bits < 8 and form.scales.zero_dtype is None)
     for kernel in steps:
         in_place(tape, f"{name}, scaled", made, FLOAT32, kernel=kernel)
-    codes = tape.new(f"{name}, codes", made, CODE, reads=(wide,), kernel="_to_copy")
+    codes = tape.new(
+        f"{name}, codes", made, CODE, reads=(wide,), kernel="_to_copy", loop="strided cast"
+    )
     tape.free(wide)
     if form.bits < 8 or rows.is_short:
         filled = tape.new("filled words", rows.filled, CODE) if rows.is_short else None

@@ -44,10 +44,13 @@ class KiviStream:
         some = Symbol(f"({self.quantised.name} > 0)", lambda d: (self.quantised.of(d) > 0) * 1)
         decoded = decode(tape, self._rows(self.quantised), b=b, name=f"read {name}", whole=True)
         joined = (decoded, newest)
-        read = tape.new(f"read {name}", (some, B, S, *rows), b, reads=joined, kernel="cat")
+        across = "" if self.rule == "window" else "joined"  # keys were decoded channel by channel
+        read = tape.new(
+            f"read {name}", (some, B, S, *rows), b, reads=joined, kernel="cat", loop=across
+        )
         tape.free(decoded)
         aged = self._aged()
-        coded = encode(tape, self._rows(aged), newest, b=b, name=name)
+        coded = encode(tape, self._rows(aged), b=b, name=name)
         *new, left = self.new
         joins = Symbol(
             f"({aged.name} > 0 and {self.quantised.name} > 0)",

@@ -6,8 +6,8 @@ a process for a batch and a length, be there one layer or eighty. A cache that g
 step meets a new length with every token, until another sequence has been there. Flash attention,
 the memory-efficient kernel, attention behind a mask and graphs plan nothing.
 
-Timed on Hopper, in a loop; in whole models a plan takes a fifth longer. Of Blackwell only a report
-is known, 0.44 s a shape on a B200 (github.com/modelscope/FunASR/issues/3704): not said there.
+Timed on Hopper, in a loop. Of Blackwell only a report is known, 0.44 s a shape on a B200
+(github.com/modelscope/FunASR/issues/3704): not said there.
 """
 
 from __future__ import annotations

@@ -168,9 +168,9 @@ def test_one_number_a_kernel_from_two_named_rows_times_the_steps_that_a_graph_re
     assert len(named) == 2
     rows = compare(r for r in replayed if r.split == "held-out")
     off = [abs(row.relative_error) for row in rows if row.quantity == "replay_s"]
-    assert len(off) == 10
+    assert len(off) == 21
     assert statistics.fmean(off) < 0.04
-    assert max(off) < 0.12
+    assert max(off) < 0.15
 
 
 def test_kinds_timed_among_others_are_what_the_others_leave():

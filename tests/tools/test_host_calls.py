@@ -6,8 +6,9 @@ from importlib import metadata
 import pytest
 
 from planner.timing.host_calls import counted as known
+from planner.timing.host_calls import more_of
 from planner.timing.host_calls import trained as known_trained
-from tools.host_calls import OUT, parts, python_calls, trained
+from tools.host_calls import OUT, beyond, caches, parts, python_calls, trained
 
 PYTHONS = 0.1
 """Python versions call differently: 3.12 runs comprehensions in line."""
@@ -37,6 +38,25 @@ def test_counts_are_those_of_the_installed_classes(runtime, kind, attention):
     ):
         assert (found.kernels, found.views) == (kept.kernels, kept.views)
         assert found.calls == pytest.approx(kept.calls, rel=PYTHONS)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name"),
+    [
+        ("attnlab", "paged"),
+        ("attnlab", "static int4"),
+        ("attnlab", "ring int8"),
+        ("attnlab", "quantised int4"),
+        ("transformers", "static"),
+        ("transformers", "padded"),
+    ],
+)
+def test_what_other_caches_ask_for_is_counted_too(runtime, name):
+    for found, kept in zip(
+        beyond(runtime, caches()[runtime][name]), more_of(runtime, name), strict=True
+    ):
+        assert (found.kernels, found.views) == (kept.kernels, kept.views)
+        assert found.calls == pytest.approx(kept.calls, abs=5)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -97,8 +97,8 @@ class CacheWriter(KernelWriter):
     def _static(self, layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """StaticLayer.update, StaticSlidingWindowLayer.update: new tokens are copied into the old.
 
-        A prompt longer than the window is attended to as it came; behind a full window all that
-        is cached moves up by one.
+        A prompt longer than the window is attended to as it came, its newest tokens are copied;
+        behind a full window all that is cached moves up by one and is copied back.
         """
         aten, window = self.aten, window_of(layer)
         if self.walking in self.past:
@@ -112,15 +112,32 @@ class CacheWriter(KernelWriter):
             self.kept += (keys, values)
         if window in self.regime.exceeded:
             if self.what.kind == "prefill":
+                for kept in (keys, values):
+                    self._written("copy_", kept, loop="strided")
                 return k, v
-            moved = [aten.new("roll", f"moved {x.name}", x.dims, self.b) for x in (keys, values)]
+            moved = [
+                aten.new("roll", f"moved {x.name}", x.dims, self.b, reads=(x,), loop="strided")
+                for x in (keys, values)
+            ]
             index = aten.new("tensor", "last place", ((1,),), INT64)
+            for new in (k, v):
+                self._written("index_put_", new)
+            for kept in (keys, values):
+                self._written("copy_", kept, loop="whole")
             del moved, index
             return keys, values
         index = aten.new("arange", "places in the cache", ((T,),), INT64)
         place = aten.elementwise("add.Tensor", "places in the cache", index)
+        self.tape.run("cached tokens", moved=((1, INT64), (1, INT64)), kernel="add_", loop="whole")
+        for new in (k, v):  # index_copy_, which takes an offset for each element
+            self._written("copy_", new, loop="strided")
         del index, place
         return keys, values
+
+    def _written(self, kernel: str, x: Tensor, *, loop: str = "") -> None:
+        """As much as x read and written in place."""
+        each = (*x.shape, x.itemsize)
+        self.tape.run(f"written {x.name}", moved=(each, each), kernel=kernel, loop=loop)
 
     def _cached(self, layer: Layer, tokens: Extent) -> tuple[Tensor, Tensor]:
         """Keys and values, or latents and rotated keys, of so many tokens."""

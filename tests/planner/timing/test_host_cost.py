@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 import planner
+from planner.program import Dims
 from planner.runtimes import runtime_named
 from planner.timing import clock
 from planner.timing.calibration import load
@@ -22,11 +23,11 @@ from planner.timing.host_cost import (
     waiting_seconds,
 )
 from planner.timing.latency import latency
-from planner.timing.op_kinds import Product, timed_ops
+from planner.timing.op_kinds import Product, moved_bytes, timed_ops
 from planner.timing.passes import by_phase, by_tower, layers_run_again
 from planner.training import training_phase
 from tools import checkpoint_cost
-from tools.host_calls import TYPES, config
+from tools.host_calls import TYPES, caches, config
 
 HOST = load("h200").host
 LLAMA = Engine(runtime="transformers", model_type="llama", attention="sdpa")
@@ -69,6 +70,36 @@ def test_others_are_near(kind):
     layer, whole = counted("transformers", kind, attention)
     listed = sum(timed.count for timed in timed_ops(program))
     assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, rel=0.1)
+
+
+CACHES = [(runtime, name) for runtime, named in caches().items() for name in named]
+
+
+@pytest.mark.parametrize(("runtime", "name"), CACHES)
+def test_a_decode_step_over_other_caches_lists_what_they_run(runtime, name):
+    """Within three ops a layer: sdpa turns a mask into numbers, a small cast or index is none."""
+    cache = caches()[runtime][name]
+    kind = "mistral" if "window" in cache else "llama"
+    window = {"sliding_window": cache["window"]} if "window" in cache else {}
+    work = planner.Inference(
+        batch=2, prompt_tokens=5, output_tokens=2, logits="last", padded=cache.get("padded", False)
+    )
+    e = of(
+        planner.read_config(config(kind, LAYERS) | window),
+        work,
+        runtime=runtime,
+        kv_dtype=cache.get("kv_dtype"),
+        cache=cache.get("cache"),
+    )
+    program = runtime_named(runtime).decode(e.share.model, work, e.setting)
+    dims = Dims(batch=2, tokens=1, context=6)
+    listed = sum(
+        timed.count
+        for timed in timed_ops(program)
+        if not timed.op.sometimes or moved_bytes(timed.op, dims) > 0
+    )
+    layer, whole = counted(runtime, kind, "sdpa", name)
+    assert listed == pytest.approx(LAYERS * layer.kernels + whole.kernels, abs=3.1 * LAYERS)
 
 
 def test_what_a_pass_finds_is_not_run():
