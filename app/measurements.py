@@ -96,7 +96,8 @@ def nearest(
     """The record of this device and runtime that is most like the plan; None if there is none.
 
     The same model comes before others, then those made in the same way, over the same cache; then
-    the sizes decide, compared as ratios.
+    the sizes decide, compared as ratios. Of runs of the same sizes one that generated, its steps
+    launched as the plan's are, its memory seen, its host's speed read.
     """
     trains = isinstance(work, planner.Training)
     candidates = [
@@ -108,7 +109,7 @@ def nearest(
         and (record.phase == "training") == trains
     ]
 
-    def distance(record: Record) -> tuple[bool, bool, float, bool]:
+    def distance(record: Record) -> tuple[bool, bool, float, tuple[bool, ...]]:
         sizes = [(record.batch, work.batch)]
         if isinstance(work, planner.Training):
             sizes.append((record.prompt_tokens, work.sequence_tokens))
@@ -128,7 +129,13 @@ def nearest(
             sizes.append((record.prompt_tokens, work.prompt_tokens))
             sizes.append((record.output_tokens, work.output_tokens))
         apart = sum(abs(math.log(ours / plan)) for ours, plan in sizes)
-        return record.model != model.name, other_way, apart, record.phase != "generation"
+        less_told = (
+            record.phase != "generation",
+            (record.mode == "eager") != (deploy.mode == "eager"),
+            record.peak_live_bytes is None,
+            not record.host_add_s,
+        )
+        return record.model != model.name, other_way, apart, less_told
 
     return min(candidates, key=distance, default=None)
 

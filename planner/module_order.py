@@ -41,15 +41,21 @@ OPT_POST = (
 """OPT-350m, whose norms come behind what they norm."""
 
 
+ENDS = ("embed_tokens.", "embed_norm.", "project_", "embed_positions.", "norm.", "lm_head.")
+"""What attnlab's Transformer makes before its layers (_build_ends), norm and head among it."""
+
+
 def module_order(parameters: Iterable[Parameter], model: Model, *, runtime: str) -> list[Parameter]:
-    """Embeddings, layers, norm and head, as `named_parameters()` has them."""
-    theirs = runtime == "transformers"
+    """Embeddings, layers, norm and head, as in `named_parameters()`; in attnlab layers last."""
+    theirs, ours = runtime == "transformers", runtime == "attnlab"
     norm_first = theirs and model.text_type == "opt"  # the decoder's last norm
 
     def place(p: Parameter) -> tuple[int, int, int]:
         if p.layer is not None:
             name = p.name.removeprefix(f"layers.{p.layer}.")
             return 2, p.layer, _rank(name, model) if theirs else 0
+        if ours:
+            return 0, next((i for i, end in enumerate(ENDS) if p.name.startswith(end)), 0), 0
         if theirs and p.name.startswith("project_"):  # OPTDecoder makes project_out first
             return 0, 1 + p.name.startswith("project_in"), 0
         if p.group == "embedding" or p.name.startswith("embed"):

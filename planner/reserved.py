@@ -43,6 +43,7 @@ from planner.runtimes.base import Phase, Setting
 from planner.runtimes.writer import INT64
 from planner.tensors import Parameter
 from planner.trained.lora import adapter_bytes, adapters
+from planner.trained.magnitudes import WORKSPACE, magnitude_events, makes_magnitudes
 from planner.trained.prefix_adapters import METHODS as PREFIXES
 from planner.trained.prefix_adapters import kept_rows, prefix_adapters
 from planner.trained.sharding import lying
@@ -88,6 +89,8 @@ class AllocatorPlan:
     """A workload to be played when its numbers are asked for; the same plan is played once.
 
     `capacity_bytes`: what the device can give torch, its memory less what lies outside torch.
+    `from_config`: transformers' class is built on the device, as for the records; else weights are
+    brought there. It matters where something lasting is made before the first step: magnitudes.py.
     """
 
     model: Model
@@ -96,6 +99,7 @@ class AllocatorPlan:
     runtime: str
     workspace_bytes: int
     capacity_bytes: int
+    from_config: bool = False
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -133,9 +137,26 @@ def _play(
     replay = Replay(device)
     if isinstance(work, Training):
         replay.feed(weight_events(plan))
+        workspace_bytes, there = plan.workspace_bytes, frozenset[Hashable]()
+        if work.adapters is not None and makes_magnitudes(plan.model, work, workspace_bytes):
+            made = magnitude_events(
+                plan.model,
+                work.adapters,
+                dtype=plan.setting.held_dtype(work),
+                runtime=plan.runtime,
+                workspace_bytes=workspace_bytes,
+                from_config=plan.from_config,
+            )
+            replay.feed(made)
+            there = frozenset((WORKSPACE,))
         replay.feed(
             training_events(
-                plan.model, work, plan.setting, plan.runtime, workspace_bytes=plan.workspace_bytes
+                plan.model,
+                work,
+                plan.setting,
+                plan.runtime,
+                workspace_bytes=workspace_bytes,
+                there=there,
             )
         )
         return replay.stats(), TRAINING_STEPS

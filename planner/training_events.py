@@ -10,7 +10,7 @@ last are played: the first makes the gradients that the others find.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Set
 from dataclasses import replace
 
 from planner.allocator import Alloc, Event, Free
@@ -32,11 +32,17 @@ OPTIMIZER = "optimizer step"
 
 
 def training_events(
-    model: Model, work: Training, setting: Setting, runtime: str, *, workspace_bytes: int
+    model: Model,
+    work: Training,
+    setting: Setting,
+    runtime: str,
+    *,
+    workspace_bytes: int,
+    there: Set[Hashable] = frozenset(),
 ) -> Iterator[Event]:
     """What two steps ask for after the weights are there; without an optimizer a single one.
 
-    Master weights are copied when the optimizer is made.
+    Master weights are copied when the optimizer is made. `there`: workspaces that were made before.
     """
     if work.steps_copies:
         copied = module_order(trainable(model, work), model, runtime=runtime)
@@ -54,7 +60,7 @@ def training_events(
         inserted: dict[int, list[Event]] = {}
         begun = inserted
         if step == 0:
-            begun = workspace_events(played if first is None else first, workspace_bytes)
+            begun = workspace_events(played if first is None else first, workspace_bytes, there)
             if work.scales_loss(setting.dtype):
                 scaler = [Alloc(("scaler", place), size) for place, size in enumerate(HELD_BYTES)]
                 where = played if first is None else first

@@ -289,7 +289,7 @@ class PassWriter(Generic[Given]):
 
     def _write_optimizer(self, optimizer: str, impl: str) -> None:
         """The optimizer's step, around which master weights are read and written."""
-        b, parts = self.b if self.lora is None else adapter_bytes(self.lora), self._trained()
+        b, parts = self.b if self.lora is None else adapter_bytes(self.lora), self.trained_parts()
         if self.gathering is not None:
             b = self.gathering.sharding.held_bytes
         scaler = LossScaler(self.tape) if self.scales else None
@@ -401,7 +401,7 @@ class PassWriter(Generic[Given]):
     def _ones_like(self, loss: Tensor) -> Tensor:
         return self.aten.new("ones_like", "gradient of the loss", (), loss.itemsize)
 
-    def _trained(self) -> list[TrainedPart]:
+    def trained_parts(self) -> list[TrainedPart]:
         """The parameters of each part, in the order of the module's."""
         trained = []
         for part in self.parts():

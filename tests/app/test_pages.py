@@ -440,3 +440,16 @@ def test_the_nearest_record_is_of_the_same_model_then_of_the_closest_sizes(store
     assert measurements.nearest(found, model, work, int8).prompt_tokens == 101
     elsewhere = planner.Deployment(gpu="t4", runtime="attnlab")
     assert measurements.nearest(found, model, work, elsewhere) is None
+
+
+def test_of_runs_of_one_size_the_nearest_is_the_one_that_tells_most(store):
+    sizes = {"model": "llama-50m", "prompt_tokens": 100, "output_tokens": 4, "phase": "generation"}
+    told = {"ttft_s": (0.1,), "step_s": (0.1,) * 3, "host_add_s": (1e-6,) * 4}
+    for changes in ({}, {**told, "peak_live_bytes": None}, told, {}):
+        records.append(store, made(attention="sdpa", **sizes | changes))
+    work = planner.Inference(batch=2, prompt_tokens=100, output_tokens=4)
+    deploy = planner.Deployment(gpu="cpu", runtime="attnlab")
+    model = planner.load_model("llama-50m")
+    near = measurements.nearest(measurements.loaded(), model, work, deploy)
+    assert near.host_add_s
+    assert near.peak_live_bytes is not None

@@ -8,7 +8,9 @@ import transformers as hf
 from hypothesis import given
 
 import planner
+from attnlab.transformer import Transformer
 from planner.module_order import module_order
+from tests.attnlab.families import FAMILIES
 from tests.planner.small_decoders import KINDS, LATENT, decoders, described
 from tests.properties import examples
 
@@ -34,3 +36,12 @@ def test_other_runtimes_list_them_as_they_are(kind):
     ordered = module_order(model.parameters(), model, runtime="attnlab")
     block = [p for p in model.parameters() if p.layer == 0]
     assert [p for p in ordered if p.layer == 0] == block
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attnlab_makes_its_norm_and_head_before_the_layers(family):
+    model = planner.read_config(FAMILIES[family]().to_dict())
+    live = Transformer(model, attention=None, dtype=torch.float32, device="meta")
+    ends = [name for name, _ in live.named_parameters() if not name.startswith("layers.")]
+    ordered = module_order(model.parameters(), model, runtime="attnlab")
+    assert [p.name for p in ordered[: len(ends)]] == ends

@@ -28,25 +28,26 @@ BYTES = 4096
 """Allocations that matter: what is smaller stands in pools of its own."""
 
 
-def planned_and_recorded(**fields):
+def planned_and_recorded(runtime="transformers", config=SMALL, **fields):
     work = planner.Training(batch=1, sequence_tokens=128, **fields)
-    model = planner.read_config(SMALL)
-    e = planner.estimate(model, work, planner.Deployment(gpu="cpu", dtype="bf16"))
+    model = planner.read_config(config)
+    deploy = planner.Deployment(gpu="cpu", runtime=runtime, dtype="bf16")
+    e = planner.estimate(model, work, deploy)
     plan = AllocatorPlan(
         model=e.share.model,
         work=work,
         setting=e.setting,
-        runtime="transformers",
+        runtime=runtime,
         workspace_bytes=0,
         capacity_bytes=2**40,
     )
     device = torch.device("cpu")
-    live = build(model, runtime="transformers", attention=None, dtype="bf16", device=device)
+    live = build(model, runtime=runtime, attention=None, dtype="bf16", device=device)
     with AllocationRecorder() as recorder:
         run = TrainingRun(live, work, random_ids(4096, 1, 128).clone(), dtype="bf16")
         for _ in range(2):
             run.step()
-    ours = training_events(e.share.model, work, e.setting, "transformers", workspace_bytes=0)
+    ours = training_events(e.share.model, work, e.setting, runtime, workspace_bytes=0)
     return plan, list(ours), list(recorder.trace)
 
 
@@ -58,6 +59,13 @@ def made(events):
 def test_states_are_made_when_the_optimizer_makes_them(fields):
     """Behind the gradients of master copies; Muon's before those of its AdamW."""
     _, ours, theirs = planned_and_recorded(**fields)
+    assert made(ours) == made(theirs)
+
+
+def test_attnlab_steps_its_norm_and_head_before_its_layers():
+    """Named so late as they are used, made before: a root of the head's size comes second."""
+    untied = {**SMALL, "tie_word_embeddings": False}
+    _, ours, theirs = planned_and_recorded("attnlab", untied)
     assert made(ours) == made(theirs)
 
 

@@ -13,6 +13,7 @@ from planner.dtypes import element_bytes
 from planner.layers import GQA, Layer
 from planner.model import Model
 from planner.program import Dims, Symbol
+from planner.trained.optimizer_parts import Part as TrainedPart
 from planner.workload import LoRA
 
 SOME_BATCH, SOME_TOKENS = 999_983, 1_000_003
@@ -98,8 +99,13 @@ class AttnlabWriter(PassWriter[Shared]):
         )
         self.step, self.regime = step, regime
         self.f.widens = widens(step.device)
+        self.aten.watched = step.device == "cpu"
         self.aten.on_gpu = step.device == "cuda"
         self.aten.multiprocessors = step.multiprocessors
+
+    def trained_parts(self) -> list[TrainedPart]:
+        """Transformer makes its norm and head before the layers: so the optimizer has them."""
+        return sorted(super().trained_parts(), key=lambda part: part.first_layer is not None)
 
 
 def gqa_of(layer: Layer) -> GQA:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +21,7 @@ from planner.autograd import reductions
 from planner.ledger import total_bytes
 from planner.program import evaluate
 from planner.runtimes.attnlab_training.step import step_program
+from planner.training import PLANNED
 from profiles.module_trace import fake_ids, trace_module
 from tests.attnlab.drawn import models
 from tests.attnlab.families import FAMILIES
@@ -208,3 +211,15 @@ def test_transformers_has_no_such_loss_and_the_refusal_names_who_has():
     deploy = planner.Deployment(gpu="h200", runtime="transformers")
     with pytest.raises(ConfigError, match=r"loss_chunk_tokens=8 .*: None, or attnlab, torchtune"):
         planner.estimate(LLAMA, work, deploy)
+
+
+@pytest.mark.parametrize(("device", "tensors"), [("cpu", 3), ("cuda", 2)])
+def test_a_tied_table_adds_up_its_gradients_in_place_where_no_meter_watches(device, tensors):
+    """The head's waits for the embedding's; under a dispatch mode the sum is a third one."""
+    model = planner.read_config({**TINY["llama"], **WIDE, "tie_word_embeddings": True})
+    plan = plan_of(model, 64, loss_chunk_tokens=32)
+    setting = replace(plan.setting, device=device)
+    program = PLANNED["attnlab"](model, plan.work, setting).program
+    ops = (op for segment in program.segments for op in segment.ops)
+    made = [buffer.name for op in ops for buffer in op.allocates]
+    assert made.count("gradient of embed_tokens") == tensors
