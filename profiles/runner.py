@@ -19,7 +19,7 @@ from profiles.bench import Bench, attempt
 from profiles.measurement import record_of
 from profiles.points import GENERATIVE, Logits, Point, inference_points, kept_dtype
 from profiles.records import DEFAULT_OUT, Record
-from profiles.workloads import RUNTIMES, TORCH_DTYPES, build
+from profiles.workloads import RUNTIMES, TORCH_DTYPES, build, check_generates
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what comes next)."""
@@ -64,6 +64,8 @@ def profile(
         warmup=warmup,
     )
     check_choice("runtime", runtime, RUNTIMES)
+    if runtime == "transformers":
+        check_generates(model.model_type)
     if split is not None:
         check_choice("split", split, ("calibration", "held-out"))
     dtype = check_choice("dtype", dtype or model.dtype, TORCH_DTYPES)

@@ -32,6 +32,12 @@ TRAINED_ALONE = {"bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration"}
 """Types that no AutoModelForCausalLM is for, and the class whose training is measured."""
 
 
+def check_generates(model_type: str) -> None:
+    """ConfigError for a type whose training alone is measured."""
+    if model_type in TRAINED_ALONE:
+        raise ConfigError(f"inference of model_type={model_type!r} is not measured: training alone")
+
+
 class Workload(ABC):
     """A built model and its cache. Order: `begin`, `prefill`, `decode` …, then `reset` or `end`."""
 
@@ -169,7 +175,7 @@ class TransformersWorkload(Workload):
             config.pop(name, None)
         config = hub.AutoConfig.for_model(config.pop("model_type"), **config)
         named = TRAINED_ALONE.get(model.model_type)
-        self._generates = named is None
+        self._model_type = model.model_type
         make = hub.AutoModelForCausalLM.from_config if named is None else _maker(hub, model, named)
         with device:
             built = make(config, dtype=TORCH_DTYPES[dtype], attn_implementation=attention).eval()
@@ -193,8 +199,7 @@ class TransformersWorkload(Workload):
 
     def begin(self, *, batch: int, capacity_tokens: int) -> None:
         """An empty cache: it grows by concatenation, or takes its room in the first pass."""
-        if not self._generates:
-            raise ConfigError("inference of BERT and T5 is not measured: training alone")
+        check_generates(self._model_type)
         self._tokens = 0
         self._cache = self._make_cache(self._capacity or capacity_tokens)
 

@@ -219,6 +219,13 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_built(llama, tmp_path
     assert not (tmp_path / "r.jsonl").exists()
 
 
+def test_a_type_that_is_trained_alone_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "build", lambda *a, **k: pytest.fail("it was built"))
+    t5 = planner.load_model("profiles/configs/flan-t5-xl.json")
+    with pytest.raises(ConfigError, match="inference of model_type='t5' is not measured"):
+        profile(t5, **WORK, device="cpu", runtime="transformers", out=tmp_path / "r.jsonl")
+
+
 def test_an_error_becomes_a_record_and_the_next_phase_still_runs(llama, tmp_path, monkeypatch):
     forward = AttnlabWorkload.forward
 
