@@ -1,13 +1,11 @@
-"""Host cost, the floor of a CUDA graph's replay, and the allocator: points timed in their own way.
+"""What a call costs the host: over tiny tensors, by the clock of the thread that issues the ops.
 
-Host cost is timed over tiny tensors, by the clock of the thread that issues the ops. The device
-finishes each before the next arrives, so that nothing waits for it.
+The device finishes each before the next arrives, so that nothing waits for it.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 
 import torch
@@ -15,22 +13,12 @@ from torch import Tensor, nn
 
 from profiles.microbench.buffers import DTYPES
 from profiles.microbench.byte_ops import apply_rope, llama_rms_norm
-from profiles.microbench.graph_ops import unlike_calls
 from profiles.microbench.ops import Call
 from profiles.microbench.point import OpPoint
-from profiles.microbench.timing import (
-    HOST_CALLS,
-    REPLAYS,
-    Timing,
-    capture_graph,
-    synchronize,
-    time_on_host,
-    timing_event,
-)
+from profiles.microbench.timing import HOST_CALLS, Timing, synchronize, time_on_host
 
 WIDTH = 64
 PARAMETERS = 8
-REPLAYS_AT_ONCE = 20
 NEW_EVERY_TIME, NEW_CALLS = ("sdpa_new_length", "sdpa_new_prompt"), 3
 """No call has the sizes of one before; cuDNN takes tens of milliseconds to plan for each."""
 
@@ -261,69 +249,3 @@ class _Tiny:
             synchronize(self.device)
 
         return call
-
-
-def graph_time(point: OpPoint, device: torch.device) -> Timing:
-    """One replay of a graph of tiny kernels: its time on the device, or the host's to launch it."""
-    calls = _graph_calls(point, device)
-    for call in calls[:20]:
-        call()
-    synchronize(device)
-    graph, kept = capture_graph(calls)
-    graph.replay()
-    synchronize(device)
-    if point.op == "launch":
-        return _clocked(graph.replay, device, method="host")
-    samples = []
-    for _ in range(REPLAYS):
-        start, end = timing_event(), timing_event()
-        start.record()
-        for _ in range(REPLAYS_AT_ONCE):
-            graph.replay()
-        end.record()
-        synchronize(device)
-        samples.append(start.elapsed_time(end) / 1e3 / REPLAYS_AT_ONCE)
-    del kept
-    return Timing(method="replay", samples_s=tuple(samples), copies=REPLAYS_AT_ONCE)
-
-
-def _graph_calls(point: OpPoint, device: torch.device) -> list[Call]:
-    if "width" in point.shape:
-        return unlike_calls(point, device)
-    x, y = torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
-    return [lambda: x.add_(y, alpha=1e-3)] * point.shape["kernels"]
-
-
-def allocator_time(point: OpPoint, device: torch.device) -> Timing:
-    """cudaMalloc of a segment, cudaFree of it, or a block that the caching allocator had kept."""
-    samples = []
-    for _ in range(REPLAYS):
-        torch.cuda.empty_cache()
-        if point.op == "cached":
-            _empty(point, device)  # dropped at once: the allocator keeps its segment
-        synchronize(device)
-        started = time.perf_counter()
-        block = _empty(point, device)
-        allocated = time.perf_counter()
-        del block
-        released = time.perf_counter()
-        torch.cuda.empty_cache()
-        freed = time.perf_counter()
-        samples.append(freed - released if point.op == "segment_free" else allocated - started)
-    return Timing(method="host", samples_s=tuple(samples), copies=1)
-
-
-def _empty(point: OpPoint, device: torch.device) -> Tensor:
-    return torch.empty(point.shape["bytes"], dtype=torch.uint8, device=device)
-
-
-def _clocked(call: Callable[[], None], device: torch.device, *, method: str) -> Timing:
-    """The host's time in single calls, the device idle before each."""
-    samples = []
-    for _ in range(REPLAYS):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - started)
-    synchronize(device)
-    return Timing(method=method, samples_s=tuple(samples), copies=1)

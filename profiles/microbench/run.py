@@ -21,8 +21,10 @@ import torch
 from planner import ConfigError
 from profiles import environment, nvml, records
 from profiles.microbench import costs
+from profiles.microbench.allocator_ops import allocator_time
 from profiles.microbench.buffers import Buffers, l2_bytes, pool_bytes
-from profiles.microbench.host_ops import allocator_time, graph_time, host_time
+from profiles.microbench.graph_ops import graph_time
+from profiles.microbench.host_ops import host_time
 from profiles.microbench.op_record import (
     DEVICE_LOST,
     DeviceState,
