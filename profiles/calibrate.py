@@ -284,8 +284,8 @@ def _medians(ops: list[OpRecord], *families: str) -> dict[tuple[int, ...], float
 
 
 def _graph(ops: list[OpRecord], end_to_end: list[Record]) -> dict[str, Any]:
-    """A line through replays of graphs of 1 to 1 000 kernels, and what lies between unlike ones:
-    one number, the mean over attnlab's calibration rows that a graph replayed.
+    """A line through replays of graphs of 1 to 1 000 kernels, and what whole steps take beyond:
+    one number a kernel, the mean over attnlab's calibration rows that a graph replayed.
     """
     timed = _medians([r for r in ops if r.op == "replay"], "graph")
     replays = {shape[0]: s for shape, s in timed.items()}

@@ -82,9 +82,9 @@ class HostCost:
 class GraphCost:
     """A CUDA graph's replay on the device: a floor, and what a kernel with nothing to do takes.
 
-    `between_s`: what one of torch's kernels takes beyond its own time where others stand before and
-    behind it; ops are timed among their like. The mean over `scaled_on`, two replayed steps; no
-    other is seen.
+    `between_s`: what replayed steps take beyond their kernels' own times, for each of torch's: the
+    mean over `scaled_on`, two of them; no other is seen. What it is made of is not known: kernels
+    of unlike kinds in turn take no longer than alike ones.
     """
 
     replay_s: float
