@@ -220,6 +220,10 @@ class Op:
         return any(sign in e.name for e in extents for sign in ("<", ">", "=="))
 
 
+BACKWARD, OPTIMIZER = "backward", "optimizer step"
+"""Phases of a training step behind its forward."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """Ops that run `count` times in a row, once for each of as many equal layers.

@@ -18,7 +18,7 @@ from planner.autograd.master_weights import IN_FLOAT32
 from planner.model import Model
 from planner.module_order import module_order
 from planner.pass_events import PassScript, script, workspace_events
-from planner.program import Dims, Program
+from planner.program import BACKWARD, OPTIMIZER, Dims, Program
 from planner.runtimes.base import Setting
 from planner.runtimes.writer import FLOAT32, INT64
 from planner.trained.loss_scaling import HELD_BYTES
@@ -28,7 +28,6 @@ from planner.training import PLANNED
 from planner.workload import Training
 
 TRAINING_STEPS = 2
-OPTIMIZER = "optimizer step"
 
 
 def training_events(
@@ -64,7 +63,7 @@ def training_events(
             if work.scales_loss(setting.dtype):
                 scaler = [Alloc(("scaler", place), size) for place, size in enumerate(HELD_BYTES)]
                 where = played if first is None else first
-                begun.setdefault(where.starts["backward"], []).extend(scaler)
+                begun.setdefault(where.starts[BACKWARD], []).extend(scaler)
             inserted = begun if first is None else inserted
             for place, made in _states(model, work, setting, runtime, played):
                 inserted.setdefault(place, []).extend(made)

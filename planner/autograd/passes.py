@@ -25,7 +25,7 @@ from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage,
 from planner.layers import Layer
 from planner.model import Model
 from planner.parameters import layer_parameters
-from planner.program import B, Buffer, Program, Symbol, T, Tape
+from planner.program import BACKWARD, OPTIMIZER, B, Buffer, Program, Symbol, T, Tape
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
 from planner.trained.frozen import NOTHING, FrozenParts, unfrozen
@@ -255,7 +255,7 @@ class PassWriter(Generic[Given]):
         self._end_autocast()
         if self.accumulates:
             self._open_with_gradients()
-        tape.phase = "backward"
+        tape.phase = BACKWARD
         loss = carried[0]
         assert loss is not None
         sent = self._scaled_loss(loss, graphs[HEAD]) if self.scales else loss
@@ -277,7 +277,7 @@ class PassWriter(Generic[Given]):
                     self._reduce(part)
         with tape.segment("end of the backward"):
             del root, sent
-        tape.phase = "optimizer step"
+        tape.phase = OPTIMIZER
         if optimizer is not None:
             self._write_optimizer(optimizer, impl)
         if any(self.held_by_nodes.values()):

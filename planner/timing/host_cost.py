@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 
-from planner.program import Program, Segment
+from planner.program import BACKWARD, OPTIMIZER, Program, Segment
 from planner.timing.calibration import HostCost
 from planner.timing.host_calls import counted, trained
 from planner.timing.op_kinds import (
@@ -42,8 +42,6 @@ from planner.timing.op_kinds import (
 )
 
 OTHER = "add"
-BACK, STEP = "backward", "optimizer step"
-"""Phases of a training step."""
 ENGINES = ("transformers", "attnlab")
 VIEWS_TIMED = 2
 """A view and a transpose are timed together: transpose_reshape."""
@@ -271,9 +269,9 @@ def _forward(segment: Segment) -> bool:
     """Whether a product runs here that is none of the backward pass; on the way back a norm will
     do: where selective checkpointing has kept all products, norms are run again.
     """
-    if is_there(segment) or segment.phase == STEP:
+    if is_there(segment) or segment.phase == OPTIMIZER:
         return False
-    again = segment.phase == BACK
+    again = segment.phase == BACKWARD
     return any(
         not op.name.endswith("backward") and (op.flops is not None or (again and "norm" in op.name))
         for op in segment.ops

@@ -19,14 +19,14 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims, Number, Program
+from planner.program import OPTIMIZER, Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting, clock_capacity
 from planner.timing.calibration import Calibration
 from planner.timing.calibration_files import Stamp
 from planner.timing.clock import Speed
 from planner.timing.collectives import MEASURED
-from planner.timing.passes import OPTIMIZER, Passes, PassTime, passes_of, prompt_passes
+from planner.timing.passes import Passes, PassTime, passes_of, prompt_passes
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 

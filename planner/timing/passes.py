@@ -17,7 +17,7 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims, Number, Program
+from planner.program import BACKWARD, OPTIMIZER, Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.timing.attention_plans import new_length_seconds
@@ -41,8 +41,6 @@ from planner.timing.power import capped_clock
 from planner.timing.roofline import Cost, pass_cost
 from planner.timing.speed import communication_cost, speed_for
 
-BACKWARD = "backward"
-OPTIMIZER = "optimizer step"
 BETWEEN = "end of the encoder"
 """How the segment behind an encoder is called, and the end of its name on the way back."""
 
