@@ -174,7 +174,7 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         seconds = one_row_each(rows, sizes, seconds, flops, moved, speed)
     if speed.fused and isinstance(kind, Product):
         unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
-        one = streamed(fit, moved, unpacked, speed)
+        one = streamed(few or fit, moved, unpacked, speed)
         seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
     return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
 
