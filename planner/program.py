@@ -19,6 +19,10 @@ from planner.routing import UNIFORM, Routing
 
 Number: TypeAlias = Any
 """A Python int, or a float64 array of them."""
+FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
+"""Phases of a training step."""
+ENCODED = "end of the encoder"
+"""How the segment behind an encoder is called, and the end of its name on the way back."""
 OPENING = "cache of "
 """How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import Dims, Number, Program
+from planner.program import OPTIMIZER_STEP, Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting, clock_capacity
 from planner.timing.calibration import Calibration
 from planner.timing.calibration_files import Stamp
 from planner.timing.clock import Speed
 from planner.timing.collectives import MEASURED
-from planner.timing.passes import OPTIMIZER, Passes, PassTime, passes_of, prompt_passes
+from planner.timing.passes import Passes, PassTime, passes_of, prompt_passes
 from planner.training import training_phase
 from planner.workload import Deployment, Inference, Training
 
@@ -288,6 +288,6 @@ def _accumulated(passes: Passes, phase: Phase, batches: int) -> PassTime:
     made = passes.timed(lambda _: phase.program, phase.dims)
     if batches == 1:
         return made
-    segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER)
+    segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER_STEP)
     alone = Program(name=phase.program.name, segments=segments)
     return made.after(passes.timed(lambda _: alone, phase.dims).repeated(batches - 1))
