@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from planner.allocator import Alloc, Event, Free
-from planner.program import OPENING, OPTIMIZER, Buffer, Dims, Program
+from planner.program import FORWARD, OPENING, OPTIMIZER_STEP, Buffer, Dims, Program
 from planner.runtimes.writer import INT64
 
 BIASED = "addmm"
@@ -138,7 +138,7 @@ def workspace_events(
         ("cuBLASLt", LT_WORKSPACE_BYTES, script.biased_gemms),
     ):
         for phase, place in places.items():
-            if phase == OPTIMIZER and "forward" in places:
+            if phase == OPTIMIZER_STEP and FORWARD in places:
                 continue
             if (name, phase) not in there:
                 found[place].append(Alloc((name, phase), size))

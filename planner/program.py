@@ -19,6 +19,10 @@ from planner.routing import UNIFORM, Routing
 
 Number: TypeAlias = Any
 """A Python int, or a float64 array of them."""
+FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
+"""Phases of a training step."""
+ENCODED = "end of the encoder"
+"""How the segment behind an encoder is called, and the end of its name on the way back."""
 OPENING = "cache of "
 """How the segments are labelled that make what a pass finds: caches, filled or preallocated."""
 
@@ -218,10 +222,6 @@ class Op:
         made = [buffer.shape for buffer in self.allocates] or self.moved
         extents = (e for shape in made for e in shape if isinstance(e, Symbol))
         return any(sign in e.name for e in extents for sign in ("<", ">", "=="))
-
-
-BACKWARD, OPTIMIZER = "backward", "optimizer step"
-"""Phases of a training step behind its forward."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

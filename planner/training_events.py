@@ -18,7 +18,7 @@ from planner.autograd.master_weights import IN_FLOAT32
 from planner.model import Model
 from planner.module_order import module_order
 from planner.pass_events import PassScript, script, workspace_events
-from planner.program import BACKWARD, OPTIMIZER, Dims, Program
+from planner.program import BACKWARD, FORWARD, OPTIMIZER_STEP, Dims, Program
 from planner.runtimes.base import Setting
 from planner.runtimes.writer import FLOAT32, INT64
 from planner.trained.loss_scaling import HELD_BYTES
@@ -95,7 +95,7 @@ def _without_optimizer(model: Model, work: Training, setting: Setting, runtime: 
     """The first of several batches: forward and backward, which make the gradients."""
     alone = replace(work, accumulation_steps=1)
     whole = PLANNED[runtime](model, alone, setting).program
-    segments = tuple(s for s in whole.segments if s.phase != OPTIMIZER)
+    segments = tuple(s for s in whole.segments if s.phase != OPTIMIZER_STEP)
     return script(Program(name=whole.name, segments=segments), continues=False)
 
 
@@ -112,7 +112,7 @@ def _step(
     else goes; `found`: those that are there.
     """
     sizes, buffers = played.sizes(dims), played.buffers
-    opened = played.starts.get("forward", 0)
+    opened = played.starts.get(FORWARD, 0)
     there: dict[int, Hashable] = {}
     held: dict[int, None] = {}
     for index, (makes, slot) in enumerate(played.steps):
@@ -168,4 +168,4 @@ def _states(
 
 def _steps(phase: str, label: str) -> bool:
     """Whether the optimizer is at work: copies have their gradients by then."""
-    return phase == OPTIMIZER and not label.startswith(IN_FLOAT32)
+    return phase == OPTIMIZER_STEP and not label.startswith(IN_FLOAT32)

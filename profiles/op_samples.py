@@ -25,12 +25,12 @@ from planner.timing.op_families import (
     GEMM_FEW,
     JOINED,
     LATENT_BLOCKS,
-    LATENT_QUERIES,
     MASKED,
     NORM_RMS,
     OFFSETS,
     OFFSETS_CAST,
     STRIDED,
+    WIDE_QUERIES,
     gemm_family,
     triangle,
 )
@@ -224,7 +224,7 @@ def _sample(record: OpRecord, multiprocessors: int | None) -> Row | None:
             backend = record.ran or record.backend
             return f"{name}:{dtype}:{backend}", [s["batch"], tokens, *heads], 1
         case "decode" if record.op == "sdpa_latent":
-            blocks = s["batch"] * -(-s["heads"] // LATENT_QUERIES)
+            blocks = s["batch"] * -(-s["heads"] // WIDE_QUERIES)
             sizes = [float(whole_waves(blocks, multiprocessors)), s["context"], s["width"]]
             return f"{LATENT_BLOCKS.name}:{dtype}", sizes, 1
         case "prefill" | "backward" if record.op == "sdpa_masked":

@@ -134,7 +134,7 @@ def is_whole(sizes: Ints, strides: Ints, operands: Sequence[tuple[Ints, Ints]]) 
     )
 
 
-SECTOR_BYTES, BLOCK = 32, 256
+SECTOR_BYTES, BLOCK_ELEMENTS = 32, 256
 """What a GPU reads at the least, and elements that one block of threads writes, two by each of 128
 (ATen/native/cuda/CUDALoops.cuh: elementwise_kernel<128, 2>; of two bytes they are four each)."""
 
@@ -158,7 +158,7 @@ def reach(sizes: Ints, strides: Ints, operands: Sequence[tuple[Ints, Ints, int]]
             if steps[d] * itemsize < SECTOR_BYTES:
                 break
             run *= sizes[d]
-        if not repeated and run >= BLOCK // 2:
+        if not repeated and run >= BLOCK_ELEMENTS // 2:
             return "far"
         found = "across"
     return found

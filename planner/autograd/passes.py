@@ -25,7 +25,17 @@ from planner.autograd.tensors import Dims, Gradients, Leaf, Like, Node, Storage,
 from planner.layers import Layer
 from planner.model import Model
 from planner.parameters import layer_parameters
-from planner.program import BACKWARD, OPTIMIZER, B, Buffer, Program, Symbol, T, Tape
+from planner.program import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER_STEP,
+    B,
+    Buffer,
+    Program,
+    Symbol,
+    T,
+    Tape,
+)
 from planner.runtimes.writer import layer_label
 from planner.tensors import Parameter
 from planner.trained.frozen import NOTHING, FrozenParts, unfrozen
@@ -246,7 +256,7 @@ class PassWriter(Generic[Given]):
         """Forward and backward; with an optimizer its step, which uses the gradients up."""
         tape, graphs = self.tape, dict[str, Graph]()
         carried: Gradients = []  # the hidden states, later their gradient: no other reference
-        tape.phase = "forward"
+        tape.phase = FORWARD
         for part in self.parts():
             if not tape.again(part.label, count=part.count, first_layer=part.layer):
                 with tape.segment(part.label, count=part.count, first_layer=part.layer):
@@ -277,7 +287,7 @@ class PassWriter(Generic[Given]):
                     self._reduce(part)
         with tape.segment("end of the backward"):
             del root, sent
-        tape.phase = OPTIMIZER
+        tape.phase = OPTIMIZER_STEP
         if optimizer is not None:
             self._write_optimizer(optimizer, impl)
         if any(self.held_by_nodes.values()):

@@ -48,11 +48,6 @@ class Setting:
         """What weights, gradients and states are kept in."""
         return self.sharding.held_dtype if self.sharding else work.held_dtype(self.dtype)
 
-    @property
-    def is_one_gpu(self) -> bool:
-        """Whether nothing is shared out."""
-        return self.tensor_parallel == self.pipeline_parallel == 1
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:

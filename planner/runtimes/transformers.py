@@ -39,7 +39,7 @@ from planner.runtimes.quantised_cache import (
 from planner.runtimes.quantised_rows import quantised_rows
 from planner.runtimes.transformers_code.families import HELD
 from planner.runtimes.transformers_code.forward import SCANNED, check_written, is_held, pass_program
-from planner.runtimes.transformers_code.regime import Pass, Regime, token_marks, windows
+from planner.runtimes.transformers_code.regime import Pass, Regime
 from planner.workload import CacheSpec, Inference
 
 EXACT_PEAKS = HELD | {"bamba", "deepseek_v2", "deepseek_v3"}
@@ -316,7 +316,7 @@ class Transformers:
         if work.output_tokens > 1:
             ends = (work.prompt_tokens + 1, work.context_tokens)
             passes += [_decode_dims(model, work, context) for context in ends]
-        bits = 4 + len(windows(model)) + len(token_marks(model))
+        bits = Regime.bits(model)
         code: Number = 0
         for dims in passes:
             code = code * 2**bits + Regime.codes(model, dims)

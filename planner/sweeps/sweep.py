@@ -37,10 +37,9 @@ def sweep(
 
     `context_tokens` is the KV length at the end, prompt + output − 1. Each row equals `estimate` of
     Inference(batch, prompt, output_tokens, logits="last"). A row that an estimate would refuse has
-    no numbers, and the reason in `refused`. `latency` adds TTFT, TPOT and tokens/s, of
-    mixtures by this `routing`. `to` streams
-    to a .csv or .parquet file in constant memory and returns its path; `on_progress` is told cells
-    done and cells in all.
+    no numbers, and the reason in `refused`. `latency` adds TTFT, TPOT and tokens/s, of mixtures by
+    this `routing`. `to` streams to a .csv or .parquet file in constant memory and returns its path;
+    `on_progress` is told cells done and cells in all.
 
     Raises ConfigError for names and sizes that are not allowed, and for a file that cannot be
     written.

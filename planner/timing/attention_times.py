@@ -12,9 +12,9 @@ from planner.timing.clock import OpTime, Speed, by_default, by_fit, computing_s
 from planner.timing.compiled import three_reductions
 from planner.timing.op_families import (
     LATENT_BLOCKS,
-    LATENT_QUERIES,
     LATENT_ROPE,
     MASKED,
+    WIDE_QUERIES,
     triangle,
 )
 from planner.timing.op_kinds import (
@@ -79,9 +79,8 @@ WIDEST_HEAD = 256
 EFFICIENT_QUERIES = 64
 """A block of the memory-efficient kernel has so many queries, be there one or all (fmha_cutlassF_…_
 aligned_64x64, 64x128; aten/src/ATen/native/transformers/cuda/mem_eff_attention)."""
-EFFICIENT_WIDE_QUERIES = 32
-"""The same of heads beyond `EFFICIENT_WIDE_HEAD`: fmha_cutlassF_…_aligned_32x128_gmem."""
-EFFICIENT_WIDE_HEAD = 128
+EFFICIENT_HEAD = 128
+"""Wider heads have blocks of `WIDE_QUERIES`: fmha_cutlassF_…_aligned_32x128_gmem."""
 
 
 def _decode_fit(
@@ -95,7 +94,7 @@ def _decode_fit(
     if backends[:1] == (EFFICIENT,) and kind.head_dim > WIDEST_HEAD:
         blocks_fit = calibration.fit(LATENT_BLOCKS.name, speed.dtype)
         if blocks_fit is not None:
-            blocks = whole_waves(B * np.ceil(kind.heads / LATENT_QUERIES), processors)
+            blocks = whole_waves(B * np.ceil(kind.heads / WIDE_QUERIES), processors)
             return blocks_fit, (blocks, pairs, kind.head_dim + LATENT_ROPE / 2.0)
     if backends[:1] == (EFFICIENT,):
         fit = calibration.fit("prefill", speed.dtype, *backends)
@@ -118,7 +117,7 @@ def one_query_sizes(
     Its blocks are as large, and so many run at once that all processors have one. Heads wider than
     others' are over one latent, and share blocks as queries do.
     """
-    queries = EFFICIENT_WIDE_QUERIES if D > EFFICIENT_WIDE_HEAD else EFFICIENT_QUERIES
+    queries = WIDE_QUERIES if D > EFFICIENT_HEAD else EFFICIENT_QUERIES
     together = H if D > WIDEST_HEAD else 1.0
     blocks = B * H / together * np.ceil(together / queries)
     waves = whole_waves(blocks, gpu.multiprocessors)

@@ -43,8 +43,8 @@ def one_row_each(
     speed: Speed,
 ) -> Number:
     """Experts that are reached by a row each are streamed as one product of a row is."""
-    _, reached, n, k = sizes
-    fit = covering(speed, "gemm", speed.product_dtype, (1, reached * n, k))
+    reached = sizes[1]
+    fit = covering(speed, "gemm", speed.product_dtype, LARGE_PRODUCT)
     if fit is None:
         return seconds
     one = streamed(fit, moved, 0.0 if speed.expert_ratio == 1.0 else flops / 2.0, speed)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 
-from planner.program import BACKWARD, OPTIMIZER, Program, Segment
+from planner.program import BACKWARD, OPTIMIZER_STEP, Program, Segment
 from planner.timing.calibration import HostCost
 from planner.timing.host_calls import counted, trained
 from planner.timing.op_kinds import (
@@ -40,6 +40,8 @@ from planner.timing.op_kinds import (
     is_there,
     timed_ops,
 )
+from planner.trained.optimizer_loops import NORM
+from planner.trained.optimizers import UPDATE_8BIT, UPDATE_32BIT
 
 OTHER = "add"
 ENGINES = ("transformers", "attnlab")
@@ -62,9 +64,9 @@ timed on a CPU over kernels that return at once (tools/bitsandbytes_cost.py): 40
 to 45 on the way back, less an addition; of nested scales 11 to 13 and 24 to 28 on top."""
 BLOCKWISE = 36.0
 """The same of a step of AdamW8bit for one parameter: 34 to 37."""
-WAITS = ("optimizer_update_8bit_blockwise", "optimizer_update_32bit", "norm().item")
+UPDATES = (UPDATE_8BIT, UPDATE_32BIT)
 """Kernels that the host waits for before it goes on: bitsandbytes synchronises after each
-parameter (optim/optimizer.py, step), torch's Adafactor reads its norms as numbers."""
+parameter (optim/optimizer.py, step), torch's Adafactor reads each NORM as a number."""
 MATH_PRODUCTS, MATH_OTHERS = 2, 5
 """at::_scaled_dot_product_attention_math over grouped heads: scores and their values; queries and
 keys scaled, keys and values copied to every head, softmax."""
@@ -124,7 +126,7 @@ def host_seconds(
     program: Program, host: HostCost, engine: Engine, *, checkpointed: int = 0
 ) -> float:
     """Time to issue all ops of a pass, or of a phase of one in which layers are checkpointed."""
-    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    scale = _scale(host, engine)
     forward, backward = _issued(program, host)
     between = between_seconds(program, host, engine, checkpointed=checkpointed, scale=scale)
     return scale * forward + between + _backward_scale(host) * backward
@@ -170,8 +172,8 @@ def between_seconds(
     elif checkpointed and runs.layers:
         hooked = checkpointed * (more.backward - layer.calls)
         hooked += runs.adapted * (more.adapted_backward - more.adapted)
-    view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
-    call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
+    view_s = _view_s(host)
+    call_s = _call_s(host)
     unlisted_s = max(0.0, asked.kernels - runs.listed) * host.op_s[OTHER]
     calls += MODULE_CALLS * python_ops(program)
     usual_s = unlisted_s + asked.views * view_s + calls * call_s
@@ -182,15 +184,17 @@ def waiting_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     """How long a GPU has nothing to do because the host waits for it: from the end of each such
     kernel until the next one is there. A number that Python reads is copied first.
     """
-    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    scale = _scale(host, engine)
     wait_s = host.op_s.get("launch_and_wait", host.op_s[OTHER])
     seconds = 0.0
     for timed in timed_ops(program):
-        if timed.op.kernel in WAITS:
+        if timed.op.kernel in UPDATES:
+            between_s = BLOCKWISE * host.op_s.get("identity_module", 0.0)
+        elif timed.op.kernel == NORM:
             between_s = host.op_s[OTHER]
-            if timed.op.kernel != WAITS[-1]:
-                between_s = BLOCKWISE * host.op_s.get("identity_module", 0.0)
-            seconds += timed.count * (wait_s + scale * between_s)
+        else:
+            continue
+        seconds += timed.count * (wait_s + scale * between_s)
     return seconds
 
 
@@ -199,7 +203,7 @@ def python_ops(program: Program) -> float:
     """Modules that do nothing which a program's ops take, where Python runs inside them."""
     found = 0.0
     for timed in timed_ops(program):
-        blockwise = BLOCKWISE if timed.op.kernel in WAITS[:-1] else 0.0
+        blockwise = BLOCKWISE if timed.op.kernel in UPDATES else 0.0
         found += timed.count * (UNPACKED.get(timed.op.kernel, 0.0) + blockwise)
     return found
 
@@ -211,14 +215,14 @@ def head_seconds(program: Program, host: HostCost, engine: Engine) -> float:
     of the pass around its layers are taken to come before them: after them only a norm and a
     product are left.
     """
-    scale = host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+    scale = _scale(host, engine)
     issued_s = sum(_issued(_head(program), host))
     found = counted(engine.runtime, engine.model_type, engine.attention, engine.cache)
     if found is None:
         return scale * issued_s
     _, whole = found
-    view_s = host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
-    call_s = host.op_s.get("identity_module", 0.0) / MODULE_CALLS
+    view_s = _view_s(host)
+    call_s = _call_s(host)
     called_s = max(0.0, whole.views) * view_s + max(0.0, whole.calls) * call_s
     return scale * (issued_s + called_s)
 
@@ -265,11 +269,25 @@ def forward_runs(program: Program) -> Runs:
     )
 
 
+def _scale(host: HostCost, engine: Engine) -> float:
+    """What calls take in a whole model of what they take alone."""
+    return host.scale.get(engine.runtime) or host.scale.get(ENGINES[0], 1.0)
+
+
+def _view_s(host: HostCost) -> float:
+    return host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
+
+
+def _call_s(host: HostCost) -> float:
+    """A Python function's call."""
+    return host.op_s.get("identity_module", 0.0) / MODULE_CALLS
+
+
 def _forward(segment: Segment) -> bool:
     """Whether a product runs here that is none of the backward pass; on the way back a norm will
     do: where selective checkpointing has kept all products, norms are run again.
     """
-    if is_there(segment) or segment.phase == OPTIMIZER:
+    if is_there(segment) or segment.phase == OPTIMIZER_STEP:
         return False
     again = segment.phase == BACKWARD
     return any(
@@ -281,7 +299,7 @@ def _forward(segment: Segment) -> bool:
 def _issued(program: Program, host: HostCost) -> tuple[float, float]:
     """Seconds of the ops that Python calls, and of those that autograd's thread does."""
     parts = [0.0, 0.0]
-    folding_s = FOLDING_VIEWS * host.op_s.get("transpose_reshape", 0.0) / VIEWS_TIMED
+    folding_s = FOLDING_VIEWS * _view_s(host)
     for timed in timed_ops(program):
         if timed.op.sometimes:  # those that do run are among what was counted
             continue

@@ -19,7 +19,7 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import OPTIMIZER, Dims, Number, Program
+from planner.program import OPTIMIZER_STEP, Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Phase, Setting, clock_capacity
 from planner.timing.calibration import Calibration
@@ -288,6 +288,6 @@ def _accumulated(passes: Passes, phase: Phase, batches: int) -> PassTime:
     made = passes.timed(lambda _: phase.program, phase.dims)
     if batches == 1:
         return made
-    segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER)
+    segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER_STEP)
     alone = Program(name=phase.program.name, segments=segments)
     return made.after(passes.timed(lambda _: alone, phase.dims).repeated(batches - 1))

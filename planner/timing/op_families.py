@@ -86,7 +86,7 @@ def latent_work(B: Number, S: Number, H: Number, W: Number, dtype: str) -> Work:
 
 def blocks_work(N: Number, S: Number, W: Number, dtype: str) -> Work:
     """2·N·32·S·(2·W − 64): blocks of 32 queries, each over the same latents of W numbers."""
-    flops = 2.0 * N * LATENT_QUERIES * S * (2.0 * W - LATENT_ROPE)
+    flops = 2.0 * N * WIDE_QUERIES * S * (2.0 * W - LATENT_ROPE)
     return flops, WEIGHT_BYTES[dtype] * S * W
 
 
@@ -164,7 +164,7 @@ GROUPED = Family(
 ATTENTION_SIZES = ("H", "G", "D")
 LATENT_ROPE = 64.0
 """Rotated numbers of a latent, in all that were timed (DeepSeek's)."""
-LATENT_QUERIES = 32
+WIDE_QUERIES = 32
 """Queries of a block of the memory-efficient kernel over heads wider than 128 (the name of what
 runs: fmha_cutlassF_bf16_aligned_32x128_gmem); heads over one latent are queries of one head."""
 LATENT_BLOCKS = Family(

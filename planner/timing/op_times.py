@@ -119,16 +119,17 @@ class Fit:
         return np.maximum(time_s, flops / self.peak_flops_per_s)
 
     def covers(self, sizes: Sequence[Number], start: int = 0) -> bool:
-        """Whether these sizes, from the `start`-th on, lie within those that were measured.
+        """Whether all of these sizes, from the `start`-th on, lie within those measured."""
+        return bool(np.all(self.inside(sizes, start)))
 
-        A quarter of an octave beyond still counts.
-        """
+    def inside(self, sizes: Sequence[Number], start: int = 0) -> Number:
+        """Which of them do, where some are arrays. A quarter of an octave beyond still counts."""
         low, high = self.low - 0.25, self.high + 0.25
+        found: Number = np.bool_(True)
         for i, size in enumerate(sizes, start=start):
             at = np.log2(np.maximum(size, 1.0))
-            if np.min(at) < low[i] or np.max(at) > high[i]:
-                return False
-        return True
+            found = found & (at >= low[i]) & (at <= high[i])
+        return found
 
 
 def matern(a: Array, b: Array, scales: Array) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from planner.catalog.gpus import Gpu
 from planner.model import Model
-from planner.program import BACKWARD, OPTIMIZER, Dims, Number, Program
+from planner.program import BACKWARD, ENCODED, OPTIMIZER_STEP, Dims, Number, Program
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.timing.attention_plans import new_length_seconds
@@ -40,9 +40,6 @@ from planner.timing.op_kinds import kernel_count
 from planner.timing.power import capped_clock
 from planner.timing.roofline import Cost, pass_cost
 from planner.timing.speed import communication_cost, speed_for
-
-BETWEEN = "end of the encoder"
-"""How the segment behind an encoder is called, and the end of its name on the way back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,9 +344,9 @@ def by_phase(program: Program) -> tuple[Program, ...]:
 def by_tower(phase: Program) -> tuple[Program, ...]:
     """The parts of a phase before and behind the way from an encoder to a decoder, either way."""
     ends = [
-        place for place, segment in enumerate(phase.segments) if segment.label.endswith(BETWEEN)
+        place for place, segment in enumerate(phase.segments) if segment.label.endswith(ENCODED)
     ]
-    if not ends or phase.segments[0].phase == OPTIMIZER:
+    if not ends or phase.segments[0].phase == OPTIMIZER_STEP:
         return (phase,)
     turn = ends[0] + (phase.segments[0].phase != BACKWARD)
     halves = (phase.segments[:turn], phase.segments[turn:])

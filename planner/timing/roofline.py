@@ -155,14 +155,7 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         case Attention():
             return attention_time(timed, kind, dims, speed, flops, moved)
         case Batched():
-            dtype = speed.dtype if kind.dtype_bytes < 4 else "fp32"
-            family = "batched products"
-            batched = _batched(kind, dtype, dims, speed)
-            if batched is None:
-                return by_default(timed, family, dtype, flops, moved, speed)
-            fit, sizes = batched
-            seconds = fit.seconds(sizes) if kind.is_fixed else fit.seconds_at(sizes)
-            return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
+            return _batched_time(timed, kind, dims, speed, flops, moved)
         case Bytes():
             return bytes_time(timed, kind, dims, speed, moved)
         case Nothing():
@@ -181,20 +174,33 @@ def _op_time(timed: Timed, dims: Dims, speed: Speed) -> OpTime | None:
         seconds = one_row_each(rows, sizes, seconds, flops, moved, speed)
     if speed.fused and isinstance(kind, Product):
         unpacked = 0.0 if kind.head or speed.weight_ratio == 1.0 else flops / 2.0
-        one = streamed(fit, moved, unpacked, speed)
+        one = streamed(few or fit, moved, unpacked, speed)
         seconds = np.where(np.asarray(sizes[0]) <= 1, one, seconds)
     return by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
 
 
-def _batched(
-    kind: Batched, dtype: str, dims: Dims, speed: Speed
-) -> tuple[Fit, tuple[Number, ...]] | None:
-    """The fit of products of many pairs of matrices, where it covers these."""
-    if speed.calibration is None or not kind.mnk:
-        return None
-    fit = speed.calibration.fit(BMM.name, dtype)
+def _batched_time(
+    timed: Timed, kind: Batched, dims: Dims, speed: Speed, flops: Number, moved: Number
+) -> OpTime:
+    """Products of many pairs of matrices, by their fit where it covers them."""
+    dtype, family = speed.dtype if kind.dtype_bytes < 4 else "fp32", "batched products"
+    default = by_default(timed, family, dtype, flops, moved, speed)
+    fit = speed.calibration.fit(BMM.name, dtype) if speed.calibration and kind.mnk else None
+    if fit is None:
+        return default
     sizes = kind.sizes(dims)
-    return (fit, sizes) if fit is not None and fit.covers(sizes[1:], 1) else None
+    inside = fit.inside(sizes[1:], 1)
+    if not np.any(inside):
+        return default
+    seconds = fit.seconds(sizes) if kind.is_fixed else fit.seconds_at(sizes)
+    made = by_fit(timed, family, fit, seconds, sizes, flops, moved, speed)
+    if np.all(inside):
+        return made
+    return replace(
+        made,
+        seconds=np.where(inside, made.seconds, default.seconds),
+        clocked_s=np.where(inside, made.clocked_s, default.clocked_s),
+    )
 
 
 def _product_family(speed: Speed, dtype: str, sizes: tuple[Number, ...], free: int) -> str:

@@ -173,6 +173,8 @@ def _row(item: str, tensors: int, size: int, b: int) -> Row:
     )
 
 
+UPDATE_8BIT, UPDATE_32BIT = "optimizer_update_8bit_blockwise", "optimizer_update_32bit"
+"""Ops of bitsandbytes' AdamW8bit (bitsandbytes/_ops.py), one a parameter."""
 IN_PLACE = {"sgd": ("add_", 3), "sgd-momentum": ("add_", 6)}
 """Kernels that allocate nothing, and how often they read or write an element of a parameter."""
 
@@ -294,10 +296,10 @@ class OptimizerWriter:
             weights: Shape = (3, n, self.b)
             moved: tuple[Shape, ...]
             if n < QUANTISED_FROM:
-                moved, kernel = (weights, (4, n, FLOAT32)), "optimizer_update_32bit"
+                moved, kernel = (weights, (4, n, FLOAT32)), UPDATE_32BIT
             else:
                 scales = (4, -(-n // BLOCK), FLOAT32)
-                moved, kernel = (weights, (4, n), scales), "optimizer_update_8bit_blockwise"
+                moved, kernel = (weights, (4, n), scales), UPDATE_8BIT
             self.tape.run("adamw-8bit", moved=moved, kernel=kernel)
 
     def _free_all(self, parts: Sequence[Part]) -> None:

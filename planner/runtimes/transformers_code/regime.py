@@ -151,6 +151,11 @@ class Regime:
             code = 2 * code + (dims.tokens % size == 0)
         return code
 
+    @staticmethod
+    def bits(model: Model) -> int:
+        """How many bits the numbers of `codes` have."""
+        return 4 + len(windows(model)) + len(token_marks(model)) + len(chunk_sizes(model))
+
 
 def windows(model: Model) -> list[int]:
     """All windows for which a class makes masks."""

@@ -13,14 +13,14 @@ from planner.autograd.passes import EMBEDDING, HEAD, Part
 from planner.autograd.tensors import Dims, Node, Tensor
 from planner.layers import GQA, Dense, Layer
 from planner.model import Model
-from planner.program import S_ENC, B, Buffer, Extent, S, T, every_pair
+from planner.program import ENCODED, S_ENC, B, Buffer, Extent, S, T, every_pair
 from planner.runtimes.transformers_code.blocks import BlockWriter
 from planner.runtimes.transformers_code.masks import MaskWriter
 from planner.runtimes.transformers_code.regime import Pass, Regime, Shared
 from planner.runtimes.writer import BOOL, FLOAT32, INT64
 from planner.tensors import Parameter
 
-ENCODED, DECODER = "end of the encoder", "decoder embedding"
+DECODER = "decoder embedding"
 
 
 class Seq2SeqLM(BlockWriter, MaskWriter):

@@ -81,6 +81,26 @@ def test_each_cell_equals_the_estimate(model, runtime, layout, batch, context, o
         assert_equals_estimate(row)
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "runtime", "dtype"),
+    [
+        ("gemma-2-2b", "h200", "transformers", "fp32"),  # products of many matrices
+        ("gemma-2-2b", "h200", "attnlab", None),
+        ("qwen3-30b-a3b", "h200", "attnlab", None),  # experts that have a row each
+        ("gemma-2-2b", "cpu", "attnlab", "fp32"),  # products of few rows
+    ],
+)
+def test_a_cell_takes_as_long_beside_small_and_large_ones_as_alone(model, gpu, runtime, dtype):
+    more = {"dtype": dtype}
+    for output in (1, 2):
+        table = planner.sweep(
+            model, gpu, [1, 8], [2, 64, 4000], output_tokens=output, runtime=runtime, latency=True,
+            **more,
+        )  # fmt: skip
+        for row in table.itertuples():
+            assert_equals_estimate(row, **more)
+
+
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int4"])
 def test_quantised_caches_of_transformers_are_estimated_cell_by_cell(kv_dtype):
     table = planner.sweep(
