@@ -21,6 +21,8 @@ Number: TypeAlias = Any
 """A Python int, or a float64 array of them."""
 FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
 """Phases of a training step."""
+ADDED = ", added backward"
+"""How the name ends of a gradient's sum with those of earlier batches, on autograd's thread."""
 ENCODED = "end of the encoder"
 """How the segment behind an encoder is called, and the end of its name on the way back."""
 OPENING = "cache of "

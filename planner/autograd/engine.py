@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from planner.autograd.aten import Aten
 from planner.autograd.layouts import is_dense
 from planner.autograd.tensors import Gradients, Leaf, Node, Tensor
+from planner.program import ADDED
 
 ALONE = 2
 """References of what one name has, as sys.getrefcount counts: the name and its own argument."""
@@ -139,6 +140,9 @@ def _accumulate(aten: Aten, leaf: Leaf) -> None:
     assert new is not None
     like = leaf.tensor
     if leaf.grad is not None:
+        called, aten.doing = aten.doing, f"{leaf.grad.name}{ADDED}"
+        aten.add_into(leaf.grad, new)
+        aten.doing = called
         return
     obeys = all(
         n == 1 or s == w for n, s, w in zip(new.sizes, new.strides, like.strides, strict=True)

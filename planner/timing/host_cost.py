@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 
-from planner.program import BACKWARD, OPTIMIZER_STEP, Program, Segment
+from planner.program import ADDED, BACKWARD, OPTIMIZER_STEP, Program, Segment
 from planner.timing.calibration import HostCost
 from planner.timing.host_calls import counted, trained
 from planner.timing.op_kinds import (
@@ -305,7 +305,10 @@ def _issued(program: Program, host: HostCost) -> tuple[float, float]:
             continue
         backward = timed.op.name.endswith("backward")
         folds = isinstance(timed.kind, Product) and not backward
-        parts[backward] += timed.count * (_cost(timed, host) + folds * folding_s)
+        cost_s = _cost(timed, host) + folds * folding_s
+        if timed.op.name.endswith(ADDED):  # by the engine itself: no node, no Python
+            cost_s /= _backward_scale(host)
+        parts[backward] += timed.count * cost_s
     return parts[0], parts[1]
 
 

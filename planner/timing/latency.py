@@ -261,7 +261,8 @@ def training_latency(
         passes_of(model, setting, deploy.runtime, gpu),
         selective=work.checkpointing == "selective",
     )
-    made = _accumulated(passes, phase, work.accumulation_steps)
+    first = training_phase(model, replace(work, accumulation_steps=1), deploy, setting)
+    made = _accumulated(passes, phase, first, work.accumulation_steps)
     step_s = float(made.time_s)
     tokens = work.batch * work.sequence_tokens * work.accumulation_steps
     calibration = passes.speed.calibration
@@ -283,11 +284,17 @@ def training_latency(
     )
 
 
-def _accumulated(passes: Passes, phase: Phase, batches: int) -> PassTime:
-    """The program is of the last batch and the optimizer; without it, of each batch before."""
+def _accumulated(passes: Passes, phase: Phase, first: Phase, batches: int) -> PassTime:
+    """The program is of the last batch and the optimizer; without it, of each batch before, but
+    for the first, whose gradients are added to none.
+    """
     made = passes.timed(lambda _: phase.program, phase.dims)
-    if batches == 1:
-        return made
+    if batches > 2:
+        made = made.after(_without_optimizer(passes, phase).repeated(batches - 2))
+    return made if batches == 1 else made.after(_without_optimizer(passes, first))
+
+
+def _without_optimizer(passes: Passes, phase: Phase) -> PassTime:
     segments = tuple(s for s in phase.program.segments if s.phase != OPTIMIZER_STEP)
     alone = Program(name=phase.program.name, segments=segments)
-    return made.after(passes.timed(lambda _: alone, phase.dims).repeated(batches - 1))
+    return passes.timed(lambda _: alone, phase.dims)

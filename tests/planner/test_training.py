@@ -10,6 +10,7 @@ import planner
 from planner import ConfigError
 from planner.cli.commands import main
 from planner.ledger import total_bytes
+from planner.program import ADDED
 from tests.planner.configs import TINY
 
 LLAMA = planner.load_model("llama-3.1-8b")
@@ -74,6 +75,21 @@ def test_each_batch_of_a_step_takes_its_time():
     assert four.trained_tokens_per_s * four.step_s == pytest.approx(4 * 2 * 512)
     flops = [latency.mfu * latency.step_s for latency in (one, four)]
     assert flops[1] == pytest.approx(4 * flops[0], rel=0.01)  # the optimizer's are few
+
+
+def test_gradients_of_later_batches_are_added_to_the_first_ones():
+    """AccumulateGrad, accumulate_grad.h: variable_grad += new_grad, once a parameter; two tensors
+    read and one written, 6 bytes of bf16.
+    """
+    model, deploy = planner.load_model("llama-3.2-1b"), planner.Deployment(gpu="h200", mode="eager")
+    added = {}
+    for batches in (1, 2):
+        work = planner.Training(batch=2, sequence_tokens=512, accumulation_steps=batches)
+        ops = planner.estimate(model, work, deploy).op_times()
+        added[batches] = ops[ops.op.str.endswith(ADDED)]
+    assert len(added[1]) == 0
+    assert added[2]["count"].sum() == 2 + 16 * 9  # embedding (the head is tied), norm; a layer's
+    assert (added[2]["count"] * added[2].moved_bytes).sum() == 6 * model.parameter_count
 
 
 def test_the_longest_sequence_and_the_largest_batch_just_fit():
