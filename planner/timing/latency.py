@@ -261,8 +261,10 @@ def training_latency(
         passes_of(model, setting, deploy.runtime, gpu),
         selective=work.checkpointing == "selective",
     )
-    first = training_phase(model, replace(work, accumulation_steps=1), deploy, setting)
-    made = _accumulated(passes, phase, first, work.accumulation_steps)
+    made = passes.timed(lambda _: phase.program, phase.dims)
+    if work.accumulation_steps > 1:
+        first = training_phase(model, replace(work, accumulation_steps=1), deploy, setting)
+        made = _accumulated(made, passes, phase, first, work.accumulation_steps)
     step_s = float(made.time_s)
     tokens = work.batch * work.sequence_tokens * work.accumulation_steps
     calibration = passes.speed.calibration
@@ -284,14 +286,15 @@ def training_latency(
     )
 
 
-def _accumulated(passes: Passes, phase: Phase, first: Phase, batches: int) -> PassTime:
-    """The program is of the last batch and the optimizer; without it, of each batch before, but
-    for the first, whose gradients are added to none.
+def _accumulated(
+    made: PassTime, passes: Passes, phase: Phase, first: Phase, batches: int
+) -> PassTime:
+    """The program that was made is of the last batch and the optimizer; without it, of each batch
+    before, but for the first, whose gradients are added to none.
     """
-    made = passes.timed(lambda _: phase.program, phase.dims)
     if batches > 2:
         made = made.after(_without_optimizer(passes, phase).repeated(batches - 2))
-    return made if batches == 1 else made.after(_without_optimizer(passes, first))
+    return made.after(_without_optimizer(passes, first))
 
 
 def _without_optimizer(passes: Passes, phase: Phase) -> PassTime:

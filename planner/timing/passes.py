@@ -21,6 +21,7 @@ from planner.program import BACKWARD, ENCODED, OPTIMIZER_STEP, Dims, Number, Pro
 from planner.runtimes import runtime_named
 from planner.runtimes.base import Setting
 from planner.timing.attention_plans import new_length_seconds
+from planner.timing.calibration import HostCost
 from planner.timing.clock import UNTIMED_ERROR, Speed
 from planner.timing.collectives import Lanes, lanes_of
 from planner.timing.energy import pass_joules
@@ -202,7 +203,7 @@ class Passes:
             lanes = lanes_of(phase, dims, self.speed, sharding.shards, backward=backward)
         return Part(
             cost=pass_cost(phase, dims, self.speed),
-            issuing_s=self._host(phase, again),
+            issuing_s=self._issued(phase, again),
             lanes=lanes,
             waiting_s=self._waiting(phase),
             towers=self._towers(phase, dims),
@@ -232,10 +233,8 @@ class Passes:
 
     def _head(self, program: Program) -> float:
         """What an idle GPU waits for at the start of a pass."""
-        known = self.speed.calibration
-        if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
-            return 0.0
-        return head_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
+        host = self._issuing
+        return 0.0 if host is None else head_seconds(program, host, self.engine)
 
     def _replay(self, programs: tuple[Program, ...]) -> float:
         """What a CUDA graph takes beside its kernels' own times: a floor, and of torch's kernels,
@@ -253,46 +252,54 @@ class Passes:
         """What a pass takes longer at a length that its process meets for the first time; None
         where no host was timed.
         """
-        known, setting = self.speed.calibration, self.setting
-        if known is None or known.host is None:
+        host = self._host
+        if host is None:
             return None
-        host = known.host.as_fast_as(setting.host_add_s)
         made = program(self.stages[0])
-        return new_length_seconds(made, dims, self.runtime, setting, self.speed, host)
+        return new_length_seconds(made, dims, self.runtime, self.setting, self.speed, host)
 
     @property
     def replays(self) -> bool:
         """Whether a CUDA graph launches the kernels."""
         return self.setting.mode != "eager" and not self.speed.gpu.is_cpu
 
-    def _host(self, program: Program, checkpointed: int) -> float:
+    @property
+    def _host(self) -> HostCost | None:
+        """What issuing ops costs at the speed that was told; None where nobody timed it."""
+        known = self.speed.calibration
+        if known is None or known.host is None:
+            return None
+        return known.host.as_fast_as(self.setting.host_add_s)
+
+    @property
+    def _issuing(self) -> HostCost | None:
+        """The host that a GPU may wait for; None where a graph replays, and of a CPU."""
+        return None if self.replays or self.speed.gpu.is_cpu else self._host
+
+    def _issued(self, program: Program, checkpointed: int) -> float:
         """What the host needs to issue a pass; of a CPU, whose op times hold that, what lies
         between the ops; 0 where a graph replays.
         """
-        known = self.speed.calibration
-        if self.replays or known is None or known.host is None:
+        host = None if self.replays else self._host
+        if host is None:
             return 0.0
         seconds = between_seconds if self.speed.gpu.is_cpu else host_seconds
-        host = known.host.as_fast_as(self.setting.host_add_s)
         return seconds(program, host, self.engine, checkpointed=checkpointed)
 
     def _towers(self, phase: Program, dims: Dims) -> tuple[tuple[Cost, float], ...]:
         """Encoder and decoder of a phase."""
-        known = self.speed.calibration
-        halves = by_tower(phase)
-        if len(halves) < 2 or self.speed.gpu.is_cpu or known is None or known.host is None:
+        halves, host = by_tower(phase), self._host
+        if len(halves) < 2 or self.speed.gpu.is_cpu or host is None:
             return ()
-        issued = [unscaled_ops_seconds(half, known.host) for half in halves]
+        issued = [unscaled_ops_seconds(half, host) for half in halves]
         return tuple(
             (pass_cost(half, dims, self.speed), one / sum(issued))
             for half, one in zip(halves, issued, strict=True)
         )
 
     def _waiting(self, program: Program) -> float:
-        known = self.speed.calibration
-        if self.replays or self.speed.gpu.is_cpu or known is None or known.host is None:
-            return 0.0
-        return waiting_seconds(program, known.host.as_fast_as(self.setting.host_add_s), self.engine)
+        host = self._issuing
+        return 0.0 if host is None else waiting_seconds(program, host, self.engine)
 
     @property
     def engine(self) -> Engine:
