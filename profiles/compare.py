@@ -122,7 +122,7 @@ def _stepped(record: Record) -> bool:
 def predicted(record: Record) -> dict[str, float | None]:
     """What the planner says of a record's work; None for what it does not predict."""
     estimate = estimate_of(record)
-    memory, latency, tpot_s, new_tpot_s = _as_built(estimate.memory), estimate.latency, None, None
+    memory, latency, tpot_s, new_tpot_s = estimate.memory, estimate.latency, None, None
     if latency.tpot_s is not None:
         tpot_s = _beside(record, "tpot_s", estimate).tpot_s
     if record.new_tpot_s is not None:
@@ -143,13 +143,6 @@ def predicted(record: Record) -> dict[str, float | None]:
         "replay_s": latency.tpot_s,
         "step_s": latency.step_s if record.phase == "training" else latency.tpot_s,
     }
-
-
-def _as_built(memory: Memory) -> Memory:
-    """Torch's peaks in a process that builds its model as profiles/workloads.py does."""
-    if not isinstance(memory.torch, AllocatorPlan):
-        return memory
-    return replace(memory, torch=replace(memory.torch, from_config=True))
 
 
 def _beside(record: Record, quantity: str, of_prompts: planner.Estimate) -> Latency:
@@ -190,7 +183,15 @@ def estimate_of(record: Record, *, quantity: str = "ttft_s") -> planner.Estimate
         host_add_s=record.host_add_beside_s(quantity),
     )
     with as_on(processor_of(record)):
-        return planner.estimate(planner.read_config(record.config), work, deploy)
+        estimate = planner.estimate(planner.read_config(record.config), work, deploy)
+    return replace(estimate, memory=_as_built(estimate.memory))
+
+
+def _as_built(memory: Memory) -> Memory:
+    """Torch's peaks in a process that builds its model as profiles/workloads.py does."""
+    if not isinstance(memory.torch, AllocatorPlan):
+        return memory
+    return replace(memory, torch=replace(memory.torch, from_config=True))
 
 
 def passes_of_record(record: Record) -> list[tuple[str, float, float, Program]]:
